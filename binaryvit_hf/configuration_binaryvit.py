@@ -1,0 +1,162 @@
+"""Configuration of BinaryViT: one class for every binary row of the paper's ablation (Le & Li, CVPRW 2023, Table 3)."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+PER_STAGE_FIELDS = ("depths", "num_attention_heads", "intermediate_sizes", "sequence_reduction_ratios")
+BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
+
+
+@strict
+class BinaryViTConfig(PreTrainedConfig):
+    r"""
+    A vision transformer with binary weights and activations, as a pyramid of one or more stages. DeiT is a pyramid of
+    one stage. The defaults are BinaryViT-small at 224 x 224 pixels.
+
+    Args:
+        image_size: height and width of the input in pixels, or one number for both.
+        patch_size: height and width of a patch of the stem in pixels, or one number for both.
+        num_channels: channels of the input image.
+        hidden_sizes: channels of each stage; each a multiple of the one before.
+        depths: layers of each stage.
+        num_attention_heads: heads of each stage; they divide its hidden size.
+        intermediate_sizes: inner channels of each stage's MLP; multiples of its hidden size.
+        sequence_reduction_ratios: keys and values of each stage see the token map averaged over squares of this side.
+        use_class_token: classify from a class token instead of the mean over tokens. A token that has no place on
+            the map cannot be pooled, so it needs one stage, no reduction and no pooling branches.
+        use_stem_norm: batch normalisation after the stem's convolution.
+        use_layer_scale: LayerScale at the end of the attention and the MLP branch.
+        layer_scale_init_value: initial scale of these two; the pooling branches always begin at 0.
+        avg_pool_kernel_sizes: odd kernel sizes of the average-pooling branches beside the MLP, two branches for each
+            (vertical and horizontal); empty leaves them out.
+        binarize_patch_embeddings: whether the embeddings between the stages are binary or full precision.
+        weight_bits: 1 (binary), 2 (ternary), 3 to 8 (uniform) or 32 (untouched) bits of the layers' weights.
+        input_bits: the same for everything that enters a product: inputs of linear layers, query, key, value and
+            attention probabilities.
+        quantization_clip_value: range of 2 to 8 bit quantisers; weights and inputs beyond it are clipped.
+        attention_clip_init_value: initial value of an attention probability that is "on" (the paper's c).
+        hidden_dropout_prob: dropout after the stem and at the end of the attention and the MLP branch.
+        attention_probs_dropout_prob: dropout of the quantised attention probabilities.
+        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0.
+        batch_norm_eps: added to the variance in every batch normalisation.
+        batch_norm_momentum: weight of the new batch in the running statistics.
+        initializer_range: deviation of the truncated normal that fills position embeddings and class token.
+
+    Raises:
+        ValueError: if the fields do not describe a network; the message says which and why.
+    """
+
+    model_type = "binaryvit"
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 4
+    num_channels: int = 3
+    hidden_sizes: list[int] | tuple[int, ...] = (64, 128, 256, 512)
+    depths: list[int] | tuple[int, ...] = (3, 4, 8, 4)
+    num_attention_heads: list[int] | tuple[int, ...] = (1, 2, 4, 8)
+    intermediate_sizes: list[int] | tuple[int, ...] = (512, 1024, 1024, 2048)
+    sequence_reduction_ratios: list[int] | tuple[int, ...] = (8, 4, 1, 1)
+    use_class_token: bool = False
+    use_stem_norm: bool = True
+    use_layer_scale: bool = True
+    layer_scale_init_value: float | int = 0.1
+    avg_pool_kernel_sizes: list[int] | tuple[int, ...] = (3, 5)
+    binarize_patch_embeddings: bool = True
+    weight_bits: int = 1
+    input_bits: int = 1
+    quantization_clip_value: float | int = 2.5
+    attention_clip_init_value: float | int = 0.005
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    batch_norm_eps: float = 1e-5
+    batch_norm_momentum: float | int = 0.1
+    initializer_range: float = 0.02
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return sum(self.depths)
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """Height and width in tokens of each stage's map; every stage halves the one before."""
+        height, width = (size // patch for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)))
+        return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
+
+    def validate_architecture(self):
+        self._check_stages()
+        self._check_map()
+        for field in ("weight_bits", "input_bits"):
+            if getattr(self, field) not in BIT_WIDTHS:
+                raise ValueError(f"{field} is 1, 2 to 8, or 32 (untouched), not {getattr(self, field)}.")
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.avg_pool_kernel_sizes):
+            raise ValueError(
+                f"avg_pool_kernel_sizes={list(self.avg_pool_kernel_sizes)}: the kernels must be odd, to keep the map's size."
+            )
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is a probability below 1, not {getattr(self, field)}.")
+        if self.quantization_clip_value <= 0 or self.attention_clip_init_value <= 0:
+            raise ValueError("quantization_clip_value and attention_clip_init_value must be positive.")
+        if self.use_class_token and (
+            len(self.hidden_sizes) > 1 or self.avg_pool_kernel_sizes or max(self.sequence_reduction_ratios) > 1
+        ):
+            raise ValueError(
+                "use_class_token needs one stage, sequence_reduction_ratios of 1 and avg_pool_kernel_sizes of []: "
+                "a class token has no place on the map that these pool."
+            )
+
+    def _check_stages(self):
+        for field in PER_STAGE_FIELDS:
+            if len(getattr(self, field)) != len(self.hidden_sizes):
+                raise ValueError(
+                    f"One value per stage: {field}={list(getattr(self, field))} does not fit "
+                    f"hidden_sizes={list(self.hidden_sizes)}."
+                )
+        for field in ("hidden_sizes", *PER_STAGE_FIELDS):
+            if not getattr(self, field) or min(getattr(self, field)) < 1:
+                raise ValueError(f"{field} must be positive numbers, not {list(getattr(self, field))}.")
+        for stage, channels in enumerate(self.hidden_sizes):
+            heads, inner = self.num_attention_heads[stage], self.intermediate_sizes[stage]
+            if channels % heads:
+                raise ValueError(f"num_attention_heads={heads} does not divide hidden_sizes={channels} of stage {stage}.")
+            if inner % channels:
+                raise ValueError(
+                    f"intermediate_sizes={inner} is no multiple of hidden_sizes={channels} of stage {stage}, "
+                    "which the MLP's shortcut repeats."
+                )
+            if stage and channels % self.hidden_sizes[stage - 1]:
+                raise ValueError(
+                    f"hidden_sizes={channels} of stage {stage} is no multiple of {self.hidden_sizes[stage - 1]} of the "
+                    "stage before, which the shortcut repeats."
+                )
+
+    def _check_map(self):
+        for field in ("image_size", "patch_size"):
+            pair = as_pair(getattr(self, field))
+            if len(pair) != 2 or min(pair) < 1:
+                raise ValueError(f"{field} is one positive number or (height, width), not {getattr(self, field)}.")
+        for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)):
+            if size % patch:
+                raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}.")
+            for stage, ratio in enumerate(self.sequence_reduction_ratios):
+                tokens, rest = divmod(size // patch, 2**stage)
+                if rest:
+                    raise ValueError(
+                        f"image_size={self.image_size} with patch_size={self.patch_size} gives {size // patch} tokens a "
+                        f"side, which cannot be halved {stage} times."
+                    )
+                if tokens % ratio:
+                    raise ValueError(
+                        f"sequence_reduction_ratios={ratio} does not divide the {tokens} tokens a side of stage {stage} "
+                        f"(image_size={self.image_size}, patch_size={self.patch_size})."
+                    )
+
+
+def as_pair(size) -> tuple[int, int]:
+    """`(height, width)` of a size given as one number or as a pair."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+__all__ = ["BinaryViTConfig"]

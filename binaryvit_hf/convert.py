@@ -1,0 +1,155 @@
+"""From the tensor names of the paper's public training code to ours."""
+
+import re
+
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedConfig
+
+
+# Where the public code nests a name, ours reads by role. Patterns are tried in order on the part after the layer.
+LAYER_NAMES = [
+    (r"layernorm_before\.", "norm1.batch_norm."),
+    (r"layernorm_after\.", "norm2.batch_norm."),
+    (r"attention\.attention\.att_prob_clip$", "attention.probability_clip"),
+    (r"attention\.attention\.moveq2$", "attention.query_shift"),
+    (r"attention\.attention\.movek2$", "attention.key_shift"),
+    (r"attention\.attention\.movev2$", "attention.value_shift"),
+    (r"attention\.attention\.norm_context\.", "attention.context_norm.batch_norm."),
+    (r"attention\.attention\.rprelu_context\.", "attention.context_activation."),
+    *[
+        (rf"attention\.attention\.{pattern}", f"attention.{name}.{ours}")
+        for letter, name in {"q": "query", "k": "key", "v": "value", "r": "reduction"}.items()
+        for pattern, ours in [
+            (rf"move{letter}$", "linear.shift"),
+            (rf"{name}\.weight$", "linear.weight"),
+            (rf"norm_?{letter}\.", "norm.batch_norm."),
+            (rf"rprelu{letter}\.", "activation."),
+        ]
+    ],
+    (r"attention\.output\.layerscale\.", "layer_scale1."),
+    (r"output\.layerscale\.", "layer_scale2."),
+    *[
+        (rf"{theirs}\.{pattern}", f"{name}.{ours}")
+        for theirs, name in {r"attention\.output": "attention.output", "intermediate": "mlp.fc1", "output": "mlp.fc2"}.items()
+        for pattern, ours in [
+            (r"move$", "linear.shift"),
+            (r"dense\.", "linear."),
+            (r"norm\.", "norm.batch_norm."),
+            (r"rprelu\.", "activation."),
+        ]
+    ],
+]
+
+PATCH_EMBEDDING_NAMES = [
+    (r"move$", "projection.shift"),
+    (r"proj\.", "projection."),
+    (r"norm0\.", "norm1.batch_norm."),
+    (r"norm\.", "norm2.batch_norm."),
+    (r"rprelu\.", "activation."),
+]
+
+OTHER_NAMES = [
+    (r"vit\.embeddings\.cls_token$", "binaryvit.embeddings.class_token"),
+    (r"vit\.embeddings\.patch_embeddings\.projection\.", "binaryvit.embeddings.projection."),
+    (r"vit\.embeddings\.norm\.", "binaryvit.embeddings.norm.batch_norm."),
+    (r"vit\.embeddings\.", "binaryvit.embeddings."),
+    (r"vit\.layernorm\.", "binaryvit.norm.batch_norm."),
+]
+
+PARAMETER_NAMES = [
+    (r"prelu\.weight$", "slope"),
+    (r"activation\.move1$", "activation.shift_in"),
+    (r"activation\.move2$", "activation.shift_out"),
+    (r"(layer_scale\d?)\.alpha$", r"\1.scale"),
+    (r"(layer_scale\d?)\.move$", r"\1.shift"),
+]
+
+VIT_NAMES = [
+    (r"encoder\.layer\.", "layers."),
+    (r"attention\.attention\.query\.", "attention.q_proj."),
+    (r"attention\.attention\.key\.", "attention.k_proj."),
+    (r"attention\.attention\.value\.", "attention.v_proj."),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+    (r"intermediate\.dense\.", "mlp.fc1."),
+    (r"(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+]
+
+
+def convert_original_state_dict(state_dict: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """
+    Rename the tensors of the paper's public code to those of `BinaryViTForImageClassification` (or, for a config of
+    transformers' ViT, the full-precision row, to those of `ViTForImageClassification`).
+
+    Args:
+        state_dict: the public code's `model.state_dict()`.
+        config: the row that it was trained as.
+
+    Returns:
+        A new dictionary of the same tensors, but for shapes that differ by dimensions of 1.
+
+    Raises:
+        ValueError: a tensor that the config's network does not have, one that it misses, or one of another shape; the
+            message names it.
+    """
+    # Only names and shapes are wanted, so no memory is spent on weights.
+    with torch.device("meta"):
+        expected = AutoModelForImageClassification.from_config(config).state_dict()
+    converted = {}
+    for original, tensor in state_dict.items():
+        name = convert_name(original, config)
+        if name not in expected:
+            raise ValueError(f"Unknown tensor {original!r}: a {config.model_type} of this config has no {name!r}.")
+        if squeezed_shape(tensor) != squeezed_shape(expected[name]):
+            raise ValueError(
+                f"Tensor {original!r} has shape {tuple(tensor.shape)}, but {name!r} of this config has "
+                f"{tuple(expected[name].shape)}."
+            )
+        converted[name] = tensor.reshape(expected[name].shape)
+    missing = [name for name in expected if name not in converted]
+    if missing:
+        raise ValueError(f"The checkpoint lacks {len(missing)} tensor(s) of this config, first {missing[0]!r}.")
+    return converted
+
+
+def convert_name(original: str, config: PreTrainedConfig) -> str:
+    """Our name of one tensor of the public code; a name that it does not have comes back changed in part or not at all."""
+    if config.model_type == "vit":
+        for pattern, ours in VIT_NAMES:
+            original = re.sub(pattern, ours, original)
+        return original
+    if match := re.match(r"vit\.encoder\.layer\.(\d+)\.(.*)", original):
+        name = layer_prefix(int(match[1]), config.depths) + convert_branch_name(match[2], config)
+    elif match := re.match(r"vit\.encoder\.patch_embed(\d+)\.(.*)", original):
+        name = f"binaryvit.stages.{match[1]}.patch_embeddings." + replace_first(PATCH_EMBEDDING_NAMES, match[2])
+    else:
+        name = replace_first(OTHER_NAMES, original)
+    return replace_first(PARAMETER_NAMES, name)
+
+
+def convert_branch_name(name: str, config: PreTrainedConfig) -> str:
+    """The pooling branches are numbered by kernel, vertical ("h") before horizontal ("w"); the rest is a table."""
+    match = re.match(r"layerscale_([hw])(\d+)\.(.*)", name)
+    if match is None or int(match[2]) not in config.avg_pool_kernel_sizes:
+        return replace_first(LAYER_NAMES, name)
+    branch = 2 * list(config.avg_pool_kernel_sizes).index(int(match[2])) + "hw".index(match[1])
+    return f"avg_pool_branches.{branch}.layer_scale.{match[3]}"
+
+
+def layer_prefix(index: int, depths) -> str:
+    """The public code counts layers through all stages, ours within each."""
+    for stage, depth in enumerate(depths):
+        if index < depth:
+            return f"binaryvit.stages.{stage}.layers.{index}."
+        index -= depth
+    return f"binaryvit.stages.{len(depths)}.layers.{index}."
+
+
+def replace_first(table: list[tuple[str, str]], name: str) -> str:
+    for pattern, ours in table:
+        if re.search(pattern, name):
+            return re.sub(pattern, ours, name, count=1)
+    return name
+
+
+def squeezed_shape(tensor: torch.Tensor) -> list[int]:
+    return [size for size in tensor.shape if size > 1]
