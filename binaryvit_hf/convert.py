@@ -14,16 +14,16 @@ LAYER_NAMES = [
     (r"attention\.attention\.moveq2$", "attention.query_shift"),
     (r"attention\.attention\.movek2$", "attention.key_shift"),
     (r"attention\.attention\.movev2$", "attention.value_shift"),
-    (r"attention\.attention\.norm_context\.", "attention.context_norm.batch_norm."),
-    (r"attention\.attention\.rprelu_context\.", "attention.context_activation."),
+    (r"attention\.attention\.norm_context\.", "attention.norm_activation.norm.batch_norm."),
+    (r"attention\.attention\.rprelu_context\.", "attention.norm_activation.activation."),
     *[
         (rf"attention\.attention\.{pattern}", f"attention.{name}.{ours}")
         for letter, name in {"q": "query", "k": "key", "v": "value", "r": "reduction"}.items()
         for pattern, ours in [
             (rf"move{letter}$", "linear.shift"),
             (rf"{name}\.weight$", "linear.weight"),
-            (rf"norm_?{letter}\.", "norm.batch_norm."),
-            (rf"rprelu{letter}\.", "activation."),
+            (rf"norm_?{letter}\.", "norm_activation.norm.batch_norm."),
+            (rf"rprelu{letter}\.", "norm_activation.activation."),
         ]
     ],
     (r"attention\.output\.layerscale\.", "layer_scale1."),
@@ -34,8 +34,8 @@ LAYER_NAMES = [
         for pattern, ours in [
             (r"move$", "linear.shift"),
             (r"dense\.", "linear."),
-            (r"norm\.", "norm.batch_norm."),
-            (r"rprelu\.", "activation."),
+            (r"norm\.", "norm_activation.norm.batch_norm."),
+            (r"rprelu\.", "norm_activation.activation."),
         ]
     ],
 ]
@@ -44,8 +44,8 @@ PATCH_EMBEDDING_NAMES = [
     (r"move$", "projection.shift"),
     (r"proj\.", "projection."),
     (r"norm0\.", "norm1.batch_norm."),
-    (r"norm\.", "norm2.batch_norm."),
-    (r"rprelu\.", "activation."),
+    (r"norm\.", "norm_activation.norm.batch_norm."),
+    (r"rprelu\.", "norm_activation.activation."),
 ]
 
 OTHER_NAMES = [
@@ -121,6 +121,8 @@ def convert_name(original: str, config: PreTrainedConfig) -> str:
         name = layer_prefix(int(match[1]), config.depths) + convert_branch_name(match[2], config)
     elif match := re.match(r"vit\.encoder\.patch_embed(\d+)\.(.*)", original):
         name = f"binaryvit.stages.{match[1]}.patch_embeddings." + replace_first(PATCH_EMBEDDING_NAMES, match[2])
+        if not config.binarize_patch_embeddings:
+            name = name.replace("norm_activation.norm.", "norm2.")
     else:
         name = replace_first(OTHER_NAMES, original)
     return replace_first(PARAMETER_NAMES, name)

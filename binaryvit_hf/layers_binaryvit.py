@@ -5,7 +5,8 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .quantizers_binaryvit import SignLinear, quantize_input, quantize_weight
+from .fused_binaryvit import NormShortcutRPReLU, SignLinear
+from .quantizers_binaryvit import quantize_input, quantize_weight
 
 
 class BinaryLinear(nn.Linear):
@@ -47,9 +48,9 @@ class BinaryPatchConv(nn.Conv2d):
 
 
 def quantized_linear(x, shift, weight, input_bits, clip_value):
-    """Linear layer of a quantised weight; one bit takes the path that keeps no signs for the backward pass."""
+    """`quantize(x + shift) @ weight.T` of a weight that is quantised already, `(..., in) -> (..., out)`."""
     if input_bits == 1:
-        return SignLinear.apply(x, shift, weight)
+        return SignLinear.apply(x.flatten(0, -2), shift, weight).unflatten(0, x.shape[:-1])
     return nn.functional.linear(quantize_input(x, shift, input_bits, clip_value), weight)
 
 
@@ -58,15 +59,25 @@ class TokenBatchNorm(nn.Module):
 
     def __init__(self, config, num_channels: int):
         super().__init__()
-        # Held, not subclassed: `SyncBatchNorm.convert_sync_batchnorm` replaces it and would lose the flattening.
         self.batch_norm = nn.BatchNorm1d(num_channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.batch_norm(hidden_states.flatten(0, -2)).view(hidden_states.shape)
 
+    def statistics(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance to normalise `(rows, channels)` with; in training they update the running ones."""
+        norm = self.batch_norm
+        if not norm.training:
+            return norm.running_mean, norm.running_var
+        running = (None, None)
+        if norm.track_running_stats:
+            norm.num_batches_tracked.add_(1)
+            running = (norm.running_mean, norm.running_var)
+        return torch.batch_norm_update_stats(rows.detach(), *running, norm.momentum)
+
 
 class RPReLU(nn.Module):
-    """`PReLU(x - shift_in) + shift_out`, shifts and slope per channel (ReActNet, eq. 2)."""
+    """`PReLU(x - shift_in) + shift_out`, shifts and slope per channel (ReActNet, eq. 2); applied by `NormActivation`."""
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -74,27 +85,30 @@ class RPReLU(nn.Module):
         self.slope = nn.Parameter(torch.full((num_channels,), 0.25))
         self.shift_out = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return ShiftedPReLU.apply(hidden_states, self.shift_in, self.slope, self.shift_out)
 
+class NormActivation(nn.Module):
+    """`RPReLU(BN(x) + shortcut)`: `(..., channels)`, the shortcut's channels repeated or averaged to fit."""
 
-class ShiftedPReLU(Function):
-    """RPReLU that keeps its input alone; the composed one keeps two more tensors of the same size."""
+    def __init__(self, config, num_channels: int):
+        super().__init__()
+        self.norm = TokenBatchNorm(config, num_channels)
+        self.activation = RPReLU(num_channels)
 
-    @staticmethod
-    def forward(ctx, x, shift_in, slope, shift_out):
-        ctx.save_for_backward(x, shift_in, slope)
-        shifted = x - shift_in
-        return torch.addcmul(shifted, shifted.clamp(max=0), slope - 1).add_(shift_out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        x, shift_in, slope = ctx.saved_tensors
-        shifted = x - shift_in
-        grad_x = torch.where(shifted > 0, grad_output, grad_output * slope)
-        grad_slope = shifted.clamp_(max=0).mul_(grad_output).sum_to_size(slope.shape)
-        return grad_x, -grad_x.sum_to_size(slope.shape), grad_slope, grad_output.sum_to_size(slope.shape)
+    def forward(self, hidden_states: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        rows, norm, activation = hidden_states.flatten(0, -2), self.norm.batch_norm, self.activation
+        activated = NormShortcutRPReLU.apply(
+            rows,
+            shortcut.flatten(0, -2),
+            *self.norm.statistics(rows),
+            norm.eps,
+            norm.training,
+            norm.weight,
+            norm.bias,
+            activation.shift_in,
+            activation.slope,
+            activation.shift_out,
+        )
+        return activated.view(hidden_states.shape)
 
 
 class LayerScale(nn.Module):
@@ -115,17 +129,16 @@ class BinaryProjection(nn.Module):
     Binary linear layer, normalisation, shortcut, activation: `RPReLU(BN(Lin_b(x + shift)) + shortcut(x))`.
 
     Query, key, value, reduction, output and both layers of the MLP are this. `(..., in) -> (..., out)`, one a multiple
-    of the other; the shortcut repeats the channels or averages neighbouring ones to fit.
+    of the other.
     """
 
     def __init__(self, config, in_features: int, out_features: int):
         super().__init__()
         self.linear = BinaryLinear(config, in_features, out_features)
-        self.norm = TokenBatchNorm(config, out_features)
-        self.activation = RPReLU(out_features)
+        self.norm_activation = NormActivation(config, out_features)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(add_shortcut(self.norm(self.linear(hidden_states)), hidden_states))
+        return self.norm_activation(self.linear(hidden_states), hidden_states)
 
 
 class AvgPoolBranch(nn.Module):
@@ -134,14 +147,36 @@ class AvgPoolBranch(nn.Module):
     def __init__(self, num_channels: int, kernel_size: tuple[int, int]):
         super().__init__()
         self.kernel_size = kernel_size
-        self.padding = (kernel_size[0] // 2, kernel_size[1] // 2)
         self.layer_scale = LayerScale(num_channels, init_value=0.0)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         # (batch, height * width, channels) -> (batch, channels, height, width), channels last in memory
         token_map = hidden_states.unflatten(1, grid_size).permute(0, 3, 1, 2)
-        pooled = nn.functional.avg_pool2d(token_map, self.kernel_size, stride=1, padding=self.padding)
-        return self.layer_scale(pooled.permute(0, 2, 3, 1).flatten(1, 2))
+        scaled = ScaledAvgPool.apply(token_map, self.layer_scale.scale, self.kernel_size)
+        return scaled.permute(0, 2, 3, 1).flatten(1, 2) + self.layer_scale.shift
+
+
+class ScaledAvgPool(Function):
+    """Zero-padded mean of odd kernel, times a scale per channel, that keeps its input alone: `(batch, C, H, W)`."""
+
+    @staticmethod
+    def forward(ctx, x, scale, kernel_size):
+        ctx.save_for_backward(x, scale)
+        ctx.kernel_size = kernel_size
+        return same_avg_pool(x, kernel_size) * scale.view(-1, 1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, scale = ctx.saved_tensors
+        # The mean over a symmetric, zero-padded window is its own transpose.
+        pooled_grad = same_avg_pool(grad_output, ctx.kernel_size)
+        return pooled_grad * scale.view(-1, 1, 1), (pooled_grad * x).sum((0, 2, 3)), None
+
+
+def same_avg_pool(x: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
+    padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+    return nn.functional.avg_pool2d(x, kernel_size, stride=1, padding=padding)
 
 
 class DropPath(nn.Module):
@@ -159,28 +194,16 @@ class DropPath(nn.Module):
         return hidden_states * mask / keep_prob
 
 
-def add_shortcut(hidden_states: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-    """
-    `hidden_states (..., out)` plus `shortcut (..., in)`. More channels: channel j takes channel `j mod in`. Fewer: channel
-    j takes the mean over its run of `in / out` neighbouring channels. As many: itself.
-    """
-    in_features, out_features = shortcut.shape[-1], hidden_states.shape[-1]
-    if out_features < in_features:
-        return hidden_states + shortcut.unflatten(-1, (out_features, -1)).mean(-1)
-    repeated = hidden_states.unflatten(-1, (-1, in_features)) + shortcut.unsqueeze(-2)
-    return repeated.flatten(-2)
-
-
 def pool_tokens(hidden_states: torch.Tensor, grid_size: tuple[int, int], ratio: int) -> torch.Tensor:
     """Mean over squares of `ratio` tokens: `(batch, height * width, C) -> (batch, height * width / ratio**2, C)`."""
     return split_squares(hidden_states, grid_size, ratio).mean((2, 4)).flatten(1, 2)
 
 
-def add_upsampled(hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int], ratio: int):
-    """`hidden_states` plus the nearest upsampling of `pooled`, the inverse shapes of `pool_tokens`."""
+def upsample_tokens(hidden_states: torch.Tensor, grid_size: tuple[int, int], ratio: int) -> torch.Tensor:
+    """Nearest upsampling to `grid_size`: `(batch, height * width / ratio**2, C) -> (batch, height * width, C)`."""
     height, width = grid_size
-    squares = pooled.unflatten(1, (height // ratio, 1, width // ratio, 1))
-    return (split_squares(hidden_states, grid_size, ratio) + squares).flatten(1, 4)
+    squares = hidden_states.unflatten(1, (height // ratio, 1, width // ratio, 1))
+    return squares.expand(-1, -1, ratio, -1, ratio, -1).flatten(1, 4)
 
 
 def gather_patches(hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:

@@ -21,12 +21,12 @@ from .layers_binaryvit import (
     BinaryProjection,
     DropPath,
     LayerScale,
+    NormActivation,
     RPReLU,
     TokenBatchNorm,
-    add_shortcut,
-    add_upsampled,
     gather_patches,
     pool_tokens,
+    upsample_tokens,
 )
 from .quantizers_binaryvit import quantize_input, quantize_probability
 
@@ -67,14 +67,13 @@ class BinaryPatchEmbeddings(nn.Module):
         in_channels, out_channels = config.hidden_sizes[stage - 1], config.hidden_sizes[stage]
         self.norm1 = TokenBatchNorm(config, in_channels)
         self.projection = BinaryPatchConv(config, in_channels, out_channels)
-        self.norm2 = TokenBatchNorm(config, out_channels)
-        self.activation = RPReLU(out_channels)
+        self.norm_activation = NormActivation(config, out_channels)
         self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_sizes[stage]), out_channels))
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         patches = gather_patches(self.norm1(hidden_states), grid_size)
-        hidden_states = self.norm2(self.projection(patches.flatten(2)))
-        return self.activation(add_shortcut(hidden_states, patches.mean(-1))) + self.position_embeddings
+        hidden_states = self.norm_activation(self.projection(patches.flatten(2)), patches.mean(-1))
+        return hidden_states + self.position_embeddings
 
 
 class FullPrecisionPatchEmbeddings(nn.Module):
@@ -115,8 +114,7 @@ class BinaryViTAttention(nn.Module):
         self.probability_clip_init = float(config.attention_clip_init_value)
         self.probability_clip = nn.Parameter(torch.tensor(self.probability_clip_init))
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self.context_norm = TokenBatchNorm(config, hidden_size)
-        self.context_activation = RPReLU(hidden_size)
+        self.norm_activation = NormActivation(config, hidden_size)
         self.output = BinaryProjection(config, hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,14 +128,11 @@ class BinaryViTAttention(nn.Module):
         probabilities = nn.functional.softmax(scores * self.head_dim**-0.5, dim=-1)
         probabilities = self.dropout(quantize_probability(probabilities, self.probability_clip, self.input_bits))
         context = probabilities @ self.to_heads(value, self.value_shift)
-        context = self.context_norm(context.transpose(1, 2).flatten(2)) + query
-
+        context = context.transpose(1, 2).flatten(2)
         shortcut = key + value
         if self.reduction is not None:
-            context = add_upsampled(context, shortcut, grid_size, self.reduction_ratio)
-        else:
-            context = context + shortcut
-        return self.output(self.context_activation(context)), probabilities
+            shortcut = upsample_tokens(shortcut, grid_size, self.reduction_ratio)
+        return self.output(self.norm_activation(context, query + shortcut)), probabilities
 
     def to_heads(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Quantised, `(batch, tokens, channels) -> (batch, heads, tokens, head_dim)`."""
