@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -228,19 +229,17 @@ class BinaryViTPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         """Batch normalisation must see each batch once: the second forward pass leaves its statistics alone."""
-        if enable:
-            if gradient_checkpointing_func.keywords.get("use_reentrant"):
-                raise ValueError(
-                    "BinaryViT needs gradient checkpointing with use_reentrant=False: the reentrant kind would count "
-                    "every batch twice in the statistics of batch normalisation."
-                )
-            gradient_checkpointing_func = functools.partial(
-                gradient_checkpointing_func,
-                context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self)),
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "BinaryViT needs gradient checkpointing with use_reentrant=False: the reentrant kind would count every "
+                "batch twice in the statistics of batch normalisation."
             )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+        checkpoint_once = functools.partial(
+            gradient_checkpointing_func, context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self))
+        )
+        super()._set_gradient_checkpointing(enable, checkpoint_once, **kwargs)
 
 
 class BinaryViTModel(BinaryViTPreTrainedModel):

@@ -1,0 +1,338 @@
+"""Images and labels: where they come from, what is checked before training, and how they become tensors."""
+
+import io
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+from torchvision.transforms import v2
+from transformers import BaseImageProcessor, ViTImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .configuration_binaryvit import as_pair
+from .errors import UserError
+
+
+logger = logging.getLogger(__name__)
+
+DIGITS = "sklearn-digits"
+DIGITS_HELD_OUT = 5  # every fifth digit is held out
+BROKEN_IMAGE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)
+
+
+@dataclass
+class DataArguments:
+    """Which images, which of their columns, how many, and how they are cut for training."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": f"Hub id or local path of a dataset; {DIGITS!r} is the 1,797 digits that scikit-learn ships."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of training images, one folder a class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of evaluation images, likewise."})
+    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split_name: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. Default: 'validation', else 'test', where there is one."}
+    )
+    image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
+    train_val_split: float = field(
+        default=0.15,
+        metadata={"help": "Share of the training images held out for evaluation, where no others are given."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many images at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many images at most."})
+    skip_broken_images: bool = field(
+        default=False,
+        metadata={"help": "Decode every image before training and leave out those that fail, instead of stopping."},
+    )
+    crop_pct: float = field(
+        default=0.875, metadata={"help": "Evaluation resizes the shorter side to the image size over this, then crops."}
+    )
+    random_resized_crop_min_scale: float = field(
+        default=0.08, metadata={"help": "Training crops at least this share of the image's area; 1 does not crop."}
+    )
+    horizontal_flip_prob: float = field(default=0.5, metadata={"help": "Probability to mirror a training image."})
+
+
+def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None) -> DatasetDict:
+    """
+    Splits `train` and `validation` with the columns `image` (encoded, with its path) and `label` (a `ClassLabel`).
+
+    Raises:
+        UserError: no images, no classes, broken images, missing columns or splits.
+    """
+    if arguments.dataset_name and (arguments.train_dir or arguments.validation_dir):
+        raise UserError("Give either --dataset_name or --train_dir and --validation_dir, not both.")
+    if arguments.dataset_name == DIGITS:
+        splits = load_digits_splits()
+    elif arguments.dataset_name:
+        splits = load_named_splits(arguments, cache_dir, token)
+    elif arguments.train_dir or arguments.validation_dir:
+        splits = load_folder_splits(arguments)
+    else:
+        raise UserError("There are no images: give --dataset_name, or --train_dir with a folder a class.")
+
+    names = next(iter(splits.values())).features["label"].names
+    if len(names) < 2:
+        raise UserError(f"The images have one class, {names[0]!r}: a classifier needs two or more.")
+    if "validation" not in splits:
+        splits = hold_out(splits["train"], arguments.train_val_split, seed)
+    for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
+        if limit is not None and limit < 1:
+            raise UserError(f"--max_{'train' if split == 'train' else 'eval'}_samples must be positive, not {limit}.")
+        if limit is not None and split in splits and limit < len(splits[split]):
+            # Shuffled first, for folders come sorted by class.
+            splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
+    return DatasetDict(splits)
+
+
+def load_digits_splits() -> dict[str, Dataset]:
+    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, white on black; every fifth is held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=[str(name) for name in range(10)])})
+    pixels = (digits.images * (255 / 16)).round().astype("uint8")
+    rows = [(encode_png(image), int(label)) for image, label in zip(pixels, digits.target)]
+    held_out = [index % DIGITS_HELD_OUT == 0 for index in range(len(rows))]
+    return {
+        split: Dataset.from_dict(
+            {
+                "image": [{"bytes": row[0], "path": None} for row, out in zip(rows, held_out) if out == wanted],
+                "label": [row[1] for row, out in zip(rows, held_out) if out == wanted],
+            },
+            features=features,
+        )
+        for split, wanted in (("train", False), ("validation", True))
+    }
+
+
+def encode_png(pixels) -> bytes:
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
+    """Image folders, one sub-folder a class; the classes of the training folder are the model's."""
+    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
+    files = {split: list_image_folder(Path(folder), split) for split, folder in folders.items() if folder}
+    names = sorted(next(iter(files.values())))
+    for split, classes in files.items():
+        unknown = sorted(set(classes) - set(names))
+        if unknown:
+            raise UserError(f"--{split}_dir has the class {unknown[0]!r}, which --train_dir does not have.")
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    return {
+        split: Dataset.from_dict(
+            {
+                "image": [str(path) for paths in classes.values() for path in paths],
+                "label": [names.index(name) for name, paths in classes.items() for _ in paths],
+            },
+            features=features,
+        )
+        for split, classes in files.items()
+    }
+
+
+def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
+    """Files of each class, sorted; hidden files are none of the user's images."""
+    if not folder.is_dir():
+        raise UserError(f"--{split}_dir: there is no folder {str(folder)!r}.")
+    classes = {
+        child.name: sorted(path for path in child.rglob("*") if path.is_file() and not path.name.startswith("."))
+        for child in sorted(folder.iterdir())
+        if child.is_dir() and not child.name.startswith(".")
+    }
+    if not any(classes.values()):
+        raise UserError(f"--{split}_dir: {str(folder)!r} has no images in sub-folders; it needs one sub-folder a class.")
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty:
+        raise UserError(f"--{split}_dir: the class folder {str(folder / empty[0])!r} is empty; fill or remove it.")
+    return classes
+
+
+def load_named_splits(arguments: DataArguments, cache_dir: str | None, token: str | bool | None) -> dict[str, Dataset]:
+    """A dataset of the Hub or of a local path, with its columns under our names."""
+    name = arguments.dataset_name
+    try:
+        loaded = load_dataset(name, arguments.dataset_config_name, cache_dir=cache_dir, token=token)
+    except Exception as error:  # the loader raises whatever its file system, network or builder raised
+        raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(error)}") from error
+    validation_names = [arguments.validation_split_name] if arguments.validation_split_name else ["validation", "test"]
+    wanted = {"train": [arguments.train_split_name], "validation": validation_names}
+    splits = {}
+    for split, candidates in wanted.items():
+        found = next((candidate for candidate in candidates if candidate in loaded), None)
+        if found is not None:
+            splits[split] = name_columns(loaded[found], arguments)
+        elif split == "train" or arguments.validation_split_name:
+            raise UserError(
+                f"--dataset_name {name!r} has no split {candidates[0]!r}; it has {', '.join(map(repr, loaded))}. "
+                f"Say which with --{split}_split_name."
+            )
+    return splits
+
+
+def name_columns(dataset: Dataset, arguments: DataArguments) -> Dataset:
+    """Keep the two columns that are wanted as `image` and `label`."""
+    columns = {arguments.image_column_name: "image", arguments.label_column_name: "label"}
+    for column, ours in columns.items():
+        if column not in dataset.column_names:
+            raise UserError(
+                f"The dataset has no column {column!r}; it has {', '.join(map(repr, dataset.column_names))}. "
+                f"Say which with --{ours}_column_name."
+            )
+    dataset = dataset.select_columns(list(columns))
+    dataset = dataset.rename_columns({theirs: ours for theirs, ours in columns.items() if theirs != ours})
+    if not isinstance(dataset.features["label"], ClassLabel):
+        dataset = dataset.class_encode_column("label")
+    return dataset.cast_column("image", Image(decode=False))
+
+
+def hold_out(dataset: Dataset, share: float, seed: int) -> dict[str, Dataset]:
+    if not 0 < share < 1:
+        raise UserError(
+            f"--train_val_split is a share between 0 and 1, not {share}; or give images to evaluate on with "
+            "--validation_dir or --validation_split_name."
+        )
+    parts = dataset.train_test_split(share, seed=seed)
+    return {"train": parts["train"], "validation": parts["test"]}
+
+
+def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, list[str]]:
+    """
+    Look at every image file before training. Without `skip_broken` at its header, which is quick; with it, decode it
+    and leave it out if that fails.
+
+    Returns:
+        The images, and the names of those left out.
+
+    Raises:
+        UserError: a file that is no image, named; or nothing is left.
+    """
+    check = decode_image if skip_broken else open_image
+    kept, broken = {}, []
+    for split, dataset in images.items():
+        with ThreadPoolExecutor() as pool:
+            good = list(pool.map(lambda index: is_image(dataset[index]["image"], check), range(len(dataset))))  # noqa: B023
+        names = [image_name(dataset[index]["image"], index) for index, fine in enumerate(good) if not fine]
+        if names and not skip_broken:
+            raise UserError(
+                f"{names[0]!r} is no image ({len(names)} such file(s) in all): remove it, or train without with "
+                "--skip_broken_images."
+            )
+        if len(names) == len(dataset):
+            raise UserError(f"No image of the {split} split can be read.")
+        broken += names
+        kept[split] = dataset.select([index for index, fine in enumerate(good) if fine]) if names else dataset
+    for name in broken:
+        logger.warning("Left out, as it is no image: %s", name)
+    return DatasetDict(kept), broken
+
+
+def is_image(encoded: dict, check: Callable) -> bool:
+    try:
+        check(encoded)
+    except BROKEN_IMAGE_ERRORS:
+        return False
+    return True
+
+
+def open_image(encoded: dict) -> PILImage.Image:
+    """Reads the header alone."""
+    return PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
+
+
+def decode_image(encoded: dict) -> PILImage.Image:
+    return open_image(encoded).convert("RGB")
+
+
+def image_name(encoded: dict, index: int) -> str:
+    return encoded["path"] or f"image {index}"
+
+
+def create_image_processor(config, crop_pct: float, like: BaseImageProcessor | None = None) -> ViTImageProcessor:
+    """
+    Resize the shorter side to the image size over `crop_pct` (bicubic), crop the centre, normalise. Mean and deviation
+    are those of `like`, the teacher's processor, whose inputs the student shares; otherwise ImageNet's.
+    """
+    height, width = as_pair(config.image_size)
+    resized = [round(side / crop_pct) for side in (height, width)]
+    return ViTImageProcessor(
+        size={"shortest_edge": resized[0]} if height == width else {"height": resized[0], "width": resized[1]},
+        do_center_crop=True,
+        crop_size={"height": height, "width": width},
+        resample=PILImage.Resampling.BICUBIC,
+        do_convert_rgb=True,
+        image_mean=list(getattr(like, "image_mean", None) or IMAGENET_DEFAULT_MEAN),
+        image_std=list(getattr(like, "image_std", None) or IMAGENET_DEFAULT_STD),
+    )
+
+
+def add_transforms(images: DatasetDict, processor: BaseImageProcessor, arguments: DataArguments) -> DatasetDict:
+    """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
+    size = (processor.crop_size["height"], processor.crop_size["width"])
+    augment = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                size,
+                scale=(arguments.random_resized_crop_min_scale, 1.0),
+                interpolation=v2.InterpolationMode.BICUBIC,
+                antialias=True,
+            ),
+            v2.RandomHorizontalFlip(arguments.horizontal_flip_prob),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=processor.image_mean, std=processor.image_std),
+        ]
+    )
+    transforms = {
+        "train": augment,
+        "validation": lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0],
+    }
+    return DatasetDict(
+        {split: dataset.with_transform(ImageTransform(transforms[split])) for split, dataset in images.items()}
+    )
+
+
+class ImageTransform:
+    """Batch of encoded images and labels to tensors `pixel_values` and `labels`."""
+
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __call__(self, batch: dict) -> dict:
+        images = []
+        for index, encoded in enumerate(batch["image"]):
+            try:
+                image = decode_image(encoded)
+            except BROKEN_IMAGE_ERRORS as error:
+                raise UserError(
+                    f"{image_name(encoded, index)!r} cannot be decoded ({first_sentence(error)}): remove it, or train "
+                    "without with --skip_broken_images."
+                ) from error
+            images.append(self.transform(image))
+        return {"pixel_values": images, "labels": batch["label"]}
+
+
+def collate_images(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """`pixel_values (batch, channels, height, width)` and `labels (batch,)`."""
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
+
+
+def first_sentence(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
