@@ -1,0 +1,143 @@
+"""Command line and configuration files: who says what, and in which order."""
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .data import DataArguments
+from .errors import UserError
+from .trainer import DistillationTrainingArguments
+
+
+TEACHER_PREFIX = "teacher."
+# What the student's command line says about the student alone.
+STUDENT_ONLY = {
+    "model_name_or_path",
+    "config_name",
+    "teacher_model_name_or_path",
+    "output_dir",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "label_loss_weight",
+    "distillation_temperature",
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which network to train or evaluate, and who teaches it."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Trained model to go on from or to evaluate: a Hub id or a path."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Network to train from scratch: a row of configs/, a path or a Hub id."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher to distil from: a Hub id or a path. Without it labels are learned."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Begin with a new head where the model's has another number of labels."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Token of the Hub; default: that of the last login."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model on the Hub brings along."})
+
+
+Phase = tuple[ModelArguments, DataArguments, DistillationTrainingArguments]
+
+
+def parse_phases(arguments: list[str]) -> list[Phase]:
+    """
+    The runs that a command line asks for: the student's, preceded by the teacher's if the file describes one.
+
+    `arguments` may begin with a JSON or YAML file of arguments; flags after it override it. An object `teacher` in the
+    file holds what differs for the teacher; `--teacher.NAME VALUE` overrides that.
+
+    Raises:
+        UserError: an unknown or malformed argument, or a file that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    if arguments and arguments[0].lower().endswith((".json", ".yaml", ".yml")):
+        values, arguments = read_argument_file(Path(arguments[0])), arguments[1:]
+    teacher_values = values.pop("teacher", None)
+    flags = group_flags(arguments)
+    teacher_flags = [(name.removeprefix(TEACHER_PREFIX), rest) for name, rest in flags if name.startswith(TEACHER_PREFIX)]
+    flags = [(name, rest) for name, rest in flags if not name.startswith(TEACHER_PREFIX)]
+    if teacher_values is None:
+        if teacher_flags:
+            raise UserError("--teacher.… flags need a file of arguments with a 'teacher' object.")
+        return [parse(values, flags)]
+    if not isinstance(teacher_values, dict):
+        raise UserError("'teacher' in the file of arguments must be an object of arguments.")
+
+    model_arguments, data_arguments, training_arguments = student = parse(values, flags)
+    if model_arguments.teacher_model_name_or_path:
+        return [student]  # another teacher was named, so there is none to train
+    shared = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
+    shared_flags = [(name, rest) for name, rest in flags if name not in STUDENT_ONLY and name not in teacher_values]
+    output_dir = str(Path(training_arguments.output_dir) / "teacher")
+    teacher = parse({**shared, "output_dir": output_dir, **teacher_values}, shared_flags + teacher_flags)
+    model_arguments.teacher_model_name_or_path = teacher[2].output_dir
+    return [teacher, student]
+
+
+def read_argument_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"There is no file of arguments {str(path)!r}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} must hold an object of arguments.")
+    return values
+
+
+def group_flags(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """`--name value …` as `(name, [value, …])`; `--name=value` likewise."""
+    groups: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            groups.append((name.replace("-", "_"), [value] if equals else []))
+        elif argument == "-h":
+            groups.append(("help", []))
+        elif groups:
+            groups[-1][1].append(argument)
+        else:
+            raise UserError(f"Unknown argument {argument!r}: a file of arguments ends in .json or .yaml, a flag begins with --.")
+    return groups
+
+
+def parse(values: dict[str, Any], flags: list[tuple[str, list[str]]]) -> Phase:
+    """One run: `values` of a file, overridden by `flags`."""
+    # Abbreviations would let a typo pass for another argument.
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, DistillationTrainingArguments), allow_abbrev=False, description=__doc__
+    )
+    parser.error = raise_user_error
+    known = {action.dest for action in parser._actions}
+    for name in [*values, *(name for name, _ in flags)]:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"Unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+    parser.set_defaults(**values)
+    line = [part for name, rest in flags for part in (f"--{name}", *rest)]
+    try:
+        return parser.parse_args_into_dataclasses(line)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # the dataclasses check themselves
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def raise_user_error(message: str):
+    raise UserError(message)

@@ -1,0 +1,335 @@
+#!/usr/bin/env python
+"""
+Train, distil and evaluate image classifiers, 1-bit and full precision.
+
+    python run_image_classification.py configs/quickstart.json
+    python run_image_classification.py --config_name binaryvit-small-patch4-224 --train_dir photos --do_train --do_eval
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import binaryvit_hf  # noqa: F401, registers the model
+from binaryvit_hf.arguments import ModelArguments, Phase, parse_phases
+from binaryvit_hf.data import (
+    DataArguments,
+    add_transforms,
+    check_images,
+    collate_images,
+    create_image_processor,
+    first_sentence,
+    load_images,
+)
+from binaryvit_hf.errors import NonFiniteLossError, UserError
+from binaryvit_hf.metrics import TopKAccuracy
+from binaryvit_hf.report import plot_learning_curves, read_log_history, write_model_card
+from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments
+
+
+ROOT = Path(__file__).resolve().parent
+RUN_ARGUMENTS = "run_arguments.json"
+# Fields of a config that say where it comes from, not what network it is.
+INCIDENTAL_FIELDS = {"_name_or_path", "architectures", "auto_map", "dtype", "problem_type", "transformers_version"}
+
+logger = logging.getLogger("run_image_classification")
+
+
+def main(arguments: list[str]) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        phases = parse_phases(arguments)
+        for phase in phases:
+            check_arguments(phase)
+        for phase in phases:
+            run(phase)
+    except UserError as error:
+        # A worker of the data loader hands an error on with its stack trace before the message.
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('binaryvit_hf.errors.UserError: ')}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_next_steps(phases[-1][2])
+    return 0
+
+
+def run(phase: Phase) -> None:
+    """Train and evaluate one model, and write what it leaves behind."""
+    model_arguments, data_arguments, training_arguments = phase
+    set_seed(training_arguments.seed)
+    output_dir = Path(training_arguments.output_dir)
+
+    images = load_images(data_arguments, training_arguments.seed, model_arguments.cache_dir, model_arguments.token)
+    images, broken = check_images(images, data_arguments.skip_broken_images)
+    labels = images["validation"].features["label"].names
+    config = load_config(model_arguments, labels)
+    checkpoint, finished = check_output_dir(output_dir, config, phase)
+    teacher, teacher_processor = load_teacher(model_arguments, config)
+    model = load_model(model_arguments, config, output_dir if finished else None)
+    processor = load_processor(model_arguments, data_arguments, config, teacher_processor)
+    datasets = add_transforms(images, processor, data_arguments)
+
+    metric = TopKAccuracy()
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return metric.compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
+
+    def create_trainer(model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> DistillationTrainer:
+        return DistillationTrainer(
+            model=model,
+            args=training_arguments,
+            teacher=teacher,
+            train_dataset=datasets.get("train"),
+            eval_dataset=datasets["validation"],
+            data_collator=collate_images,
+            processing_class=processor,
+            compute_metrics=compute_metrics,
+        )
+
+    trainer = create_trainer(model, teacher)
+    if training_arguments.do_train and not finished:
+        if trainer.is_world_process_zero():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / RUN_ARGUMENTS).write_text(json.dumps(describe(phase), indent=2) + "\n")
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("train", {**result.metrics, "train_samples": len(images["train"])})
+    if training_arguments.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_samples"] = len(images["validation"])
+        if teacher is not None:
+            # The Trainer moves a model to its device and is done with it: no training, so no optimiser.
+            metrics |= create_trainer(teacher).evaluate(metric_key_prefix="teacher")
+        if broken:
+            metrics["skipped_images"] = len(broken)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if broken:
+        logger.warning("%d file(s) were left out, as they are no images.", len(broken))
+    if trainer.is_world_process_zero() and training_arguments.do_eval:
+        write_report(phase, config, trainer)
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
+
+
+def check_arguments(phase: Phase) -> None:
+    """Everything that can be said against the arguments before anything is loaded."""
+    model_arguments, data_arguments, training_arguments = phase
+    if not (training_arguments.do_train or training_arguments.do_eval):
+        raise UserError("There is nothing to do: give --do_train, --do_eval or both.")
+    if bool(model_arguments.model_name_or_path) == bool(model_arguments.config_name):
+        raise UserError(
+            "Give either --config_name, to train a network from scratch, or --model_name_or_path, to go on with a "
+            "trained one."
+        )
+    if training_arguments.do_train and data_arguments.validation_dir and not data_arguments.train_dir:
+        raise UserError("--do_train needs --train_dir beside --validation_dir.")
+    if model_arguments.config_name and not training_arguments.do_train:
+        raise UserError("--config_name is a network without weights: evaluate one with --model_name_or_path, or --do_train.")
+    for name, low, high in (("crop_pct", 0, 1), ("random_resized_crop_min_scale", 0, 1)):
+        if not low < getattr(data_arguments, name) <= high:
+            raise UserError(f"--{name} is a share above 0 and at most 1, not {getattr(data_arguments, name)}.")
+    if not 0 <= data_arguments.horizontal_flip_prob <= 1:
+        raise UserError(f"--horizontal_flip_prob is a probability, not {data_arguments.horizontal_flip_prob}.")
+
+
+def load_config(arguments: ModelArguments, labels: list[str]) -> PreTrainedConfig:
+    """The network's config with the labels of the images."""
+    name = arguments.config_name or arguments.model_name_or_path
+    row = ROOT / "configs" / name
+    source = str(row) if (row / "config.json").is_file() and not Path(name).exists() else name
+    try:
+        config = AutoConfig.from_pretrained(source, **hub_arguments(arguments))
+    except Exception as error:  # the loader raises whatever its network, its files or the config's own checks raised
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        raise UserError(f"The config of {name!r} cannot be loaded: {first_sentence(cause)}") from error
+    if getattr(config, "num_channels", 3) != 3:
+        raise UserError(f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3.")
+    if arguments.model_name_or_path and not arguments.ignore_mismatched_sizes:
+        compare_labels(config, labels, f"--model_name_or_path {name!r}", "start a new head with --ignore_mismatched_sizes")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    return config
+
+
+def load_model(arguments: ModelArguments, config: PreTrainedConfig, finished_run: Path | None) -> PreTrainedModel:
+    source = finished_run or arguments.model_name_or_path
+    if source is None:
+        return AutoModelForImageClassification.from_config(config, trust_remote_code=arguments.trust_remote_code)
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            source,
+            config=config,
+            ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
+            **hub_arguments(arguments),
+        )
+    except Exception as error:
+        raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {first_sentence(error)}") from error
+
+
+def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
+    """The teacher and its image processor (`None` where it has none), checked against the student; or twice `None`."""
+    name = arguments.teacher_model_name_or_path
+    if name is None:
+        return None, None
+    try:
+        teacher = AutoModelForImageClassification.from_pretrained(name, **hub_arguments(arguments))
+    except Exception as error:
+        raise UserError(f"--teacher_model_name_or_path {name!r} cannot be loaded: {first_sentence(error)}") from error
+    flag = f"--teacher_model_name_or_path {name!r}"
+    compare_labels(teacher.config, list(student.id2label.values()), flag, "choose a teacher of these images' labels")
+    if getattr(teacher.config, "image_size", student.image_size) != student.image_size:
+        raise UserError(
+            f"{flag} takes images of {teacher.config.image_size} pixels, the student of {student.image_size}; both see the "
+            "same images, so choose a teacher or a student of the other's size."
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **hub_arguments(arguments))
+    except (OSError, ValueError):
+        processor = None
+    return teacher, processor
+
+
+def compare_labels(config: PreTrainedConfig, labels: list[str], who: str, remedy: str) -> None:
+    """
+    Raises:
+        UserError: the labels of a model differ from the images' in number or, if it has names for them, in names.
+    """
+    if config.num_labels != len(labels):
+        raise UserError(f"{who} has {config.num_labels} labels, the images have {len(labels)}; {remedy}.")
+    for index, label in enumerate(labels):
+        theirs = config.id2label[index]
+        if theirs not in (label, f"LABEL_{index}"):
+            raise UserError(f"{who} calls label {index} {theirs!r}, the images call it {label!r}; {remedy}.")
+
+
+def load_processor(arguments: ModelArguments, data_arguments: DataArguments, config, teacher_processor):
+    if arguments.model_name_or_path:
+        try:
+            return AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **hub_arguments(arguments))
+        except (OSError, ValueError):
+            logger.warning("%r has no image processor; one is made.", arguments.model_name_or_path)
+    return create_image_processor(config, data_arguments.crop_pct, like=teacher_processor)
+
+
+def hub_arguments(arguments: ModelArguments) -> dict:
+    return {
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -> tuple[str | None, bool]:
+    """
+    What the output directory holds already.
+
+    Returns:
+        The checkpoint to go on from, if this run was interrupted; and whether it is finished.
+
+    Raises:
+        UserError: it holds another model's run, or a run of other arguments.
+    """
+    training_arguments = phase[2]
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {str(output_dir)!r} is a file.")
+    remedy = "choose another --output_dir, or remove this one"
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    for folder in (output_dir, *([Path(last)] if last else [])):
+        if (folder / "config.json").is_file():
+            theirs, ours = (network_fields(json.loads(text)) for text in ((folder / "config.json").read_text(), config.to_json_string()))
+            different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+            if different:
+                raise UserError(
+                    f"--output_dir {str(output_dir)!r} holds another model's run (its {different[0]} is "
+                    f"{theirs.get(different[0])}, not {ours.get(different[0])}); {remedy}."
+                )
+    explicit = training_arguments.resume_from_checkpoint
+    if not training_arguments.do_train or explicit:
+        if explicit and not Path(explicit).is_dir():
+            raise UserError(f"--resume_from_checkpoint: there is no folder {explicit!r}.")
+        return explicit, False
+    recorded = output_dir / RUN_ARGUMENTS
+    if recorded.is_file():
+        theirs, ours = json.loads(recorded.read_text()), describe(phase)
+        different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        if different:
+            raise UserError(
+                f"--output_dir {str(output_dir)!r} holds a run of other arguments ({different[0]} was "
+                f"{theirs.get(different[0])}, not {ours.get(different[0])}); {remedy}, or go on from it with "
+                "--resume_from_checkpoint."
+            )
+    if (output_dir / "train_results.json").is_file():
+        logger.info("%s is trained already; it is evaluated again.", output_dir)
+        return None, True
+    if last:
+        logger.info("Going on from %s.", last)
+    return last, False
+
+
+def network_fields(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key not in INCIDENTAL_FIELDS}
+
+
+def describe(phase: Phase) -> dict:
+    """Every argument of a run that is the run's own, as JSON types; secrets are not."""
+    model_arguments, data_arguments, training_arguments = phase
+    described = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
+    passing = {"token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir"}
+    described = {key: value for key, value in described.items() if key not in passing and not key.startswith("_")}
+    return json.loads(json.dumps(described, default=str, sort_keys=True))
+
+
+def write_report(phase: Phase, config: PreTrainedConfig, trainer: DistillationTrainer) -> None:
+    """`learning_curves.png` and `README.md`, from the run's own files."""
+    model_arguments, data_arguments, training_arguments = phase
+    output_dir = Path(training_arguments.output_dir)
+    teacher = model_arguments.teacher_model_name_or_path
+    histories = {"student" if teacher else "model": read_log_history(output_dir)}
+    if teacher:
+        histories["teacher"] = read_log_history(Path(teacher))
+    histories = {name: history for name, history in histories.items() if history}
+    if histories:
+        plot_learning_curves(histories, output_dir / "learning_curves.png")
+    defaults = describe((ModelArguments(), DataArguments(), DistillationTrainingArguments(str(output_dir))))
+    changed = {key: value for key, value in describe(phase).items() if value != defaults.get(key)}
+    write_model_card(
+        output_dir / "README.md",
+        ROOT / "model_cards" / "template.md",
+        config=config,
+        results=json.loads((output_dir / "all_results.json").read_text()),
+        arguments=changed,
+        dataset=data_arguments.dataset_name or data_arguments.train_dir or data_arguments.validation_dir,
+        teacher=teacher,
+    )
+
+
+def print_next_steps(training_arguments: DistillationTrainingArguments) -> None:
+    folder = Path(training_arguments.output_dir)
+    classify = f"from transformers import pipeline; print(pipeline('image-classification', '{folder}')('IMAGE.png'))"
+    print(f"load it:     import binaryvit_hf; AutoModelForImageClassification.from_pretrained('{folder}')")
+    print(f'classify:    python -c "import binaryvit_hf; {classify}"')
+    print(f"its card:    {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    sys.exit(main(sys.argv[1:]))
