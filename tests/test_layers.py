@@ -1,0 +1,190 @@
+"""Each fused or written-for-speed part against its formula, composed of PyTorch's own operations."""
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_images, tiny_model
+from torch import nn
+
+from binaryvit_hf import fused_binaryvit
+from binaryvit_hf.fused_binaryvit import SignLinear, map_rows
+from binaryvit_hf.layers_binaryvit import (
+    AvgPoolBranch,
+    BinaryPatchConv,
+    BinaryProjection,
+    DropPath,
+    NormActivation,
+    gather_patches,
+    pool_tokens,
+    upsample_tokens,
+)
+from binaryvit_hf.quantizers_binaryvit import ApproxSign, BinarizeWeight, binary_sign
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[8, 2**17], ids=["many blocks", "one block"])
+def block_elements(request, monkeypatch):
+    monkeypatch.setattr(fused_binaryvit, "BLOCK_ELEMENTS", request.param)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = torch.randn(tensor.shape, dtype=torch.float64).abs() + 0.1
+    return module
+
+
+def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    weights = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(7))
+    return torch.autograd.grad(output, inputs, weights)
+
+
+def reference_shortcut(x: torch.Tensor, channels: int) -> torch.Tensor:
+    if channels < x.shape[-1]:
+        return x.unflatten(-1, (channels, -1)).mean(-1)
+    return x.repeat(1, 1, channels // x.shape[-1])
+
+
+def test_sign_linear_equals_the_composed_sign_and_product(block_elements):
+    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    fused, composed = SignLinear.apply(x, shift, weight), ApproxSign.apply(x, shift) @ weight.T
+    torch.testing.assert_close(fused, composed)
+    torch.testing.assert_close(gradients(fused, x, shift, weight), gradients(composed, x, shift, weight))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shortcut_channels", [2, 4, 8])
+def test_norm_activation_equals_batch_norm_shortcut_and_rprelu(block_elements, training, shortcut_channels):
+    module = randomized(NormActivation(tiny_config(), 4)).double().train(training)
+    norm, activation = module.norm.batch_norm, module.activation
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    shortcut = torch.randn(2, 5, shortcut_channels, dtype=torch.float64, requires_grad=True)
+    wanted = [x, shortcut, norm.weight, norm.bias, activation.shift_in, activation.slope, activation.shift_out]
+    before = [norm.running_mean.clone(), norm.running_var.clone()]
+
+    fused = module(x, shortcut)
+    fused_gradients = gradients(fused, *wanted)
+    after = [norm.running_mean.clone(), norm.running_var.clone()]
+    norm.running_mean, norm.running_var = before
+    summed = module.norm(x) + reference_shortcut(shortcut, 4) - activation.shift_in
+    composed = nn.functional.prelu(summed.flatten(0, 1), activation.slope).view(2, 5, 4) + activation.shift_out
+
+    torch.testing.assert_close(fused, composed)
+    torch.testing.assert_close(fused_gradients, gradients(composed, *wanted))
+    torch.testing.assert_close(after, [norm.running_mean, norm.running_var])
+
+
+def test_map_rows_keeps_the_order_of_the_rows(block_elements):
+    x = torch.arange(60.0).view(20, 3)
+    assert torch.equal(map_rows(lambda x: x + 1, x), x + 1)
+
+
+@pytest.mark.parametrize("out_features", [2, 4, 12])
+def test_binary_projection_is_the_formula_of_the_paper(out_features):
+    projection = randomized(BinaryProjection(tiny_config(), 4, out_features)).double().eval()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    linear, norm_activation = projection.linear, projection.norm_activation
+    weight = linear.weight - linear.weight.mean(1, keepdim=True)
+    weight = linear.weight.abs().mean(1, keepdim=True) * binary_sign(weight)
+    y = norm_activation.norm(binary_sign(x + linear.shift) @ weight.T) + reference_shortcut(x, out_features)
+    activation = norm_activation.activation
+    y = y - activation.shift_in
+    y = torch.where(y > 0, y, activation.slope * y) + activation.shift_out
+    torch.testing.assert_close(projection(x), y)
+
+
+def test_patch_convolution_is_a_convolution_of_signs():
+    conv = randomized(BinaryPatchConv(tiny_config(), 3, 6)).double()
+    tokens = torch.randn(2, 4 * 6, 3, dtype=torch.float64)
+    token_map = tokens.transpose(1, 2).unflatten(2, (4, 6))
+    weight = BinarizeWeight.apply(conv.weight, False)
+    expected = nn.functional.conv2d(binary_sign(token_map + conv.shift.view(-1, 1, 1)), weight, stride=2)
+    actual = conv(gather_patches(tokens, (4, 6)).flatten(2))
+    torch.testing.assert_close(actual, expected.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 1), (1, 3), (5, 1), (1, 5)])
+def test_pooling_branch_is_a_zero_padded_mean_over_the_whole_kernel(kernel_size):
+    branch = randomized(AvgPoolBranch(3, kernel_size)).double()
+    tokens = torch.randn(2, 4 * 6, 3, dtype=torch.float64, requires_grad=True)
+    height, width = kernel_size
+    token_map = tokens.transpose(1, 2).unflatten(2, (4, 6))
+    kernel = torch.full((3, 1, height, width), 1 / (height * width), dtype=torch.float64)
+    mean = nn.functional.conv2d(token_map, kernel, padding=(height // 2, width // 2), groups=3)
+    scale = branch.layer_scale
+    expected = mean.flatten(2).transpose(1, 2) * scale.scale + scale.shift
+    actual = branch(tokens, (4, 6))
+    torch.testing.assert_close(actual, expected)
+    wanted = (tokens, scale.scale, scale.shift)
+    torch.testing.assert_close(gradients(actual, *wanted), gradients(expected, *wanted))
+
+
+def test_pooling_and_upsampling_agree_with_two_dimensional_ones():
+    tokens = torch.randn(2, 4 * 6, 3)
+    token_map = tokens.transpose(1, 2).unflatten(2, (4, 6))
+    pooled = pool_tokens(tokens, (4, 6), 2)
+    torch.testing.assert_close(pooled, nn.functional.avg_pool2d(token_map, 2).flatten(2).transpose(1, 2))
+    upsampled = nn.functional.interpolate(nn.functional.avg_pool2d(token_map, 2), scale_factor=2)
+    torch.testing.assert_close(upsample_tokens(pooled, (4, 6), 2), upsampled.flatten(2).transpose(1, 2))
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    drop_path = DropPath(0.25).train()
+    values = drop_path(torch.ones(4000, 2, 3))
+    kept = values[:, 0, 0]
+    assert torch.equal(values, kept[:, None, None].expand_as(values))
+    torch.testing.assert_close(kept.unique(), torch.tensor([0.0, 4 / 3]))
+    assert kept.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(drop_path.eval()(values), values)
+
+
+def test_layers_keep_half_the_bytes_of_the_composed_ones():
+    """A fused projection must keep two activations, its input and its product; composed PyTorch keeps seven."""
+    projection = BinaryProjection(tiny_config(), 64, 64).train()
+    x = torch.randn(2, 100, 64, requires_grad=True)
+    kept = {}
+
+    def note(tensor):
+        if tensor.numel() >= x.numel():
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        projection(x)
+    assert len(kept) == 2
+
+
+def test_layer_is_the_block_of_the_paper():
+    model = tiny_model().double().eval()
+    layer, grid_size = model.binaryvit.stages[1].layers[0], (2, 4)
+    x = torch.randn(2, 8, 16, dtype=torch.float64)
+    attention = layer.attention
+    u = layer.norm1(x)
+    q, k, v = attention.query(u), attention.key(u), attention.value(u)
+    heads = [
+        binary_sign(t + s).unflatten(-1, (4, 4)).transpose(1, 2)
+        for t, s in ((q, attention.query_shift), (k, attention.key_shift), (v, attention.value_shift))
+    ]
+    p = (heads[0] @ heads[1].transpose(-1, -2) / 2).softmax(-1)
+    p = (p / attention.probability_clip).round().clamp(0, 1) * attention.probability_clip
+    z = (p @ heads[2]).transpose(1, 2).flatten(2)
+    z = attention.norm_activation.norm(z) + q + k + v - attention.norm_activation.activation.shift_in
+    activation = attention.norm_activation.activation
+    z = torch.where(z > 0, z, activation.slope * z) + activation.shift_out
+    x1 = x + layer.layer_scale1(attention.output(z))
+    u = layer.norm2(x1)
+    expected = x1 + layer.layer_scale2(layer.mlp.fc2(layer.mlp.fc1(u)))
+    expected = expected + sum(branch(u, grid_size) for branch in layer.avg_pool_branches)
+    torch.testing.assert_close(layer(x, grid_size), expected)
+
+
+def test_drop_path_rate_grows_linearly_with_depth():
+    model = tiny_model(tiny_config(drop_path_rate=0.2))
+    rates = [layer.drop_path.drop_prob for stage in model.binaryvit.stages for layer in stage.layers]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+    assert model.train()(tiny_images()).logits.isfinite().all()
