@@ -69,11 +69,8 @@ class TokenBatchNorm(nn.Module):
         norm = self.batch_norm
         if not norm.training:
             return norm.running_mean, norm.running_var
-        running = (None, None)
-        if norm.track_running_stats:
-            norm.num_batches_tracked.add_(1)
-            running = (norm.running_mean, norm.running_var)
-        return torch.batch_norm_update_stats(rows.detach(), *running, norm.momentum)
+        norm.num_batches_tracked.add_(1)
+        return torch.batch_norm_update_stats(rows.detach(), norm.running_mean, norm.running_var, norm.momentum)
 
 
 class RPReLU(nn.Module):

@@ -113,7 +113,8 @@ class BinaryViTAttention(nn.Module):
         self.key_shift = nn.Parameter(torch.zeros(hidden_size))
         self.value_shift = nn.Parameter(torch.zeros(hidden_size))
         self.probability_clip_init = float(config.attention_clip_init_value)
-        self.probability_clip = nn.Parameter(torch.tensor(self.probability_clip_init))
+        clip = nn.Parameter(torch.tensor(self.probability_clip_init)) if self.input_bits < 32 else None
+        self.register_parameter("probability_clip", clip)  # none untouched: a parameter without use stops DDP
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.norm_activation = NormActivation(config, hidden_size)
         self.output = BinaryProjection(config, hidden_size, hidden_size)
@@ -219,7 +220,8 @@ class BinaryViTPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, module.init_value)
             init.zeros_(module.shift)
         elif isinstance(module, BinaryViTAttention):
-            init.constant_(module.probability_clip, module.probability_clip_init)
+            if module.probability_clip is not None:
+                init.constant_(module.probability_clip, module.probability_clip_init)
             for shift in (module.query_shift, module.key_shift, module.value_shift):
                 init.zeros_(shift)
         elif isinstance(module, (BinaryViTEmbeddings, BinaryPatchEmbeddings, FullPrecisionPatchEmbeddings)):
@@ -329,13 +331,16 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
 def frozen_statistics(model: nn.Module):
     """Batch normalisation neither updates nor counts inside of this; in training it uses the batch as ever."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in zip(norms, momenta, counts):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 __all__ = ["BinaryViTForImageClassification", "BinaryViTModel", "BinaryViTPreTrainedModel"]
