@@ -43,6 +43,7 @@ from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArgume
 
 ROOT = Path(__file__).resolve().parent
 RUN_ARGUMENTS = "run_arguments.json"
+TEACHER_METRICS = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
 # Fields of a config that say where it comes from, not what network it is.
 INCIDENTAL_FIELDS = {"_name_or_path", "architectures", "auto_map", "dtype", "problem_type", "transformers_version"}
 
@@ -60,7 +61,10 @@ def main(arguments: list[str]) -> int:
             run(phase)
     except UserError as error:
         # A worker of the data loader hands an error on with its stack trace before the message.
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('binaryvit_hf.errors.UserError: ')}", file=sys.stderr)
+        print(
+            f"error: {str(error).strip().splitlines()[-1].removeprefix('binaryvit_hf.errors.UserError: ')}",
+            file=sys.stderr,
+        )
         return 2
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,7 +77,11 @@ def run(phase: Phase) -> None:
     """Train and evaluate one model, and write what it leaves behind."""
     model_arguments, data_arguments, training_arguments = phase
     set_seed(training_arguments.seed)
+    # Without an accelerator PyTorch warns of every loader that pins its memory.
+    training_arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     output_dir = Path(training_arguments.output_dir)
+    network = model_arguments.config_name or model_arguments.model_name_or_path
+    logger.info("%s -> %s", network, output_dir)
 
     images = load_images(data_arguments, training_arguments.seed, model_arguments.cache_dir, model_arguments.token)
     images, broken = check_images(images, data_arguments.skip_broken_images)
@@ -116,8 +124,8 @@ def run(phase: Phase) -> None:
         metrics = trainer.evaluate()
         metrics["eval_samples"] = len(images["validation"])
         if teacher is not None:
-            # The Trainer moves a model to its device and is done with it: no training, so no optimiser.
-            metrics |= create_trainer(teacher).evaluate(metric_key_prefix="teacher")
+            taught = create_trainer(teacher).evaluate(metric_key_prefix="teacher")
+            metrics |= {key: taught[key] for key in TEACHER_METRICS if key in taught}
         if broken:
             metrics["skipped_images"] = len(broken)
         trainer.log_metrics("eval", metrics)
@@ -143,7 +151,9 @@ def check_arguments(phase: Phase) -> None:
     if training_arguments.do_train and data_arguments.validation_dir and not data_arguments.train_dir:
         raise UserError("--do_train needs --train_dir beside --validation_dir.")
     if model_arguments.config_name and not training_arguments.do_train:
-        raise UserError("--config_name is a network without weights: evaluate one with --model_name_or_path, or --do_train.")
+        raise UserError(
+            "--config_name is a network without weights: evaluate one with --model_name_or_path, or --do_train."
+        )
     for name, low, high in (("crop_pct", 0, 1), ("random_resized_crop_min_scale", 0, 1)):
         if not low < getattr(data_arguments, name) <= high:
             raise UserError(f"--{name} is a share above 0 and at most 1, not {getattr(data_arguments, name)}.")
@@ -162,9 +172,13 @@ def load_config(arguments: ModelArguments, labels: list[str]) -> PreTrainedConfi
         cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         raise UserError(f"The config of {name!r} cannot be loaded: {first_sentence(cause)}") from error
     if getattr(config, "num_channels", 3) != 3:
-        raise UserError(f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3.")
+        raise UserError(
+            f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3."
+        )
     if arguments.model_name_or_path and not arguments.ignore_mismatched_sizes:
-        compare_labels(config, labels, f"--model_name_or_path {name!r}", "start a new head with --ignore_mismatched_sizes")
+        compare_labels(
+            config, labels, f"--model_name_or_path {name!r}", "start a new head with --ignore_mismatched_sizes"
+        )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     return config
@@ -255,7 +269,10 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     for folder in (output_dir, *([Path(last)] if last else [])):
         if (folder / "config.json").is_file():
-            theirs, ours = (network_fields(json.loads(text)) for text in ((folder / "config.json").read_text(), config.to_json_string()))
+            theirs, ours = (
+                network_fields(json.loads(text))
+                for text in ((folder / "config.json").read_text(), config.to_json_string())
+            )
             different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
             if different:
                 raise UserError(

@@ -10,4 +10,9 @@ AutoConfig.register("binaryvit", BinaryViTConfig)
 AutoModel.register(BinaryViTConfig, BinaryViTModel)
 AutoModelForImageClassification.register(BinaryViTConfig, BinaryViTForImageClassification)
 
+# Saved models carry their code, for machines without this package (trust_remote_code=True).
+BinaryViTConfig.register_for_auto_class()
+BinaryViTModel.register_for_auto_class("AutoModel")
+BinaryViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
 __all__ = ["BinaryViTConfig", "BinaryViTForImageClassification", "BinaryViTModel", "BinaryViTPreTrainedModel"]

@@ -68,7 +68,9 @@ def parse_phases(arguments: list[str]) -> list[Phase]:
         values, arguments = read_argument_file(Path(arguments[0])), arguments[1:]
     teacher_values = values.pop("teacher", None)
     flags = group_flags(arguments)
-    teacher_flags = [(name.removeprefix(TEACHER_PREFIX), rest) for name, rest in flags if name.startswith(TEACHER_PREFIX)]
+    teacher_flags = [
+        (name.removeprefix(TEACHER_PREFIX), rest) for name, rest in flags if name.startswith(TEACHER_PREFIX)
+    ]
     flags = [(name, rest) for name, rest in flags if not name.startswith(TEACHER_PREFIX)]
     if teacher_values is None:
         if teacher_flags:
@@ -113,7 +115,9 @@ def group_flags(arguments: list[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(argument)
         else:
-            raise UserError(f"Unknown argument {argument!r}: a file of arguments ends in .json or .yaml, a flag begins with --.")
+            raise UserError(
+                f"Unknown argument {argument!r}: a file of arguments ends in .json or .yaml, a flag begins with --."
+            )
     return groups
 
 

@@ -120,7 +120,9 @@ class BinaryViTConfig(PreTrainedConfig):
         for stage, channels in enumerate(self.hidden_sizes):
             heads, inner = self.num_attention_heads[stage], self.intermediate_sizes[stage]
             if channels % heads:
-                raise ValueError(f"num_attention_heads={heads} does not divide hidden_sizes={channels} of stage {stage}.")
+                raise ValueError(
+                    f"num_attention_heads={heads} does not divide hidden_sizes={channels} of stage {stage}."
+                )
             if inner % channels:
                 raise ValueError(
                     f"intermediate_sizes={inner} is no multiple of hidden_sizes={channels} of stage {stage}, "

@@ -30,7 +30,11 @@ LAYER_NAMES = [
     (r"output\.layerscale\.", "layer_scale2."),
     *[
         (rf"{theirs}\.{pattern}", f"{name}.{ours}")
-        for theirs, name in {r"attention\.output": "attention.output", "intermediate": "mlp.fc1", "output": "mlp.fc2"}.items()
+        for theirs, name in {
+            r"attention\.output": "attention.output",
+            "intermediate": "mlp.fc1",
+            "output": "mlp.fc2",
+        }.items()
         for pattern, ours in [
             (r"move$", "linear.shift"),
             (r"dense\.", "linear."),
@@ -75,7 +79,9 @@ VIT_NAMES = [
 ]
 
 
-def convert_original_state_dict(state_dict: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+def convert_original_state_dict(
+    state_dict: dict[str, torch.Tensor], config: PreTrainedConfig
+) -> dict[str, torch.Tensor]:
     """
     Rename the tensors of the paper's public code to those of `BinaryViTForImageClassification` (or, for a config of
     transformers' ViT, the full-precision row, to those of `ViTForImageClassification`).

@@ -32,14 +32,17 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": f"Hub id or local path of a dataset; {DIGITS!r} is the 1,797 digits that scikit-learn ships."},
+        metadata={
+            "help": f"Hub id or local path of a dataset; {DIGITS!r} is the 1,797 digits that scikit-learn ships."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder of training images, one folder a class."})
     validation_dir: str | None = field(default=None, metadata={"help": "Folder of evaluation images, likewise."})
     train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split_name: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: 'validation', else 'test', where there is one."}
+        default=None,
+        metadata={"help": "Split to evaluate on. Default: 'validation', else 'test', where there is one."},
     )
     image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
@@ -54,7 +57,8 @@ class DataArguments:
         metadata={"help": "Decode every image before training and leave out those that fail, instead of stopping."},
     )
     crop_pct: float = field(
-        default=0.875, metadata={"help": "Evaluation resizes the shorter side to the image size over this, then crops."}
+        default=0.875,
+        metadata={"help": "Evaluation resizes the shorter side to the image size over this, then crops."},
     )
     random_resized_crop_min_scale: float = field(
         default=0.08, metadata={"help": "Training crops at least this share of the image's area; 1 does not crop."}
@@ -153,7 +157,9 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
         if child.is_dir() and not child.name.startswith(".")
     }
     if not any(classes.values()):
-        raise UserError(f"--{split}_dir: {str(folder)!r} has no images in sub-folders; it needs one sub-folder a class.")
+        raise UserError(
+            f"--{split}_dir: {str(folder)!r} has no images in sub-folders; it needs one sub-folder a class."
+        )
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
         raise UserError(f"--{split}_dir: the class folder {str(folder / empty[0])!r} is empty; fill or remove it.")

@@ -95,7 +95,19 @@ class NormShortcutRPReLU(Function):
             grad, x, weight, mean, variance, mean, torch.rsqrt(variance + ctx.eps), ctx.from_batch, ctx.eps, [True] * 3
         )
         # shift_in enters where the bias does, with the other sign.
-        return grad_x, grad_shortcut, None, None, None, None, grad_weight, grad_bias, -grad_bias, grad_slope, grad_shift_out
+        return (
+            grad_x,
+            grad_shortcut,
+            None,
+            None,
+            None,
+            None,
+            grad_weight,
+            grad_bias,
+            -grad_bias,
+            grad_slope,
+            grad_shift_out,
+        )
 
 
 def fold_norm(mean, variance, eps, weight, bias) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,9 @@ class BinaryViTEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         expected = (self.num_channels, *self.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"The model takes images of (channels, height, width) {expected}, not {tuple(pixel_values.shape[1:])}.")
+            raise ValueError(
+                f"The model takes images of (channels, height, width) {expected}, not {tuple(pixel_values.shape[1:])}."
+            )
         hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
         hidden_states = self.norm(hidden_states)
         if self.class_token is not None:
@@ -254,7 +256,10 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
         rates = iter([config.drop_path_rate * step / steps for step in range(config.num_hidden_layers)])
         self.embeddings = BinaryViTEmbeddings(config)
         self.stages = nn.ModuleList(
-            [BinaryViTStage(config, stage, [next(rates) for _ in range(depth)]) for stage, depth in enumerate(config.depths)]
+            [
+                BinaryViTStage(config, stage, [next(rates) for _ in range(depth)])
+                for stage, depth in enumerate(config.depths)
+            ]
         )
         self.norm = TokenBatchNorm(config, config.hidden_sizes[-1])
         self.post_init()

@@ -163,5 +163,3 @@ def quantize_uniformly(x: torch.Tensor, bits: int, dims: tuple[int, ...]) -> tor
     # An all-zero tensor has no step; any will do.
     step = step.masked_fill(step == 0, 1)
     return (x / step).round() * step
-
-

@@ -6,6 +6,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 
+from .data import DIGITS
+
 
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
 
@@ -65,9 +67,11 @@ def write_model_card(
         teacher: Hub id or path, if there was one.
     """
     metrics = {name: results[f"eval_{key}"] for key, name in METRIC_NAMES.items() if f"eval_{key}" in results}
-    teacher_metrics = {name: results.get(f"teacher_{key}") for key, name in METRIC_NAMES.items() if f"eval_{key}" in results}
-    # A local path is no dataset or model of the Hub, whose metadata must name one.
-    on_hub = not Path(dataset).exists()
+    teacher_metrics = {
+        name: results.get(f"teacher_{key}") for key, name in METRIC_NAMES.items() if f"eval_{key}" in results
+    }
+    # A local path is no dataset of the Hub, and neither are scikit-learn's digits; the metadata must name one of the Hub.
+    on_hub = dataset != DIGITS and not Path(dataset).exists()
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -78,7 +82,7 @@ def write_model_card(
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=dataset if on_hub else "imagefolder",
+                dataset_type=dataset if on_hub else "local",
                 dataset_name=dataset,
                 metric_type="accuracy",
                 metric_name=name,
@@ -100,9 +104,7 @@ def write_model_card(
         labels=list(config.id2label.values()),
         metrics={name: f"{100 * value:.2f} %" for name, value in metrics.items()},
         teacher=teacher,
-        teacher_metrics={
-            name: f"{100 * value:.2f} %" for name, value in teacher_metrics.items() if value is not None
-        },
+        teacher_metrics={name: f"{100 * value:.2f} %" for name, value in teacher_metrics.items() if value is not None},
         skipped_images=results.get("skipped_images"),
         output_dir=path.parent,
         arguments=arguments,

@@ -26,7 +26,9 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     distillation_temperature: float = field(
         default=1.0,
-        metadata={"help": "Temperature of student and teacher in the distillation loss, which is scaled by its square."},
+        metadata={
+            "help": "Temperature of student and teacher in the distillation loss, which is scaled by its square."
+        },
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Off: images are decoded and transformed as they are read."}

@@ -1,0 +1,239 @@
+"""The script as a user runs it: a process of its own, on folders of generated images."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_config, tiny_model
+from transformers import ViTConfig, ViTForImageClassification
+
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [
+    "--do_train",
+    "--do_eval",
+    "--per_device_train_batch_size=4",
+    "--max_steps=2",
+    "--report_to=none",
+    "--use_cpu",
+    "--crop_pct=1.0",
+]
+
+
+def run_script(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "run_image_classification.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One sentence, exit code 2, no stack trace."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1, result.stderr
+    for word in words:
+        assert word in message[0]
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Eight images of each of three classes, of several sizes and modes."""
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(("ant", "bee", "cat")):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.integers(0, 80, (20 + number, 40, 3)).astype("uint8")
+            pixels[..., index] += 150
+            image = Image.fromarray(pixels)
+            image = {0: image.convert("RGBA"), 1: image.convert("P")}.get(number, image)
+            image.save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(image_size=[16, 32], patch_size=8, id2label={0: "ant", 1: "bee", 2: "cat"}, **fields)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(photos, config, teacher, tmp_path):
+    output = tmp_path / "out"
+    common = ["--train_dir", photos, "--output_dir", output]
+    result = run_script("--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN)
+    assert result.returncode == 0, result.stderr
+    assert "load it:" in result.stdout
+    assert "classify:" in result.stdout
+    assert str(output / "README.md") in result.stdout
+
+    results = json.loads((output / "all_results.json").read_text())
+    assert {"eval_accuracy", "teacher_accuracy", "train_loss"} <= results.keys()
+    card = (output / "README.md").read_text()
+    assert f"{100 * results['eval_accuracy']:.2f} %" in card
+    assert f"{100 * results['teacher_accuracy']:.2f} %" in card
+    assert Image.open(output / "learning_curves.png").width > 500
+    assert (output / "preprocessor_config.json").is_file()
+    recorded = json.loads((output / "run_arguments.json").read_text())
+    assert recorded["teacher_model_name_or_path"] == str(teacher)
+    assert recorded["learning_rate"] == 5e-5
+
+    weights = (output / "model.safetensors").read_bytes()
+    again = run_script("--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN)
+    assert again.returncode == 0, again.stderr
+    assert "is trained already" in again.stderr
+    assert (output / "model.safetensors").read_bytes() == weights
+    evaluated = run_script(
+        "--model_name_or_path",
+        output,
+        "--train_dir",
+        photos,
+        "--do_eval",
+        "--use_cpu",
+        "--report_to=none",
+        "--output_dir",
+        tmp_path / "evaluated",
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    ours = json.loads((tmp_path / "evaluated" / "all_results.json").read_text())
+    assert ours["eval_accuracy"] == results["eval_accuracy"]
+
+    lower = run_script(
+        "--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN, "--learning_rate=1e-3"
+    )
+    assert_refused(
+        lower, "run of other arguments", "learning_rate was 5e-05, not 0.001", "choose another --output_dir"
+    )
+
+
+def test_interrupted_run_goes_on_from_its_checkpoint(photos, config, tmp_path):
+    common = [
+        "--config_name",
+        config,
+        "--train_dir",
+        photos,
+        "--output_dir",
+        tmp_path / "out",
+        *TRAIN,
+        "--save_steps=1",
+    ]
+    assert run_script(*common).returncode == 0
+    (tmp_path / "out" / "train_results.json").unlink()  # as if it had been stopped before the end
+    result = run_script(*common)
+    assert result.returncode == 0, result.stderr
+    assert "Going on from" in result.stderr
+
+
+def test_quickstart_in_short_then_the_pipeline_in_a_fresh_process(tmp_path):
+    short = ["--max_train_samples=96", "--num_train_epochs=2", "--teacher.num_train_epochs=1", "--use_cpu"]
+    result = run_script(ROOT / "configs" / "quickstart.json", "--output_dir", tmp_path / "out", *short)
+    assert result.returncode == 0, result.stderr
+    student, teacher = tmp_path / "out", tmp_path / "out" / "teacher"
+    assert json.loads((student / "config.json").read_text())["model_type"] == "binaryvit"
+    assert json.loads((teacher / "config.json").read_text())["model_type"] == "vit"
+    results = json.loads((student / "all_results.json").read_text())
+    assert results["train_samples"] == 96
+    assert results["eval_samples"] == 360
+    taught = json.loads((teacher / "all_results.json").read_text())
+    assert results["teacher_accuracy"] == taught["eval_accuracy"]
+
+    Image.fromarray(np.eye(8, dtype="uint8") * 255).save(tmp_path / "digit.png")
+    code = (
+        "import sys, json, binaryvit_hf; from transformers import pipeline;"
+        "print(json.dumps(pipeline('image-classification', sys.argv[1])(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(student), str(tmp_path / "digit.png")]
+    classified = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    answers = json.loads(classified.stdout)
+    assert {answer["label"] for answer in answers} <= {str(digit) for digit in range(10)}
+
+
+def test_local_dataset_by_name_with_its_own_column_names(photos, config, tmp_path):
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    paths = sorted(photos.rglob("*.png"))
+    rows = {"img": [str(path) for path in paths], "fine": [path.parent.name for path in paths]}
+    Dataset.from_dict(rows).cast_column("img", ImageFeature()).to_parquet(tmp_path / "data" / "train.parquet")
+    common = ["--config_name", config, "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out", *TRAIN]
+    assert_refused(run_script(*common), "no column 'image'", "'img'", "--image_column_name")
+    result = run_script(*common, "--image_column_name=img", "--label_column_name=fine", "--max_eval_samples=2")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_samples"] == 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {
+        "0": "ant",
+        "1": "bee",
+        "2": "cat",
+    }
+
+
+def test_yaml_file_of_arguments_is_overridden_by_flags(photos, config, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"config_name: {config}\ntrain_dir: {photos}\noutput_dir: {tmp_path / 'out'}\ndo_train: true\nmax_steps: 7\n"
+        "learning_rate: 1e-3\nuse_cpu: true\nreport_to: none\n"
+    )
+    result = run_script(tmp_path / "run.yaml", "--max_steps=1")
+    assert result.returncode == 0, result.stderr
+    recorded = json.loads((tmp_path / "out" / "run_arguments.json").read_text())
+    assert (recorded["max_steps"], recorded["learning_rate"]) == (1, 1e-3)
+
+
+def test_broken_image_is_named_and_left_out_on_request(photos, config, tmp_path):
+    (photos / "bee" / "notes.png").write_text("no image")
+    common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
+    assert_refused(run_script(*common), "bee/notes.png", "is no image", "--skip_broken_images")
+    assert not (tmp_path / "out").exists()
+
+    whole = (photos / "ant" / "7.png").read_bytes()
+    (photos / "ant" / "7.png").write_bytes(whole[: len(whole) // 2])  # its header is fine
+    result = run_script(*common, "--skip_broken_images")
+    assert result.returncode == 0, result.stderr
+    assert "2 file(s) were left out" in result.stderr
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["skipped_images"] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_image_met_in_training_is_named(photos, config, tmp_path, workers):
+    for path in photos.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-30])
+    common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
+    assert_refused(run_script(*common, f"--dataloader_num_workers={workers}"), ".png", "cannot be decoded")
+
+
+def test_loss_that_is_no_number_ends_with_code_one(photos, config, tmp_path):
+    common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
+    result = run_script(*common, "--max_steps=20", "--learning_rate=1e38", "--max_grad_norm=0")
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "at step" in result.stderr
+
+
+def test_teacher_of_other_labels_is_refused(photos, config, teacher, tmp_path):
+    common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
+    (photos / "cat").rename(photos / "cow")
+    result = run_script(*common, "--teacher_model_name_or_path", teacher)
+    assert_refused(result, "calls label 2 'cat', the images call it 'cow'")
+    (photos / "dog").mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "dog" / "0.png")
+    result = run_script(*common, "--teacher_model_name_or_path", teacher)
+    assert_refused(result, "has 3 labels, the images have 4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_directory_of_another_model_is_refused(photos, config, tmp_path):
+    tiny_model(tiny_config(depths=[1, 1])).save_pretrained(tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
+    assert_refused(run_script(*common), "holds another model's run", "depths", "choose another --output_dir")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before

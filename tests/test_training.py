@@ -1,0 +1,140 @@
+"""Distillation: the loss, and what the trainer does to the teacher."""
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_images, tiny_model
+from transformers import ViTConfig, ViTForImageClassification
+
+from binaryvit_hf.errors import NonFiniteLossError
+from binaryvit_hf.metrics import TopKAccuracy
+from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments, distillation_loss
+
+
+STUDENT = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
+TEACHER = torch.tensor([[0.0, 3.0, 0.0], [1.0, 1.0, 2.0]])
+LABELS = torch.tensor([1, 2])
+
+
+def tiny_teacher() -> ViTForImageClassification:
+    torch.manual_seed(5)
+    config = ViTConfig(
+        image_size=(16, 32), patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    return ViTForImageClassification(config)
+
+
+def tiny_trainer(tmp_path, model=None, teacher=None, **arguments) -> DistillationTrainer:
+    defaults = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    images = tiny_images(8)
+    return DistillationTrainer(
+        model=model or tiny_model(),
+        args=DistillationTrainingArguments(str(tmp_path), **(defaults | arguments)),
+        teacher=teacher,
+        train_dataset=[{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)],
+    )
+
+
+def test_default_loss_is_the_papers_and_does_not_see_the_labels():
+    expected = -(TEACHER.softmax(-1) * STUDENT.log_softmax(-1)).sum(-1).mean()
+    for labels in (LABELS, LABELS - 1):
+        torch.testing.assert_close(distillation_loss(STUDENT, TEACHER, labels), expected)
+
+
+def test_soft_labels_take_a_tenth_of_the_loss():
+    soft = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
+    log_probabilities = STUDENT.log_softmax(-1)
+    expected = -(0.9 * TEACHER.softmax(-1) + 0.1 * soft).mul(log_probabilities).sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(STUDENT, TEACHER, soft), expected)
+
+
+def test_label_weight_and_temperature_enter_as_documented():
+    distilled = -((TEACHER / 2).softmax(-1) * (STUDENT / 2).log_softmax(-1)).sum(-1).mean() * 4
+    expected = 0.7 * distilled + 0.3 * torch.nn.functional.cross_entropy(STUDENT, LABELS)
+    torch.testing.assert_close(distillation_loss(STUDENT, TEACHER, LABELS, 0.3, 2.0), expected)
+
+
+@pytest.mark.parametrize("arguments", [{"label_loss_weight": 1.5}, {"distillation_temperature": 0.0}])
+def test_senseless_loss_arguments_are_refused(arguments, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        DistillationTrainingArguments(str(tmp_path), **arguments)
+
+
+def test_teacher_is_neither_trained_nor_saved_nor_optimised(tmp_path):
+    teacher = tiny_teacher().train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    trainer = tiny_trainer(tmp_path, teacher=teacher)
+    student_before = trainer.model.classifier.weight.clone()
+    trainer.train()
+    trainer.save_model()
+    assert not teacher.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    optimised = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert not optimised & {id(parameter) for parameter in teacher.parameters()}
+    assert not torch.equal(trainer.model.classifier.weight, student_before)
+    saved = type(trainer.model).from_pretrained(tmp_path)
+    assert saved.state_dict().keys() == trainer.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_gradient_accumulation_is_the_mean_over_its_steps(tmp_path, taught):
+    """With frozen statistics and one image a step, four steps of accumulation see the gradient of a batch of four."""
+    grads = []
+    for batch, steps in ((4, 1), (1, 4)):
+        teacher = tiny_teacher() if taught else None
+        trainer = tiny_trainer(
+            tmp_path,
+            model=tiny_model(tiny_config(batch_norm_momentum=0.0)),
+            teacher=teacher,
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            seed=0,
+        )
+        recorded = []
+        trainer.model.classifier.bias.register_hook(recorded.append)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.train = lambda mode=True, module=module: module  # stays in eval mode
+                module.training = False
+        trainer.train()
+        grads.append(torch.stack(recorded).sum(0))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_at_its_step(tmp_path):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    step = trainer.training_step
+    broken = []
+
+    def poison_the_second(*args, **kwargs):
+        if trainer.state.global_step == 1 and not broken:
+            broken.append(trainer.model.classifier.bias.data.fill_(float("nan")))
+        return step(*args, **kwargs)
+
+    trainer.training_step = poison_the_second
+    with pytest.raises(NonFiniteLossError, match=r"became nan at step 2.*last good checkpoint is .*checkpoint-1"):
+        trainer.train()
+    saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1")
+    assert all(tensor.isfinite().all() for tensor in saved.state_dict().values())
+
+
+def test_metric_counts_first_and_first_five():
+    logits = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 4).numpy()
+    results = TopKAccuracy().compute(predictions=logits, references=[0, 1, 4, 5])
+    assert results == {"accuracy": 0.25, "top5_accuracy": 0.75}
+
+
+def test_metric_of_few_labels_has_no_top_five():
+    assert TopKAccuracy().compute(predictions=[[0.0, 1.0]], references=[1]) == {"accuracy": 1.0}
+
+
+def test_metric_gives_nothing_for_indifference():
+    assert TopKAccuracy().compute(predictions=[[1.0, 1.0]], references=[0]) == {"accuracy": 0.0}
