@@ -44,8 +44,6 @@ from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArgume
 ROOT = Path(__file__).resolve().parent
 RUN_ARGUMENTS = "run_arguments.json"
 TEACHER_METRICS = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
-# Fields of a config that say where it comes from, not what network it is.
-INCIDENTAL_FIELDS = {"_name_or_path", "architectures", "auto_map", "dtype", "problem_type", "transformers_version"}
 
 logger = logging.getLogger("run_image_classification")
 
@@ -60,14 +58,14 @@ def main(arguments: list[str]) -> int:
         for phase in phases:
             run(phase)
     except UserError as error:
-        # A worker of the data loader hands an error on with its stack trace before the message.
+        # A progress bar may stand on the line; a worker of the data loader puts its stack trace before the message.
         print(
-            f"error: {str(error).strip().splitlines()[-1].removeprefix('binaryvit_hf.errors.UserError: ')}",
+            f"\nerror: {str(error).strip().splitlines()[-1].removeprefix('binaryvit_hf.errors.UserError: ')}",
             file=sys.stderr,
         )
         return 2
     except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         return 1
     print_next_steps(phases[-1][2])
     return 0
@@ -269,11 +267,10 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     for folder in (output_dir, *([Path(last)] if last else [])):
         if (folder / "config.json").is_file():
-            theirs, ours = (
-                network_fields(json.loads(text))
-                for text in ((folder / "config.json").read_text(), config.to_json_string())
-            )
-            different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+            # Compared as written, for reading turns tuples into lists.
+            theirs, ours = json.loads((folder / "config.json").read_text()), json.loads(config.to_json_string())
+            fields = ["model_type", *type(config).__annotations__, "id2label"]
+            different = [field for field in fields if theirs.get(field) != ours.get(field)]
             if different:
                 raise UserError(
                     f"--output_dir {str(output_dir)!r} holds another model's run (its {different[0]} is "
@@ -300,10 +297,6 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     if last:
         logger.info("Going on from %s.", last)
     return last, False
-
-
-def network_fields(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key not in INCIDENTAL_FIELDS}
 
 
 def describe(phase: Phase) -> dict:

@@ -79,13 +79,14 @@ def parse_phases(arguments: list[str]) -> list[Phase]:
     if not isinstance(teacher_values, dict):
         raise UserError("'teacher' in the file of arguments must be an object of arguments.")
 
-    model_arguments, data_arguments, training_arguments = student = parse(values, flags)
+    student = parse(values, flags)
+    model_arguments, _, training_arguments = student
     if model_arguments.teacher_model_name_or_path:
         return [student]  # another teacher was named, so there is none to train
     shared = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
     shared_flags = [(name, rest) for name, rest in flags if name not in STUDENT_ONLY and name not in teacher_values]
-    output_dir = str(Path(training_arguments.output_dir) / "teacher")
-    teacher = parse({**shared, "output_dir": output_dir, **teacher_values}, shared_flags + teacher_flags)
+    teacher_dir = str(Path(training_arguments.output_dir) / "teacher")
+    teacher = parse({**shared, "output_dir": teacher_dir, **teacher_values}, shared_flags + teacher_flags)
     model_arguments.teacher_model_name_or_path = teacher[2].output_dir
     return [teacher, student]
 
