@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -75,13 +74,15 @@ def run(phase: Phase) -> None:
     """Train and evaluate one model, and write what it leaves behind."""
     model_arguments, data_arguments, training_arguments = phase
     set_seed(training_arguments.seed)
-    # Without an accelerator PyTorch warns of every loader that pins its memory.
-    training_arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     output_dir = Path(training_arguments.output_dir)
     network = model_arguments.config_name or model_arguments.model_name_or_path
     logger.info("%s -> %s", network, output_dir)
 
     images = load_images(data_arguments, training_arguments.seed, model_arguments.cache_dir, model_arguments.token)
+    if training_arguments.do_train and "train" not in images:
+        raise UserError(
+            f"The images have no split {data_arguments.train_split_name!r} to train on; say which with --train_split_name."
+        )
     images, broken = check_images(images, data_arguments.skip_broken_images)
     labels = images["validation"].features["label"].names
     config = load_config(model_arguments, labels)
@@ -277,6 +278,10 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
                     f"{theirs.get(different[0])}, not {ours.get(different[0])}); {remedy}."
                 )
     explicit = training_arguments.resume_from_checkpoint
+    if str(explicit).lower() == "true":
+        explicit = last
+        if last is None:
+            raise UserError(f"--resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint.")
     if not training_arguments.do_train or explicit:
         if explicit and not Path(explicit).is_dir():
             raise UserError(f"--resume_from_checkpoint: there is no folder {explicit!r}.")
@@ -303,7 +308,7 @@ def describe(phase: Phase) -> dict:
     """Every argument of a run that is the run's own, as JSON types; secrets are not."""
     model_arguments, data_arguments, training_arguments = phase
     described = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
-    passing = {"token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir"}
+    passing = {"token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank"}
     described = {key: value for key, value in described.items() if key not in passing and not key.startswith("_")}
     return json.loads(json.dumps(described, default=str, sort_keys=True))
 
@@ -341,5 +346,4 @@ def print_next_steps(training_arguments: DistillationTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     sys.exit(main(sys.argv[1:]))

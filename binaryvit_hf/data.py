@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -180,7 +181,7 @@ def load_named_splits(arguments: DataArguments, cache_dir: str | None, token: st
         found = next((candidate for candidate in candidates if candidate in loaded), None)
         if found is not None:
             splits[split] = name_columns(loaded[found], arguments)
-        elif split == "train" or arguments.validation_split_name:
+        elif arguments.validation_split_name or (split == "validation" and not splits):
             raise UserError(
                 f"--dataset_name {name!r} has no split {candidates[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Say which with --{split}_split_name."
@@ -216,8 +217,8 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> dict[str, Dataset]:
 
 def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, list[str]]:
     """
-    Look at every image file before training. Without `skip_broken` at its header, which is quick; with it, decode it
-    and leave it out if that fails.
+    Look at every image before training. Without `skip_broken` at the header of each file, which is quick (images inside of
+    a dataset are left to their turn); with it, decode every image and leave out those that fail.
 
     Returns:
         The images, and the names of those left out.
@@ -225,18 +226,22 @@ def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, l
     Raises:
         UserError: a file that is no image, named; or nothing is left.
     """
-    check = decode_image if skip_broken else open_image
+    check = decode_image if skip_broken else open_header
     kept, broken = {}, []
     for split, dataset in images.items():
+        embedded = len(dataset) > 0 and dataset[0]["image"]["bytes"] is not None
+        if embedded and not skip_broken:
+            kept[split] = dataset
+            continue
         with ThreadPoolExecutor() as pool:
-            good = list(pool.map(lambda index: is_image(dataset[index]["image"], check), range(len(dataset))))  # noqa: B023
+            good = list(pool.map(partial(is_image, dataset, check), range(len(dataset))))
         names = [image_name(dataset[index]["image"], index) for index, fine in enumerate(good) if not fine]
         if names and not skip_broken:
             raise UserError(
                 f"{names[0]!r} is no image ({len(names)} such file(s) in all): remove it, or train without with "
                 "--skip_broken_images."
             )
-        if len(names) == len(dataset):
+        if len(names) == len(dataset):  # an empty split too
             raise UserError(f"No image of the {split} split can be read.")
         broken += names
         kept[split] = dataset.select([index for index, fine in enumerate(good) if fine]) if names else dataset
@@ -245,21 +250,22 @@ def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, l
     return DatasetDict(kept), broken
 
 
-def is_image(encoded: dict, check: Callable) -> bool:
+def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
     try:
-        check(encoded)
+        check(dataset[index]["image"])
     except BROKEN_IMAGE_ERRORS:
         return False
     return True
 
 
-def open_image(encoded: dict) -> PILImage.Image:
-    """Reads the header alone."""
-    return PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
+def open_header(encoded: dict) -> None:
+    PILImage.open(encoded["path"]).close()
 
 
 def decode_image(encoded: dict) -> PILImage.Image:
-    return open_image(encoded).convert("RGB")
+    return PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]).convert(
+        "RGB"
+    )
 
 
 def image_name(encoded: dict, index: int) -> str:
@@ -301,13 +307,14 @@ def add_transforms(images: DatasetDict, processor: BaseImageProcessor, arguments
             v2.Normalize(mean=processor.image_mean, std=processor.image_std),
         ]
     )
-    transforms = {
-        "train": augment,
-        "validation": lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0],
-    }
+    transforms = {"train": augment, "validation": partial(process_image, processor)}
     return DatasetDict(
         {split: dataset.with_transform(ImageTransform(transforms[split])) for split, dataset in images.items()}
     )
+
+
+def process_image(processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 class ImageTransform:

@@ -1,6 +1,7 @@
 """Distillation from a full-precision teacher: a Trainer that changes the loss, nothing else."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,6 +37,8 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        # Without an accelerator PyTorch warns of every loader that pins its memory.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.label_loss_weight is not None and not 0 <= self.label_loss_weight <= 1:
             raise ValueError(f"label_loss_weight is a share from 0 to 1, not {self.label_loss_weight}.")
         if self.distillation_temperature <= 0:
@@ -86,6 +89,11 @@ class DistillationTrainer(Trainer):
                 "Try a lower --learning_rate, --max_grad_norm, or --bf16 instead of --fp16."
             )
         return loss
+
+    def create_model_card(self, *args, **kwargs):
+        """A card that stands there already has the run's results, which transformers' own would overwrite."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
 
 
 def distillation_loss(
