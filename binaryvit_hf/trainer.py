@@ -16,7 +16,7 @@ MIXED_LABEL_LOSS_WEIGHT = 0.1  # of the paper's runs with mixup or cutmix
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the two of the distillation loss; their defaults are the paper's."""
+    """`TrainingArguments` with the two of the distillation loss, and the paper's defaults for these and for clipping."""
 
     label_loss_weight: float | None = field(
         default=None,
@@ -29,6 +29,13 @@ class DistillationTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={
             "help": "Temperature of student and teacher in the distillation loss, which is scaled by its square."
+        },
+    )
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Clip the gradient at this norm; 0, as in the paper's runs, does not. The steps of the attention "
+            "quantisers have gradients of a norm near 100, so that a clip at 1 silences every other parameter."
         },
     )
     remove_unused_columns: bool = field(
