@@ -17,7 +17,7 @@ def binary_sign(x: torch.Tensor) -> torch.Tensor:
 
 
 def approx_sign_slope(x: torch.Tensor) -> torch.Tensor:
-    """`max(0, 2 - 2|x|)`: `2 + 2x` on [-1, 0], `2 - 2x` on (0, 1], else 0 (Bi-Real Net, Liu et al., ECCV 2018, eq. 9)."""
+    """`max(0, 2 - 2|x|)`: `2 + 2x` on [-1, 0], `2 - 2x` on (0, 1], else 0 (Bi-Real Net, Liu et al., ECCV 2018)."""
     return torch.rsub(x.abs(), 2, alpha=2).clamp_(min=0)
 
 
@@ -50,7 +50,7 @@ class BinarizeWeight(Function):
     Forward: `a * sign(w')`, with `w' = w - mean(w)` of each row if `center`, else `w' = w`; `a = mean(|w|)` of the row,
     uncentred. A row is all but the first dimension.
     Gradient: of `clamp(w', -1, 1)`, through the centring; `a` is taken as constant.
-    BiBERT, Qin et al., ICLR 2022, eq. 3 (centring); XNOR-Net, Rastegari et al., ECCV 2016, eq. 6 (scale).
+    BiBERT, Qin et al., ICLR 2022 (centring); XNOR-Net, Rastegari et al., ECCV 2016 (scale).
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class QuantizeProbability(Function):
     Forward: `clamp(round(p / step), 0, levels) * step`, p non-negative, step a scalar; `levels = 2**bits - 1`.
     Gradient: to p, 1 where `0 <= p / step <= levels`, else 0; to step, `round(p / step) - p / step` there and `levels`
     above, summed.
-    BiT, Liu et al., NeurIPS 2022, eq. 8-10 (elastic binarisation without offset).
+    BiT, Liu et al., NeurIPS 2022 (elastic binarisation without offset).
     """
 
     @staticmethod
@@ -99,7 +99,7 @@ class QuantizeMultiBit(Function):
     2 to 8 bits, zero included.
 
     Forward, x clipped to `[-clip_value, clip_value]` first: with 2 bits ternary, `a * sign(x)` where
-    `|x| > 0.7 * mean(|x|)`, else 0, `a` the mean of |x| where it is not 0 (TWN, Li et al., 2016, eq. 3-6); else uniform,
+    `|x| > 0.7 * mean(|x|)`, else 0, `a` the mean of |x| where it is not 0 (TWN, Li et al., 2016); else uniform,
     `round(x / s) * s` with `s = max(|x|) / (2**(bits - 1) - 1)`. Statistics are over the dimensions `dims`.
     Gradient: 1 where `|x| <= clip_value`, else 0; through no statistic.
     """

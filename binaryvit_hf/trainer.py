@@ -112,7 +112,7 @@ def distillation_loss(
 ) -> torch.Tensor:
     """
     `(1 - w) * T**2 * -sum softmax(teacher / T) * log_softmax(student / T) + w * cross_entropy(student, labels)`, the mean
-    over the batch (Le & Li, section 4.1; at T = 1 and w = 0 the loss of the paper's runs).
+    over the batch (Le & Li, CVPRW 2023; at T = 1 and w = 0 the loss of the paper's runs).
 
     Args:
         student_logits, teacher_logits: `(batch, labels)`.
