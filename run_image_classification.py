@@ -9,9 +9,11 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
 import json
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from datasets import DatasetDict
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -54,8 +56,10 @@ def main(arguments: list[str]) -> int:
         phases = parse_phases(arguments)
         for phase in phases:
             check_arguments(phase)
-        for phase in phases:
-            run(phase)
+        # All of them first: what is wrong with the student must not wait for its teacher's training.
+        prepared = [prepare(phase) for phase in phases]
+        for phase, inputs in zip(phases, prepared):
+            run(phase, inputs)
     except UserError as error:
         # A progress bar may stand on the line; a worker of the data loader puts its stack trace before the message.
         print(
@@ -70,25 +74,39 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run(phase: Phase) -> None:
-    """Train and evaluate one model, and write what it leaves behind."""
-    model_arguments, data_arguments, training_arguments = phase
-    set_seed(training_arguments.seed)
-    output_dir = Path(training_arguments.output_dir)
-    network = model_arguments.config_name or model_arguments.model_name_or_path
-    logger.info("%s -> %s", network, output_dir)
+@dataclass
+class Inputs:
+    """What a run needs that can be checked before any training: images, network, and what the output directory holds."""
 
+    images: DatasetDict
+    broken: list[str]
+    config: PreTrainedConfig
+    checkpoint: str | None
+    finished: bool
+
+
+def prepare(phase: Phase) -> Inputs:
+    model_arguments, data_arguments, training_arguments = phase
     images = load_images(data_arguments, training_arguments.seed, model_arguments.cache_dir, model_arguments.token)
     if training_arguments.do_train and "train" not in images:
         raise UserError(
             f"The images have no split {data_arguments.train_split_name!r} to train on; say which with --train_split_name."
         )
     images, broken = check_images(images, data_arguments.skip_broken_images)
-    labels = images["validation"].features["label"].names
-    config = load_config(model_arguments, labels)
-    checkpoint, finished = check_output_dir(output_dir, config, phase)
+    config = load_config(model_arguments, images["validation"].features["label"].names)
+    checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
+    return Inputs(images, broken, config, checkpoint, finished)
+
+
+def run(phase: Phase, inputs: Inputs) -> None:
+    """Train and evaluate one model, and write what it leaves behind."""
+    model_arguments, data_arguments, training_arguments = phase
+    images, config = inputs.images, inputs.config
+    output_dir = Path(training_arguments.output_dir)
+    logger.info("%s -> %s", model_arguments.config_name or model_arguments.model_name_or_path, output_dir)
+    set_seed(training_arguments.seed)
     teacher, teacher_processor = load_teacher(model_arguments, config)
-    model = load_model(model_arguments, config, output_dir if finished else None)
+    model = load_model(model_arguments, config, output_dir if inputs.finished else None)
     processor = load_processor(model_arguments, data_arguments, config, teacher_processor)
     datasets = add_transforms(images, processor, data_arguments)
 
@@ -111,11 +129,11 @@ def run(phase: Phase) -> None:
         )
 
     trainer = create_trainer(model, teacher)
-    if training_arguments.do_train and not finished:
+    if training_arguments.do_train and not inputs.finished:
         if trainer.is_world_process_zero():
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / RUN_ARGUMENTS).write_text(json.dumps(describe(phase), indent=2) + "\n")
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=inputs.checkpoint)
         trainer.save_model()
         trainer.save_state()
         trainer.save_metrics("train", {**result.metrics, "train_samples": len(images["train"])})
@@ -125,12 +143,12 @@ def run(phase: Phase) -> None:
         if teacher is not None:
             taught = create_trainer(teacher).evaluate(metric_key_prefix="teacher")
             metrics |= {key: taught[key] for key in TEACHER_METRICS if key in taught}
-        if broken:
-            metrics["skipped_images"] = len(broken)
+        if inputs.broken:
+            metrics["skipped_images"] = len(inputs.broken)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if broken:
-        logger.warning("%d file(s) were left out, as they are no images.", len(broken))
+    if inputs.broken:
+        logger.warning("%d file(s) were left out, as they are no images.", len(inputs.broken))
     if trainer.is_world_process_zero() and training_arguments.do_eval:
         write_report(phase, config, trainer)
     if training_arguments.push_to_hub:

@@ -136,3 +136,15 @@ def test_named_teacher_replaces_the_one_to_train(tmp_path):
     (tmp_path / "run.json").write_text('{"config_name": "student", "teacher": {"config_name": "teacher"}}')
     phases = parse_phases([str(tmp_path / "run.json"), "--teacher_model_name_or_path", "some/teacher"])
     assert len(phases) == 1
+
+
+def test_what_is_wrong_with_the_student_does_not_wait_for_its_teacher(capsys, photos, tmp_path):
+    values = {
+        "config_name": "no-such-row",
+        "train_dir": str(photos),
+        "do_train": True,
+        "teacher": {"config_name": "vit-digits"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert "'no-such-row' cannot be loaded" in refusal(capsys, tmp_path / "run.json", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
