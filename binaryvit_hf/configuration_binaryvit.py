@@ -161,4 +161,6 @@ def as_pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+BinaryViTConfig.register_for_auto_class()
+
 __all__ = ["BinaryViTConfig"]

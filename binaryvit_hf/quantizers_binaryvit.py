@@ -108,8 +108,8 @@ class QuantizeMultiBit(Function):
     def forward(ctx, x, bits, clip_value, dims):
         ctx.save_for_backward(x)
         ctx.clip_value = clip_value
-        clipped = x.clamp(-clip_value, clip_value)
-        return ternarize(clipped, dims) if bits == 2 else quantize_uniformly(clipped, bits, dims)
+        levels, scale = multi_bit_levels(x, bits, clip_value, dims)
+        return scale * levels
 
     @staticmethod
     @once_differentiable
@@ -125,6 +125,18 @@ def quantize_weight(weight: torch.Tensor, bits: int, clip_value: float, center: 
     if bits == 1:
         return BinarizeWeight.apply(weight, center)
     return QuantizeMultiBit.apply(weight, bits, clip_value, tuple(range(weight.dim())))
+
+
+def weight_levels(
+    weight: torch.Tensor, bits: int, clip_value: float, center: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What `quantize_weight` multiplies, for packing: whole numbers in the shape of the weight, -1 and 1 for 1 bit and
+    `-(2**(bits - 1) - 1)` to `2**(bits - 1) - 1` for 2 to 8; and their scale, kept for broadcasting.
+    """
+    if bits == 1:
+        return binary_sign(center_rows(weight) if center else weight), row_scale(weight)
+    return multi_bit_levels(weight, bits, clip_value, tuple(range(weight.dim())))
 
 
 def quantize_input(x: torch.Tensor, shift: torch.Tensor, bits: int, clip_value: float) -> torch.Tensor:
@@ -150,16 +162,24 @@ def center_rows(weight: torch.Tensor) -> torch.Tensor:
     return weight - weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
 
 
-def ternarize(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+def multi_bit_levels(
+    x: torch.Tensor, bits: int, clip_value: float, dims: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers and their scale, of `QuantizeMultiBit`."""
+    clipped = x.clamp(-clip_value, clip_value)
+    return ternary_levels(clipped, dims) if bits == 2 else uniform_levels(clipped, bits, dims)
+
+
+def ternary_levels(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     magnitude = x.abs()
     mask = magnitude > 0.7 * magnitude.mean(dim=dims, keepdim=True)
     # All zeros have no mask and no scale: 0 / 1 instead of 0 / 0.
     scale = (magnitude * mask).sum(dim=dims, keepdim=True) / mask.sum(dim=dims, keepdim=True).clamp(min=1)
-    return scale * x.sign() * mask
+    return x.sign() * mask, scale
 
 
-def quantize_uniformly(x: torch.Tensor, bits: int, dims: tuple[int, ...]) -> torch.Tensor:
+def uniform_levels(x: torch.Tensor, bits: int, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     step = x.abs().amax(dim=dims, keepdim=True) / (2 ** (bits - 1) - 1)
     # An all-zero tensor has no step; any will do.
     step = step.masked_fill(step == 0, 1)
-    return (x / step).round() * step
+    return (x / step).round(), step
