@@ -26,23 +26,25 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import binaryvit_hf  # noqa: F401, registers the model
-from binaryvit_hf.arguments import ModelArguments, Phase, parse_phases
+from binaryvit_hf.arguments import ModelArguments, Phase, describe, parse_phases
 from binaryvit_hf.data import (
     DataArguments,
     add_transforms,
     check_images,
     collate_images,
-    create_image_processor,
-    first_sentence,
     load_images,
 )
-from binaryvit_hf.errors import NonFiniteLossError, UserError
+from binaryvit_hf.errors import NonFiniteLossError, UploadError, UserError, first_sentence
+from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
+from binaryvit_hf.images import create_image_processor
 from binaryvit_hf.metrics import TopKAccuracy
+from binaryvit_hf.ops import CONFIG_CLASSES, count_operations, total
 from binaryvit_hf.report import plot_learning_curves, read_log_history, write_model_card
+from binaryvit_hf.resources import shipped_configs
+from binaryvit_hf.shipping_binaryvit import LATENT
 from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments
 
 
-ROOT = Path(__file__).resolve().parent
 RUN_ARGUMENTS = "run_arguments.json"
 TEACHER_METRICS = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
 
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, UploadError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     print_next_steps(phases[-1][2])
@@ -93,8 +95,15 @@ def prepare(phase: Phase) -> Inputs:
             f"The images have no split {data_arguments.train_split_name!r} to train on; say which with --train_split_name."
         )
     images, broken = check_images(images, data_arguments.skip_broken_images)
-    config = load_config(model_arguments, images["validation"].features["label"].names)
+    labels = images["validation"].features["label"].names
+    config = load_config(model_arguments, labels, training_arguments.do_train)
     checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
+    if training_arguments.push_to_hub:
+        create_repository(
+            training_arguments.hub_model_id or Path(training_arguments.output_dir).absolute().name,
+            training_arguments.hub_token,
+            training_arguments.hub_private_repo,
+        )
     return Inputs(images, broken, config, checkpoint, finished)
 
 
@@ -143,16 +152,20 @@ def run(phase: Phase, inputs: Inputs) -> None:
         if teacher is not None:
             taught = create_trainer(teacher).evaluate(metric_key_prefix="teacher")
             metrics |= {key: taught[key] for key in TEACHER_METRICS if key in taught}
+            metrics["teacher_bytes"] = sum(tensor.nbytes for tensor in teacher.state_dict().values())
+            if teacher.config.model_type in CONFIG_CLASSES:
+                metrics["teacher_ops"] = total(count_operations(teacher.config)).ops
         if inputs.broken:
             metrics["skipped_images"] = len(inputs.broken)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if inputs.broken:
         logger.warning("%d file(s) were left out, as they are no images.", len(inputs.broken))
-    if trainer.is_world_process_zero() and training_arguments.do_eval:
-        write_report(phase, config, trainer)
+    if trainer.is_world_process_zero() and training_arguments.do_train:
+        write_report(phase, trainer.hub_model_id or str(output_dir))
     if training_arguments.push_to_hub:
-        trainer.push_to_hub()
+        with told_how_to_resume_upload(output_dir, trainer.hub_model_id):
+            trainer.push_to_hub()
 
 
 def check_arguments(phase: Phase) -> None:
@@ -164,6 +177,10 @@ def check_arguments(phase: Phase) -> None:
         raise UserError(
             "Give either --config_name, to train a network from scratch, or --model_name_or_path, to go on with a "
             "trained one."
+        )
+    if training_arguments.push_to_hub and not training_arguments.do_train:
+        raise UserError(
+            "--push_to_hub uploads what --do_train trains; a trained model is uploaded by `binaryvit push FOLDER REPOSITORY`."
         )
     if training_arguments.do_train and data_arguments.validation_dir and not data_arguments.train_dir:
         raise UserError("--do_train needs --train_dir beside --validation_dir.")
@@ -178,16 +195,20 @@ def check_arguments(phase: Phase) -> None:
         raise UserError(f"--horizontal_flip_prob is a probability, not {data_arguments.horizontal_flip_prob}.")
 
 
-def load_config(arguments: ModelArguments, labels: list[str]) -> PreTrainedConfig:
+def load_config(arguments: ModelArguments, labels: list[str], do_train: bool) -> PreTrainedConfig:
     """The network's config with the labels of the images."""
     name = arguments.config_name or arguments.model_name_or_path
-    row = ROOT / "configs" / name
-    source = str(row) if (row / "config.json").is_file() and not Path(name).exists() else name
+    source = name if Path(name).exists() else str(shipped_configs().get(name, name))
     try:
-        config = AutoConfig.from_pretrained(source, **hub_arguments(arguments))
+        config = AutoConfig.from_pretrained(source, subfolder=arguments.subfolder, **hub_arguments(arguments))
     except Exception as error:  # the loader raises whatever its network, its files or the config's own checks raised
         cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         raise UserError(f"The config of {name!r} cannot be loaded: {first_sentence(cause)}") from error
+    if do_train and getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train the latent weights that it "
+            f"was packed from; where they lie beside it, with --subfolder {LATENT}."
+        )
     if getattr(config, "num_channels", 3) != 3:
         raise UserError(
             f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3."
@@ -202,13 +223,16 @@ def load_config(arguments: ModelArguments, labels: list[str]) -> PreTrainedConfi
 
 
 def load_model(arguments: ModelArguments, config: PreTrainedConfig, finished_run: Path | None) -> PreTrainedModel:
-    source = finished_run or arguments.model_name_or_path
+    source, subfolder = arguments.model_name_or_path, arguments.subfolder
+    if finished_run is not None:
+        source, subfolder = finished_run, LATENT if (finished_run / LATENT).is_dir() else ""
     if source is None:
         return AutoModelForImageClassification.from_config(config, trust_remote_code=arguments.trust_remote_code)
     try:
         return AutoModelForImageClassification.from_pretrained(
             source,
             config=config,
+            subfolder=subfolder,
             ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
             **hub_arguments(arguments),
         )
@@ -322,18 +346,9 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     return last, False
 
 
-def describe(phase: Phase) -> dict:
-    """Every argument of a run that is the run's own, as JSON types; secrets are not."""
-    model_arguments, data_arguments, training_arguments = phase
-    described = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
-    passing = {"token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank"}
-    described = {key: value for key, value in described.items() if key not in passing and not key.startswith("_")}
-    return json.loads(json.dumps(described, default=str, sort_keys=True))
-
-
-def write_report(phase: Phase, config: PreTrainedConfig, trainer: DistillationTrainer) -> None:
+def write_report(phase: Phase, model_id: str) -> None:
     """`learning_curves.png` and `README.md`, from the run's own files."""
-    model_arguments, data_arguments, training_arguments = phase
+    model_arguments, _, training_arguments = phase
     output_dir = Path(training_arguments.output_dir)
     teacher = model_arguments.teacher_model_name_or_path
     histories = {"student" if teacher else "model": read_log_history(output_dir)}
@@ -342,17 +357,7 @@ def write_report(phase: Phase, config: PreTrainedConfig, trainer: DistillationTr
     histories = {name: history for name, history in histories.items() if history}
     if histories:
         plot_learning_curves(histories, output_dir / "learning_curves.png")
-    defaults = describe((ModelArguments(), DataArguments(), DistillationTrainingArguments(str(output_dir))))
-    changed = {key: value for key, value in describe(phase).items() if value != defaults.get(key)}
-    write_model_card(
-        output_dir / "README.md",
-        ROOT / "model_cards" / "template.md",
-        config=config,
-        results=json.loads((output_dir / "all_results.json").read_text()),
-        arguments=changed,
-        dataset=data_arguments.dataset_name or data_arguments.train_dir or data_arguments.validation_dir,
-        teacher=teacher,
-    )
+    write_model_card(output_dir, model_id)
 
 
 def print_next_steps(training_arguments: DistillationTrainingArguments) -> None:

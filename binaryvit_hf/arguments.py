@@ -15,9 +15,11 @@ from .trainer import DistillationTrainingArguments
 
 
 TEACHER_PREFIX = "teacher."
+DEFAULT_LICENSE = "apache-2.0"
 # What the student's command line says about the student alone.
 STUDENT_ONLY = {
     "model_name_or_path",
+    "subfolder",
     "config_name",
     "teacher_model_name_or_path",
     "output_dir",
@@ -27,6 +29,16 @@ STUDENT_ONLY = {
     "label_loss_weight",
     "distillation_temperature",
 }
+# What may differ from one call to the next of the same run.
+PASSING = {
+    "token",
+    "hub_token",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "logging_dir",
+    "local_rank",
+}
 
 
 @dataclass
@@ -35,6 +47,13 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Trained model to go on from or to evaluate: a Hub id or a path."}
+    )
+    subfolder: str = field(
+        default="",
+        metadata={
+            "help": "Folder of the model's repository to load it from: 'latent' holds the weights that training goes on "
+            "from, where the repository's own are packed."
+        },
     )
     config_name: str | None = field(
         default=None, metadata={"help": "Network to train from scratch: a row of configs/, a path or a Hub id."}
@@ -48,6 +67,9 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Token of the Hub; default: that of the last login."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model on the Hub brings along."})
+    license: str = field(
+        default=DEFAULT_LICENSE, metadata={"help": "Licence of the trained weights, for the model card."}
+    )
 
 
 Phase = tuple[ModelArguments, DataArguments, DistillationTrainingArguments]
@@ -85,7 +107,7 @@ def parse_phases(arguments: list[str]) -> list[Phase]:
         return [student]  # another teacher was named, so there is none to train
     shared = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
     shared_flags = [(name, rest) for name, rest in flags if name not in STUDENT_ONLY and name not in teacher_values]
-    teacher_dir = str(Path(training_arguments.output_dir) / "teacher")
+    teacher_dir = f"{training_arguments.output_dir}-teacher"
     teacher = parse({**shared, "output_dir": teacher_dir, **teacher_values}, shared_flags + teacher_flags)
     model_arguments.teacher_model_name_or_path = teacher[2].output_dir
     return [teacher, student]
@@ -142,6 +164,14 @@ def parse(values: dict[str, Any], flags: list[tuple[str, list[str]]]) -> Phase:
         raise
     except (ValueError, TypeError, ImportError) as error:  # the dataclasses check themselves
         raise UserError(" ".join(str(error).split())) from error
+
+
+def describe(phase: Phase) -> dict:
+    """Every argument of a run that is the run's own, as JSON types; secrets are not."""
+    model_arguments, data_arguments, training_arguments = phase
+    described = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
+    described = {key: value for key, value in described.items() if key not in PASSING and not key.startswith("_")}
+    return json.loads(json.dumps(described, default=str, sort_keys=True))
 
 
 def raise_user_error(message: str):

@@ -1,10 +1,18 @@
 """From the tensor names of the paper's public training code to ours."""
 
+import argparse
+import pathlib
+import pickle
 import re
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
+from .errors import UserError, first_sentence
+
+
+PATH_CLASSES = [pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath]
 
 # Where the public code nests a name, ours reads by role. Patterns are tried in order on the part after the layer.
 LAYER_NAMES = [
@@ -77,6 +85,31 @@ VIT_NAMES = [
     (r"intermediate\.dense\.", "mlp.fc1."),
     (r"(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 ]
+
+
+def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """
+    The network's tensors in a file of the public code, `{"model": …, "optimizer": …, "args": …}`, or of tensors alone.
+
+    Raises:
+        UserError: there is no such file, it is damaged, it holds no network, or it would run code.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {str(path)!r}.")
+    try:
+        # The arguments of a run and paths among them are data; anything else that is no tensor could run code.
+        with torch.serialization.safe_globals([argparse.Namespace, *PATH_CLASSES]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"{refused[1]!r}, which could run code" if refused else "what is no tensor"
+        raise UserError(f"{str(path)!r} holds {what}: it is not opened.") from error
+    except Exception as error:  # torch raises whatever its zip reader and its unpickler raise
+        raise UserError(f"{str(path)!r} is no checkpoint, or a damaged one: {first_sentence(error)}") from error
+    state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
+    if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+        raise UserError(f"{str(path)!r} holds no network: it has no 'model' of named tensors.")
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}  # of DistributedDataParallel
 
 
 def convert_original_state_dict(

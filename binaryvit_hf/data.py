@@ -11,20 +11,17 @@ from pathlib import Path
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 from torchvision.transforms import v2
-from transformers import BaseImageProcessor, ViTImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import BaseImageProcessor
 
-from .configuration_binaryvit import as_pair
-from .errors import UserError
+from .errors import UserError, first_sentence
+from .images import BROKEN_IMAGE_ERRORS
 
 
 logger = logging.getLogger(__name__)
 
 DIGITS = "sklearn-digits"
 DIGITS_HELD_OUT = 5  # every fifth digit is held out
-BROKEN_IMAGE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)
 
 
 @dataclass
@@ -272,24 +269,6 @@ def image_name(encoded: dict, index: int) -> str:
     return encoded["path"] or f"image {index}"
 
 
-def create_image_processor(config, crop_pct: float, like: BaseImageProcessor | None = None) -> ViTImageProcessor:
-    """
-    Resize the shorter side to the image size over `crop_pct` (bicubic), crop the centre, normalise. Mean and deviation
-    are those of `like`, the teacher's processor, whose inputs the student shares; otherwise ImageNet's.
-    """
-    height, width = as_pair(config.image_size)
-    resized = [round(side / crop_pct) for side in (height, width)]
-    return ViTImageProcessor(
-        size={"shortest_edge": resized[0]} if height == width else {"height": resized[0], "width": resized[1]},
-        do_center_crop=True,
-        crop_size={"height": height, "width": width},
-        resample=PILImage.Resampling.BICUBIC,
-        do_convert_rgb=True,
-        image_mean=list(getattr(like, "image_mean", None) or IMAGENET_DEFAULT_MEAN),
-        image_std=list(getattr(like, "image_std", None) or IMAGENET_DEFAULT_STD),
-    )
-
-
 def add_transforms(images: DatasetDict, processor: BaseImageProcessor, arguments: DataArguments) -> DatasetDict:
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
     size = (processor.crop_size["height"], processor.crop_size["width"])
@@ -343,9 +322,3 @@ def collate_images(examples: list[dict]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
-
-
-def first_sentence(error: Exception) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

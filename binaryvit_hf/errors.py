@@ -7,3 +7,13 @@ class UserError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """Training met a loss that is no number. A command prints the message alone and exits with code 1."""
+
+
+class UploadError(RuntimeError):
+    """The Hub did not take an upload. A command prints the message alone and exits with code 1."""
+
+
+def first_sentence(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -34,6 +34,7 @@ from .packed_files_binaryvit import check_packed_files, packed_state_dict
 from .packing_binaryvit import PackedLinear, binary_layers, expect_packed_layers, pack_layers, unpack_layers
 from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig, BinaryViTQuantizer
 from .quantizers_binaryvit import quantize_input, quantize_probability
+from .shipping_binaryvit import ShippedModel
 
 
 # What AutoConfig and AutoModel… of a machine without this package load from a saved folder. The config alone would get the
@@ -243,6 +244,15 @@ class BinaryViTPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        As in transformers, but binary weights are uploaded as bits: the packed model is the repository's, and the latent
+        weights lie in its folder `latent`. What is packed already is uploaded as it is.
+        """
+        if self.is_packed or self.config.weight_bits == 32:
+            return super().push_to_hub(repo_id, **kwargs)
+        return ShippedModel(self).push_to_hub(repo_id, **kwargs)
 
     def train(self, mode: bool = True):
         """

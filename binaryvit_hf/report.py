@@ -5,8 +5,14 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from transformers import AutoConfig
 
-from .data import DIGITS
+from .arguments import DEFAULT_LICENSE, ModelArguments, describe
+from .data import DIGITS, DataArguments
+from .ops import CONFIG_CLASSES, count_operations, readable, total
+from .resources import shipped_folder
+from .shipping_binaryvit import LATENT
+from .trainer import DistillationTrainingArguments
 
 
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
@@ -46,67 +52,100 @@ def read_log_history(run: Path) -> list[dict]:
     return json.loads(state.read_text())["log_history"] if state.is_file() else []
 
 
-def write_model_card(
-    path: Path,
-    template: Path,
-    *,
-    config,
-    results: dict[str, float],
-    arguments: dict,
-    dataset: str,
-    teacher: str | None,
-) -> None:
+def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> None:
     """
-    Write the card of a run, metadata in the Hub's format included.
+    Write the card of a model, metadata in the Hub's format included, from the files in its folder alone.
 
     Args:
-        config: of the trained model.
-        results: the content of `all_results.json`.
-        arguments: what the run was told; the card lists it.
-        dataset: name of the images.
-        teacher: Hub id or path, if there was one.
+        folder: a run's output directory, or a folder of a config without weights. Of its files `config.json` is needed;
+            `run_arguments.json`, `all_results.json`, the weights and the picture of the learning curves are used where
+            they are.
+        model_id: what the reader loads the model by: an id of the Hub or a path.
+        path: the card, `README.md` of the folder by default.
     """
+    config = AutoConfig.from_pretrained(folder)
+    results, arguments = read_json(folder / "all_results.json"), read_json(folder / "run_arguments.json")
+    recipe = read_json(folder / "train.json")
+    teacher, dataset = (arguments or recipe).get("teacher_model_name_or_path"), image_source(arguments or recipe)
     metrics = {name: results[f"eval_{key}"] for key, name in METRIC_NAMES.items() if f"eval_{key}" in results}
-    teacher_metrics = {
-        name: results.get(f"teacher_{key}") for key, name in METRIC_NAMES.items() if f"eval_{key}" in results
-    }
+    teacher_metrics = {name: results.get(f"teacher_{key}") for key, name in METRIC_NAMES.items()}
     # A local path is no dataset of the Hub, and neither are scikit-learn's digits; the metadata must name one of the Hub.
-    on_hub = dataset != DIGITS and not Path(dataset).exists()
+    on_hub = dataset is not None and dataset != DIGITS and not Path(dataset).exists()
     card_data = ModelCardData(
+        license=arguments.get("license", DEFAULT_LICENSE),
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["image-classification", "binaryvit_hf", *(["1-bit"] if config.model_type == "binaryvit" else [])],
         datasets=[dataset] if on_hub else None,
         base_model=teacher if teacher and not Path(teacher).exists() else None,
-        model_name=path.parent.name,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset if on_hub else "local",
-                dataset_name=dataset,
-                metric_type="accuracy",
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in metrics.items()
-        ],
+        # The Hub's format wants a name with results, and neither without the other.
+        model_name=Path(model_id).name if metrics else None,
+        eval_results=evaluation_results(metrics, dataset, on_hub) or None,
     )
     card = ModelCard.from_template(
         card_data,
-        template_path=str(template),
-        name=path.parent.name,
+        template_path=str(shipped_folder("model_cards") / "template.md"),
+        model_id=model_id,
+        name=Path(model_id).name,
+        config=config,
         binary=config.model_type == "binaryvit",
-        is_teacher=path.parent.name == "teacher",
+        trained=bool(arguments),
         dataset=dataset,
-        num_train_images=results.get("train_samples", "no"),
-        num_eval_images=results.get("eval_samples"),
-        image_size=config.image_size,
-        labels=list(config.id2label.values()),
-        metrics={name: f"{100 * value:.2f} %" for name, value in metrics.items()},
+        results=results,
+        metrics=metrics,
         teacher=teacher,
-        teacher_metrics={name: f"{100 * value:.2f} %" for name, value in teacher_metrics.items() if value is not None},
-        skipped_images=results.get("skipped_images"),
-        output_dir=path.parent,
+        teacher_metrics={name: value for name, value in teacher_metrics.items() if value is not None},
+        sizes=sizes_on_disk(folder, results),
+        cost=total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None,
+        readable=readable,
+        learning_curves=(folder / "learning_curves.png").is_file(),
+        recipe=recipe,
         arguments=arguments,
+        chosen=chosen_arguments(arguments),
     )
-    path.write_text(str(card), encoding="utf-8")
+    (path or folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def evaluation_results(metrics: dict[str, float], dataset: str, on_hub: bool) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset if on_hub else "local",
+            dataset_name=dataset,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def image_source(arguments: dict) -> str | None:
+    return arguments.get("dataset_name") or arguments.get("train_dir") or arguments.get("validation_dir")
+
+
+def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:
+    """Bytes of the weights: of the folder's own, of the latent ones beside them and of the teacher's."""
+    packed = "quantization_config" in read_json(folder / "config.json")
+    sizes = {
+        "packed, a bit a weight" if packed else "float32": weight_bytes(folder),
+        "latent, float32": weight_bytes(folder / LATENT),
+        "its teacher": results.get("teacher_bytes", 0),
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def chosen_arguments(arguments: dict) -> dict:
+    """Those that are not what they are by default."""
+    if not arguments:
+        return {}
+    defaults = describe((ModelArguments(), DataArguments(), DistillationTrainingArguments(arguments["output_dir"])))
+    return {name: value for name, value in arguments.items() if value != defaults.get(name)}

@@ -1,14 +1,19 @@
-"""Distillation from a full-precision teacher: a Trainer that changes the loss, nothing else."""
+"""Distillation from a full-precision teacher: a Trainer that changes the loss, and packs what it saves and uploads."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
+from transformers.utils.hub import PushInProgress
 
 from .errors import NonFiniteLossError
+from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
 MIXED_LABEL_LOSS_WEIGHT = 0.1  # of the paper's runs with mixup or cutmix
@@ -16,7 +21,10 @@ MIXED_LABEL_LOSS_WEIGHT = 0.1  # of the paper's runs with mixup or cutmix
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the two of the distillation loss, and the paper's defaults for these and for clipping."""
+    """
+    `TrainingArguments` with the two of the distillation loss and one for packing, and the paper's defaults for the loss and
+    for clipping.
+    """
 
     label_loss_weight: float | None = field(
         default=None,
@@ -36,6 +44,13 @@ class DistillationTrainingArguments(TrainingArguments):
         metadata={
             "help": "Clip the gradient at this norm; 0, as in the paper's runs, does not. The gradient of a 1-bit network "
             "swings between norms of 2 and 300 from step to step, and transformers' default of 1 stalls it."
+        },
+    )
+    save_packed: bool = field(
+        default=True,
+        metadata={
+            "help": "Save a trained network of binary weights packed, a bit a weight, with the float weights that training "
+            "goes on from in the folder 'latent'; --save_packed False saves these alone."
         },
     )
     remove_unused_columns: bool = field(
@@ -64,8 +79,9 @@ class DistillationTrainer(Trainer):
     # compute_loss returns a mean over its batch, so the Trainer must divide by the steps of gradient accumulation.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, teacher: PreTrainedModel | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model=None, *args, teacher: PreTrainedModel | None = None, **kwargs):
+        with evaluable(model):
+            super().__init__(model, *args, **kwargs)
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -97,10 +113,85 @@ class DistillationTrainer(Trainer):
             )
         return loss
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The final model is saved packed, its latent weights beside it; checkpoints are latent alone, to go on from."""
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            super()._save(str(folder), state_dict)
+            return
+        trained = folder / LATENT if self.packs else folder
+        super()._save(str(trained), state_dict)
+        # A pickle of all arguments, the token of the Hub among them, is not for publishing.
+        (trained / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.packs and self.args.should_save:
+            pack_folder(type(self.plain_model), folder / LATENT, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What is uploaded on the way has the shape of what is uploaded in the end."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        unfinished = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if unfinished and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        model = type(self.plain_model).from_pretrained(checkpoint_folder)
+        (ShippedModel(model) if self.packs else model).save_pretrained(self.args.output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(self.args.output_dir)
+
+        uploads = [(self.args.output_dir, None)]
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            uploads.append((checkpoint_folder, "last-checkpoint"))
+        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            uploads.append((checkpoint_folder, Path(checkpoint_folder).name))
+        jobs = [
+            HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=folder,
+                path_in_repo=path_in_repo,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", TRAINING_ARGS_NAME],
+                run_as_future=True,
+            )
+            for folder, path_in_repo in uploads
+        ]
+        self.push_in_progress = PushInProgress((self.push_in_progress.jobs if unfinished else []) + jobs)
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def packs(self) -> bool:
+        """Whether there is a latent model to pack, and it is wanted."""
+        model = self.plain_model
+        latent = model.config.model_type == "binaryvit" and model.config.weight_bits < 32 and not model.is_packed
+        return self.args.save_packed and latent
+
     def create_model_card(self, *args, **kwargs):
         """A card that stands there already has the run's results, which transformers' own would overwrite."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def evaluable(model: nn.Module | None):
+    """
+    The Trainer refuses quantised models when it is made, before it knows whether it will train or evaluate; inside of this
+    it does not. Packed weights refuse training by themselves (`BinaryViTPreTrainedModel.train`).
+    """
+    quantized = getattr(model, "is_quantized", False)
+    if quantized:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if quantized:
+            model.is_quantized = True
 
 
 def distillation_loss(

@@ -124,7 +124,7 @@ def test_teacher_phase_inherits_the_file_and_shared_flags(tmp_path):
     flags = ["--num_train_epochs", "7", "--max_train_samples=11", "--teacher.warmup_steps", "4"]
     teacher, student = parse_phases([str(tmp_path / "run.json"), *flags])
     assert student[0].config_name == "student"
-    assert student[0].teacher_model_name_or_path == teacher[2].output_dir == str(tmp_path / "out" / "teacher")
+    assert student[0].teacher_model_name_or_path == teacher[2].output_dir == str(tmp_path / "out-teacher")
     assert (student[2].num_train_epochs, teacher[2].num_train_epochs) == (7, 5)
     assert (student[1].max_train_samples, teacher[1].max_train_samples) == (11, 11)
     assert (student[2].warmup_steps, teacher[2].warmup_steps) == (0, 4)

@@ -139,7 +139,7 @@ def test_quickstart_in_short_then_the_pipeline_in_a_fresh_process(tmp_path):
     short = ["--max_train_samples=96", "--num_train_epochs=2", "--teacher.num_train_epochs=1", "--use_cpu"]
     result = run_script(ROOT / "configs" / "quickstart.json", "--output_dir", tmp_path / "out", *short)
     assert result.returncode == 0, result.stderr
-    student, teacher = tmp_path / "out", tmp_path / "out" / "teacher"
+    student, teacher = tmp_path / "out", tmp_path / "out-teacher"
     assert json.loads((student / "config.json").read_text())["model_type"] == "binaryvit"
     assert json.loads((teacher / "config.json").read_text())["model_type"] == "vit"
     results = json.loads((student / "all_results.json").read_text())

@@ -1,0 +1,289 @@
+"""`binaryvit pack | convert | ops | classify | push | card`: what is done with models besides training them."""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    pipeline,
+)
+from transformers.utils import logging
+
+from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
+from .errors import UploadError, UserError, first_sentence
+from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
+from .images import create_image_processor, list_images, open_image
+from .ops import count_operations, format_table, readable, total
+from .packed_files_binaryvit import fits_half
+from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
+from .resources import shipped_configs, shipped_models
+from .shipping_binaryvit import LATENT, ShippedModel
+
+
+TEACHER_ROW = "deit-small-patch16-224"
+DOCUMENTS = ("learning_curves.png", "run_arguments.json", "all_results.json", "trainer_state.json")
+CLASSIFIED_AT_ONCE = 16
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.disable_progress_bar()
+    options = create_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (UserError, UploadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="binaryvit", description="1-bit vision transformers: ship and run them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(run: Callable, example: str) -> argparse.ArgumentParser:
+        description = run.__doc__.strip()
+        command = commands.add_parser(
+            run.__name__,
+            help=description.splitlines()[0],
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    def add_token(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--token", help="token of the Hub; default: that of the last login")
+
+    command = add(pack, "binaryvit pack outputs/photos/latent photos-half --half")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id of a latent or packed model")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    command.add_argument(
+        "--half", action="store_true", help="store the float remainder in half precision where it fits"
+    )
+    add_token(command)
+
+    command = add(convert, "binaryvit convert checkpoint.pth binaryvit-small --config binaryvit-small-patch4-224")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pth file of the paper's public code")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    command.add_argument("--config", help=f"row of configs/, or a path: {', '.join(sorted(shipped_configs()))}")
+    command.add_argument(
+        "--teacher", action="store_true", help=f"the file is of a DeiT teacher: --config {TEACHER_ROW}"
+    )
+
+    command = add(ops, "binaryvit ops binaryvit-small-patch4-224")
+    command.add_argument("model", metavar="MODEL", help="row of configs/, folder or Hub id; only its config is read")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_token(command)
+
+    command = add(classify, f"binaryvit classify {next(iter(shipped_models()), 'MODEL')} photos/ cat.jpg 'more/*.png'")
+    command.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder of them, or pattern")
+    command.add_argument("--top-k", type=int, default=5, help="labels to name for each image (default 5)")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_token(command)
+
+    command = add(push, "binaryvit push outputs/quickstart me/digits --private")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model")
+    command.add_argument("repository", metavar="REPOSITORY", help="Hub id, made if it is not there")
+    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    command.add_argument("--revision", help="branch to upload to, made if it is not there (default main)")
+    command.add_argument("--message", default="Upload model", help="message of the commit")
+    add_token(command)
+
+    command = add(card, "binaryvit card outputs/quickstart")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model or of a config")
+    command.add_argument("--out", type=Path, help="file to write (default FOLDER/README.md)")
+    command.add_argument("--model-id", help="what readers load the model by (default FOLDER)")
+    return parser
+
+
+def pack(options: argparse.Namespace) -> None:
+    """Pack a model's weights: a bit a weight, or as many as its config says."""
+    with new_folder(options.out) as folder:
+        source, config = find_model(options.model, options.token)
+        if config.model_type != QUANT_METHOD:
+            raise UserError(f"{options.model!r} is a {config.model_type!r}; only binary networks can be packed.")
+        latent = getattr(config, "quantization_config", None) is None
+        packing = {"quantization_config": BinaryViTQuantizationConfig()} if latent else {}
+        model = load_model(options.model, source, options.token, **packing)
+        model.config.quantization_config.half = options.half
+        model.save_pretrained(folder)
+        copy_companions(source, folder, options.token)
+        write_card(folder, str(options.out))
+    print(f"{options.out}: {readable(sum(file.stat().st_size for file in options.out.glob('*.safetensors')), 'B')}")
+    if options.half:
+        floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        wide = [name for name, tensor in floats.items() if not fits_half(name, tensor)]
+        print(
+            f"{len(wide)} of {len(floats)} float tensors stay in float32, out of the range of half precision", end=""
+        )
+        print(":", *wide, sep="\n  " if wide else "")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Turn a checkpoint of the paper's public code into a model of ours."""
+    if not options.config and not options.teacher:
+        raise UserError(
+            f"Say which network it is: --config with one of {', '.join(sorted(shipped_configs()))}; or --teacher."
+        )
+    with new_folder(options.out) as folder:
+        _, config = find_model(options.config or TEACHER_ROW, None)
+        state_dict = load_original_checkpoint(options.checkpoint)
+        config.num_labels = len(state_dict.get("classifier.bias", range(config.num_labels)))
+        try:
+            converted = convert_original_state_dict(state_dict, config)
+        except ValueError as error:
+            raise UserError(f"{str(options.checkpoint)!r} does not fit the config: {error}") from error
+        model = AutoModelForImageClassification.from_config(config)
+        model.load_state_dict(converted)
+        model.save_pretrained(folder)
+        create_image_processor(config, crop_pct=0.875).save_pretrained(folder)
+    for name, tensor in state_dict.items():
+        print(f"{name} -> {convert_name(name, config)} {list(tensor.shape)}")
+    print(f"{options.out}: {len(converted)} tensors, {readable(model.num_parameters())} parameters")
+
+
+def ops(options: argparse.Namespace) -> None:
+    """Count the operations and bytes of a network, for each kind of layer and in all."""
+    _, config = find_model(options.model, options.token)
+    costs = count_operations(config)
+    if options.json:
+        described = [asdict(cost) | {"ops": cost.ops} for cost in (*costs, total(costs))]
+        print(json.dumps({"layers": described[:-1], "total": described[-1]}, indent=2))
+    else:
+        print(format_table(costs))
+
+
+def classify(options: argparse.Namespace) -> None:
+    """Name what images show, with probabilities."""
+    if options.top_k < 1:
+        raise UserError(f"--top-k is the number of labels to name, 1 or more, not {options.top_k}.")
+    files = list_images(options.images)
+    source, _ = find_model(options.model, options.token)
+    model = load_model(options.model, source, options.token)
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, token=options.token)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).") from error
+    classifier = pipeline("image-classification", model=model, image_processor=processor)
+    answers = []
+    for start in range(0, len(files), CLASSIFIED_AT_ONCE):
+        some = files[start : start + CLASSIFIED_AT_ONCE]
+        predictions = classifier([open_image(file) for file in some], top_k=options.top_k, batch_size=len(some))
+        for file, labels in zip(some, predictions):
+            answers.append({"image": str(file), "labels": labels})
+            if not options.json:
+                print(file)
+                for label in labels:
+                    print(f"  {100 * label['score']:6.2f} %  {label['label']}")
+    if options.json:
+        print(json.dumps(answers, indent=2))
+
+
+def push(options: argparse.Namespace) -> None:
+    """Upload a trained model to the Hub: packed weights, latent ones in the folder 'latent', card and image processor."""
+    folder = options.folder
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} is no folder of a model: it has no config.json.")
+    model = load_model(str(folder), str(folder), options.token)  # what does not load is not published
+    repository = create_repository(options.repository, options.token, options.private)
+    with tempfile.TemporaryDirectory() as staging:
+        staged = Path(staging) / "model"
+        shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
+        if model.config.model_type == QUANT_METHOD and model.config.weight_bits < 32 and not model.is_packed:
+            ShippedModel(model).save_pretrained(staged)
+        card = staged / "README.md"
+        if card.is_file():  # it was written before the model had its place on the Hub
+            card.write_text(
+                card.read_text(encoding="utf-8").replace(f'"{folder}"', f'"{repository}"'), encoding="utf-8"
+            )
+        else:
+            write_card(staged, repository)
+        with told_how_to_resume_upload(folder, repository):
+            print(upload_folder(staged, repository, options.token, options.revision, options.message))
+
+
+def card(options: argparse.Namespace) -> None:
+    """Write the model card of a folder, from the files in it."""
+    if not (options.folder / "config.json").is_file():
+        raise UserError(f"{str(options.folder)!r} is no folder of a model: it has no config.json.")
+    out = options.out or options.folder / "README.md"
+    write_card(options.folder, options.model_id or str(options.folder), out)
+    print(out)
+
+
+def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
+    try:
+        from .report import write_model_card
+    except ModuleNotFoundError as error:
+        raise UserError(f"Model cards need {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
+    write_model_card(folder, model_id, path)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """
+    A folder to fill, beside `out`, whose name it takes when all has gone well.
+
+    Raises:
+        UserError: there is something in the way.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{str(out)!r} is there already: choose another name, or remove it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+        folder = Path(aside) / out.name
+        folder.mkdir()
+        yield folder
+        folder.replace(out)
+
+
+def find_model(name: str, token: str | None) -> tuple[str, PreTrainedConfig]:
+    """
+    Where the model that a user names is loaded from, and its config: a folder, what comes with the package, or the Hub.
+
+    Raises:
+        UserError: there is none.
+    """
+    shipped = shipped_configs() | shipped_models()
+    source = name if Path(name).exists() else str(shipped.get(name, name))
+    try:
+        return source, AutoConfig.from_pretrained(source, token=token)
+    except Exception as error:  # the loader raises whatever its network or its files raised
+        raise UserError(
+            f"There is no model {name!r} ({first_sentence(error)}); it is a folder with a config.json, an id of the Hub, or "
+            f"one of {', '.join(sorted(shipped))}."
+        ) from error
+
+
+def load_model(name: str, source: str, token: str | None, **kwargs) -> PreTrainedModel:
+    try:
+        return AutoModelForImageClassification.from_pretrained(source, token=token, **kwargs)
+    except Exception as error:  # likewise
+        raise UserError(f"The weights of {name!r} cannot be loaded: {first_sentence(error)}") from error
+
+
+def copy_companions(source: str, folder: Path, token: str | None) -> None:
+    """Image processor and, of a local run, what documents it; latent weights have theirs in the folder above."""
+    with contextlib.suppress(OSError, ValueError):  # a network without one is no less a network
+        AutoImageProcessor.from_pretrained(source, token=token).save_pretrained(folder)
+    run = Path(source).parent if Path(source).name == LATENT else Path(source)
+    for document in DOCUMENTS:
+        if (run / document).is_file():
+            shutil.copy(run / document, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

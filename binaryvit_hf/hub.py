@@ -1,0 +1,52 @@
+"""Uploads to the Hub: what is wrong is said before training, what fails can be done again."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from .errors import UploadError, UserError, first_sentence
+
+
+# Names of checkpoints to resume from, hidden files, and pickles, which may hold a token.
+NOT_UPLOADED = ["checkpoint-*", ".*", "training_args.bin", "__pycache__"]
+
+
+def create_repository(repo_id: str, token: str | None, private: bool | None) -> str:
+    """
+    Make the repository if it is not there; returns its full name.
+
+    Raises:
+        UserError: the Hub refuses, or cannot be reached.
+    """
+    try:
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except Exception as error:  # whatever the network raised
+        raise UserError(
+            f"The repository {repo_id!r} cannot be made on the Hub ({first_sentence(error)}): log in with `hf auth login`, "
+            "or give a token that may write there."
+        ) from error
+
+
+def upload_folder(folder: Path, repo_id: str, token: str | None, revision: str | None, message: str) -> str:
+    """Upload a folder in one commit, so that it arrives whole or not at all; returns the address of the repository."""
+    api = HfApi(token=token)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message).repo_url
+
+
+@contextlib.contextmanager
+def told_how_to_resume_upload(folder: Path, repo_id: str) -> Iterator[None]:
+    """
+    Raises:
+        UploadError: what happens inside of this failed.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever the network raised
+        raise UploadError(
+            f"The upload to {repo_id!r} failed ({first_sentence(error)}). Everything is whole in {str(folder)!r}: run the "
+            f"same command again, or `binaryvit push {folder} {repo_id}`, to complete it."
+        ) from error

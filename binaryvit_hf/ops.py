@@ -1,0 +1,180 @@
+"""
+What a network costs, in operations and in bytes, counted from the network itself: it is built and run once on the meta
+device, where tensors have a shape but no memory.
+"""
+
+import functools
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers.models.vit.modeling_vit import ViTAttention
+
+from .configuration_binaryvit import BinaryViTConfig, as_pair
+from .errors import UserError
+from .modeling_binaryvit import BinaryViTAttention
+from .packing_binaryvit import expect_packed_layers
+
+
+CONFIG_CLASSES = {"binaryvit": BinaryViTConfig, "vit": ViTConfig}
+ATTENTION_CLASSES = (BinaryViTAttention, ViTAttention)
+# Patterns of the name of a module, in our network and in transformers' ViT; the first that is found says its kind.
+KINDS = {
+    "patch embedding (stem)": r"\.embeddings\.(patch_embeddings\.)?projection$",
+    "patch embeddings between stages": r"\.patch_embeddings\.projection$",
+    "sequence reduction": r"\.reduction\.linear$",
+    "query, key, value": r"\.(query|key|value)\.linear$|\.[qkv]_proj$",
+    "attention products": r"\.attention$",
+    "attention output": r"\.output\.linear$|\.o_proj$",
+    "MLP": r"\.fc[12](\.linear)?$",
+    "classifier": r"^classifier$",
+    "norms, activations, scales, positions": "",
+}
+TABLE_HEAD = ("kind of layer", "layers", "BOPs", "FLOPs", "OPs", "parameters", "bytes packed", "bytes float32")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """
+    Cost of all layers of one kind, for one image.
+
+    Args:
+        kind: what these layers are.
+        layers: number of modules that compute a product or hold tensors of their own.
+        bops: bit operations: multiply-accumulates, times the bits of both operands.
+        flops: multiply-accumulates with an operand in full precision.
+        parameters: learned numbers, whatever their width.
+        packed_bytes: tensors of a packed checkpoint whose floats are float32 (`packing_binaryvit` has the format).
+        float_bytes: tensors of the latent checkpoint in float32.
+    """
+
+    kind: str
+    layers: int
+    bops: int
+    flops: int
+    parameters: int
+    packed_bytes: int
+    float_bytes: int
+
+    @property
+    def ops(self) -> float:
+        """`FLOPs + BOPs / 64`: one instruction does as many bit operations as its word has bits."""
+        return self.flops + self.bops / 64
+
+
+def count_operations(config: PreTrainedConfig) -> list[LayerCost]:
+    """
+    Count operations and storage of the image classifier that a config describes, per kind of layer.
+
+    Operations are multiply-accumulates of one image of the config's size, `OPs = FLOPs + BOPs / 64` (ReActNet, Liu et
+    al., ECCV 2020). Normalisation, activations, softmax, pooling, scales and additions are not counted. A product of
+    M-bit by N-bit operands is M * N bit operations (DoReFa-Net, Zhou et al., 2016): 1 by 1 bit is one, 8 by 8 bits
+    cost as much as a FLOP. With 32 bits on either side it is a FLOP, even if a 1-bit weight just adds and subtracts.
+    Both operands of the attention products have `input_bits`.
+
+    Every tensor of the checkpoint, statistics of batch normalisation included, is in one kind: that of the layer whose
+    product it belongs to (weight, bias, scale of the packed weight, shift of the input), or else the last.
+
+    Args:
+        config: of BinaryViT or of transformers' ViT; one of packed weights is counted as the network they came from.
+
+    Returns:
+        the kinds of layer that the network has, in its order.
+
+    Raises:
+        UserError: the config is of another model type.
+    """
+    model = build_on_meta(config)
+    products = count_products(model)
+    parameters = sum_by_module({name: parameter.numel() for name, parameter in model.named_parameters()})
+    float_bytes = sum_by_module({name: tensor.nbytes for name, tensor in model.state_dict().items()})
+    if getattr(model.config, "weight_bits", 32) < 32:
+        expect_packed_layers(model)
+    packed_bytes = sum_by_module({name: tensor.nbytes for name, tensor in model.state_dict().items()})
+
+    costs = {kind: [] for kind in KINDS}
+    for name in products.keys() | float_bytes.keys():
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+        bops, flops = products.get(name, (0, 0))
+        costs[kind].append(LayerCost(kind, 1, bops, flops, parameters[name], packed_bytes[name], float_bytes[name]))
+    return [total(layers, kind) for kind, layers in costs.items() if layers]
+
+
+def total(costs: list[LayerCost], kind: str = "in all") -> LayerCost:
+    """Sum of the costs of several kinds of layer."""
+    numbers = [field.name for field in fields(LayerCost) if field.name != "kind"]
+    return LayerCost(kind, *(sum(getattr(cost, name) for cost in costs) for name in numbers))
+
+
+def format_table(costs: list[LayerCost]) -> str:
+    """A table for the terminal, at most 110 characters wide: a line for each kind of layer, the last for all."""
+    rows = [TABLE_HEAD]
+    for cost in (*costs, total(costs)):
+        counts = (readable(number) for number in (cost.bops, cost.flops, cost.ops, cost.parameters))
+        sizes = (readable(size, "B") for size in (cost.packed_bytes, cost.float_bytes))
+        rows.append((cost.kind, str(cost.layers), *counts, *sizes))
+    first, *others = (max(len(cell) for cell in column) for column in zip(*rows))
+    return "\n".join(
+        "  ".join([kind.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others))])
+        for kind, *cells in rows
+    )
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The image classifier of a config, in float32 and without memory; latent if the config is of packed weights."""
+    if config.model_type not in CONFIG_CLASSES:
+        raise UserError(
+            f"Operations are counted of the model types {' and '.join(CONFIG_CLASSES)}, not of {config.model_type!r}."
+        )
+    latent = config.to_dict()
+    latent.pop("quantization_config", None)
+    config = CONFIG_CLASSES[config.model_type].from_dict(latent)
+    with torch.device("meta"):
+        # Attention that returns its probabilities, whose shape is counted.
+        return AutoModelForImageClassification.from_config(config, dtype=torch.float32, attn_implementation="eager")
+
+
+@torch.no_grad()
+def count_products(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """BOPs and FLOPs of one image, by name of the module that computes the product."""
+    products = {}
+
+    def record(name, module, inputs, output):
+        input_bits = getattr(module, "input_bits", 32)
+        if isinstance(module, ATTENTION_CLASSES):
+            probabilities = output[1]  # (1, heads, queries, keys)
+            other_bits, multiplications = input_bits, 2 * probabilities.numel() * module.head_dim  # q k^T and p v
+        else:
+            other_bits = getattr(module, "weight_bits", 32)
+            multiplications = output.numel() * module.weight[0].numel()
+        quantised = 32 not in (input_bits, other_bits)
+        products[name] = (multiplications * input_bits * other_bits, 0) if quantised else (0, multiplications)
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, *ATTENTION_CLASSES)):
+            module.register_forward_hook(functools.partial(record, name))
+    config = model.config
+    model.eval()(torch.empty(1, config.num_channels, *as_pair(config.image_size), device="meta"))
+    return products
+
+
+def sum_by_module(numbers: dict[str, int]) -> Counter:
+    """Numbers by name of a tensor, summed by name of the module that holds it."""
+    sums = Counter()
+    for name, number in numbers.items():
+        sums[name.rpartition(".")[0]] += number
+    return sums
+
+
+def readable(number: float, unit: str = "") -> str:
+    """Three digits and a decimal prefix: `4.54 G`, `58.2 M`, `8.63 MB`."""
+    prefix = ""
+    for larger in "kMGT":
+        if number < 999.5:
+            break
+        number, prefix = number / 1000, larger
+    digits = f"{number:#.3g}".rstrip(".") if prefix else f"{number:.0f}"
+    return f"{digits} {prefix}{unit}".rstrip()
