@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from .errors import UploadError, UserError, first_sentence
 
@@ -34,7 +34,14 @@ def upload_folder(folder: Path, repo_id: str, token: str | None, revision: str |
     api = HfApi(token=token)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message).repo_url
+    # Not the client's upload_folder, which may make several commits of it.
+    additions = [
+        CommitOperationAdd(file.relative_to(folder).as_posix(), file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    ]
+    commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
+    return commit.repo_url
 
 
 @contextlib.contextmanager
