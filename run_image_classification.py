@@ -53,7 +53,8 @@ logger = logging.getLogger("run_image_classification")
 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         phases = parse_phases(arguments)
         for phase in phases:
@@ -143,7 +144,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / RUN_ARGUMENTS).write_text(json.dumps(describe(phase), indent=2) + "\n")
         result = trainer.train(resume_from_checkpoint=inputs.checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # called otherwise it uploads, before there is a card
         trainer.save_state()
         trainer.save_metrics("train", {**result.metrics, "train_samples": len(images["train"])})
     if training_arguments.do_eval:

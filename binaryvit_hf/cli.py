@@ -202,8 +202,8 @@ def push(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging) / "model"
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
-        if model.config.model_type == QUANT_METHOD and model.config.weight_bits < 32 and not model.is_packed:
-            ShippedModel(model).save_pretrained(staged)
+        latent = model.config.model_type == QUANT_METHOD and model.config.weight_bits < 32 and not model.is_packed
+        (ShippedModel(model) if latent else model).save_pretrained(staged)  # which brings the code, too
         card = staged / "README.md"
         if card.is_file():  # it was written before the model had its place on the Hub
             card.write_text(

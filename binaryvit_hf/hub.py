@@ -15,17 +15,20 @@ NOT_UPLOADED = ["checkpoint-*", ".*", "training_args.bin", "__pycache__"]
 
 def create_repository(repo_id: str, token: str | None, private: bool | None) -> str:
     """
-    Make the repository if it is not there; returns its full name.
+    Make the repository if it is not there, and see that it can be written to; returns its full name.
 
     Raises:
         UserError: the Hub refuses, or cannot be reached.
     """
+    api = HfApi(token=token)
     try:
-        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)
+        return repo_id
     except Exception as error:  # whatever the network raised
         raise UserError(
-            f"The repository {repo_id!r} cannot be made on the Hub ({first_sentence(error)}): log in with `hf auth login`, "
-            "or give a token that may write there."
+            f"The repository {repo_id!r} cannot be made or written to on the Hub ({first_sentence(error)}): log in with "
+            "`hf auth login`, or give a token that may."
         ) from error
 
 

@@ -98,6 +98,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         sizes=sizes_on_disk(folder, results),
         cost=total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None,
         readable=readable,
+        carries_code=(folder / "modeling_binaryvit.py").is_file(),
         learning_curves=(folder / "learning_curves.png").is_file(),
         recipe=recipe,
         arguments=arguments,

@@ -36,6 +36,7 @@ ROUTES = [
     ("GET", rf"{API}/commits/{REVISION}", "commits"),
     ("POST", rf"{API}/branch/(?P<branch>[^/]+)", "create_branch"),
     ("POST", rf"{API}/tag/{REVISION}", "create_tag"),
+    ("GET", rf"{API}/auth-check/write", "auth_check"),
     ("POST", rf"{API}/preupload/{REVISION}", "preupload"),
     ("POST", rf"{API}/commit/{REVISION}", "commit"),
     ("POST", rf"{WEB}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -44,7 +45,7 @@ ROUTES = [
     ("HEAD", rf"{WEB}/resolve/{REVISION}/(?P<path>.+)", "head"),
     ("GET", rf"{WEB}/resolve/{REVISION}/(?P<path>.+)", "download"),
 ]
-WRITING = {"create_branch", "create_tag", "preupload", "commit", "lfs_batch"}
+WRITING = {"auth_check", "create_branch", "create_tag", "preupload", "commit", "lfs_batch"}
 
 
 @dataclass
@@ -351,6 +352,9 @@ class _Handler(BaseHTTPRequestHandler):
     def delete_repo(self) -> dict:
         if self.hub.repositories.pop(self.own_repository(), None) is None:
             raise Refused(404, "Repository not found", "RepoNotFound")
+        return {}
+
+    def auth_check(self, repository: Repository) -> dict:
         return {}
 
     def info(self, repository: Repository, revision: str = "main") -> dict:

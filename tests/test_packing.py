@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from golden_data import CONFIGS as CONFIG_FILES
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -189,6 +190,16 @@ def test_half_precision_halves_the_floats_and_keeps_what_it_cannot_hold(latent, 
     assert torch.equal(again.classifier.weight, model.classifier.weight.half().float())
     again.save_pretrained(tmp_path / "again")
     assert_same_checkpoint(tmp_path / "half", tmp_path / "again")
+
+
+def test_binaryvit_small_takes_8_9_megabytes_and_6_in_half_precision(tmp_path):
+    config = AutoConfig.from_pretrained(CONFIG_FILES / "binaryvit-small-patch4-224")
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=BinaryViTQuantizationConfig())
+    for half, megabytes in ((False, 8.9), (True, 6.0)):
+        model.config.quantization_config.half = half
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "model.safetensors").stat().st_size <= megabytes * 1e6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Model cards, the models that come with the package, and what both say of themselves."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from golden_data import CONFIGS, ROWS
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from binaryvit_hf.arguments import parse_phases
+from binaryvit_hf.cli import main
+from binaryvit_hf.data import decode_image, load_digits_splits
+from binaryvit_hf.ops import count_operations, readable, total
+
+
+CARDS = CONFIGS.parent / "model_cards"
+DIGITS = CARDS / "binaryvit-digits"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_card_of_a_row_is_what_the_template_makes_of_it_today(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    assert main(["card", f"configs/{row}", "--out", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text() == (CARDS / f"{row}.md").read_text()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_card_of_a_row_says_that_it_has_no_trained_weights_and_what_it_costs(row):
+    card = ModelCard.load(CARDS / f"{row}.md")
+    said = (
+        "with a recipe, without trained weights" if row != "deit-small-patch16-224" else "without weights of its own"
+    )
+    assert f"**A configuration{'' if 'recipe' in said else ','} {said}" in card.text
+    config = AutoConfig.from_pretrained(CONFIGS / row)
+    assert f"{readable(total(count_operations(config)).ops)} OPs" in card.text
+    assert card.data.eval_results is None
+    if row != "deit-small-patch16-224":
+        assert card.data.base_model == "facebook/deit-small-patch16-224"
+        assert card.data.datasets == ["ILSVRC/imagenet-1k"]
+
+
+@pytest.mark.parametrize("row", sorted(path.parent.name for path in CONFIGS.glob("*/train.json")))
+def test_the_recipe_of_a_row_is_one_that_the_script_takes_and_packs(row):
+    ((model_arguments, _, training_arguments),) = parse_phases([str(CONFIGS / row / "train.json"), "--use_cpu"])
+    assert model_arguments.config_name == row
+    assert training_arguments.save_packed
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The held-out digits as the shipped model sees them, and their labels."""
+    held_out = load_digits_splits()["validation"]
+    processor = AutoImageProcessor.from_pretrained(DIGITS)
+    images = processor([decode_image(image) for image in held_out["image"]], return_tensors="pt")["pixel_values"]
+    return images, torch.tensor(held_out["label"])
+
+
+def predict(folder, images) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForImageClassification.from_pretrained(folder)(images).logits.argmax(1)
+
+
+def test_the_shipped_model_is_as_good_as_its_card_says(digits):
+    images, labels = digits
+    accuracy = (predict(DIGITS, images) == labels).double().mean().item()
+    card = ModelCard.load(DIGITS / "README.md")
+    claimed = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    # Another processor may flip a sign that decides an image.
+    assert accuracy == pytest.approx(claimed["top-1 accuracy"], abs=2 / len(labels))
+    recorded = json.loads((DIGITS / "all_results.json").read_text())
+    assert claimed["top-1 accuracy"] == recorded["eval_accuracy"]
+    assert f"{100 * recorded['teacher_accuracy']:.2f} %" in card.text
+    assert readable((DIGITS / "model.safetensors").stat().st_size, "B") in card.text
+
+
+def test_half_precision_changes_no_answer_that_counts(digits, tmp_path):
+    images, labels = digits
+    assert main(["pack", str(DIGITS), str(tmp_path / "half"), "--half"]) == 0
+    full, half = predict(DIGITS, images), predict(tmp_path / "half", images)
+    assert (full != half).double().mean() <= 0.005
+    assert abs((full == labels).double().mean() - (half == labels).double().mean()) <= 0.001
+
+
+def test_the_shipped_model_classifies_its_example_by_name_from_anywhere(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "binaryvit_hf.cli",
+        "classify",
+        "binaryvit-digits",
+        DIGITS / "example.png",
+        "--json",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    (answer,) = json.loads(result.stdout)
+    assert answer["labels"][0]["label"] == "0"
+    assert answer["labels"][0]["score"] > 0.9

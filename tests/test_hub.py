@@ -1,0 +1,264 @@
+"""Uploads and downloads with the real client, against the hub that `hub_server` runs on loopback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fresh import WITHOUT_PACKAGE
+from hub_server import HubServer, client_environment
+from PIL import Image
+from safetensors.torch import load
+from tiny import tiny_config, tiny_images, tiny_model
+from transformers import ViTConfig, ViTForImageClassification
+
+from binaryvit_hf.cli import main as binaryvit
+from binaryvit_hf.images import create_image_processor
+
+
+ROOT = Path(__file__).parent.parent
+ALICE, BOB = "token-of-alice", "token-of-bob"
+LABELS = {0: "ant", 1: "bee", 2: "cat"}
+DOWNLOAD = """
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+root, name, revision, subfolder = sys.argv[1:]
+images, expected = torch.load(f"{root}/expected.pt")
+trust = {"trust_remote_code": True} | ({"revision": revision} if revision else {})
+assert AutoConfig.from_pretrained(name, **trust).model_type == "binaryvit"
+model = AutoModelForImageClassification.from_pretrained(name, subfolder=subfolder, **trust)
+assert type(model).__module__.startswith("transformers_modules.")
+assert model.is_packed == (not subfolder)
+backbone = AutoModel.from_pretrained(name, subfolder=subfolder, **trust)
+with torch.no_grad():
+    assert torch.equal(model(images).logits, expected)
+    assert torch.equal(model.classifier(backbone(images).pooler_output), expected)
+if not subfolder:
+    AutoImageProcessor.from_pretrained(name, revision=revision or None)
+    pipeline("image-classification", model=name, **trust)(Image.new("L", (50, 40)))
+print("all equal")
+"""
+
+
+@pytest.fixture
+def server():
+    with HubServer(users={ALICE: "alice", BOB: "bob"}) as server:
+        yield server
+
+
+@pytest.fixture
+def latent(tmp_path) -> Path:
+    """A model with its image processor, and in `expected.pt` what it must compute."""
+    model = tiny_model(tiny_config(id2label=LABELS)).eval()
+    model.save_pretrained(tmp_path / "latent")
+    create_image_processor(model.config, crop_pct=1.0).save_pretrained(tmp_path / "latent")
+    with torch.no_grad():
+        torch.save((tiny_images(), model(tiny_images()).logits), tmp_path / "expected.pt")
+    return tmp_path / "latent"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in LABELS.values():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.fromarray(rng.integers(0, 255, (20, 40, 3)).astype("uint8")).save(
+                tmp_path / "photos" / name / f"{number}.png"
+            )
+    return tmp_path / "photos"
+
+
+def run(server, home: Path, token: str | None, *command, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        list(map(str, command)),
+        env=client_environment(server, home, token) | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run_code(server, home, token, code, *arguments, **environment) -> subprocess.CompletedProcess:
+    return run(server, home, token, sys.executable, "-c", code, *arguments, **environment)
+
+
+def push(server, tmp_path, token, *arguments) -> subprocess.CompletedProcess:
+    return run(server, tmp_path / "home", token, sys.executable, "-m", "binaryvit_hf.cli", "push", *arguments)
+
+
+def train(server, tmp_path, photos, token, *arguments) -> subprocess.CompletedProcess:
+    tiny_config().save_pretrained(tmp_path / "config")
+    options = ["--do_train", "--do_eval", "--max_steps=2", "--report_to=none", "--use_cpu", "--crop_pct=1.0"]
+    return run(
+        server,
+        tmp_path / "home",
+        token,
+        sys.executable,
+        ROOT / "run_image_classification.py",
+        *["--config_name", tmp_path / "config", "--train_dir", photos, "--output_dir", tmp_path / "run"],
+        *["--push_to_hub", "--hub_model_id", "alice/photos", *options, *arguments],
+    )
+
+
+def dtypes(content: bytes) -> set[torch.dtype]:
+    return {tensor.dtype for name, tensor in load(content).items() if "linear" in name and "weight" in name}
+
+
+def assert_shipped(files: dict[str, bytes]) -> None:
+    """Bits are the repository's weights, the floats lie in `latent/`; both with their code."""
+    assert torch.uint8 in dtypes(files["model.safetensors"])
+    assert dtypes(files["latent/model.safetensors"]) == {torch.float32}
+    for folder in ("", "latent/"):
+        assert {f"{folder}config.json", f"{folder}modeling_binaryvit.py"} <= files.keys()
+    assert not [name for name in files if "training_args" in name or "checkpoint-" in name]
+
+
+def test_push_to_hub_uploads_bits_and_machines_without_the_package_load_them(server, latent, tmp_path):
+    code = """
+import sys
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+import binaryvit_hf
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+model.push_to_hub("pyramid")
+AutoImageProcessor.from_pretrained(sys.argv[1]).push_to_hub("pyramid")
+from huggingface_hub import HfApi
+HfApi().create_tag("alice/pyramid", tag="v1")
+packed = AutoModelForImageClassification.from_pretrained(
+    sys.argv[1], quantization_config=binaryvit_hf.BinaryViTQuantizationConfig()
+)
+packed.push_to_hub("packed-alone")
+"""
+    result = run_code(server, tmp_path / "home", ALICE, code, latent)
+    assert result.returncode == 0, result.stderr
+    assert_shipped(server.files("alice/pyramid"))
+    assert "latent/config.json" not in server.files("alice/packed-alone")
+    assert server.files("alice/packed-alone")["config.json"] == server.files("alice/pyramid")["config.json"]
+
+    code = WITHOUT_PACKAGE + DOWNLOAD
+    pinned = run_code(server, tmp_path / "other", None, code, tmp_path, "alice/pyramid", "v1", "")
+    assert (pinned.stdout, pinned.stderr) == ("all equal\n", "")
+    # Of code whose revision is not pinned transformers says, once, that it downloaded it.
+    newest = run_code(server, tmp_path / "other", None, code, tmp_path, "alice/pyramid", "", "latent")
+    assert newest.stdout == "all equal\n", newest.stderr
+    offline = {"HF_HUB_OFFLINE": "1"}
+    for subfolder in ("", "latent"):
+        cached = run_code(server, tmp_path / "other", None, code, tmp_path, "alice/pyramid", "", subfolder, **offline)
+        assert (cached.stdout, cached.stderr) == ("all equal\n", "")
+
+
+def test_a_private_repository_opens_to_its_owner_alone(server, latent, tmp_path):
+    result = push(server, tmp_path, ALICE, latent, "alice/secret", "--private")
+    assert result.returncode == 0, result.stderr
+    assert server.repository("alice/secret").private
+    code = WITHOUT_PACKAGE + DOWNLOAD
+    for token, opens in ((ALICE, True), (BOB, False), (None, False)):
+        found = run_code(server, tmp_path / f"home-{token}", token, code, tmp_path, "alice/secret", "main", "")
+        assert (found.stdout == "all equal\n") == opens, found.stderr
+        if not opens:
+            assert "is not a valid model identifier" in found.stderr
+
+
+def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, photos, tmp_path):
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    teacher = ViTForImageClassification(ViTConfig(image_size=[16, 32], patch_size=8, id2label=LABELS, **fields))
+    teacher.save_pretrained(tmp_path / "teacher")
+    content = {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
+    server.publish("bob/teacher", content, private=True)
+
+    teaching = ["--teacher_model_name_or_path", "bob/teacher", "--save_steps=1"]
+    refused = train(server, tmp_path, photos, ALICE, *teaching)
+    assert refused.returncode == 2, refused.stderr
+    assert "'bob/teacher' cannot be loaded" in refused.stderr
+    server.repository("bob/teacher").private = False
+    result = train(server, tmp_path, photos, ALICE, *teaching)
+    assert result.returncode == 0, result.stderr
+
+    files, run_folder = server.files("alice/photos"), tmp_path / "run"
+    assert_shipped(files)
+    wanted = ["model.safetensors", "config.json", "preprocessor_config.json", "README.md", "learning_curves.png"]
+    for name in [*wanted, "run_arguments.json", "all_results.json", "latent/model.safetensors"]:
+        assert files[name] == (run_folder / name).read_bytes(), name
+    card = files["README.md"].decode()
+    assert "base_model: bob/teacher" in card
+    assert 'model="alice/photos"' in card
+    assert ALICE not in "".join(content.decode(errors="ignore") for content in files.values())
+    on_the_way = [
+        commit for commit in server.commits("alice/photos") if commit.title.startswith("Training in progress")
+    ]
+    assert on_the_way
+    for commit in on_the_way:
+        assert_shipped(server.files("alice/photos", revision=commit.oid))
+
+
+def test_a_run_whose_upload_fails_is_whole_and_the_same_command_completes_it(server, photos, tmp_path):
+    quiet = ["--hub_strategy=end"]
+    server.fail_next(1, on="commit", how="drop")
+    failed = train(server, tmp_path, photos, ALICE, *quiet)
+    assert failed.returncode == 1, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert f"binaryvit push {tmp_path / 'run'} alice/photos" in failed.stderr
+    assert "README.md" not in server.files("alice/photos")
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+
+    again = train(server, tmp_path, photos, ALICE, *quiet)
+    assert again.returncode == 0, again.stderr
+    assert "is trained already" in again.stderr
+    files = server.files("alice/photos")
+    assert_shipped(files)
+    assert load(files["model.safetensors"]).keys() == load(weights).keys()
+    assert all(torch.equal(tensor, load(weights)[name]) for name, tensor in load(files["model.safetensors"]).items())
+
+
+def test_a_token_that_may_not_write_is_refused_before_training(server, photos, tmp_path):
+    server.publish("alice/photos", {"config.json": b"{}"})
+    for token in (BOB, None):
+        refused = train(server, tmp_path, photos, token)
+        assert refused.returncode == 2, refused.stderr
+        assert "'alice/photos' cannot be made or written to" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_push_packs_a_latent_folder_and_writes_its_card(server, latent, tmp_path):
+    server.fail_next(1, on="commit", how=500)
+    failed = push(server, tmp_path, ALICE, latent, "alice/pyramid")
+    assert failed.returncode == 1, failed.stderr
+    assert failed.stderr.count("\n") == 1
+    before = {path.name: path.read_bytes() for path in latent.iterdir()}
+    result = push(server, tmp_path, ALICE, latent, "alice/pyramid", "--revision", "next")
+    assert result.returncode == 0, result.stderr
+    assert {path.name: path.read_bytes() for path in latent.iterdir()} == before
+    files = server.files("alice/pyramid", revision="next")
+    assert_shipped(files)
+    assert "1-bit vision transformer" in files["README.md"].decode()
+    assert "model.safetensors" not in server.files("alice/pyramid")
+    loaded = run_code(
+        server, tmp_path / "other", None, WITHOUT_PACKAGE + DOWNLOAD, tmp_path, "alice/pyramid", "next", ""
+    )
+    assert (loaded.stdout, loaded.stderr) == ("all equal\n", "")
+
+
+def test_push_takes_a_packed_folder_as_it_is(server, latent, tmp_path):
+    assert binaryvit(["pack", str(latent), str(tmp_path / "packed")]) == 0
+    (tmp_path / "packed" / "modeling_binaryvit.py").unlink()  # as in the models that come with the package
+    (tmp_path / "packed" / "checkpoint-1").mkdir()
+    (tmp_path / "packed" / "checkpoint-1" / "optimizer.pt").write_bytes(b"large")
+    (tmp_path / "packed" / ".secret").write_text("hidden")
+    result = push(server, tmp_path, ALICE, tmp_path / "packed", "alice/pyramid")
+    assert result.returncode == 0, result.stderr
+    files = server.files("alice/pyramid")
+    ours, theirs = load(files["model.safetensors"]), load((tmp_path / "packed" / "model.safetensors").read_bytes())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "modeling_binaryvit.py" in files
+    assert not [name for name in files if "latent" in name or "checkpoint" in name or "secret" in name]
+    assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "binaryvit"
