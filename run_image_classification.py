@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> int:
     except (NonFiniteLossError, UploadError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    print_next_steps(phases[-1][2])
+    if phases[-1][2].do_train:
+        print_next_steps(phases[-1][2])
     return 0
 
 
@@ -363,9 +364,9 @@ def write_report(phase: Phase, model_id: str) -> None:
 
 def print_next_steps(training_arguments: DistillationTrainingArguments) -> None:
     folder = Path(training_arguments.output_dir)
-    classify = f"from transformers import pipeline; print(pipeline('image-classification', '{folder}')('IMAGE.png'))"
     print(f"load it:     import binaryvit_hf; AutoModelForImageClassification.from_pretrained('{folder}')")
-    print(f'classify:    python -c "import binaryvit_hf; {classify}"')
+    print(f"classify:    binaryvit classify {folder} IMAGE")
+    print(f"publish:     binaryvit push {folder} REPOSITORY")
     print(f"its card:    {folder / 'README.md'}")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tiny import tiny_config, tiny_model
-from transformers import ViTConfig, ViTForImageClassification
+from tiny import tiny_config, tiny_images, tiny_model
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,17 @@ def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(ph
     assert recorded["teacher_model_name_or_path"] == str(teacher)
     assert recorded["learning_rate"] == 5e-5
 
+    packed = AutoModelForImageClassification.from_pretrained(output)
+    latent = AutoModelForImageClassification.from_pretrained(output / "latent")
+    assert packed.is_packed
+    assert not latent.is_packed
+    with torch.no_grad():
+        assert torch.equal(packed(tiny_images()).logits, latent(tiny_images()).logits)
+    assert {path.parent.name for path in output.rglob("training_args.bin")} == {"checkpoint-2"}  # it may hold a token
+    for size in ("packed, a bit a weight", "latent, float32", "its teacher"):
+        assert f"| {size}, on disk |" in card
+    assert "| learning_rate | 5e-05 |" in card
+
     weights = (output / "model.safetensors").read_bytes()
     again = run_script("--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN)
     assert again.returncode == 0, again.stderr
@@ -115,6 +127,19 @@ def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(ph
     assert_refused(
         lower, "run of other arguments", "learning_rate was 5e-05, not 0.001", "choose another --output_dir"
     )
+
+
+def test_packed_weights_are_refused_to_training_and_latent_ones_beside_them_go_on(photos, config, tmp_path):
+    common = ["--train_dir", photos, *TRAIN, "--max_steps=1"]
+    result = run_script("--config_name", config, "--output_dir", tmp_path / "out", *common)
+    assert result.returncode == 0, result.stderr
+    more = ["--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "more", *common]
+    assert_refused(run_script(*more), "a bit has no gradient", "--subfolder latent")
+    assert not (tmp_path / "more").exists()
+    result = run_script(*more, "--subfolder=latent", "--save_packed=False")
+    assert result.returncode == 0, result.stderr
+    assert not AutoModelForImageClassification.from_pretrained(tmp_path / "more").is_packed
+    assert not (tmp_path / "more" / "latent").exists()
 
 
 def test_interrupted_run_goes_on_from_its_checkpoint(photos, config, tmp_path):
