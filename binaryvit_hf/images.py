@@ -3,7 +3,7 @@
 import glob
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BaseImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -46,7 +46,7 @@ def open_image(path: Path) -> Image.Image:
         UserError: the file is no image, or a broken one.
     """
     try:
-        return Image.open(path).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as transformers' pipelines see it
     except BROKEN_IMAGE_ERRORS as error:
         raise UserError(f"{str(path)!r} is no image that can be read ({first_sentence(error)}).") from error
 

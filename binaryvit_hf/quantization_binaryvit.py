@@ -2,7 +2,7 @@
 `quant_method: "binaryvit"`: how transformers is told of packed weights.
 
 Package and travelling copies of this file may meet in one process, and the quantizer of one may be given the model of
-another; so it knows no class of theirs and calls methods of `BinaryViTPreTrainedModel` alone.
+another; so it knows no class of theirs and calls methods of the model alone (`packable_binaryvit.PackableModel`).
 """
 
 import torch

@@ -182,7 +182,7 @@ class DistillationTrainer(Trainer):
 def evaluable(model: nn.Module | None):
     """
     The Trainer refuses quantised models when it is made, before it knows whether it will train or evaluate; inside of this
-    it does not. Packed weights refuse training by themselves (`BinaryViTPreTrainedModel.train`).
+    it does not. Packed weights refuse training by themselves (`PackableModel.train`).
     """
     quantized = getattr(model, "is_quantized", False)
     if quantized:
