@@ -24,6 +24,8 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 import binaryvit_hf  # noqa: F401, registers the model
 from binaryvit_hf.arguments import ModelArguments, Phase, describe, parse_phases
@@ -154,6 +156,8 @@ def run(phase: Phase, inputs: Inputs) -> None:
         if teacher is not None:
             taught = create_trainer(teacher).evaluate(metric_key_prefix="teacher")
             metrics |= {key: taught[key] for key in TEACHER_METRICS if key in taught}
+            if revision := hub_revision(model_arguments.teacher_model_name_or_path, model_arguments):
+                metrics["teacher_revision"] = revision
             metrics["teacher_bytes"] = sum(tensor.nbytes for tensor in teacher.state_dict().values())
             if teacher.config.model_type in CONFIG_CLASSES:
                 metrics["teacher_ops"] = total(count_operations(teacher.config)).ops
@@ -285,6 +289,12 @@ def load_processor(arguments: ModelArguments, data_arguments: DataArguments, con
         except (OSError, ValueError):
             logger.warning("%r has no image processor; one is made.", arguments.model_name_or_path)
     return create_image_processor(config, data_arguments.crop_pct, like=teacher_processor)
+
+
+def hub_revision(name: str, arguments: ModelArguments) -> str | None:
+    """The commit that a model of the Hub was loaded from; `None` of a local one."""
+    file = cached_file(name, CONFIG_NAME, cache_dir=arguments.cache_dir, token=arguments.token)
+    return extract_commit_hash(file, None)
 
 
 def hub_arguments(arguments: ModelArguments) -> dict:

@@ -121,7 +121,7 @@ def pack(options: argparse.Namespace) -> None:
         model.config.quantization_config.half = options.half
         model.save_pretrained(folder)
         copy_companions(source, folder, options.token)
-        write_card(folder, str(options.out))
+        write_card_if_possible(folder, str(options.out))
     print(f"{options.out}: {readable(sum(file.stat().st_size for file in options.out.glob('*.safetensors')), 'B')}")
     if options.half:
         floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -210,7 +210,7 @@ def push(options: argparse.Namespace) -> None:
                 card.read_text(encoding="utf-8").replace(f'"{folder}"', f'"{repository}"'), encoding="utf-8"
             )
         else:
-            write_card(staged, repository)
+            write_card_if_possible(staged, repository)
         with told_how_to_resume_upload(folder, repository):
             print(upload_folder(staged, repository, options.token, options.revision, options.message))
 
@@ -230,6 +230,14 @@ def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"Model cards need {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
     write_model_card(folder, model_id, path)
+
+
+def write_card_if_possible(folder: Path, model_id: str) -> None:
+    """A model without a card is a model all the same."""
+    try:
+        write_card(folder, model_id)
+    except UserError as error:
+        print(f"There is no model card: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

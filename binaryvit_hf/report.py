@@ -77,7 +77,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         pipeline_tag="image-classification",
         tags=["image-classification", "binaryvit_hf", *(["1-bit"] if config.model_type == "binaryvit" else [])],
         datasets=[dataset] if on_hub else None,
-        base_model=teacher if teacher and not Path(teacher).exists() else None,
+        base_model=teacher if "teacher_revision" in results or not arguments else None,
         # The Hub's format wants a name with results, and neither without the other.
         model_name=Path(model_id).name if metrics else None,
         eval_results=evaluation_results(metrics, dataset, on_hub) or None,

@@ -189,6 +189,8 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, ph
         assert files[name] == (run_folder / name).read_bytes(), name
     card = files["README.md"].decode()
     assert "base_model: bob/teacher" in card
+    results = json.loads(files["all_results.json"])
+    assert results["teacher_revision"] == server.commits("bob/teacher")[0].oid
     assert 'model="alice/photos"' in card
     assert ALICE not in "".join(content.decode(errors="ignore") for content in files.values())
     on_the_way = [

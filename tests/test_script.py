@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from binaryvit_hf.cli import main
 
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +100,10 @@ def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(ph
     with torch.no_grad():
         assert torch.equal(packed(tiny_images()).logits, latent(tiny_images()).logits)
     assert {path.parent.name for path in output.rglob("training_args.bin")} == {"checkpoint-2"}  # it may hold a token
+    assert main(["pack", str(output / "latent"), str(tmp_path / "packed")]) == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "packed"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for size in ("packed, a bit a weight", "latent, float32", "its teacher"):
         assert f"| {size}, on disk |" in card
     assert "| learning_rate | 5e-05 |" in card
