@@ -174,7 +174,7 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, ph
     content = {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
     server.publish("bob/teacher", content, private=True)
 
-    teaching = ["--teacher_model_name_or_path", "bob/teacher", "--save_steps=1"]
+    teaching = ["--teacher_model_name_or_path", "bob/teacher", "--save_steps=1", "--hub_strategy=checkpoint"]
     refused = train(server, tmp_path, photos, ALICE, *teaching)
     assert refused.returncode == 2, refused.stderr
     assert "'bob/teacher' cannot be loaded" in refused.stderr
@@ -187,6 +187,7 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, ph
     wanted = ["model.safetensors", "config.json", "preprocessor_config.json", "README.md", "learning_curves.png"]
     for name in [*wanted, "run_arguments.json", "all_results.json", "latent/model.safetensors"]:
         assert files[name] == (run_folder / name).read_bytes(), name
+    assert "last-checkpoint/optimizer.pt" in files
     card = files["README.md"].decode()
     assert "base_model: bob/teacher" in card
     results = json.loads(files["all_results.json"])
