@@ -112,7 +112,7 @@ def create_parser() -> argparse.ArgumentParser:
 def pack(options: argparse.Namespace) -> None:
     """Pack a model's weights: a bit a weight, or as many as its config says."""
     with new_folder(options.out) as folder:
-        source, config = find_model(options.model, options.token)
+        source, config = find_model(options.model, options.token, shipped_models())
         if config.model_type != QUANT_METHOD:
             raise UserError(f"{options.model!r} is a {config.model_type!r}; only binary networks can be packed.")
         latent = getattr(config, "quantization_config", None) is None
@@ -139,7 +139,7 @@ def convert(options: argparse.Namespace) -> None:
             f"Say which network it is: --config with one of {', '.join(sorted(shipped_configs()))}; or --teacher."
         )
     with new_folder(options.out) as folder:
-        _, config = find_model(options.config or TEACHER_ROW, None)
+        _, config = find_model(options.config or TEACHER_ROW, None, shipped_configs())
         state_dict = load_original_checkpoint(options.checkpoint)
         config.num_labels = len(state_dict.get("classifier.bias", range(config.num_labels)))
         try:
@@ -157,7 +157,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def ops(options: argparse.Namespace) -> None:
     """Count the operations and bytes of a network, for each kind of layer and in all."""
-    _, config = find_model(options.model, options.token)
+    _, config = find_model(options.model, options.token, shipped_configs() | shipped_models())
     costs = count_operations(config)
     if options.json:
         described = [asdict(cost) | {"ops": cost.ops} for cost in (*costs, total(costs))]
@@ -171,7 +171,7 @@ def classify(options: argparse.Namespace) -> None:
     if options.top_k < 1:
         raise UserError(f"--top-k is the number of labels to name, 1 or more, not {options.top_k}.")
     files = list_images(options.images)
-    source, _ = find_model(options.model, options.token)
+    source, _ = find_model(options.model, options.token, shipped_models())
     model = load_model(options.model, source, options.token)
     try:
         processor = AutoImageProcessor.from_pretrained(source, token=options.token)
@@ -204,11 +204,10 @@ def push(options: argparse.Namespace) -> None:
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
         latent = model.config.model_type == QUANT_METHOD and model.config.weight_bits < 32 and not model.is_packed
         (ShippedModel(model) if latent else model).save_pretrained(staged)  # which brings the code, too
-        card = staged / "README.md"
-        if card.is_file():  # it was written before the model had its place on the Hub
-            card.write_text(
-                card.read_text(encoding="utf-8").replace(f'"{folder}"', f'"{repository}"'), encoding="utf-8"
-            )
+        readme = staged / "README.md"
+        if readme.is_file():  # it was written before the model had its place on the Hub
+            text = readme.read_text(encoding="utf-8").replace(f'"{folder}"', f'"{repository}"')
+            readme.write_text(text, encoding="utf-8")
         else:
             write_card_if_possible(staged, repository)
         with told_how_to_resume_upload(folder, repository):
@@ -258,14 +257,13 @@ def new_folder(out: Path) -> Iterator[Path]:
         folder.replace(out)
 
 
-def find_model(name: str, token: str | None) -> tuple[str, PreTrainedConfig]:
+def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[str, PreTrainedConfig]:
     """
-    Where the model that a user names is loaded from, and its config: a folder, what comes with the package, or the Hub.
+    Where the model that a user names is loaded from, and its config: a folder, what is shipped by that name, or the Hub.
 
     Raises:
         UserError: there is none.
     """
-    shipped = shipped_configs() | shipped_models()
     source = name if Path(name).exists() else str(shipped.get(name, name))
     try:
         return source, AutoConfig.from_pretrained(source, token=token)
