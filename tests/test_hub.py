@@ -40,6 +40,10 @@ backbone = AutoModel.from_pretrained(name, subfolder=subfolder, **trust)
 with torch.no_grad():
     assert torch.equal(model(images).logits, expected)
     assert torch.equal(model.classifier(backbone(images).pooler_output), expected)
+model.save_pretrained(f"{root}/again")
+again = AutoModelForImageClassification.from_pretrained(f"{root}/again", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(again(images).logits, expected)
 if not subfolder:
     AutoImageProcessor.from_pretrained(name, revision=revision or None)
     pipeline("image-classification", model=name, **trust)(Image.new("L", (50, 40)))

@@ -1,6 +1,7 @@
 """Bits in files: the format, bit-equal outputs, and everything that may be wrong with a file."""
 
 import json
+import logging
 import shutil
 import warnings
 
@@ -34,11 +35,21 @@ def logits(model) -> torch.Tensor:
         return model(tiny_images()).logits
 
 
-def load(folder, **kwargs) -> BinaryViTForImageClassification:
-    """Loading must not warn."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return AutoModelForImageClassification.from_pretrained(folder, **kwargs)
+class Complain(logging.Handler):
+    def emit(self, record):
+        raise AssertionError(record.getMessage())
+
+
+def load(folder, kind=AutoModelForImageClassification, **kwargs):
+    """Loading must not warn, neither by Python's warnings nor in transformers' log."""
+    logger, handler = logging.getLogger("transformers"), Complain(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return kind.from_pretrained(folder, **kwargs)
+    finally:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -165,10 +176,16 @@ def test_bits_are_intact_with_a_device_map_and_in_shards(packed, tmp_path):
     assert torch.equal(logits(load(tmp_path / "shards")), expected)
 
 
-def test_the_backbone_of_a_packed_classifier_loads_without_a_warning(packed, caplog):
-    classifier, backbone = load(packed), AutoModel.from_pretrained(packed)
+def test_offloaded_weights_are_not_saved_as_if_they_were_there(packed, tmp_path):
+    on_disk = {"binaryvit.embeddings": "cpu", "binaryvit.stages": "disk", "binaryvit.norm": "cpu", "classifier": "cpu"}
+    model = load(packed, device_map=on_disk, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match="is offloaded"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_backbone_of_a_packed_classifier_loads_without_a_warning(packed):
+    classifier, backbone = load(packed), load(packed, kind=AutoModel)
     assert isinstance(backbone, BinaryViTModel)
-    assert not caplog.records
     with torch.no_grad():
         expected = classifier.binaryvit(tiny_images()).last_hidden_state
         assert torch.equal(backbone(tiny_images()).last_hidden_state, expected)
