@@ -29,6 +29,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 import binaryvit_hf  # noqa: F401, registers the model
 from binaryvit_hf.arguments import ModelArguments, Phase, describe, parse_phases
+from binaryvit_hf.augmentation import create_mix
 from binaryvit_hf.data import (
     DataArguments,
     add_transforms,
@@ -134,6 +135,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
             model=model,
             args=training_arguments,
             teacher=teacher,
+            mix=create_mix(data_arguments, config.num_labels),
             train_dataset=datasets.get("train"),
             eval_dataset=datasets["validation"],
             data_collator=collate_images,
@@ -145,6 +147,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
     if training_arguments.do_train and not inputs.finished:
         if trainer.is_world_process_zero():
             output_dir.mkdir(parents=True, exist_ok=True)
+            log_batch(training_arguments)
             (output_dir / RUN_ARGUMENTS).write_text(json.dumps(describe(phase), indent=2) + "\n")
         result = trainer.train(resume_from_checkpoint=inputs.checkpoint)
         trainer.save_model(_internal_call=True)  # called otherwise it uploads, before there is a card
@@ -194,11 +197,6 @@ def check_arguments(phase: Phase) -> None:
         raise UserError(
             "--config_name is a network without weights: evaluate one with --model_name_or_path, or --do_train."
         )
-    for name, low, high in (("crop_pct", 0, 1), ("random_resized_crop_min_scale", 0, 1)):
-        if not low < getattr(data_arguments, name) <= high:
-            raise UserError(f"--{name} is a share above 0 and at most 1, not {getattr(data_arguments, name)}.")
-    if not 0 <= data_arguments.horizontal_flip_prob <= 1:
-        raise UserError(f"--horizontal_flip_prob is a probability, not {data_arguments.horizontal_flip_prob}.")
 
 
 def load_config(arguments: ModelArguments, labels: list[str], do_train: bool) -> PreTrainedConfig:
@@ -356,6 +354,25 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     if last:
         logger.info("Going on from %s.", last)
     return last, False
+
+
+def log_batch(arguments: DistillationTrainingArguments) -> None:
+    batch, meant_for = arguments.effective_batch_size, arguments.learning_rate_batch_size
+    logger.info(
+        "Batch: %d images (%d processes of %d, %d accumulated); learning rate: %g",
+        batch,
+        arguments.world_size,
+        arguments.train_batch_size,
+        arguments.gradient_accumulation_steps,
+        arguments.scaled_learning_rate,
+    )
+    if meant_for is not None and batch != meant_for:
+        logger.warning(
+            "The recipe is for a batch of %d images, so the learning rate was scaled from %g. For the recipe's own batch "
+            "change --per_device_train_batch_size, --gradient_accumulation_steps or the number of processes.",
+            meant_for,
+            arguments.learning_rate,
+        )
 
 
 def write_report(phase: Phase, model_id: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
-from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
+from .augmentation import AugmentationArguments, create_train_transform
 from .errors import UserError, first_sentence
 from .images import BROKEN_IMAGE_ERRORS
 
@@ -25,8 +25,8 @@ DIGITS_HELD_OUT = 5  # every fifth digit is held out
 
 
 @dataclass
-class DataArguments:
-    """Which images, which of their columns, how many, and how they are cut for training."""
+class DataArguments(AugmentationArguments):
+    """Which images, which of their columns, how many, and how they are cut and, for training, augmented."""
 
     dataset_name: str | None = field(
         default=None,
@@ -58,10 +58,11 @@ class DataArguments:
         default=0.875,
         metadata={"help": "Evaluation resizes the shorter side to the image size over this, then crops."},
     )
-    random_resized_crop_min_scale: float = field(
-        default=0.08, metadata={"help": "Training crops at least this share of the image's area; 1 does not crop."}
-    )
-    horizontal_flip_prob: float = field(default=0.5, metadata={"help": "Probability to mirror a training image."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is a share above 0 and at most 1, not {self.crop_pct}.")
 
 
 def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None) -> DatasetDict:
@@ -272,20 +273,7 @@ def image_name(encoded: dict, index: int) -> str:
 def add_transforms(images: DatasetDict, processor: BaseImageProcessor, arguments: DataArguments) -> DatasetDict:
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
     size = (processor.crop_size["height"], processor.crop_size["width"])
-    augment = v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                size,
-                scale=(arguments.random_resized_crop_min_scale, 1.0),
-                interpolation=v2.InterpolationMode.BICUBIC,
-                antialias=True,
-            ),
-            v2.RandomHorizontalFlip(arguments.horizontal_flip_prob),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=processor.image_mean, std=processor.image_std),
-        ]
-    )
+    augment = create_train_transform(arguments, size, processor.image_mean, processor.image_std)
     transforms = {"train": augment, "validation": partial(process_image, processor)}
     return DatasetDict(
         {split: dataset.with_transform(ImageTransform(transforms[split])) for split, dataset in images.items()}

@@ -1,6 +1,7 @@
 """Distillation from a full-precision teacher: a Trainer that changes the loss, and packs what it saves and uploads."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils.hub import PushInProgress
 
 from .errors import NonFiniteLossError
+from .sampling import RepeatedAugmentationSampler
 from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
@@ -22,8 +24,8 @@ MIXED_LABEL_LOSS_WEIGHT = 0.1  # of the paper's runs with mixup or cutmix
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with the two of the distillation loss and one for packing, and the paper's defaults for the loss and
-    for clipping.
+    `TrainingArguments` with the two of the distillation loss, linear scaling of the learning rate, repeated augmentation
+    and packing, and the paper's defaults for the loss and for clipping.
     """
 
     label_loss_weight: float | None = field(
@@ -46,6 +48,17 @@ class DistillationTrainingArguments(TrainingArguments):
             "swings between norms of 2 and 300 from step to step, and transformers' default of 1 stalls it."
         },
     )
+    learning_rate_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "The batch that --learning_rate is meant for: the rate is scaled linearly to the batch of this run, of "
+            "all processes and accumulated steps together. Default: not scaled."
+        },
+    )
+    repeated_augmentations: int = field(
+        default=1,
+        metadata={"help": "See each image that many times in neighbouring batches, augmented another way each time."},
+    )
     save_packed: bool = field(
         default=True,
         metadata={
@@ -65,6 +78,20 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(f"label_loss_weight is a share from 0 to 1, not {self.label_loss_weight}.")
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature must be positive, not {self.distillation_temperature}.")
+        for name in ("learning_rate_batch_size", "repeated_augmentations"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images between two steps of the optimiser, of all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        if self.learning_rate_batch_size is None:
+            return self.learning_rate
+        return self.learning_rate * self.effective_batch_size / self.learning_rate_batch_size
 
 
 class DistillationTrainer(Trainer):
@@ -74,33 +101,69 @@ class DistillationTrainer(Trainer):
     Args:
         teacher: classifier of the same labels, in full precision. It is put into evaluation mode and never trained,
             never saved and no part of the optimiser.
+        mix: in training, takes and returns a batch of images and its labels (`augmentation.create_mix`).
     """
 
     # compute_loss returns a mean over its batch, so the Trainer must divide by the steps of gradient accumulation.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model=None, *args, teacher: PreTrainedModel | None = None, **kwargs):
+    def __init__(
+        self, model=None, *args, teacher: PreTrainedModel | None = None, mix: Callable | None = None, **kwargs
+    ):
         with evaluable(model):
             super().__init__(model, *args, **kwargs)
+        self.label_smoother = None  # its loss is in compute_loss, and evaluation is by the labels as they are
+        self.mix = mix
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.teacher is None or not model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
-        outputs = model(pixel_values=inputs["pixel_values"])
-        with torch.no_grad():
-            teacher_logits = self.teacher(pixel_values=inputs["pixel_values"]).logits
-        loss = distillation_loss(
-            outputs.logits,
-            teacher_logits,
-            inputs["labels"],
-            self.args.label_loss_weight,
-            self.args.distillation_temperature,
-        )
+        images, labels = inputs["pixel_values"], inputs["labels"]
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+        outputs = model(pixel_values=images)
+        smoothing = self.args.label_smoothing_factor
+        if self.teacher is None:
+            # Not the model's own loss: it would take soft labels for those of a multi-label problem.
+            loss = nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=smoothing)
+        else:
+            with torch.no_grad():
+                teacher_logits = self.teacher(pixel_values=images).logits
+            weight, temperature = self.args.label_loss_weight, self.args.distillation_temperature
+            loss = distillation_loss(outputs.logits, teacher_logits, labels, weight, temperature, smoothing)
         return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_class, kwargs | {"lr": args.scaled_learning_rate}
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.repeated_augmentations == 1:
+            return super()._get_train_sampler(train_dataset)
+        return RepeatedAugmentationSampler(
+            len(train_dataset if train_dataset is not None else self.train_dataset),
+            self.args.repeated_augmentations,
+            self.args.train_batch_size,
+            self.args.world_size,
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """
+        Weights of products alone: decay would pull scales, shifts, slopes, clips and normalisation from what they are
+        for, and position embeddings and class tokens are no weights.
+        """
+        embeddings = ("position_embeddings", "class_token", "cls_token")
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and not name.endswith(embeddings)
+        ]
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -200,6 +263,7 @@ def distillation_loss(
     labels: torch.Tensor,
     label_loss_weight: float | None = None,
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """
     `(1 - w) * T**2 * -sum softmax(teacher / T) * log_softmax(student / T) + w * cross_entropy(student, labels)`, the mean
@@ -210,6 +274,7 @@ def distillation_loss(
         labels: class indices `(batch,)`, or soft labels `(batch, labels)`.
         label_loss_weight: w; `None` is the paper's, 0 for class indices and 0.1 for soft labels.
         temperature: T.
+        label_smoothing: share of the labels that is spread over all classes.
     """
     if label_loss_weight is None:
         label_loss_weight = MIXED_LABEL_LOSS_WEIGHT if labels.is_floating_point() else 0.0
@@ -217,4 +282,5 @@ def distillation_loss(
     loss = temperature**2 * nn.functional.cross_entropy(student_logits / temperature, soft_targets)
     if label_loss_weight == 0:
         return loss
-    return (1 - label_loss_weight) * loss + label_loss_weight * nn.functional.cross_entropy(student_logits, labels)
+    label_loss = nn.functional.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    return (1 - label_loss_weight) * loss + label_loss_weight * label_loss

@@ -36,7 +36,7 @@ def refusal(capsys, *arguments) -> str:
         (["--do_train"], "Give either --config_name"),
         (["--do_eval", "--config_name", "x"], "is a network without weights"),
         (["--do_train", "--config_name", "x"], "There are no images"),
-        (["--do_train", "--config_name", "x", "--crop_pct", "0"], "--crop_pct is a share above 0"),
+        (["--do_train", "--config_name", "x", "--crop_pct", "0"], "crop_pct is a share above 0"),
         (["--do_train", "--config_name", "x", "--label_loss_weight", "2"], "label_loss_weight is a share"),
         (
             ["--do_train", "--config_name", "x", "--dataset_name", "no/where"],

@@ -149,6 +149,20 @@ def test_packed_weights_are_refused_to_training_and_latent_ones_beside_them_go_o
     assert not (tmp_path / "more" / "latent").exists()
 
 
+def test_everything_that_distorts_and_mixes_trains_together_and_the_batch_is_told(photos, config, teacher, tmp_path):
+    result = run_script(
+        *["--config_name", config, "--teacher_model_name_or_path", teacher, "--train_dir", photos],
+        *["--output_dir", tmp_path / "out", *TRAIN, "--gradient_accumulation_steps=2"],
+        *["--learning_rate=0.1", "--learning_rate_batch_size=512", "--label_smoothing_factor=0.1"],
+        *["--rand_augment=rand-m9-mstd0.5-inc1", "--random_erasing_prob=0.25", "--color_jitter=0.4"],
+        *["--mixup_alpha=0.8", "--cutmix_alpha=1.0", "--repeated_augmentations=3", "--weight_decay=0.05"],
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Batch: 8 images (1 processes of 4, 2 accumulated); learning rate: 0.0015625" in result.stderr
+    assert "The recipe is for a batch of 512 images, so the learning rate was scaled from 0.1" in result.stderr
+    assert "| cutmix_alpha | 1.0 |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_interrupted_run_goes_on_from_its_checkpoint(photos, config, tmp_path):
     common = [
         "--config_name",

@@ -138,3 +138,54 @@ def test_metric_of_few_labels_has_no_top_five():
 
 def test_metric_gives_nothing_for_indifference():
     assert TopKAccuracy().compute(predictions=[[1.0, 1.0]], references=[0]) == {"accuracy": 0.0}
+
+
+def test_soft_labels_without_a_teacher_are_learned_by_their_cross_entropy(tmp_path):
+    soft = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8]])
+    trainer = tiny_trainer(tmp_path, label_smoothing_factor=0.1)
+    trainer.mix = lambda images, labels: (2 * images, soft)
+    inputs = {"pixel_values": tiny_images(), "labels": torch.tensor([0, 2])}
+    loss, outputs = trainer.compute_loss(trainer.model.train(), inputs, return_outputs=True)
+    log_probabilities = outputs.logits.log_softmax(-1)
+    expected = -((0.9 * soft + 0.1 / 3) * log_probabilities).sum(-1).mean()
+    torch.testing.assert_close(loss, expected)
+    assert trainer.model.config.problem_type is None
+
+
+def test_evaluation_neither_mixes_nor_smooths(tmp_path):
+    trainer = tiny_trainer(tmp_path, label_smoothing_factor=0.1)
+    trainer.mix = lambda images, labels: pytest.fail("mixed")
+    inputs = {"pixel_values": tiny_images(), "labels": torch.tensor([0, 2])}
+    model = trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, dict(inputs))
+        torch.testing.assert_close(
+            loss, torch.nn.functional.cross_entropy(model(tiny_images()).logits, inputs["labels"])
+        )
+
+
+@pytest.mark.parametrize("model", [tiny_model(), tiny_teacher()], ids=["student", "teacher"])
+def test_weight_decay_is_for_the_weights_of_products(model, tmp_path):
+    decayed = set(tiny_trainer(tmp_path, model=model).get_decay_parameter_names(model))
+    products = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+    assert decayed == products
+
+
+@pytest.mark.parametrize("meant_for, rate", [(None, 0.4), (4, 0.8), (512, 0.4 * 8 / 512)])
+def test_learning_rate_is_scaled_to_the_batch(meant_for, rate, tmp_path):
+    arguments = {"learning_rate": 0.4, "gradient_accumulation_steps": 4, "learning_rate_batch_size": meant_for}
+    trainer = tiny_trainer(tmp_path, **arguments)
+    assert trainer.args.effective_batch_size == 8
+    assert trainer.create_optimizer().defaults["lr"] == pytest.approx(rate)
+
+
+def test_repeated_augmentation_orders_the_training_images(tmp_path):
+    trainer = tiny_trainer(tmp_path, repeated_augmentations=2, seed=3)
+    labels = torch.cat([batch["labels"] for batch in trainer.get_train_dataloader()])
+    images = torch.cat([batch["pixel_values"] for batch in trainer.get_train_dataloader()])
+    assert len(labels) == 8
+    assert len({image.sum().item() for image in images}) == 4
