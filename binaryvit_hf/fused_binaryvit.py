@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .batch_norm_binaryvit import batch_norm_backward, fold_norm
 from .quantizers_binaryvit import approx_sign_slope, binary_sign
 
 
@@ -58,13 +59,13 @@ class NormShortcutRPReLU(Function):
 
     Forward: x `(rows, channels)`, shortcut `(rows, shortcut_channels)`, `mean` and `variance` of the normalisation and
     the parameters `(channels,)`; result `(rows, channels)`.
-    Gradient: exact; through mean and variance too if `from_batch`, for then they depend on x.
+    Gradient: exact; through mean and variance too if they are of a batch (`batch_norm_backward` has `batch_rows`).
     """
 
     @staticmethod
-    def forward(ctx, x, shortcut, mean, variance, eps, from_batch, weight, bias, shift_in, slope, shift_out):
+    def forward(ctx, x, shortcut, mean, variance, batch_rows, eps, weight, bias, shift_in, slope, shift_out):
         ctx.save_for_backward(x, shortcut, mean, variance, weight, bias, shift_in, slope)
-        ctx.eps, ctx.from_batch = eps, from_batch
+        ctx.batch_rows, ctx.eps = batch_rows, eps
         scale, offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
 
         def block_forward(x, shortcut):
@@ -91,9 +92,7 @@ class NormShortcutRPReLU(Function):
             return grad
 
         grad = map_rows(block_backward, x, shortcut, grad_output, grad_shortcut).to(x.dtype)
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, mean, torch.rsqrt(variance + ctx.eps), ctx.from_batch, ctx.eps, [True] * 3
-        )
+        grad_x, grad_weight, grad_bias = batch_norm_backward(grad, x, weight, mean, variance, ctx.batch_rows, ctx.eps)
         # shift_in enters where the bias does, with the other sign.
         return (
             grad_x,
@@ -108,12 +107,6 @@ class NormShortcutRPReLU(Function):
             grad_slope,
             grad_shift_out,
         )
-
-
-def fold_norm(mean, variance, eps, weight, bias) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalisation and affine as one: `x * scale + offset`, in the dtype of the weight."""
-    scale = weight * torch.rsqrt(variance + eps)
-    return scale.to(weight.dtype), (bias - mean * scale).to(weight.dtype)
 
 
 def add_fitted_(x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .batch_norm_binaryvit import SyncedBatchNorm, batch_statistics, is_distributed
 from .fused_binaryvit import NormShortcutRPReLU, SignLinear
 from .quantizers_binaryvit import quantize_input, quantize_weight
 
@@ -55,22 +56,31 @@ def quantized_linear(x, shift, weight, input_bits, clip_value):
 
 
 class TokenBatchNorm(nn.Module):
-    """Batch normalisation of each channel over all tokens of the batch: `(..., channels)`."""
+    """Batch normalisation of each channel over all tokens of the batch, of all processes in training: `(..., channels)`."""
 
     def __init__(self, config, num_channels: int):
         super().__init__()
         self.batch_norm = nn.BatchNorm1d(num_channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.batch_norm(hidden_states.flatten(0, -2)).view(hidden_states.shape)
+        rows, norm = hidden_states.flatten(0, -2), self.batch_norm
+        if norm.training and is_distributed():
+            statistics = self.statistics(rows)
+            normed = SyncedBatchNorm.apply(rows, *statistics, norm.eps, norm.weight, norm.bias)
+        else:
+            normed = norm(rows)
+        return normed.view(hidden_states.shape)
 
-    def statistics(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance to normalise `(rows, channels)` with; in training they update the running ones."""
+    def statistics(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+        """
+        Mean and variance to normalise `(rows, channels)` with, and how many rows they are of (`batch_statistics`): 0 for
+        the running ones, which training updates and evaluation uses.
+        """
         norm = self.batch_norm
         if not norm.training:
-            return norm.running_mean, norm.running_var
+            return norm.running_mean, norm.running_var, 0
         norm.num_batches_tracked.add_(1)
-        return torch.batch_norm_update_stats(rows.detach(), norm.running_mean, norm.running_var, norm.momentum)
+        return batch_statistics(rows.detach(), norm)
 
 
 class RPReLU(nn.Module):
@@ -98,7 +108,6 @@ class NormActivation(nn.Module):
             shortcut.flatten(0, -2),
             *self.norm.statistics(rows),
             norm.eps,
-            norm.training,
             norm.weight,
             norm.bias,
             activation.shift_in,
