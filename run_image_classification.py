@@ -8,6 +8,7 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ logger = logging.getLogger("run_image_classification")
 
 
 def main(arguments: list[str]) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate start
+    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.ERROR)
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
@@ -67,18 +69,21 @@ def main(arguments: list[str]) -> int:
         for phase, inputs in zip(phases, prepared):
             run(phase, inputs)
     except UserError as error:
-        # A progress bar may stand on the line; a worker of the data loader puts its stack trace before the message.
-        print(
-            f"\nerror: {str(error).strip().splitlines()[-1].removeprefix('binaryvit_hf.errors.UserError: ')}",
-            file=sys.stderr,
-        )
+        if first:
+            # A worker of the data loader puts its stack trace before the message.
+            print_error(str(error).strip().splitlines()[-1].removeprefix("binaryvit_hf.errors.UserError: "))
         return 2
     except (NonFiniteLossError, UploadError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        if first:
+            print_error(str(error))
         return 1
-    if phases[-1][2].do_train:
+    if first and phases[-1][2].do_train:
         print_next_steps(phases[-1][2])
     return 0
+
+
+def print_error(message: str) -> None:
+    print(f"\nerror: {message}", file=sys.stderr)  # a progress bar may stand on the line
 
 
 @dataclass
@@ -103,7 +108,7 @@ def prepare(phase: Phase) -> Inputs:
     labels = images["validation"].features["label"].names
     config = load_config(model_arguments, labels, training_arguments.do_train)
     checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
-    if training_arguments.push_to_hub:
+    if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
             training_arguments.hub_model_id or Path(training_arguments.output_dir).absolute().name,
             training_arguments.hub_token,

@@ -148,5 +148,7 @@ def chosen_arguments(arguments: dict) -> dict:
     """Those that are not what they are by default."""
     if not arguments:
         return {}
-    defaults = describe((ModelArguments(), DataArguments(), DistillationTrainingArguments(arguments["output_dir"])))
+    # Elsewhere than on the run's device the arguments would complain.
+    training_arguments = DistillationTrainingArguments(arguments["output_dir"], use_cpu=arguments["use_cpu"])
+    defaults = describe((ModelArguments(), DataArguments(), training_arguments))
     return {name: value for name, value in arguments.items() if value != defaults.get(name)}

@@ -72,6 +72,8 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter is used, so the search is for nothing
         # Without an accelerator PyTorch warns of every loader that pins its memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.label_loss_weight is not None and not 0 <= self.label_loss_weight <= 1:
