@@ -127,7 +127,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
     teacher, teacher_processor = load_teacher(model_arguments, config)
     model = load_model(model_arguments, config, output_dir if inputs.finished else None)
     processor = load_processor(model_arguments, data_arguments, config, teacher_processor)
-    datasets = add_transforms(images, processor, data_arguments)
+    datasets = add_transforms(images, processor, data_arguments, training_arguments.seed)
 
     metric = TopKAccuracy()
 

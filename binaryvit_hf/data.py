@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor
 from .augmentation import AugmentationArguments, create_train_transform
 from .errors import UserError, first_sentence
 from .images import BROKEN_IMAGE_ERRORS
+from .sampling import Showing, seeded
 
 
 logger = logging.getLogger(__name__)
@@ -270,38 +271,48 @@ def image_name(encoded: dict, index: int) -> str:
     return encoded["path"] or f"image {index}"
 
 
-def add_transforms(images: DatasetDict, processor: BaseImageProcessor, arguments: DataArguments) -> DatasetDict:
+def add_transforms(
+    images: DatasetDict, processor: BaseImageProcessor, arguments: DataArguments, seed: int
+) -> dict[str, "TransformedImages"]:
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
     size = (processor.crop_size["height"], processor.crop_size["width"])
     augment = create_train_transform(arguments, size, processor.image_mean, processor.image_std)
     transforms = {"train": augment, "validation": partial(process_image, processor)}
-    return DatasetDict(
-        {split: dataset.with_transform(ImageTransform(transforms[split])) for split, dataset in images.items()}
-    )
+    return {split: TransformedImages(dataset, transforms[split], seed) for split, dataset in images.items()}
 
 
 def process_image(processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-class ImageTransform:
-    """Batch of encoded images and labels to tensors `pixel_values` and `labels`."""
+class TransformedImages(torch.utils.data.Dataset):
+    """
+    Encoded images and labels as tensors `pixel_values` and `labels`.
 
-    def __init__(self, transform: Callable):
-        self.transform = transform
+    An item is asked for by its index or by a `sampling.Showing`. A showing has random numbers of its own, so what an
+    image looks like depends on neither workers, nor processes, nor interruptions.
+    """
 
-    def __call__(self, batch: dict) -> dict:
-        images = []
-        for index, encoded in enumerate(batch["image"]):
-            try:
-                image = decode_image(encoded)
-            except BROKEN_IMAGE_ERRORS as error:
-                raise UserError(
-                    f"{image_name(encoded, index)!r} cannot be decoded ({first_sentence(error)}): remove it, or train "
-                    "without with --skip_broken_images."
-                ) from error
-            images.append(self.transform(image))
-        return {"pixel_values": images, "labels": batch["label"]}
+    takes_showings = True
+
+    def __init__(self, images: Dataset, transform: Callable, seed: int):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | Showing) -> dict:
+        showing = key if isinstance(key, Showing) else Showing(0, key, 0)
+        row = self.images[showing.index]
+        try:
+            image = decode_image(row["image"])
+        except BROKEN_IMAGE_ERRORS as error:
+            raise UserError(
+                f"{image_name(row['image'], showing.index)!r} cannot be decoded ({first_sentence(error)}): remove it, or "
+                "train without with --skip_broken_images."
+            ) from error
+        with seeded(self.seed, *showing):
+            return {"pixel_values": self.transform(image), "labels": row["label"]}
 
 
 def collate_images(examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Distillation from a full-precision teacher: a Trainer that changes the loss, and packs what it saves and uploads."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +9,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, has_length
 from transformers.utils.hub import PushInProgress
 
 from .errors import NonFiniteLossError
-from .sampling import RepeatedAugmentationSampler
+from .sampling import TrainSampler
 from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
@@ -116,6 +117,8 @@ class DistillationTrainer(Trainer):
             super().__init__(model, *args, **kwargs)
         self.label_smoother = None  # its loss is in compute_loss, and evaluation is by the labels as they are
         self.mix = mix
+        self.train_sampler = None
+        self.add_callback(SetEpoch(self))
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -145,15 +148,18 @@ class DistillationTrainer(Trainer):
         return optimizer_class, kwargs | {"lr": args.scaled_learning_rate}
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.repeated_augmentations == 1:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy != "random" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
-        return RepeatedAugmentationSampler(
-            len(train_dataset if train_dataset is not None else self.train_dataset),
+        self.train_sampler = TrainSampler(
+            len(dataset),
             self.args.repeated_augmentations,
             self.args.train_batch_size,
             self.args.world_size,
             self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            showings=getattr(dataset, "takes_showings", False),
         )
+        return self.train_sampler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """
@@ -241,6 +247,17 @@ class DistillationTrainer(Trainer):
         """A card that stands there already has the run's results, which transformers' own would overwrite."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+
+class SetEpoch(TrainerCallback):
+    """Tell the sampler which epoch begins; accelerate does not reach it where a resumed run skips batches."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(math.floor(state.epoch + 1e-6))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """What training images go through, one by one, in batches and in order."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -8,7 +11,7 @@ from torch.utils.data import BatchSampler
 from transformers import set_seed
 
 from binaryvit_hf.augmentation import AugmentationArguments, create_mix, create_train_transform
-from binaryvit_hf.sampling import RepeatedAugmentationSampler
+from binaryvit_hf.sampling import Showing, TrainSampler, seeded
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -108,7 +111,7 @@ def test_switch_chooses_between_mixup_and_cutmix(switch, mixes_pixels):
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_repeats_fall_to_different_processes_and_an_epoch_is_as_long_as_ever(num_processes):
-    sampler = RepeatedAugmentationSampler(48, repeats=3, batch_size=4, num_processes=num_processes, seed=7)
+    sampler = TrainSampler(48, repeats=3, batch_size=4, num_processes=num_processes, seed=7)
     shards = [
         BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), num_processes, process)
         for process in range(num_processes)
@@ -122,13 +125,41 @@ def test_repeats_fall_to_different_processes_and_an_epoch_is_as_long_as_ever(num
         assert all(len(set(indices)) == 16 for indices in seen)
 
 
+def test_a_showing_tells_epoch_image_and_repeat():
+    sampler = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7, showings=True)
+    sampler.set_epoch(3)
+    showings = list(sampler)
+    assert len(set(showings)) == 8
+    assert {showing.epoch for showing in showings} == {3}
+    plain = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7)
+    plain.set_epoch(3)
+    assert [showing.index for showing in showings] == list(plain)
+
+
+def draw() -> tuple:
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_random_numbers_of_a_showing_are_its_own_and_leave_the_others_alone():
+    set_seed(0)
+    expected = draw(), draw()
+    set_seed(0)
+    before = draw()
+    with seeded(1, *Showing(2, 3, 0)):
+        inside = draw()
+    assert (before, draw()) == expected
+    with seeded(1, *Showing(2, 3, 0)):
+        assert draw() == inside
+    for other in (Showing(3, 3, 0), Showing(2, 4, 0), Showing(2, 3, 1)):
+        with seeded(1, *other):
+            assert draw() != inside
+
+
 def test_epochs_have_orders_of_their_own_and_seeds_too():
-    sampler = RepeatedAugmentationSampler(30, repeats=2, batch_size=4, num_processes=2, seed=7)
+    sampler = TrainSampler(30, repeats=2, batch_size=4, num_processes=2, seed=7)
     first = list(sampler)
     assert list(sampler) == first
     assert sorted(set(first)) != list(range(30))
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert list(RepeatedAugmentationSampler(30, 2, 4, 2, seed=8)) != list(
-        RepeatedAugmentationSampler(30, 2, 4, 2, seed=7)
-    )
+    assert list(TrainSampler(30, 2, 4, 2, seed=8)) != list(TrainSampler(30, 2, 4, 2, seed=7))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -237,6 +238,35 @@ def test_local_dataset_by_name_with_its_own_column_names(photos, config, tmp_pat
         "1": "bee",
         "2": "cat",
     }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tmp_path, workers):
+    tiny_config(drop_path_rate=0.5, hidden_dropout_prob=0.3).save_pretrained(tmp_path / "config")
+    common = [
+        *["--config_name", tmp_path / "config", "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN],
+        *["--max_steps=12", "--save_steps=1", "--learning_rate=0.01", f"--dataloader_num_workers={workers}"],
+        *[
+            "--rand_augment=rand-m9-mstd0.5-inc1",
+            "--random_erasing_prob=0.5",
+            "--mixup_alpha=0.8",
+            "--cutmix_alpha=1.0",
+        ],
+    ]
+    result = run_script(*common)
+    assert result.returncode == 0, result.stderr
+    weights = (tmp_path / "out" / "latent" / "model.safetensors").read_bytes()
+    steps_of_an_epoch = 5
+    for last in (7, steps_of_an_epoch):  # in the midst of an epoch, and between two
+        (tmp_path / "out" / "train_results.json").unlink()
+        for step in range(last + 1, 13):
+            shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+        result = run_script(*common)
+        assert result.returncode == 0, result.stderr
+        assert f"Going on from {tmp_path / 'out' / f'checkpoint-{last}'}" in result.stderr
+        again = load_file(tmp_path / "out" / "latent" / "model.safetensors")
+        for name, tensor in load(weights).items():
+            assert torch.equal(again[name], tensor), name
 
 
 def test_yaml_file_of_arguments_is_overridden_by_flags(photos, config, tmp_path):
