@@ -9,6 +9,7 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,13 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 import binaryvit_hf  # noqa: F401, registers the model
 from binaryvit_hf.arguments import ModelArguments, Phase, describe, parse_phases
 from binaryvit_hf.augmentation import create_mix
+from binaryvit_hf.checkpoints import last_whole_checkpoint
 from binaryvit_hf.data import (
     DataArguments,
     add_transforms,
@@ -38,7 +39,7 @@ from binaryvit_hf.data import (
     collate_images,
     load_images,
 )
-from binaryvit_hf.errors import NonFiniteLossError, UploadError, UserError, first_sentence
+from binaryvit_hf.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, first_sentence
 from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
 from binaryvit_hf.images import create_image_processor
 from binaryvit_hf.metrics import TopKAccuracy
@@ -77,6 +78,10 @@ def main(arguments: list[str]) -> int:
         if first:
             print_error(str(error))
         return 1
+    except TerminatedError as error:
+        if first:
+            print_error(str(error))
+        return 128 + signal.SIGTERM
     if first and phases[-1][2].do_train:
         print_next_steps(phases[-1][2])
     return 0
@@ -155,6 +160,11 @@ def run(phase: Phase, inputs: Inputs) -> None:
             log_batch(training_arguments)
             (output_dir / RUN_ARGUMENTS).write_text(json.dumps(describe(phase), indent=2) + "\n")
         result = trainer.train(resume_from_checkpoint=inputs.checkpoint)
+        if trainer.termination.terminated:
+            raise TerminatedError(
+                f"Told to end (SIGTERM), training stopped after step {trainer.state.global_step} and saved a checkpoint; "
+                "the same command goes on from it."
+            )
         trainer.save_model(_internal_call=True)  # called otherwise it uploads, before there is a card
         trainer.save_state()
         trainer.save_metrics("train", {**result.metrics, "train_samples": len(images["train"])})
@@ -322,7 +332,8 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {str(output_dir)!r} is a file.")
     remedy = "choose another --output_dir, or remove this one"
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    last = last_whole_checkpoint(output_dir)
+    last = None if last is None else str(last)
     for folder in (output_dir, *([Path(last)] if last else [])):
         if (folder / "config.json").is_file():
             # Compared as written, for reading turns tuples into lists.

@@ -9,6 +9,10 @@ class NonFiniteLossError(RuntimeError):
     """Training met a loss that is no number. A command prints the message alone and exits with code 1."""
 
 
+class TerminatedError(RuntimeError):
+    """The run was told to end. A command prints the message alone and exits with the code of a SIGTERM, 143."""
+
+
 class UploadError(RuntimeError):
     """The Hub did not take an upload. A command prints the message alone and exits with code 1."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +11,23 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, has_length
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    get_last_checkpoint,
+    has_length,
+    rotate_checkpoints,
+)
 from transformers.utils.hub import PushInProgress
 
+from .checkpoints import SaveOnTermination, flush
 from .errors import NonFiniteLossError
 from .sampling import TrainSampler
 from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
+ASIDE = "_writing"
 MIXED_LABEL_LOSS_WEIGHT = 0.1  # of the paper's runs with mixup or cutmix
 
 
@@ -119,6 +128,9 @@ class DistillationTrainer(Trainer):
         self.mix = mix
         self.train_sampler = None
         self.add_callback(SetEpoch(self))
+        self.termination = SaveOnTermination()
+        self.add_callback(self.termination)
+        self.writes_aside = False
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -199,8 +211,42 @@ class DistillationTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """Written aside and renamed, so that whatever is called checkpoint-… is whole."""
+        folder = Path(self.args.output_dir)
+        written = folder / ASIDE / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        checkpoint = folder / written.name
+        if self.args.should_save:
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)  # of a run that was killed while writing
+        self.writes_aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.writes_aside = False
+        self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(checkpoint)
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            flush(written)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # of this step, before the run was interrupted
+            written.rename(checkpoint)
+            written.parent.rmdir()
+            rotate_checkpoints(
+                self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / ASIDE) if self.writes_aside else folder
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What is uploaded on the way has the shape of what is uploaded in the end."""
+        if self.writes_aside:  # it will have its name first
+            return
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         unfinished = self.push_in_progress is not None and not self.push_in_progress.is_done()

@@ -31,12 +31,13 @@ def tiny_trainer(tmp_path, model=None, teacher=None, **arguments) -> Distillatio
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    images = tiny_images(8)
+    examples = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(tiny_images(8))]
     return DistillationTrainer(
         model=model or tiny_model(),
         args=DistillationTrainingArguments(str(tmp_path), **(defaults | arguments)),
         teacher=teacher,
-        train_dataset=[{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)],
+        train_dataset=examples,
+        eval_dataset=examples,
     )
 
 

@@ -1,0 +1,104 @@
+"""Checkpoints that are whole: written aside, looked at before they are gone on from, saved when a run is told to end."""
+
+import json
+import logging
+import os
+import signal
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
+
+from .batch_norm_binaryvit import is_distributed
+
+
+logger = logging.getLogger(__name__)
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; of damaged ones that are newer the log tells."""
+    numbered = {
+        int(number): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit()
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
+        damage = describe_damage(path)
+        if damage is None:
+            return path
+        logger.warning("%s is damaged (%s), so the one before it is gone on from.", path, damage)
+    return None
+
+
+def describe_damage(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks or cannot be read of it; `None` where it is whole."""
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    needed = [checkpoint / name for name in (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)]
+    for file in [*needed, *(weights or [checkpoint / "model.safetensors"])]:
+        if not file.is_file():
+            return f"{file.name} is missing"
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # compares the length with the header
+                    pass
+            elif file.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(file) as archive:
+                    broken = archive.testzip()
+                if broken is not None:
+                    return f"{file.name} is broken"
+        except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{file.name}: {error}"
+    return None
+
+
+def flush(folder: Path) -> None:
+    """Until what was written is on the disk, a rename may reach it before."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class SaveOnTermination(TrainerCallback):
+    """On SIGTERM finish the step, save a checkpoint and end the training; `terminated` tells of it."""
+
+    def __init__(self):
+        self.requested = self.terminated = False
+        self.handler_before = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.requested = self.terminated = False
+        try:
+            self.handler_before = signal.signal(signal.SIGTERM, self.request)
+        except ValueError:  # not in the main thread, where alone Python takes signals
+            self.handler_before = None
+
+    def request(self, number, frame):
+        self.requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested_of_any(args.device):
+            self.terminated = control.should_save = control.should_training_stop = True
+
+    def requested_of_any(self, device: torch.device) -> bool:
+        """The processes get the signal at different steps, but must end at the same."""
+        if not is_distributed():
+            return self.requested
+        requested = torch.tensor(int(self.requested), device=device)
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        return bool(requested)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.handler_before is not None:
+            signal.signal(signal.SIGTERM, self.handler_before)
