@@ -104,7 +104,13 @@ class Inputs:
 
 def prepare(phase: Phase) -> Inputs:
     model_arguments, data_arguments, training_arguments = phase
-    images = load_images(data_arguments, training_arguments.seed, model_arguments.cache_dir, model_arguments.token)
+    images = load_images(
+        data_arguments,
+        training_arguments.seed,
+        model_arguments.cache_dir,
+        model_arguments.token,
+        test=training_arguments.do_predict,
+    )
     if training_arguments.do_train and "train" not in images:
         raise UserError(
             f"The images have no split {data_arguments.train_split_name!r} to train on; say which with --train_split_name."
@@ -183,6 +189,11 @@ def run(phase: Phase, inputs: Inputs) -> None:
             metrics["skipped_images"] = len(inputs.broken)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if training_arguments.do_predict:
+        metrics = trainer.evaluate(datasets["test"], metric_key_prefix="test")
+        metrics["test_samples"] = len(images["test"])
+        trainer.log_metrics("test", metrics)
+        trainer.save_metrics("test", metrics)
     if inputs.broken:
         logger.warning("%d file(s) were left out, as they are no images.", len(inputs.broken))
     if trainer.is_world_process_zero() and training_arguments.do_train:
@@ -195,8 +206,8 @@ def run(phase: Phase, inputs: Inputs) -> None:
 def check_arguments(phase: Phase) -> None:
     """Everything that can be said against the arguments before anything is loaded."""
     model_arguments, data_arguments, training_arguments = phase
-    if not (training_arguments.do_train or training_arguments.do_eval):
-        raise UserError("There is nothing to do: give --do_train, --do_eval or both.")
+    if not (training_arguments.do_train or training_arguments.do_eval or training_arguments.do_predict):
+        raise UserError("There is nothing to do: give --do_train, --do_eval or --do_predict.")
     if bool(model_arguments.model_name_or_path) == bool(model_arguments.config_name):
         raise UserError(
             "Give either --config_name, to train a network from scratch, or --model_name_or_path, to go on with a "

@@ -16,13 +16,21 @@ from transformers import BaseImageProcessor
 from .augmentation import AugmentationArguments, create_train_transform
 from .errors import UserError, first_sentence
 from .images import BROKEN_IMAGE_ERRORS
+from .known_datasets import (
+    DIGITS,
+    FASHION_MNIST,
+    FASHION_MNIST_FOLDER,
+    FASHION_MNIST_HUB_ID,
+    load_digits_splits,
+    load_fashion_mnist_splits,
+)
 from .sampling import Showing, seeded
 
 
 logger = logging.getLogger(__name__)
 
-DIGITS = "sklearn-digits"
-DIGITS_HELD_OUT = 5  # every fifth digit is held out
+HELD_OUT = 0.15
+HELD_OUT_SEED = 0
 
 
 @dataclass
@@ -32,7 +40,8 @@ class DataArguments(AugmentationArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": f"Hub id or local path of a dataset; {DIGITS!r} is the 1,797 digits that scikit-learn ships."
+            "help": f"Hub id or local path of a dataset; {DIGITS!r} is the 1,797 digits that scikit-learn ships, "
+            f"{FASHION_MNIST!r} Debian's dataset-fashion-mnist where it is installed, else the Hub's."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -43,11 +52,15 @@ class DataArguments(AugmentationArguments):
         default=None,
         metadata={"help": "Split to evaluate on. Default: 'validation', else 'test', where there is one."},
     )
+    test_split_name: str = field(default="test", metadata={"help": "Split that --do_predict tests on."})
     image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
-    train_val_split: float = field(
-        default=0.15,
-        metadata={"help": "Share of the training images held out for evaluation, where no others are given."},
+    train_val_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out that share of the training images (below 1), or that many (from 1), and evaluate on them, "
+            f"always the same ones. Default: {HELD_OUT} where there are no others to evaluate on."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many images at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many images at most."})
@@ -66,9 +79,12 @@ class DataArguments(AugmentationArguments):
             raise ValueError(f"crop_pct is a share above 0 and at most 1, not {self.crop_pct}.")
 
 
-def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None) -> DatasetDict:
+def load_images(
+    arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None, test: bool = False
+) -> DatasetDict:
     """
-    Splits `train` and `validation` with the columns `image` (encoded, with its path) and `label` (a `ClassLabel`).
+    Splits `train` and `validation`, and if asked `test`, with the columns `image` (encoded, with its path) and `label` (a
+    `ClassLabel`).
 
     Raises:
         UserError: no images, no classes, broken images, missing columns or splits.
@@ -78,7 +94,7 @@ def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, toke
     if arguments.dataset_name == DIGITS:
         splits = load_digits_splits()
     elif arguments.dataset_name:
-        splits = load_named_splits(arguments, cache_dir, token)
+        splits = load_named_splits(arguments, cache_dir, token, test)
     elif arguments.train_dir or arguments.validation_dir:
         splits = load_folder_splits(arguments)
     else:
@@ -87,8 +103,12 @@ def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, toke
     names = next(iter(splits.values())).features["label"].names
     if len(names) < 2:
         raise UserError(f"The images have one class, {names[0]!r}: a classifier needs two or more.")
-    if "validation" not in splits:
-        splits = hold_out(splits["train"], arguments.train_val_split, seed)
+    if test and "test" not in splits:
+        raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")
+    if "validation" not in splits or arguments.train_val_split is not None:
+        splits |= hold_out(
+            splits["train"], HELD_OUT if arguments.train_val_split is None else arguments.train_val_split
+        )
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and limit < 1:
             raise UserError(f"--max_{'train' if split == 'train' else 'eval'}_samples must be positive, not {limit}.")
@@ -96,33 +116,6 @@ def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, toke
             # Shuffled first, for folders come sorted by class.
             splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
     return DatasetDict(splits)
-
-
-def load_digits_splits() -> dict[str, Dataset]:
-    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, white on black; every fifth is held out."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=[str(name) for name in range(10)])})
-    pixels = (digits.images * (255 / 16)).round().astype("uint8")
-    rows = [(encode_png(image), int(label)) for image, label in zip(pixels, digits.target)]
-    held_out = [index % DIGITS_HELD_OUT == 0 for index in range(len(rows))]
-    return {
-        split: Dataset.from_dict(
-            {
-                "image": [{"bytes": row[0], "path": None} for row, out in zip(rows, held_out) if out == wanted],
-                "label": [row[1] for row, out in zip(rows, held_out) if out == wanted],
-            },
-            features=features,
-        )
-        for split, wanted in (("train", False), ("validation", True))
-    }
-
-
-def encode_png(pixels) -> bytes:
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
@@ -166,21 +159,32 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
     return classes
 
 
-def load_named_splits(arguments: DataArguments, cache_dir: str | None, token: str | bool | None) -> dict[str, Dataset]:
-    """A dataset of the Hub or of a local path, with its columns under our names."""
+def load_named_splits(
+    arguments: DataArguments, cache_dir: str | None, token: str | bool | None, test: bool
+) -> dict[str, Dataset]:
+    """A dataset of the Hub, of a local path or of this machine, with its columns under our names."""
     name = arguments.dataset_name
     try:
-        loaded = load_dataset(name, arguments.dataset_config_name, cache_dir=cache_dir, token=token)
+        if name == FASHION_MNIST and FASHION_MNIST_FOLDER.is_dir():
+            loaded = load_fashion_mnist_splits()
+        else:
+            source = FASHION_MNIST_HUB_ID if name == FASHION_MNIST else name
+            loaded = load_dataset(source, arguments.dataset_config_name, cache_dir=cache_dir, token=token)
     except Exception as error:  # the loader raises whatever its file system, network or builder raised
         raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(error)}") from error
-    validation_names = [arguments.validation_split_name] if arguments.validation_split_name else ["validation", "test"]
-    wanted = {"train": [arguments.train_split_name], "validation": validation_names}
+    wanted = {"train": [arguments.train_split_name]}
+    if arguments.validation_split_name:
+        wanted["validation"] = [arguments.validation_split_name]
+    elif arguments.train_val_split is None:
+        wanted["validation"] = ["validation", "test"]
+    if test:
+        wanted["test"] = [arguments.test_split_name]
     splits = {}
     for split, candidates in wanted.items():
         found = next((candidate for candidate in candidates if candidate in loaded), None)
         if found is not None:
             splits[split] = name_columns(loaded[found], arguments)
-        elif arguments.validation_split_name or (split == "validation" and not splits):
+        elif split != "train" and (len(candidates) == 1 or not splits):
             raise UserError(
                 f"--dataset_name {name!r} has no split {candidates[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Say which with --{split}_split_name."
@@ -204,13 +208,14 @@ def name_columns(dataset: Dataset, arguments: DataArguments) -> Dataset:
     return dataset.cast_column("image", Image(decode=False))
 
 
-def hold_out(dataset: Dataset, share: float, seed: int) -> dict[str, Dataset]:
-    if not 0 < share < 1:
+def hold_out(dataset: Dataset, size: float) -> dict[str, Dataset]:
+    """Part with a share (below 1) or a number of the images, the same ones whatever the run's seed."""
+    if not 0 < size < len(dataset) or (size >= 1 and size != int(size)):
         raise UserError(
-            f"--train_val_split is a share between 0 and 1, not {share}; or give images to evaluate on with "
-            "--validation_dir or --validation_split_name."
+            f"--train_val_split is a share between 0 and 1 or a number of images below {len(dataset)}, not {size:g}; or "
+            "give images to evaluate on with --validation_dir or --validation_split_name."
         )
-    parts = dataset.train_test_split(share, seed=seed)
+    parts = dataset.train_test_split(size if size < 1 else int(size), seed=HELD_OUT_SEED)
     return {"train": parts["train"], "validation": parts["test"]}
 
 
@@ -277,8 +282,11 @@ def add_transforms(
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
     size = (processor.crop_size["height"], processor.crop_size["width"])
     augment = create_train_transform(arguments, size, processor.image_mean, processor.image_std)
-    transforms = {"train": augment, "validation": partial(process_image, processor)}
-    return {split: TransformedImages(dataset, transforms[split], seed) for split, dataset in images.items()}
+    evaluate = partial(process_image, processor)
+    return {
+        split: TransformedImages(dataset, augment if split == "train" else evaluate, seed)
+        for split, dataset in images.items()
+    }
 
 
 def process_image(processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 from .arguments import DEFAULT_LICENSE, ModelArguments, describe
-from .data import DIGITS, DataArguments
+from .data import DataArguments
+from .known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
 from .ops import CONFIG_CLASSES, count_operations, readable, total
 from .resources import shipped_folder
 from .shipping_binaryvit import LATENT
@@ -68,7 +69,9 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
     recipe = read_json(folder / "train.json")
     teacher, dataset = (arguments or recipe).get("teacher_model_name_or_path"), image_source(arguments or recipe)
     metrics = {name: results[f"eval_{key}"] for key, name in METRIC_NAMES.items() if f"eval_{key}" in results}
+    test_metrics = {name: results[f"test_{key}"] for key, name in METRIC_NAMES.items() if f"test_{key}" in results}
     teacher_metrics = {name: results.get(f"teacher_{key}") for key, name in METRIC_NAMES.items()}
+    dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
     # A local path is no dataset of the Hub, and neither are scikit-learn's digits; the metadata must name one of the Hub.
     on_hub = dataset is not None and dataset != DIGITS and not Path(dataset).exists()
     card_data = ModelCardData(
@@ -80,7 +83,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         base_model=teacher if "teacher_revision" in results or not arguments else None,
         # The Hub's format wants a name with results, and neither without the other.
         model_name=Path(model_id).name if metrics else None,
-        eval_results=evaluation_results(metrics, dataset, on_hub) or None,
+        eval_results=evaluation_results(test_metrics or metrics, dataset, on_hub) or None,
     )
     card = ModelCard.from_template(
         card_data,
@@ -93,6 +96,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         dataset=dataset,
         results=results,
         metrics=metrics,
+        test_metrics=test_metrics,
         teacher=teacher,
         teacher_metrics={name: value for name, value in teacher_metrics.items() if value is not None},
         sizes=sizes_on_disk(folder, results),

@@ -15,5 +15,6 @@ def shipped_models() -> dict[str, Path]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Configs of networks, by name: the rows of the paper and those of the examples."""
-    return {path.parent.name: path.parent for path in shipped_folder("configs").glob("*/config.json")}
+    """Configs of networks, by their path: the rows of the paper and those of the examples."""
+    configs = shipped_folder("configs")
+    return {path.parent.relative_to(configs).as_posix(): path.parent for path in configs.rglob("config.json")}
