@@ -29,7 +29,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 import binaryvit_hf  # noqa: F401, registers the model
-from binaryvit_hf.arguments import ModelArguments, Phase, describe, parse_phases
+from binaryvit_hf.arguments import RUN_ARGUMENTS, ModelArguments, Phase, compare_with_recorded, describe, parse_phases
 from binaryvit_hf.augmentation import create_mix
 from binaryvit_hf.checkpoints import last_whole_checkpoint
 from binaryvit_hf.data import (
@@ -50,7 +50,6 @@ from binaryvit_hf.shipping_binaryvit import LATENT
 from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments
 
 
-RUN_ARGUMENTS = "run_arguments.json"
 TEACHER_METRICS = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
 
 logger = logging.getLogger("run_image_classification")
@@ -365,16 +364,7 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
         if explicit and not Path(explicit).is_dir():
             raise UserError(f"--resume_from_checkpoint: there is no folder {explicit!r}.")
         return explicit, False
-    recorded = output_dir / RUN_ARGUMENTS
-    if recorded.is_file():
-        theirs, ours = json.loads(recorded.read_text()), describe(phase)
-        different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        if different:
-            raise UserError(
-                f"--output_dir {str(output_dir)!r} holds a run of other arguments ({different[0]} was "
-                f"{theirs.get(different[0])}, not {ours.get(different[0])}); {remedy}, or go on from it with "
-                "--resume_from_checkpoint."
-            )
+    compare_with_recorded(output_dir, phase)
     if (output_dir / "train_results.json").is_file():
         logger.info("%s is trained already; it is evaluated again.", output_dir)
         return None, True

@@ -14,6 +14,7 @@ from .errors import UserError
 from .trainer import DistillationTrainingArguments
 
 
+RUN_ARGUMENTS = "run_arguments.json"  # of a run's output directory
 TEACHER_PREFIX = "teacher."
 DEFAULT_LICENSE = "apache-2.0"
 # What the student's command line says about the student alone.
@@ -172,6 +173,24 @@ def describe(phase: Phase) -> dict:
     described = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
     described = {key: value for key, value in described.items() if key not in PASSING and not key.startswith("_")}
     return json.loads(json.dumps(described, default=str, sort_keys=True))
+
+
+def compare_with_recorded(output_dir: Path, phase: Phase) -> None:
+    """
+    Raises:
+        UserError: the output directory holds a run of other arguments.
+    """
+    recorded = output_dir / RUN_ARGUMENTS
+    if not recorded.is_file():
+        return
+    theirs, ours = json.loads(recorded.read_text()), describe(phase)
+    different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if different:
+        raise UserError(
+            f"--output_dir {str(output_dir)!r} holds a run of other arguments ({different[0]} was "
+            f"{theirs.get(different[0])}, not {ours.get(different[0])}); choose another --output_dir, or remove this one, "
+            "or go on from it with --resume_from_checkpoint."
+        )
 
 
 def raise_user_error(message: str):

@@ -1,9 +1,11 @@
-"""`binaryvit pack | convert | ops | classify | push | card`: what is done with models besides training them."""
+"""`binaryvit pack | convert | ops | classify | push | ablation | card`: what is done with models besides training them."""
 
 import argparse
 import contextlib
 import json
+import logging
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,10 +20,10 @@ from transformers import (
     PreTrainedModel,
     pipeline,
 )
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
-from .errors import UploadError, UserError, first_sentence
+from .errors import RunError, UploadError, UserError, first_sentence
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
 from .images import create_image_processor, list_images, open_image
 from .ops import count_operations, format_table, readable, total
@@ -37,11 +39,11 @@ CLASSIFIED_AT_ONCE = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
-    logging.disable_progress_bar()
+    disable_progress_bar()
     options = create_parser().parse_args(arguments)
     try:
         options.run(options)
-    except (UserError, UploadError) as error:
+    except (UserError, RunError, UploadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0
@@ -101,6 +103,12 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch to upload to, made if it is not there (default main)")
     command.add_argument("--message", default="Upload model", help="message of the commit")
     add_token(command)
+
+    command = add(ablation, "binaryvit ablation configs/fashion-mnist outputs/fashion-mnist --seeds 1 2 3 --jobs 2")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of recipes, as configs/fashion-mnist")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder of the runs, results.md and ablation.png")
+    command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students (default 1 2 3)")
+    command.add_argument("--jobs", type=int, default=1, help="students to train at once (default 1)")
 
     command = add(card, "binaryvit card outputs/quickstart")
     command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model or of a config")
@@ -212,6 +220,18 @@ def push(options: argparse.Namespace) -> None:
             write_card_if_possible(staged, repository)
         with told_how_to_resume_upload(folder, repository):
             print(upload_folder(staged, repository, options.token, options.revision, options.message))
+
+
+def ablation(options: argparse.Namespace) -> None:
+    """Train all rows of an ablation that are not trained yet, and write their table and plot."""
+    if options.jobs < 1:
+        raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
+    from .ablation import Ablation, run_ablation  # needs what training needs
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    run_ablation(Ablation(options.folder, options.out, tuple(options.seeds)), options.jobs)
+    print(options.out / "results.md")
 
 
 def card(options: argparse.Namespace) -> None:

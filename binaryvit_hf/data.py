@@ -91,9 +91,7 @@ def load_images(
     """
     if arguments.dataset_name and (arguments.train_dir or arguments.validation_dir):
         raise UserError("Give either --dataset_name or --train_dir and --validation_dir, not both.")
-    if arguments.dataset_name == DIGITS:
-        splits = load_digits_splits()
-    elif arguments.dataset_name:
+    if arguments.dataset_name:
         splits = load_named_splits(arguments, cache_dir, token, test)
     elif arguments.train_dir or arguments.validation_dir:
         splits = load_folder_splits(arguments)
@@ -165,7 +163,9 @@ def load_named_splits(
     """A dataset of the Hub, of a local path or of this machine, with its columns under our names."""
     name = arguments.dataset_name
     try:
-        if name == FASHION_MNIST and FASHION_MNIST_FOLDER.is_dir():
+        if name == DIGITS:
+            loaded = load_digits_splits()
+        elif name == FASHION_MNIST and FASHION_MNIST_FOLDER.is_dir():
             loaded = load_fashion_mnist_splits()
         else:
             source = FASHION_MNIST_HUB_ID if name == FASHION_MNIST else name

@@ -13,6 +13,10 @@ class TerminatedError(RuntimeError):
     """The run was told to end. A command prints the message alone and exits with the code of a SIGTERM, 143."""
 
 
+class RunError(RuntimeError):
+    """A training run that a command started failed. The command prints the message alone and exits with code 1."""
+
+
 class UploadError(RuntimeError):
     """The Hub did not take an upload. A command prints the message alone and exits with code 1."""
 
