@@ -47,6 +47,7 @@ from binaryvit_hf.ops import CONFIG_CLASSES, count_operations, total
 from binaryvit_hf.report import plot_learning_curves, read_log_history, write_model_card
 from binaryvit_hf.resources import shipped_configs
 from binaryvit_hf.shipping_binaryvit import LATENT
+from binaryvit_hf.stochastic_depth import add_drop_path
 from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments
 
 
@@ -136,6 +137,8 @@ def run(phase: Phase, inputs: Inputs) -> None:
     set_seed(training_arguments.seed)
     teacher, teacher_processor = load_teacher(model_arguments, config)
     model = load_model(model_arguments, config, output_dir if inputs.finished else None)
+    if model_arguments.drop_path_rate and config.model_type == "vit":
+        add_drop_path(model.vit, model_arguments.drop_path_rate)
     processor = load_processor(model_arguments, data_arguments, config, teacher_processor)
     datasets = add_transforms(images, processor, data_arguments, training_arguments.seed)
 
@@ -246,6 +249,11 @@ def load_config(arguments: ModelArguments, labels: list[str], do_train: bool) ->
         compare_labels(
             config, labels, f"--model_name_or_path {name!r}", "start a new head with --ignore_mismatched_sizes"
         )
+    if arguments.drop_path_rate is not None:
+        if hasattr(config, "drop_path_rate"):
+            config.drop_path_rate = arguments.drop_path_rate
+        elif config.model_type != "vit":
+            raise UserError(f"--drop_path_rate: {name!r} is a {config.model_type!r}, which has none.")
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     return config
@@ -301,8 +309,13 @@ def compare_labels(config: PreTrainedConfig, labels: list[str], who: str, remedy
         raise UserError(f"{who} has {config.num_labels} labels, the images have {len(labels)}; {remedy}.")
     for index, label in enumerate(labels):
         theirs = config.id2label[index]
-        if theirs not in (label, f"LABEL_{index}"):
+        if theirs != f"LABEL_{index}" and first_synonym(theirs) != first_synonym(label):
             raise UserError(f"{who} calls label {index} {theirs!r}, the images call it {label!r}; {remedy}.")
+
+
+def first_synonym(label: str) -> str:
+    """Copies of ImageNet's names differ in case, in punctuation and in how many synonyms they give."""
+    return "".join(filter(str.isalnum, label.split(",")[0].casefold()))
 
 
 def load_processor(arguments: ModelArguments, data_arguments: DataArguments, config, teacher_processor):

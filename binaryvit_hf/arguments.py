@@ -62,6 +62,13 @@ class ModelArguments:
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher to distil from: a Hub id or a path. Without it labels are learned."}
     )
+    drop_path_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stochastic depth: probability of the last layer's branches to be dropped, growing linearly from 0 with "
+            "depth (Huang et al., ECCV 2016). Default: the config's."
+        },
+    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Begin with a new head where the model's has another number of labels."}
     )
@@ -71,6 +78,10 @@ class ModelArguments:
     license: str = field(
         default=DEFAULT_LICENSE, metadata={"help": "Licence of the trained weights, for the model card."}
     )
+
+    def __post_init__(self):
+        if self.drop_path_rate is not None and not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate is a probability below 1, not {self.drop_path_rate}.")
 
 
 Phase = tuple[ModelArguments, DataArguments, DistillationTrainingArguments]

@@ -200,6 +200,11 @@ class DropPath(nn.Module):
         return hidden_states * mask / keep_prob
 
 
+def drop_path_rates(drop_path_rate: float, layers: int) -> list[float]:
+    """Probability of each layer's branches to be dropped, growing linearly from 0 to `drop_path_rate`."""
+    return [drop_path_rate * layer / max(layers - 1, 1) for layer in range(layers)]
+
+
 def pool_tokens(hidden_states: torch.Tensor, grid_size: tuple[int, int], ratio: int) -> torch.Tensor:
     """Mean over squares of `ratio` tokens: `(batch, height * width, C) -> (batch, height * width / ratio**2, C)`."""
     return split_squares(hidden_states, grid_size, ratio).mean((2, 4)).flatten(1, 2)

@@ -24,6 +24,7 @@ from .layers_binaryvit import (
     NormActivation,
     RPReLU,
     TokenBatchNorm,
+    drop_path_rates,
     gather_patches,
     pool_tokens,
     upsample_tokens,
@@ -186,11 +187,11 @@ class BinaryViTLayer(GradientCheckpointingLayer):
 class BinaryViTStage(nn.Module):
     """Patch embeddings (but for the first stage, which the stem feeds), then layers of one width on one map."""
 
-    def __init__(self, config, stage: int, drop_path_rates: list[float]):
+    def __init__(self, config, stage: int, rates: list[float]):
         super().__init__()
         embeddings = BinaryPatchEmbeddings if config.binarize_patch_embeddings else FullPrecisionPatchEmbeddings
         self.patch_embeddings = embeddings(config, stage) if stage > 0 else None
-        self.layers = nn.ModuleList([BinaryViTLayer(config, stage, rate) for rate in drop_path_rates])
+        self.layers = nn.ModuleList([BinaryViTLayer(config, stage, rate) for rate in rates])
 
 
 class BinaryViTPreTrainedModel(PackableModel):
@@ -253,9 +254,7 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
 
     def __init__(self, config: BinaryViTConfig):
         super().__init__(config)
-        # Plain arithmetic: models are built on the meta device, where a tensor has no values.
-        steps = max(config.num_hidden_layers - 1, 1)
-        rates = iter([config.drop_path_rate * step / steps for step in range(config.num_hidden_layers)])
+        rates = iter(drop_path_rates(config.drop_path_rate, config.num_hidden_layers))
         self.embeddings = BinaryViTEmbeddings(config)
         self.stages = nn.ModuleList(
             [

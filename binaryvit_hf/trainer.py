@@ -1,6 +1,7 @@
 """Distillation from a full-precision teacher: a Trainer that changes the loss, and packs what it saves and uploads."""
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
 ASIDE = "_writing"
+LAMBDA_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial")
 MIXED_LABEL_LOSS_WEIGHT = 0.1  # of the paper's runs with mixup or cutmix
 
 
@@ -65,6 +67,12 @@ class DistillationTrainingArguments(TrainingArguments):
             "all processes and accumulated steps together. Default: not scaled."
         },
     )
+    lr_schedule_per_epoch: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold the learning rate for an epoch, as in the paper's runs, not change it with every step."
+        },
+    )
     repeated_augmentations: int = field(
         default=1,
         metadata={"help": "See each image that many times in neighbouring batches, augmented another way each time."},
@@ -90,6 +98,11 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(f"label_loss_weight is a share from 0 to 1, not {self.label_loss_weight}.")
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature must be positive, not {self.distillation_temperature}.")
+        if self.lr_schedule_per_epoch and (self.max_steps > 0 or self.lr_scheduler_type not in LAMBDA_SCHEDULES):
+            raise ValueError(
+                "lr_schedule_per_epoch needs num_train_epochs, not max_steps, and an lr_scheduler_type that is a function of "
+                f"the step: {', '.join(LAMBDA_SCHEDULES)}."
+            )
         for name in ("learning_rate_batch_size", "repeated_augmentations"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
@@ -158,6 +171,14 @@ class DistillationTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(args, model=None):
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_class, kwargs | {"lr": args.scaled_learning_rate}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        created_before = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.lr_schedule_per_epoch and not created_before:
+            steps = math.ceil(num_training_steps / self.args.num_train_epochs)
+            scheduler.lr_lambdas = [functools.partial(held, schedule, steps) for schedule in scheduler.lr_lambdas]
+        return scheduler
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -293,6 +314,11 @@ class DistillationTrainer(Trainer):
         """A card that stands there already has the run's results, which transformers' own would overwrite."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+
+def held(schedule: Callable[[int], float], steps: int, step: int) -> float:
+    """A schedule that changes every so many steps."""
+    return schedule(step // steps * steps)
 
 
 class SetEpoch(TrainerCallback):
