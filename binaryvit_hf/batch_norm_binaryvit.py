@@ -1,5 +1,7 @@
 """Batch normalisation of rows, by the statistics of all processes that train together."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,10 +28,9 @@ class SyncedBatchNorm(Function):
     @once_differentiable
     def backward(ctx, grad_output):
         x, mean, variance, weight = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = batch_norm_backward(
-            grad_output.to(x.dtype), x, weight, mean, variance, ctx.batch_rows, ctx.eps
-        )
-        return grad_x, None, None, None, None, grad_weight, grad_bias
+        sums = torch.stack((grad_output.sum(0), (grad_output * (x - mean)).sum(0)))
+        grad_x, grad_weight, grad_bias = norm_gradient(sums, weight, mean, variance, ctx.batch_rows, ctx.eps)
+        return apply_norm_gradient(grad_output, x, grad_x).to(x.dtype), None, None, None, None, grad_weight, grad_bias
 
 
 def is_distributed() -> bool:
@@ -37,52 +38,71 @@ def is_distributed() -> bool:
 
 
 def batch_statistics(
-    rows: torch.Tensor, norm: nn.BatchNorm1d
+    blocks: Sequence[torch.Tensor], norm: nn.BatchNorm1d
 ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
     """
-    Mean and (biased) variance of each channel over `rows (rows, channels)` of all processes, and the number of these
-    rows, a tensor where there are several processes; the running statistics of `norm` are updated.
+    Mean and (biased) variance of each channel over the rows of all `blocks (rows, channels)` of all processes, and the
+    number of these rows, a tensor where there are several processes; the running statistics of `norm` are updated.
     """
-    if not is_distributed():
-        mean, variance = torch.batch_norm_update_stats(rows, norm.running_mean, norm.running_var, norm.momentum)
-        return mean, variance, rows.shape[0]
-    variance, mean = torch.var_mean(rows.double(), dim=0, correction=0)
-    # In float64, for the squares of the mean are subtracted again.
-    sums = torch.stack((torch.ones_like(mean), mean, variance + mean.square())) * rows.shape[0]
-    dist.all_reduce(sums)
-    batch_rows = sums[0, 0]  # stays on the device, which need not be waited for
-    mean, square = sums[1:] / batch_rows
+    if len(blocks) == 1 and not is_distributed():
+        mean, variance = torch.batch_norm_update_stats(blocks[0], norm.running_mean, norm.running_var, norm.momentum)
+        return mean, variance, blocks[0].shape[0]
+    sums = sum(block_sums(block) for block in blocks)
+    if is_distributed():
+        dist.all_reduce(sums)
+    count = sums[0, 0]  # stays on the device, which need not be waited for
+    mean, square = sums[1:] / count
     variance = square - mean.square()
-    unbiased = variance * (batch_rows / (batch_rows - 1))
+    unbiased = variance * (count / (count - 1))
     dtype = norm.running_mean.dtype
     norm.running_mean.lerp_(mean.to(dtype), norm.momentum)
     norm.running_var.lerp_(unbiased.to(dtype), norm.momentum)
+    batch_rows = count if is_distributed() else sum(block.shape[0] for block in blocks)
     return mean.to(dtype), variance.to(dtype), batch_rows
 
 
-def batch_norm_backward(grad, x, weight, mean, variance, batch_rows, eps):
+def block_sums(block: torch.Tensor) -> torch.Tensor:
+    """Number, sum and sum of squares of the rows, `(3, channels)`; in float64, for squares of means are subtracted."""
+    mean = block.mean(0, dtype=torch.promote_types(block.dtype, torch.float32))
+    variance = (block - mean).square_().mean(0).double()
+    mean = mean.double()
+    return torch.stack((torch.ones_like(mean), mean, variance + mean.square())) * block.shape[0]
+
+
+def norm_gradient(
+    sums: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, batch_rows, eps: float
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     """
-    Gradients of batch normalisation, to x, weight and bias.
+    Gradient of batch normalisation.
 
     Args:
+        sums: of the gradient, and of its product with `x - mean`, over the rows of this process: `(2, channels)`.
         batch_rows: as `batch_statistics` counts the rows that mean and variance are of, which the gradient then goes
             through; 0 where they are running statistics.
+
+    Returns:
+        the coefficients that make the gradient to x (`apply_norm_gradient`), and the gradients to weight and bias.
     """
     spread = torch.rsqrt(variance + eps)
-    synced = isinstance(batch_rows, torch.Tensor)
-    from_own_rows = not synced and batch_rows > 0
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, mean, variance, mean, spread, from_own_rows, eps, [True] * 3
-    )
-    if not synced:
-        return grad_x, grad_weight, grad_bias
-    # Through the statistics each row feels the rows of all processes.
-    sums = torch.stack((grad_bias, grad_weight))
-    dist.all_reduce(sums)
-    mean_grad, mean_grad_normed = sums / batch_rows.to(sums.dtype)
-    slope = weight * spread.square() * mean_grad_normed
-    offset = weight * spread * mean_grad - mean * slope
-    return torch.addcmul(grad_x - offset, x, slope, value=-1).to(x.dtype), grad_weight, grad_bias
+    grad_bias, grad_weight = sums[0], sums[1] * spread
+    of_grad = weight * spread
+    if not isinstance(batch_rows, torch.Tensor) and batch_rows == 0:
+        return (of_grad, torch.zeros_like(of_grad), torch.zeros_like(of_grad)), grad_weight, grad_bias
+    means = torch.stack((grad_bias, grad_weight))
+    if isinstance(
+        batch_rows, torch.Tensor
+    ):  # of all processes: through the statistics each row feels the others' rows
+        dist.all_reduce(means)
+        batch_rows = batch_rows.to(means.dtype)
+    mean_grad, mean_grad_normed = means / batch_rows
+    of_x = -of_grad * spread * mean_grad_normed
+    return (of_grad, of_x, -of_grad * mean_grad - of_x * mean), grad_weight, grad_bias
+
+
+def apply_norm_gradient(grad: torch.Tensor, x: torch.Tensor, coefficients: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Gradient of batch normalisation to some of its rows, from that of their results: both `(rows, channels)`."""
+    of_grad, of_x, constant = coefficients
+    return torch.addcmul(constant, x, of_x).addcmul_(grad, of_grad)
 
 
 def fold_norm(mean, variance, eps, weight, bias) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,10 @@
 """
 The two steps of every binary layer, each fused into one `torch.autograd.Function`: shift, sign and product; and
-normalisation, shortcut and RPReLU. Composed of PyTorch's own operations they compute the same (the tests compare them),
-but keep half a dozen copies of every activation for the backward pass and fetch each from memory as many times.
+normalisation, shortcut and RPReLU. In an MLP, whose inner channels are many, all of its steps are one. Composed of
+PyTorch's own operations they compute the same (the tests compare them), but keep half a dozen copies of every activation
+for the backward pass and fetch each from memory as many times.
 
-Both keep their inputs alone and compute the rest again. On the CPU they walk through the rows in blocks that fit the
+They keep their inputs alone and compute the rest again. On the CPU they walk through the rows in blocks that fit the
 cache; elsewhere, and while a compiler traces, there is one block.
 """
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .batch_norm_binaryvit import batch_norm_backward, fold_norm
+from .batch_norm_binaryvit import apply_norm_gradient, fold_norm, norm_gradient
 from .quantizers_binaryvit import approx_sign_slope, binary_sign
 
 
@@ -32,25 +33,14 @@ class SignLinear(Function):
     @staticmethod
     def forward(ctx, x, shift, weight):
         ctx.save_for_backward(x, shift, weight)
-        return map_rows(lambda x: nn.functional.linear(binary_sign(x + shift), weight), x)
+        return map_rows(lambda x: sign_linear(x, shift, weight), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, shift, weight = ctx.saved_tensors
-        # Under autocast the product, and so its gradient, is in half precision, x and weight are not.
-        product_dtype = grad_output.dtype
-        weight_in_product = weight.to(product_dtype)
-        grad_weight, grad_shift = torch.zeros_like(weight), torch.zeros_like(shift)
-
-        def block_backward(x, grad_output):
-            shifted = x + shift
-            grad_weight.add_(grad_output.T @ binary_sign(shifted).to(product_dtype))
-            grad_x = approx_sign_slope(shifted).mul_(grad_output @ weight_in_product)
-            grad_shift.add_(grad_x.sum(0))
-            return grad_x
-
-        return map_rows(block_backward, x, grad_output), grad_shift, grad_weight
+        product = SignLinearGradient(shift, weight)
+        return map_rows(product.backward, x, grad_output), product.grad_shift, product.grad_weight
 
 
 class NormShortcutRPReLU(Function):
@@ -59,7 +49,7 @@ class NormShortcutRPReLU(Function):
 
     Forward: x `(rows, channels)`, shortcut `(rows, shortcut_channels)`, `mean` and `variance` of the normalisation and
     the parameters `(channels,)`; result `(rows, channels)`.
-    Gradient: exact; through mean and variance too if they are of a batch (`batch_norm_backward` has `batch_rows`).
+    Gradient: exact; through mean and variance too if they are of a batch (`norm_gradient` has `batch_rows`).
     """
 
     @staticmethod
@@ -67,46 +57,160 @@ class NormShortcutRPReLU(Function):
         ctx.save_for_backward(x, shortcut, mean, variance, weight, bias, shift_in, slope)
         ctx.batch_rows, ctx.eps = batch_rows, eps
         scale, offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
-
-        def block_forward(x, shortcut):
-            shifted = add_fitted_(torch.addcmul(offset, x, scale), shortcut)
-            return torch.prelu(shifted, slope).add_(shift_out)
-
-        return map_rows(block_forward, x, shortcut)
+        return map_rows(lambda x, shortcut: rprelu(folded(x, shortcut, scale, offset), slope, shift_out), x, shortcut)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, shortcut, mean, variance, weight, bias, shift_in, slope = ctx.saved_tensors
         scale, offset = fold_norm(mean, variance, ctx.eps, weight, bias - shift_in)
-        grad_slope, grad_shift_out = torch.zeros_like(slope), torch.zeros_like(slope)
+        activation = RPReLUGradient(slope, mean)
         grad_shortcut = torch.empty_like(shortcut)
 
         def block_backward(x, shortcut, grad_output, grad_shortcut):
-            shifted = add_fitted_(torch.addcmul(offset, x, scale), shortcut)
-            grad_shift_out.add_(grad_output.sum(0))
-            grad_slope.add_(shifted.clamp(max=0).mul_(grad_output).sum(0))
-            # 1 where positive, else the slope; arithmetic, for a choice by mask is 30 times slower on a CPU.
-            grad = torch.addcmul(slope, shifted.gt_(0), 1 - slope).mul_(grad_output)
+            grad = activation.backward(x, folded(x, shortcut, scale, offset), grad_output)
             grad_shortcut.copy_(fit_gradient(grad, shortcut.shape[-1]))
             return grad
 
-        grad = map_rows(block_backward, x, shortcut, grad_output, grad_shortcut).to(x.dtype)
-        grad_x, grad_weight, grad_bias = batch_norm_backward(grad, x, weight, mean, variance, ctx.batch_rows, ctx.eps)
-        # shift_in enters where the bias does, with the other sign.
+        grad = map_rows(block_backward, x, shortcut, grad_output, grad_shortcut)
+        coefficients, grad_weight, grad_bias = norm_gradient(
+            activation.norm_sums, weight, mean, variance, ctx.batch_rows, ctx.eps
+        )
+        grad_x = map_rows(lambda grad, x: apply_norm_gradient(grad, x, coefficients).to(x.dtype), grad, x)
         return (
             grad_x,
             grad_shortcut,
-            None,
-            None,
+            *4 * (None,),
+            grad_weight,
+            grad_bias,
+            -grad_bias,  # the shift enters where the bias does, with the other sign
+            activation.grad_slope,
+            activation.grad_shift_out,
+        )
+
+
+class BinaryMLPProducts(Function):
+    """
+    Both products of a binary MLP with all that stands between them, whose many channels never reach memory.
+
+    Forward: `g = RPReLU(BN(sign(x + shift1) @ weight1.T) + x)`, x repeated to fit; results `sign(g + shift2) @ weight2.T`
+    and the mean of g over runs of neighbours, the shortcut of what follows. x and both results `(rows, channels)`,
+    weight1 `(inner, channels)`, weight2 `(channels, inner)`, both quantised already. `statistics` takes the first product
+    and gives mean, variance and `batch_rows` (`batch_statistics`).
+    Gradient: of `SignLinear` and `NormShortcutRPReLU`. Of `inner` channels it keeps the first product alone.
+    """
+
+    @staticmethod
+    def forward(ctx, x, shift1, weight1, statistics, eps, weight, bias, shift_in, slope, shift_out, shift2, weight2):
+        rows = rows_per_block(x, weight1.shape[0])
+        # Never one tensor: its blocks are smaller than what the allocator of the CPU hands back after every use.
+        inner = [sign_linear(part, shift1, weight1) for part in x.split(rows)]
+        mean, variance, batch_rows = statistics(inner)
+        parameters = (weight, bias, shift_in, slope, shift_out, shift2, weight2)
+        ctx.save_for_backward(x, shift1, weight1, mean, variance, *parameters, *inner)
+        ctx.rows, ctx.batch_rows, ctx.eps = rows, batch_rows, eps
+        scale, offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
+        product, pooled = torch.empty_like(x, dtype=inner[0].dtype), torch.empty_like(x)
+        for inner_part, x_part, product_part, pooled_part in zip(inner, *split(rows, x, product, pooled)):
+            activated = rprelu(folded(inner_part, x_part, scale, offset), slope, shift_out)
+            product_part.copy_(sign_linear(activated, shift2, weight2))
+            pooled_part.copy_(activated.unflatten(-1, (x.shape[-1], -1)).mean(-1))
+        return product, pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_product, grad_pooled):
+        x, shift1, weight1, mean, variance, weight, bias, shift_in, slope, shift_out, shift2, weight2, *inner = (
+            ctx.saved_tensors
+        )
+        scale, offset = fold_norm(mean, variance, ctx.eps, weight, bias - shift_in)
+        first, second = SignLinearGradient(shift1, weight1), SignLinearGradient(shift2, weight2)
+        activation = RPReLUGradient(slope, mean)
+        grad_x = torch.empty_like(x)
+        grad_pooled = grad_pooled * (x.shape[-1] / weight1.shape[0])
+        grads = []
+        for inner_part, x_part, grad_product_part, grad_pooled_part, grad_x_part in zip(
+            inner, *split(ctx.rows, x, grad_product, grad_pooled, grad_x)
+        ):
+            shifted = folded(inner_part, x_part, scale, offset)
+            grad = second.backward(rprelu(shifted, slope, shift_out), grad_product_part)
+            grad.unflatten(-1, (x.shape[-1], -1)).add_(grad_pooled_part.unsqueeze(-1))
+            grads.append(activation.backward(inner_part, shifted, grad))
+            grad_x_part.copy_(fit_gradient(grads[-1], x.shape[-1]))
+        coefficients, grad_weight, grad_bias = norm_gradient(
+            activation.norm_sums, weight, mean, variance, ctx.batch_rows, ctx.eps
+        )
+        grads.reverse()
+        for inner_part, x_part, grad_x_part in zip(inner, *split(ctx.rows, x, grad_x)):
+            grad_inner = apply_norm_gradient(grads.pop(), inner_part, coefficients).to(inner_part.dtype)
+            grad_x_part.add_(first.backward(x_part, grad_inner))
+        return (
+            grad_x,
+            first.grad_shift,
+            first.grad_weight,
             None,
             None,
             grad_weight,
             grad_bias,
             -grad_bias,
-            grad_slope,
-            grad_shift_out,
+            activation.grad_slope,
+            activation.grad_shift_out,
+            second.grad_shift,
+            second.grad_weight,
         )
+
+
+class SignLinearGradient:
+    """Backward of `sign_linear`, block by block: sums the gradients to shift and weight, gives that to each block's x."""
+
+    def __init__(self, shift: torch.Tensor, weight: torch.Tensor):
+        self.shift, self.weight = shift, weight
+        self.grad_shift, self.grad_weight = torch.zeros_like(shift), torch.zeros_like(weight)
+
+    def backward(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+        # Under autocast the product, and so its gradient, is in half precision, x and weight are not.
+        product_dtype = grad_output.dtype
+        shifted = x + self.shift
+        self.grad_weight.add_(grad_output.T @ binary_sign(shifted).to(product_dtype))
+        grad_x = approx_sign_slope(shifted).mul_(grad_output @ self.weight.to(product_dtype))
+        self.grad_shift.add_(grad_x.sum(0))
+        return grad_x
+
+
+class RPReLUGradient:
+    """
+    Backward of `rprelu`, block by block: sums the gradients to slope and shift, and for the normalisation before it
+    (`norm_gradient`) those of its result; gives that to each block's argument.
+    """
+
+    def __init__(self, slope: torch.Tensor, mean: torch.Tensor):
+        self.slope, self.mean = slope, mean
+        self.grad_slope, self.grad_shift_out = torch.zeros_like(slope), torch.zeros_like(slope)
+        self.norm_sums = torch.zeros(2, *slope.shape, dtype=slope.dtype, device=slope.device)
+
+    def backward(self, x: torch.Tensor, shifted: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+        """x is what was normalised, `shifted` what RPReLU then took; the latter is overwritten."""
+        self.grad_shift_out.add_(grad_output.sum(0))
+        self.grad_slope.add_(shifted.clamp(max=0).mul_(grad_output).sum(0))
+        # 1 where positive, else the slope; arithmetic, for a choice by mask is 30 times slower on a CPU.
+        grad = torch.addcmul(self.slope, shifted.gt_(0), 1 - self.slope).mul_(grad_output)
+        self.norm_sums[0].add_(grad.sum(0))
+        self.norm_sums[1].add_(torch.mul(x - self.mean, grad).sum(0))
+        return grad
+
+
+def sign_linear(x: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(binary_sign(x + shift), weight)
+
+
+def folded(x: torch.Tensor, shortcut: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Normalised by the folded scale and offset, and the shortcut added."""
+    return add_fitted_(torch.addcmul(offset, x, scale), shortcut)
+
+
+def rprelu(shifted: torch.Tensor, slope: torch.Tensor, shift_out: torch.Tensor) -> torch.Tensor:
+    """RPReLU of what is shifted in already."""
+    return torch.prelu(shifted, slope).add_(shift_out)
 
 
 def add_fitted_(x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -131,14 +235,25 @@ def fit_gradient(grad: torch.Tensor, channels: int) -> torch.Tensor:
 
 def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
     """`function(*tensors)`, for a function that treats rows alike; on the CPU in blocks of rows that fit the cache."""
-    rows = tensors[0].shape[0]
-    block = max(BLOCK_ELEMENTS // max(tensor.shape[1] for tensor in tensors), 1)
-    if rows <= block or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+    rows = rows_per_block(tensors[0], max(tensor.shape[1] for tensor in tensors))
+    if rows >= tensors[0].shape[0]:
         return function(*tensors)
     result = None
-    for start in range(0, rows, block):
-        part = function(*(tensor[start : start + block] for tensor in tensors))
+    for start, parts in zip(range(0, tensors[0].shape[0], rows), zip(*split(rows, *tensors))):
+        part = function(*parts)
         if result is None:
-            result = part.new_empty(rows, part.shape[1])
-        result[start : start + block] = part
+            result = part.new_empty(tensors[0].shape[0], part.shape[1])
+        result[start : start + rows] = part
     return result
+
+
+def rows_per_block(x: torch.Tensor, channels: int) -> int:
+    """How many rows of `x` make a block whose widest tensor has so many channels."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.shape[0]
+    return max(BLOCK_ELEMENTS // channels, 1)
+
+
+def split(rows: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Each tensor as views of so many rows."""
+    return [tensor.split(rows) for tensor in tensors]

@@ -1,12 +1,14 @@
 """The parts of a binary block. Activations are tokens, `(batch, height * width, channels)`, unless said otherwise."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .batch_norm_binaryvit import SyncedBatchNorm, batch_statistics, is_distributed
-from .fused_binaryvit import NormShortcutRPReLU, SignLinear
+from .fused_binaryvit import BinaryMLPProducts, NormShortcutRPReLU, SignLinear
 from .quantizers_binaryvit import quantize_input, quantize_weight
 
 
@@ -24,8 +26,10 @@ class BinaryLinear(nn.Linear):
         self.clip_value = config.quantization_clip_value
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = quantize_weight(self.weight, self.weight_bits, self.clip_value, center=True)
-        return quantized_linear(hidden_states, self.shift, weight, self.input_bits, self.clip_value)
+        return quantized_linear(hidden_states, self.shift, self.quantized_weight(), self.input_bits, self.clip_value)
+
+    def quantized_weight(self) -> torch.Tensor:
+        return quantize_weight(self.weight, self.weight_bits, self.clip_value, center=True)
 
 
 class BinaryPatchConv(nn.Conv2d):
@@ -65,22 +69,22 @@ class TokenBatchNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         rows, norm = hidden_states.flatten(0, -2), self.batch_norm
         if norm.training and is_distributed():
-            statistics = self.statistics(rows)
+            statistics = self.statistics([rows])
             normed = SyncedBatchNorm.apply(rows, *statistics, norm.eps, norm.weight, norm.bias)
         else:
             normed = norm(rows)
         return normed.view(hidden_states.shape)
 
-    def statistics(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+    def statistics(self, blocks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
         """
-        Mean and variance to normalise `(rows, channels)` with, and how many rows they are of (`batch_statistics`): 0 for
-        the running ones, which training updates and evaluation uses.
+        Mean and variance to normalise all `blocks (rows, channels)` with, and how many rows they are of
+        (`batch_statistics`): 0 for the running ones, which training updates and evaluation uses.
         """
         norm = self.batch_norm
         if not norm.training:
             return norm.running_mean, norm.running_var, 0
         norm.num_batches_tracked.add_(1)
-        return batch_statistics(rows.detach(), norm)
+        return batch_statistics([block.detach() for block in blocks], norm)
 
 
 class RPReLU(nn.Module):
@@ -106,7 +110,7 @@ class NormActivation(nn.Module):
         activated = NormShortcutRPReLU.apply(
             rows,
             shortcut.flatten(0, -2),
-            *self.norm.statistics(rows),
+            *self.norm.statistics([rows]),
             norm.eps,
             norm.weight,
             norm.bias,
@@ -145,6 +149,31 @@ class BinaryProjection(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm_activation(self.linear(hidden_states), hidden_states)
+
+
+def binary_mlp_products(
+    fc1: BinaryProjection, linear2: BinaryLinear, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `linear2(fc1(hidden_states))`, and `fc1(hidden_states)` averaged over runs of neighbours to the channels that
+    `hidden_states` `(..., channels)` has, as both results have; in one step, for 1-bit inputs.
+    """
+    norm, activation = fc1.norm_activation.norm, fc1.norm_activation.activation
+    products = BinaryMLPProducts.apply(
+        hidden_states.flatten(0, -2),
+        fc1.linear.shift,
+        fc1.linear.quantized_weight(),
+        norm.statistics,
+        norm.batch_norm.eps,
+        norm.batch_norm.weight,
+        norm.batch_norm.bias,
+        activation.shift_in,
+        activation.slope,
+        activation.shift_out,
+        linear2.shift,
+        linear2.quantized_weight(),
+    )
+    return tuple(product.view(hidden_states.shape) for product in products)
 
 
 class AvgPoolBranch(nn.Module):

@@ -24,6 +24,7 @@ from .layers_binaryvit import (
     NormActivation,
     RPReLU,
     TokenBatchNorm,
+    binary_mlp_products,
     drop_path_rates,
     gather_patches,
     pool_tokens,
@@ -154,6 +155,9 @@ class BinaryViTMLP(nn.Module):
         self.fc2 = BinaryProjection(config, intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training and self.fc1.linear.input_bits == 1:  # packed weights do not train
+            product, pooled = binary_mlp_products(self.fc1, self.fc2.linear, hidden_states)
+            return self.fc2.norm_activation(product, pooled)
         return self.fc2(self.fc1(hidden_states))
 
 

@@ -13,6 +13,7 @@ from binaryvit_hf.layers_binaryvit import (
     BinaryProjection,
     DropPath,
     NormActivation,
+    binary_mlp_products,
     gather_patches,
     pool_tokens,
     upsample_tokens,
@@ -73,6 +74,26 @@ def test_norm_activation_equals_batch_norm_shortcut_and_rprelu(block_elements, t
     norm.running_mean, norm.running_var = before
     summed = module.norm(x) + reference_shortcut(shortcut, 4) - activation.shift_in
     composed = nn.functional.prelu(summed.flatten(0, 1), activation.slope).view(2, 5, 4) + activation.shift_out
+
+    torch.testing.assert_close(fused, composed)
+    torch.testing.assert_close(fused_gradients, gradients(composed, *wanted))
+    torch.testing.assert_close(after, [norm.running_mean, norm.running_var])
+
+
+@pytest.mark.parametrize("inner", [4, 12])
+def test_binary_mlp_equals_its_two_projections(block_elements, inner):
+    fc1 = randomized(BinaryProjection(tiny_config(), 4, inner)).double()
+    fc2 = randomized(BinaryProjection(tiny_config(), inner, 4)).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *fc1.parameters(), *fc2.parameters()]
+    norm = fc1.norm_activation.norm.batch_norm
+    before = [norm.running_mean.clone(), norm.running_var.clone()]
+
+    fused = fc2.norm_activation(*binary_mlp_products(fc1, fc2.linear, x))
+    fused_gradients = gradients(fused, *wanted)
+    after = [norm.running_mean.clone(), norm.running_var.clone()]
+    norm.running_mean, norm.running_var = before
+    composed = fc2(fc1(x))
 
     torch.testing.assert_close(fused, composed)
     torch.testing.assert_close(fused_gradients, gradients(composed, *wanted))
