@@ -1,4 +1,4 @@
-"""`binaryvit pack | convert | ops | classify | push | ablation | card`: what is done with models besides training them."""
+"""`binaryvit pack | convert | ops | classify | push | benchmark | ablation | card`: what is done with models besides training them."""
 
 import argparse
 import contextlib
@@ -26,13 +26,14 @@ from .convert import convert_name, convert_original_state_dict, load_original_ch
 from .errors import RunError, UploadError, UserError, first_sentence
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
 from .images import create_image_processor, list_images, open_image
-from .ops import count_operations, format_table, readable, total
+from .ops import align, count_operations, format_table, readable, total
 from .packed_files_binaryvit import fits_half
 from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from .resources import shipped_configs, shipped_models
 from .shipping_binaryvit import LATENT, ShippedModel
 
 
+BENCHMARKED_ROW = "binaryvit-small-patch4-224"
 TEACHER_ROW = "deit-small-patch16-224"
 DOCUMENTS = ("learning_curves.png", "run_arguments.json", "all_results.json", "trainer_state.json")
 CLASSIFIED_AT_ONCE = 16
@@ -103,6 +104,14 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch to upload to, made if it is not there (default main)")
     command.add_argument("--message", default="Upload model", help="message of the commit")
     add_token(command)
+
+    command = add(benchmark, "binaryvit benchmark --train")
+    kinds = command.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--train", action="store_true", help="training steps, beside DeiT-S and the plain simulation")
+    command.add_argument("--model", default=BENCHMARKED_ROW, help=f"row of configs/ (default {BENCHMARKED_ROW})")
+    command.add_argument("--batch-size", type=int, help="images a step (default 8 on the CPU, 128 on a GPU)")
+    command.add_argument("--steps", type=int, default=7, help="steps to time of each network, 2 or more (default 7)")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     command = add(ablation, "binaryvit ablation configs/fashion-mnist outputs/fashion-mnist --seeds 1 2 3 --jobs 2")
     command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of recipes, as configs/fashion-mnist")
@@ -220,6 +229,31 @@ def push(options: argparse.Namespace) -> None:
             write_card_if_possible(staged, repository)
         with told_how_to_resume_upload(folder, repository):
             print(upload_folder(staged, repository, options.token, options.revision, options.message))
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Measure, beside peers in the same run, what training takes."""
+    if options.steps < 2 or (options.batch_size is not None and options.batch_size < 2):
+        raise UserError("--steps and --batch-size are 2 or more.")
+    from .benchmark_train import TABLE_HEAD, benchmark_training
+
+    measured = benchmark_training(options.model, options.batch_size, options.steps)
+    if options.json:
+        print(json.dumps(measured, indent=2))
+        return
+    print(f"{measured['device']}, {measured['threads']} threads, batches of {measured['batch_size']}")
+    rows = [
+        (
+            result["contestant"],
+            f"{1000 * result['seconds']:.0f}",
+            "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"]),
+            f"{result['images_per_second']:.1f}",
+            readable(result["peak_bytes"], "B"),
+            f"{result['ratio']:.2f}",
+        )
+        for result in measured["results"]
+    ]
+    print(align([TABLE_HEAD, *rows]))
 
 
 def ablation(options: argparse.Namespace) -> None:

@@ -116,10 +116,15 @@ def format_table(costs: list[LayerCost]) -> str:
         counts = (readable(number) for number in (cost.bops, cost.flops, cost.ops, cost.parameters))
         sizes = (readable(size, "B") for size in (cost.packed_bytes, cost.float_bytes))
         rows.append((cost.kind, str(cost.layers), *counts, *sizes))
+    return align(rows)
+
+
+def align(rows: list[tuple[str, ...]]) -> str:
+    """Cells in columns, the first to the left and the others to the right."""
     first, *others = (max(len(cell) for cell in column) for column in zip(*rows))
     return "\n".join(
-        "  ".join([kind.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others))])
-        for kind, *cells in rows
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others))])
+        for name, *cells in rows
     )
 
 
