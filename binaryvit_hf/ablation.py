@@ -147,7 +147,8 @@ def start(arguments: list[str], folder: Path, at_once: int) -> subprocess.Popen:
             [sys.executable, str(SCRIPT), *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            # Threads that wait by spinning take the cores from those they wait for, where there are more than cores.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)},
         )
 
 
