@@ -260,6 +260,18 @@ class DistillationTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(model or self.plain_model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.plain_model, self.state.best_model_checkpoint)
+
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / ASIDE) if self.writes_aside else folder
@@ -330,6 +342,15 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(math.floor(state.epoch + 1e-6))
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """
+    Load a checkpoint's weights as `from_pretrained` does. The Trainer compares names as they are in the file, and leaves
+    what it does not find as it was: all layers of transformers' ViT, which is saved by other names than it has in memory.
+    """
+    loaded = type(model).from_pretrained(checkpoint, config=model.config)
+    model.load_state_dict(loaded.state_dict())
 
 
 @contextlib.contextmanager

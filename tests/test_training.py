@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_config, tiny_images, tiny_model
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from binaryvit_hf.errors import NonFiniteLossError
 from binaryvit_hf.metrics import TopKAccuracy
@@ -190,3 +190,35 @@ def test_repeated_augmentation_orders_the_training_images(tmp_path):
     images = torch.cat([batch["pixel_values"] for batch in trainer.get_train_dataloader()])
     assert len(labels) == 8
     assert len({image.sum().item() for image in images}) == 4
+
+
+@pytest.mark.parametrize("create", [tiny_teacher, tiny_model], ids=["vit", "binaryvit"])
+def test_a_resumed_run_begins_with_every_weight_of_its_checkpoint(create, tmp_path):
+    tiny_trainer(tmp_path, create(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    seen = {}
+
+    class LookAtWeights(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            control.should_training_stop = True
+
+    fresh = create()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.fill_(9)
+    trainer = tiny_trainer(tmp_path, fresh, max_steps=3)
+    trainer.add_callback(LookAtWeights())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(
+        seen, dict(type(fresh).from_pretrained(tmp_path / "checkpoint-2").state_dict()), rtol=0, atol=0
+    )
+
+
+def test_the_best_model_is_loaded_with_every_weight(tmp_path):
+    arguments = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = tiny_trainer(
+        tmp_path, tiny_teacher(), load_best_model_at_end=True, metric_for_best_model="loss", **arguments
+    )
+    trainer.train()
+    best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
+    torch.testing.assert_close(dict(trainer.model.state_dict()), dict(best.state_dict()), rtol=0, atol=0)
