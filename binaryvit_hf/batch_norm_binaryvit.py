@@ -1,6 +1,6 @@
 """Batch normalisation of rows, by the statistics of all processes that train together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,27 +38,28 @@ def is_distributed() -> bool:
 
 
 def batch_statistics(
-    blocks: Sequence[torch.Tensor], norm: nn.BatchNorm1d
+    blocks: Sequence[torch.Tensor], norm: nn.BatchNorm1d, unpack: Callable = torch.Tensor.detach
 ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
     """
     Mean and (biased) variance of each channel over the rows of all `blocks (rows, channels)` of all processes, and the
     number of these rows, a tensor where there are several processes; the running statistics of `norm` are updated.
+    `unpack` makes rows of each block.
     """
+    count = sum(block.shape[0] for block in blocks)
     if len(blocks) == 1 and not is_distributed():
-        mean, variance = torch.batch_norm_update_stats(blocks[0], norm.running_mean, norm.running_var, norm.momentum)
-        return mean, variance, blocks[0].shape[0]
-    sums = sum(block_sums(block) for block in blocks)
+        running = norm.running_mean, norm.running_var
+        return *torch.batch_norm_update_stats(unpack(blocks[0]), *running, norm.momentum), count
+    sums = sum(block_sums(unpack(block)) for block in blocks)
     if is_distributed():
         dist.all_reduce(sums)
-    count = sums[0, 0]  # stays on the device, which need not be waited for
+        count = sums[0, 0]  # stays on the device, which need not be waited for
     mean, square = sums[1:] / count
     variance = square - mean.square()
     unbiased = variance * (count / (count - 1))
     dtype = norm.running_mean.dtype
     norm.running_mean.lerp_(mean.to(dtype), norm.momentum)
     norm.running_var.lerp_(unbiased.to(dtype), norm.momentum)
-    batch_rows = count if is_distributed() else sum(block.shape[0] for block in blocks)
-    return mean.to(dtype), variance.to(dtype), batch_rows
+    return mean.to(dtype), variance.to(dtype), count
 
 
 def block_sums(block: torch.Tensor) -> torch.Tensor:

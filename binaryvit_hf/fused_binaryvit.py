@@ -91,31 +91,32 @@ class NormShortcutRPReLU(Function):
 
 class BinaryMLPProducts(Function):
     """
-    Both products of a binary MLP with all that stands between them, whose many channels never reach memory.
+    Both products of a binary MLP with all that stands between them, whose many channels never reach memory as floats.
 
     Forward: `g = RPReLU(BN(sign(x + shift1) @ weight1.T) + x)`, x repeated to fit; results `sign(g + shift2) @ weight2.T`
     and the mean of g over runs of neighbours, the shortcut of what follows. x and both results `(rows, channels)`,
-    weight1 `(inner, channels)`, weight2 `(channels, inner)`, both quantised already. `statistics` takes the first product
+    weight1 `(inner, channels)`, weight2 `(channels, inner)`, both binarised already. `statistics` takes the first product
     and gives mean, variance and `batch_rows` (`batch_statistics`).
-    Gradient: of `SignLinear` and `NormShortcutRPReLU`. Of `inner` channels it keeps the first product alone.
+    Gradient: of `SignLinear` and `NormShortcutRPReLU`. Of `inner` channels it keeps the first product alone, as the whole
+    numbers that it is but for the scale of each row of weight1 (`PackedCounts`).
     """
 
     @staticmethod
     def forward(ctx, x, shift1, weight1, statistics, eps, weight, bias, shift_in, slope, shift_out, shift2, weight2):
-        rows = rows_per_block(x, weight1.shape[0])
+        rows, counts = rows_per_block(x, weight1.shape[0]), PackedCounts(weight1)
         # Never one tensor: its blocks are smaller than what the allocator of the CPU hands back after every use.
-        inner = [sign_linear(part, shift1, weight1) for part in x.split(rows)]
-        mean, variance, batch_rows = statistics(inner)
+        inner = [counts.pack(sign_linear(part, shift1, counts.signs)) for part in x.split(rows)]
+        mean, variance, batch_rows = statistics(inner, counts.unpack)
         parameters = (weight, bias, shift_in, slope, shift_out, shift2, weight2)
         ctx.save_for_backward(x, shift1, weight1, mean, variance, *parameters, *inner)
         ctx.rows, ctx.batch_rows, ctx.eps = rows, batch_rows, eps
         scale, offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
-        product, pooled = torch.empty_like(x, dtype=inner[0].dtype), torch.empty_like(x)
-        for inner_part, x_part, product_part, pooled_part in zip(inner, *split(rows, x, product, pooled)):
-            activated = rprelu(folded(inner_part, x_part, scale, offset), slope, shift_out)
-            product_part.copy_(sign_linear(activated, shift2, weight2))
+        products, pooled = [], torch.empty_like(x)
+        for inner_part, x_part, pooled_part in zip(inner, *split(rows, x, pooled)):
+            activated = rprelu(folded(counts.unpack(inner_part), x_part, scale, offset), slope, shift_out)
+            products.append(sign_linear(activated, shift2, weight2))
             pooled_part.copy_(activated.unflatten(-1, (x.shape[-1], -1)).mean(-1))
-        return product, pooled
+        return torch.cat(products), pooled
 
     @staticmethod
     @once_differentiable
@@ -123,6 +124,7 @@ class BinaryMLPProducts(Function):
         x, shift1, weight1, mean, variance, weight, bias, shift_in, slope, shift_out, shift2, weight2, *inner = (
             ctx.saved_tensors
         )
+        counts = PackedCounts(weight1)
         scale, offset = fold_norm(mean, variance, ctx.eps, weight, bias - shift_in)
         first, second = SignLinearGradient(shift1, weight1), SignLinearGradient(shift2, weight2)
         activation = RPReLUGradient(slope, mean)
@@ -132,18 +134,19 @@ class BinaryMLPProducts(Function):
         for inner_part, x_part, grad_product_part, grad_pooled_part, grad_x_part in zip(
             inner, *split(ctx.rows, x, grad_product, grad_pooled, grad_x)
         ):
-            shifted = folded(inner_part, x_part, scale, offset)
+            unpacked = counts.unpack(inner_part)
+            shifted = folded(unpacked, x_part, scale, offset)
             grad = second.backward(rprelu(shifted, slope, shift_out), grad_product_part)
             grad.unflatten(-1, (x.shape[-1], -1)).add_(grad_pooled_part.unsqueeze(-1))
-            grads.append(activation.backward(inner_part, shifted, grad))
+            grads.append(activation.backward(unpacked, shifted, grad))
             grad_x_part.copy_(fit_gradient(grads[-1], x.shape[-1]))
         coefficients, grad_weight, grad_bias = norm_gradient(
             activation.norm_sums, weight, mean, variance, ctx.batch_rows, ctx.eps
         )
         grads.reverse()
         for inner_part, x_part, grad_x_part in zip(inner, *split(ctx.rows, x, grad_x)):
-            grad_inner = apply_norm_gradient(grads.pop(), inner_part, coefficients).to(inner_part.dtype)
-            grad_x_part.add_(first.backward(x_part, grad_inner))
+            grad_inner = apply_norm_gradient(grads.pop(), counts.unpack(inner_part), coefficients)
+            grad_x_part.add_(first.backward(x_part, grad_inner.to(grad_product.dtype)))
         return (
             grad_x,
             first.grad_shift,
@@ -158,6 +161,26 @@ class BinaryMLPProducts(Function):
             second.grad_shift,
             second.grad_weight,
         )
+
+
+class PackedCounts:
+    """
+    Products of signs with the signs of a binarised weight `(out, in)`: whole numbers from -in to in, all even or all odd as
+    `in` is, kept in one byte where they fit, else in two.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        self.signs, scale = weight.sign(), weight.abs().amax(1)
+        self.step = 2 - weight.shape[1] % 2
+        self.dtype = torch.int8 if weight.shape[1] // self.step <= torch.iinfo(torch.int8).max else torch.int16
+        self.unit = scale * self.step
+
+    def pack(self, counts: torch.Tensor) -> torch.Tensor:
+        return counts.div_(self.step).to(self.dtype)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """What the product with the weight itself is, in the weight's dtype."""
+        return packed * self.unit
 
 
 class SignLinearGradient:

@@ -1,6 +1,6 @@
 """The parts of a binary block. Activations are tokens, `(batch, height * width, channels)`, unless said otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -75,7 +75,9 @@ class TokenBatchNorm(nn.Module):
             normed = norm(rows)
         return normed.view(hidden_states.shape)
 
-    def statistics(self, blocks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+    def statistics(
+        self, blocks: Sequence[torch.Tensor], unpack: Callable = torch.Tensor.detach
+    ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
         """
         Mean and variance to normalise all `blocks (rows, channels)` with, and how many rows they are of
         (`batch_statistics`): 0 for the running ones, which training updates and evaluation uses.
@@ -84,7 +86,7 @@ class TokenBatchNorm(nn.Module):
         if not norm.training:
             return norm.running_mean, norm.running_var, 0
         norm.num_batches_tracked.add_(1)
-        return batch_statistics([block.detach() for block in blocks], norm)
+        return batch_statistics(blocks, norm, unpack)
 
 
 class RPReLU(nn.Module):

@@ -151,11 +151,12 @@ class BinaryViTMLP(nn.Module):
     def __init__(self, config, stage: int):
         super().__init__()
         hidden_size, intermediate_size = config.hidden_sizes[stage], config.intermediate_sizes[stage]
+        self.bits = (config.weight_bits, config.input_bits)
         self.fc1 = BinaryProjection(config, hidden_size, intermediate_size)
         self.fc2 = BinaryProjection(config, intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.training and self.fc1.linear.input_bits == 1:  # packed weights do not train
+        if self.training and self.bits == (1, 1):
             product, pooled = binary_mlp_products(self.fc1, self.fc2.linear, hidden_states)
             return self.fc2.norm_activation(product, pooled)
         return self.fc2(self.fc1(hidden_states))

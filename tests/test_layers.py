@@ -6,7 +6,7 @@ from tiny import tiny_config, tiny_images, tiny_model
 from torch import nn
 
 from binaryvit_hf import fused_binaryvit
-from binaryvit_hf.fused_binaryvit import SignLinear, map_rows
+from binaryvit_hf.fused_binaryvit import PackedCounts, SignLinear, map_rows
 from binaryvit_hf.layers_binaryvit import (
     AvgPoolBranch,
     BinaryPatchConv,
@@ -78,6 +78,17 @@ def test_norm_activation_equals_batch_norm_shortcut_and_rprelu(block_elements, t
     torch.testing.assert_close(fused, composed)
     torch.testing.assert_close(fused_gradients, gradients(composed, *wanted))
     torch.testing.assert_close(after, [norm.running_mean, norm.running_var])
+
+
+@pytest.mark.parametrize("channels", [3, 64, 254, 256, 511])
+def test_counts_are_packed_without_loss_where_all_signs_agree_too(channels):
+    weight = BinarizeWeight.apply(torch.randn(5, channels), False)
+    counts = PackedCounts(weight)
+    signs = torch.cat((counts.signs, -counts.signs, binary_sign(torch.randn(20, channels))))
+    products = signs @ counts.signs.T
+    packed = counts.pack(products.clone())
+    assert packed.element_size() == (1 if channels in (3, 64, 254) else 2)
+    torch.testing.assert_close(counts.unpack(packed), products * weight.abs()[:, 0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("inner", [4, 12])
