@@ -9,20 +9,25 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from .augmentation import AugmentationArguments, create_train_transform
+from .columns import CLASS_NAMES, name_columns, name_labels, read_class_names
+from .decoding import CroppingDecoder, decode_image, open_image
 from .errors import UserError, first_sentence
 from .images import BROKEN_IMAGE_ERRORS
-from .sampling import Showing, seeded
+from .sampling import Showing, Streamed, seeded
+from .streaming import ImageStream, told_number
 
 
 logger = logging.getLogger(__name__)
 
 DIGITS = "sklearn-digits"
 DIGITS_HELD_OUT = 5  # every fifth digit is held out
+
+Images = dict[str, Dataset | ImageStream]  # by split
 
 
 @dataclass
@@ -32,7 +37,8 @@ class DataArguments(AugmentationArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": f"Hub id or local path of a dataset; {DIGITS!r} is the 1,797 digits that scikit-learn ships."
+            "help": "Hub id or local path of a dataset, a folder of WebDataset archives (.tar) too; "
+            f"{DIGITS!r} is the 1,797 digits that scikit-learn ships."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -43,8 +49,29 @@ class DataArguments(AugmentationArguments):
         default=None,
         metadata={"help": "Split to evaluate on. Default: 'validation', else 'test', where there is one."},
     )
-    image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
+    image_column_name: str = field(
+        default="image",
+        metadata={"help": "Column of the images. Where 'image' is none: the only one that has images."},
+    )
+    label_column_name: str = field(
+        default="label",
+        metadata={"help": "Column of the labels. Where 'label' is none: the only one of classes, or 'cls'."},
+    )
+    class_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of class names, one a line, for labels that are numbers without names. Default: "
+            f"{CLASS_NAMES} in --dataset_name where it is there, else the numbers."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the images of --dataset_name as they are needed instead of downloading them first."},
+    )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={"help": "Streamed training images come in the order of their shards, mixed among that many."},
+    )
     train_val_split: float = field(
         default=0.15,
         metadata={"help": "Share of the training images held out for evaluation, where no others are given."},
@@ -64,9 +91,25 @@ class DataArguments(AugmentationArguments):
         super().__post_init__()
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is a share above 0 and at most 1, not {self.crop_pct}.")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size is 1 or more, not {self.shuffle_buffer_size}.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
+        if self.streaming:
+            self.check_streaming()
+
+    def check_streaming(self):
+        if not self.dataset_name or self.dataset_name == DIGITS:
+            raise ValueError("--streaming is for a --dataset_name of the Hub or a local path; folders need none.")
+        for name in ("skip_broken_images", "train_val_split"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"--{name} needs all images before training, and --streaming never has them: leave one out."
+                )
 
 
-def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None) -> DatasetDict:
+def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None) -> Images:
     """
     Splits `train` and `validation` with the columns `image` (encoded, with its path) and `label` (a `ClassLabel`).
 
@@ -87,15 +130,31 @@ def load_images(arguments: DataArguments, seed: int, cache_dir: str | None, toke
     names = next(iter(splits.values())).features["label"].names
     if len(names) < 2:
         raise UserError(f"The images have one class, {names[0]!r}: a classifier needs two or more.")
+    if arguments.streaming:
+        return stream_splits(splits, arguments, seed)
     if "validation" not in splits:
         splits = hold_out(splits["train"], arguments.train_val_split, seed)
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
-        if limit is not None and limit < 1:
-            raise UserError(f"--max_{'train' if split == 'train' else 'eval'}_samples must be positive, not {limit}.")
         if limit is not None and split in splits and limit < len(splits[split]):
             # Shuffled first, for folders come sorted by class.
             splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
-    return DatasetDict(splits)
+    return splits
+
+
+def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, seed: int) -> Images:
+    if "validation" not in splits:
+        raise UserError(
+            f"--dataset_name {arguments.dataset_name!r} has no split to evaluate on, and of a stream none can be held out; "
+            "say which with --validation_split_name."
+        )
+    streams = {split: ImageStream(dataset, told_number(dataset)) for split, dataset in splits.items()}
+    for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
+        if limit is not None and split in streams:
+            streams[split] = streams[split].take(limit)
+    if "train" in streams:
+        streams["train"] = streams["train"].shuffle(seed, arguments.shuffle_buffer_size)
+    streams["validation"] = streams["validation"].counted()
+    return streams
 
 
 def load_digits_splits() -> dict[str, Dataset]:
@@ -170,7 +229,9 @@ def load_named_splits(arguments: DataArguments, cache_dir: str | None, token: st
     """A dataset of the Hub or of a local path, with its columns under our names."""
     name = arguments.dataset_name
     try:
-        loaded = load_dataset(name, arguments.dataset_config_name, cache_dir=cache_dir, token=token)
+        loaded = load_dataset(
+            name, arguments.dataset_config_name, cache_dir=cache_dir, token=token, streaming=arguments.streaming
+        )
     except Exception as error:  # the loader raises whatever its file system, network or builder raised
         raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(error)}") from error
     validation_names = [arguments.validation_split_name] if arguments.validation_split_name else ["validation", "test"]
@@ -179,29 +240,13 @@ def load_named_splits(arguments: DataArguments, cache_dir: str | None, token: st
     for split, candidates in wanted.items():
         found = next((candidate for candidate in candidates if candidate in loaded), None)
         if found is not None:
-            splits[split] = name_columns(loaded[found], arguments)
+            splits[split] = name_columns(loaded[found], arguments.image_column_name, arguments.label_column_name)
         elif arguments.validation_split_name or (split == "validation" and not splits):
             raise UserError(
                 f"--dataset_name {name!r} has no split {candidates[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Say which with --{split}_split_name."
             )
-    return splits
-
-
-def name_columns(dataset: Dataset, arguments: DataArguments) -> Dataset:
-    """Keep the two columns that are wanted as `image` and `label`."""
-    columns = {arguments.image_column_name: "image", arguments.label_column_name: "label"}
-    for column, ours in columns.items():
-        if column not in dataset.column_names:
-            raise UserError(
-                f"The dataset has no column {column!r}; it has {', '.join(map(repr, dataset.column_names))}. "
-                f"Say which with --{ours}_column_name."
-            )
-    dataset = dataset.select_columns(list(columns))
-    dataset = dataset.rename_columns({theirs: ours for theirs, ours in columns.items() if theirs != ours})
-    if not isinstance(dataset.features["label"], ClassLabel):
-        dataset = dataset.class_encode_column("label")
-    return dataset.cast_column("image", Image(decode=False))
+    return name_labels(splits, read_class_names(arguments.class_names, name))
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> dict[str, Dataset]:
@@ -214,10 +259,10 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> dict[str, Dataset]:
     return {"train": parts["train"], "validation": parts["test"]}
 
 
-def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, list[str]]:
+def check_images(images: Images, skip_broken: bool) -> tuple[Images, list[str]]:
     """
     Look at every image before training. Without `skip_broken` at the header of each file, which is quick (images inside of
-    a dataset are left to their turn); with it, decode every image and leave out those that fail.
+    a dataset or a stream are left to their turn); with it, decode every image and leave out those that fail.
 
     Returns:
         The images, and the names of those left out.
@@ -228,8 +273,7 @@ def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, l
     check = decode_image if skip_broken else open_header
     kept, broken = {}, []
     for split, dataset in images.items():
-        embedded = len(dataset) > 0 and dataset[0]["image"]["bytes"] is not None
-        if embedded and not skip_broken:
+        if isinstance(dataset, ImageStream) or (is_embedded(dataset) and not skip_broken):
             kept[split] = dataset
             continue
         with ThreadPoolExecutor() as pool:
@@ -246,7 +290,11 @@ def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, l
         kept[split] = dataset.select([index for index, fine in enumerate(good) if fine]) if names else dataset
     for name in broken:
         logger.warning("Left out, as it is no image: %s", name)
-    return DatasetDict(kept), broken
+    return kept, broken
+
+
+def is_embedded(dataset: Dataset) -> bool:
+    return len(dataset) > 0 and dataset[0]["image"]["bytes"] is not None
 
 
 def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
@@ -258,13 +306,7 @@ def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
 
 
 def open_header(encoded: dict) -> None:
-    PILImage.open(encoded["path"]).close()
-
-
-def decode_image(encoded: dict) -> PILImage.Image:
-    return PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]).convert(
-        "RGB"
-    )
+    open_image(encoded).close()
 
 
 def image_name(encoded: dict, index: int) -> str:
@@ -272,13 +314,14 @@ def image_name(encoded: dict, index: int) -> str:
 
 
 def add_transforms(
-    images: DatasetDict, processor: BaseImageProcessor, arguments: DataArguments, seed: int
+    images: Images, processor: BaseImageProcessor, arguments: DataArguments, seed: int
 ) -> dict[str, "TransformedImages"]:
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
     size = (processor.crop_size["height"], processor.crop_size["width"])
+    crop = CroppingDecoder(size, arguments.random_resized_crop_min_scale)
     augment = create_train_transform(arguments, size, processor.image_mean, processor.image_std)
-    transforms = {"train": augment, "validation": partial(process_image, processor)}
-    return {split: TransformedImages(dataset, transforms[split], seed) for split, dataset in images.items()}
+    steps = {"train": (crop, augment), "validation": (decode_image, partial(process_image, processor))}
+    return {split: TransformedImages(dataset, *steps[split], seed) for split, dataset in images.items()}
 
 
 def process_image(processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:
@@ -289,30 +332,38 @@ class TransformedImages(torch.utils.data.Dataset):
     """
     Encoded images and labels as tensors `pixel_values` and `labels`.
 
-    An item is asked for by its index or by a `sampling.Showing`. A showing has random numbers of its own, so what an
-    image looks like depends on neither workers, nor processes, nor interruptions.
+    An item is asked for by its index or by a `sampling.Showing`; of a stream by `sampling.Streamed`, which brings it. A
+    showing has random numbers of its own, so what an image looks like depends on neither workers, nor processes, nor
+    interruptions.
     """
 
     takes_showings = True
 
-    def __init__(self, images: Dataset, transform: Callable, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: Dataset | ImageStream, decode: Callable, transform: Callable, seed: int):
+        self.images, self.decode, self.transform, self.seed = images, decode, transform, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: int | Showing) -> dict:
-        showing = key if isinstance(key, Showing) else Showing(0, key, 0)
-        row = self.images[showing.index]
-        try:
-            image = decode_image(row["image"])
-        except BROKEN_IMAGE_ERRORS as error:
-            raise UserError(
-                f"{image_name(row['image'], showing.index)!r} cannot be decoded ({first_sentence(error)}): remove it, or "
-                "train without with --skip_broken_images."
-            ) from error
+    @property
+    def stream(self) -> ImageStream | None:
+        return self.images if isinstance(self.images, ImageStream) else None
+
+    def __getitem__(self, key: int | Showing | Streamed) -> dict:
+        if isinstance(key, Streamed):
+            showing, row = key
+        else:
+            showing = key if isinstance(key, Showing) else Showing(0, key, 0)
+            row = self.images[showing.index]
         with seeded(self.seed, *showing):
-            return {"pixel_values": self.transform(image), "labels": row["label"]}
+            try:
+                decoded = self.decode(row["image"])
+            except BROKEN_IMAGE_ERRORS as error:
+                remedy = "remove it" if self.stream else "remove it, or train without with --skip_broken_images"
+                raise UserError(
+                    f"{image_name(row['image'], showing.index)!r} cannot be decoded ({first_sentence(error)}): {remedy}."
+                ) from error
+            return {"pixel_values": self.transform(decoded), "labels": row["label"]}
 
 
 def collate_images(examples: list[dict]) -> dict[str, torch.Tensor]:

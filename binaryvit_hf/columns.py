@@ -1,0 +1,100 @@
+"""Which columns of a dataset are its images and labels, and what the labels are called."""
+
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+
+from .errors import UserError, first_sentence
+
+
+CLASS_NAMES = "classnames.txt"  # beside the archives of a WebDataset
+DEFAULT_COLUMNS = {"image": "image", "label": "label"}
+
+
+def name_columns(
+    dataset: Dataset | IterableDataset, image_column: str, label_column: str
+) -> Dataset | IterableDataset:
+    """
+    Keep the two columns that are wanted as `image` (encoded) and `label`. In place of a default that is not there the only
+    column of its kind is taken.
+
+    Raises:
+        UserError: a column is not there.
+    """
+    features = dataset.features
+    if features is None:
+        raise UserError("The dataset does not tell its columns, so it cannot be streamed; go without --streaming.")
+    columns = {"image": image_column, "label": label_column}
+    for ours, column in columns.items():
+        if column in features:
+            continue
+        candidates = [name for name in features if is_candidate(ours, name, features)]
+        if column != DEFAULT_COLUMNS[ours] or len(candidates) != 1:
+            raise UserError(
+                f"The dataset has no column {column!r}; it has {', '.join(map(repr, features))}. "
+                f"Say which with --{ours}_column_name."
+            )
+        columns[ours] = candidates[0]
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
+    return dataset.cast_column("image", Image(decode=False))
+
+
+def is_candidate(kind: str, column: str, features: Features) -> bool:
+    feature = features[column]
+    if kind == "image":
+        return isinstance(feature, Image)
+    return isinstance(feature, ClassLabel) or (column == "cls" and feature == Value("int64"))  # cls: of a WebDataset
+
+
+def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
+    """
+    One name a line, that of label 0 first: of `file`, or else of `classnames.txt` in the dataset's folder if it is there.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(file) if file else Path(dataset_name) / CLASS_NAMES
+    if not file and not path.is_file():
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class_names {str(path)!r} cannot be read: {first_sentence(error)}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"--class_names {str(path)!r} has the name {twice!r} twice.")
+    return names
+
+
+def name_labels(splits: dict, names: list[str] | None) -> dict:
+    """
+    Splits whose labels are of kind `ClassLabel`: as they are; or else of these names; or else of all values that the first
+    split has, sorted.
+
+    Raises:
+        UserError: a label is none of them, or they are not known, as the images are streamed.
+    """
+    first = next(iter(splits.values()))
+    if isinstance(first.features["label"], ClassLabel):
+        return splits
+    text = None
+    if names is None:
+        if isinstance(first, IterableDataset):
+            raise UserError(
+                "The labels have no names, and how many there are is not known before all images were streamed: give "
+                "--class_names with a file of them, one name a line, that of label 0 first."
+            )
+        values = first.unique("label")
+        if None in values:
+            raise UserError("There are images without a label.")
+        names, text = [str(value) for value in sorted(values)], Value("string")
+    named = {}
+    for split, dataset in splits.items():
+        try:
+            dataset = dataset if text is None else dataset.cast_column("label", text)
+            named[split] = dataset.cast_column("label", ClassLabel(names=names))
+        except ValueError as error:  # of a stream only where the image is read
+            raise UserError(f"The {split} images have a label of no class: {first_sentence(error)}") from error
+    return named
