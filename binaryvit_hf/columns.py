@@ -36,8 +36,8 @@ def name_columns(
             )
         columns[ours] = candidates[0]
     dataset = dataset.select_columns(list(columns.values()))
-    dataset = dataset.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
-    return dataset.cast_column("image", Image(decode=False))
+    dataset = dataset.cast_column(columns["image"], Image(decode=False))  # first, or a stream encodes images anew
+    return dataset.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
 
 
 def is_candidate(kind: str, column: str, features: Features) -> bool:
