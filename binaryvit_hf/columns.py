@@ -15,36 +15,49 @@ def name_columns(
     dataset: Dataset | IterableDataset, image_column: str, label_column: str
 ) -> Dataset | IterableDataset:
     """
-    Keep the two columns that are wanted as `image` (encoded) and `label`. In place of a default that is not there the only
-    column of its kind is taken.
+    Keep the two columns that are wanted as `image` (encoded) and `label`.
 
     Raises:
-        UserError: a column is not there.
+        UserError: a column is not there, or holds something else.
     """
     features = dataset.features
     if features is None:
         raise UserError("The dataset does not tell its columns, so it cannot be streamed; go without --streaming.")
-    columns = {"image": image_column, "label": label_column}
-    for ours, column in columns.items():
-        if column in features:
-            continue
-        candidates = [name for name in features if is_candidate(ours, name, features)]
-        if column != DEFAULT_COLUMNS[ours] or len(candidates) != 1:
-            raise UserError(
-                f"The dataset has no column {column!r}; it has {', '.join(map(repr, features))}. "
-                f"Say which with --{ours}_column_name."
-            )
-        columns[ours] = candidates[0]
-    dataset = dataset.select_columns(list(columns.values()))
-    dataset = dataset.cast_column(columns["image"], Image(decode=False))  # first, or a stream encodes images anew
-    return dataset.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
+    image, label = find_column("image", image_column, features), find_column("label", label_column, features)
+    dataset = dataset.select_columns([image, label])
+    dataset = dataset.cast_column(image, Image(decode=False))  # before all else, or a stream encodes images anew
+    return dataset.rename_columns(
+        {theirs: ours for ours, theirs in (("image", image), ("label", label)) if theirs != ours}
+    )
 
 
-def is_candidate(kind: str, column: str, features: Features) -> bool:
-    feature = features[column]
+def find_column(kind: str, wanted: str, features: Features) -> str:
+    """The column that is wanted; in place of a default that is not there, the only one of its kind."""
+    if wanted in features:
+        if not (may_be_image if kind == "image" else may_be_label)(features[wanted]):
+            raise UserError(f"{wanted!r} is no column of {kind}s; say which is with --{kind}_column_name.")
+        return wanted
     if kind == "image":
-        return isinstance(feature, Image)
-    return isinstance(feature, ClassLabel) or (column == "cls" and feature == Value("int64"))  # cls: of a WebDataset
+        candidates = [name for name, feature in features.items() if isinstance(feature, Image)]
+    else:  # cls is that of a WebDataset
+        candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name == "cls"]
+    if wanted == DEFAULT_COLUMNS[kind] and len(candidates) == 1:
+        return candidates[0]
+    raise UserError(
+        f"The dataset has no column {wanted!r}; it has {', '.join(map(repr, features))}. "
+        f"Say which with --{kind}_column_name."
+    )
+
+
+def may_be_image(feature) -> bool:
+    return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("string", "binary"))
+
+
+def may_be_label(feature) -> bool:
+    names_or_numbers = ("string", "large_string", "int", "uint", "bool")
+    return isinstance(feature, ClassLabel) or (
+        isinstance(feature, Value) and feature.dtype.startswith(names_or_numbers)
+    )
 
 
 def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:

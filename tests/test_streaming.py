@@ -1,6 +1,7 @@
 """Streams: every image once an epoch however many read it, the same weights after an interruption, and what is refused."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -28,6 +29,15 @@ ROOT = Path(__file__).parent.parent
 SHARDS = {"train": [9, 4, 11], "validation": [5, 2]}  # 24 and 7 images
 STEPS = ["--max_steps=9", "--save_steps=2", "--per_device_train_batch_size=4", "--per_device_eval_batch_size=2"]
 QUIET = ["--do_train", "--report_to=none", "--use_cpu", "--crop_pct=1.0", "--save_packed=False"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The network is tiny, and threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -117,12 +127,12 @@ def train(archives: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known number", "unknown number"])
-def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_not(archives, tmp_path, known, capfd):
+def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_not(archives, tmp_path, known, caplog):
+    caplog.set_level(logging.INFO)
     if not known:
         (archives / "README.md").unlink()
     expected = train(archives, tmp_path / "out", "--dataloader_num_workers=2", "--mixup_alpha=0.8")
-    said = capfd.readouterr().err
-    assert ("24 images an epoch, in 3 shards" if known else "a number of images that is not known") in said
+    assert ("24 images an epoch, in 3 shards" if known else "a number of images that is not known") in caplog.text
     for last in (8, 6):  # in the midst of the second epoch, and at its beginning
         (tmp_path / "out" / "train_results.json").unlink()
         for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
@@ -135,7 +145,11 @@ def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_no
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-def test_two_processes_share_a_stream_and_evaluate_each_image_once(archives, tmp_path):
+def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path):
+    archives = tmp_path / "archives"
+    write_archives(archives, SHARDS, num_classes=3)
+    write_class_names(archives, 3)
+    tell_numbers(archives, SHARDS)
     tiny_config().save_pretrained(tmp_path / "config")
     flags = ["--config_name", tmp_path / "config", "--dataset_name", archives, *QUIET, *STEPS, "--do_eval"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -156,9 +170,7 @@ def test_two_processes_share_a_stream_and_evaluate_each_image_once(archives, tmp
     assert main([str(argument) for argument in evaluate]) == 0  # downloaded first
     alone = json.loads((tmp_path / "alone" / "all_results.json").read_text())
     assert together["eval_samples"] == alone["eval_samples"] == 7
-    for metric in ("eval_accuracy", "eval_top5_accuracy"):
-        assert together[metric] == alone[metric]
-    assert together["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+    assert together["eval_accuracy"] == alone["eval_accuracy"] > 0
 
 
 @pytest.mark.parametrize(
@@ -170,7 +182,7 @@ def test_two_processes_share_a_stream_and_evaluate_each_image_once(archives, tmp
         (["--max_train_samples=0"], ["max_train_samples is 1 or more"]),
         (["--dataset_name=sklearn-digits"], ["--streaming is for a --dataset_name"]),
         (["--validation_split_name=dev"], ["no split 'dev'", "'validation'"]),
-        (["--label_column_name=json"], ["label"]),
+        (["--label_column_name=json"], ["'json'", "no column of labels"]),
         (["--class_names=nowhere.txt"], ["nowhere.txt"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
@@ -197,8 +209,13 @@ def test_an_epoch_of_unknown_length_asks_for_steps_and_a_number_given_will_do(ar
     shutil.rmtree(tmp_path / "out")
     assert main([*common, "--max_train_samples=24"]) == 0
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["epoch"] == 2
+
+
+def test_nothing_can_be_held_out_of_a_stream(tmp_path):
+    write_archives(tmp_path / "archives", {"train": [4]}, num_classes=4)
+    write_class_names(tmp_path / "archives", 4)
     with pytest.raises(UserError, match="no split to evaluate on"):
-        stream(archives, validation_split_name=None, train_split_name="validation")
+        stream(tmp_path / "archives")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
