@@ -1,4 +1,4 @@
-"""`binaryvit pack | convert | ops | classify | push | card`: what is done with models besides training them."""
+"""`binaryvit pack | convert | ops | classify | benchmark | push | card`: what is done with models besides training them."""
 
 import argparse
 import contextlib
@@ -93,6 +93,11 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--top-k", type=int, default=5, help="labels to name for each image (default 5)")
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
     add_token(command)
+
+    command = add(benchmark, "binaryvit benchmark --loader")
+    subject = command.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--loader", action="store_true", help="loading images for training, on one core")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     command = add(push, "binaryvit push outputs/quickstart me/digits --private")
     command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model")
@@ -190,6 +195,22 @@ def classify(options: argparse.Namespace) -> None:
                     print(f"  {100 * label['score']:6.2f} %  {label['label']}")
     if options.json:
         print(json.dumps(answers, indent=2))
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Measure how quick this machine is, beside the paper's public code."""
+    try:
+        from .benchmark_loader import benchmark_loader
+    except ModuleNotFoundError as error:
+        raise UserError(f"The benchmark needs {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
+    measured = benchmark_loader()
+    if options.json:
+        print(json.dumps(measured, indent=2))
+    else:
+        ours, baseline = measured["ours_images_per_second"], measured["baseline_images_per_second"]
+        print(f"ours:                    {ours:8.1f} images/s of one core")
+        print(f"the paper's public code: {baseline:8.1f} images/s of one core")
+        print(f"ratio:                   {measured['ratio']:8.2f}")
 
 
 def push(options: argparse.Namespace) -> None:
