@@ -54,7 +54,7 @@ def may_be_image(feature) -> bool:
 
 
 def may_be_label(feature) -> bool:
-    names_or_numbers = ("string", "large_string", "int", "uint", "bool")
+    names_or_numbers = ("string", "large_string", "int", "uint")
     return isinstance(feature, ClassLabel) or (
         isinstance(feature, Value) and feature.dtype.startswith(names_or_numbers)
     )
@@ -92,7 +92,6 @@ def name_labels(splits: dict, names: list[str] | None) -> dict:
     first = next(iter(splits.values()))
     if isinstance(first.features["label"], ClassLabel):
         return splits
-    text = None
     if names is None:
         if isinstance(first, IterableDataset):
             raise UserError(
@@ -100,14 +99,15 @@ def name_labels(splits: dict, names: list[str] | None) -> dict:
                 "--class_names with a file of them, one name a line, that of label 0 first."
             )
         values = first.unique("label")
-        if None in values:
-            raise UserError("There are images without a label.")
-        names, text = [str(value) for value in sorted(values)], Value("string")
-    named = {}
+        names = [str(value) for value in sorted(value for value in values if value is not None)]
+        splits = {split: dataset.cast_column("label", Value("string")) for split, dataset in splits.items()}
     for split, dataset in splits.items():
-        try:
-            dataset = dataset if text is None else dataset.cast_column("label", text)
-            named[split] = dataset.cast_column("label", ClassLabel(names=names))
-        except ValueError as error:  # of a stream only where the image is read
-            raise UserError(f"The {split} images have a label of no class: {first_sentence(error)}") from error
-    return named
+        if isinstance(dataset, Dataset):  # those of a stream are looked at as they come
+            check_labels(dataset.unique("label"), names, split)
+    return {split: dataset.cast_column("label", ClassLabel(names=names)) for split, dataset in splits.items()}
+
+
+def check_labels(labels: list[str | int | None], names: list[str], split: str) -> None:
+    for label in labels:
+        if not (label in names if isinstance(label, str) else label is not None and 0 <= label < len(names)):
+            raise UserError(f"The {split} images have the label {label!r}, which is none of the {len(names)} classes.")
