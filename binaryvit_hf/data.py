@@ -44,6 +44,13 @@ class DataArguments(AugmentationArguments):
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder of training images, one folder a class."})
     validation_dir: str | None = field(default=None, metadata={"help": "Folder of evaluation images, likewise."})
+    train_files: str | None = field(
+        default=None,
+        metadata={"help": "Train on these files of --dataset_name alone, a pattern such as 'train-*.tar'."},
+    )
+    validation_files: str | None = field(
+        default=None, metadata={"help": "Evaluate on these files of --dataset_name, likewise."}
+    )
     train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split_name: str | None = field(
         default=None,
@@ -96,6 +103,10 @@ class DataArguments(AugmentationArguments):
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
+        if (self.train_files or self.validation_files) and (not self.dataset_name or self.dataset_name == DIGITS):
+            raise ValueError(
+                "--train_files and --validation_files are patterns of files in a --dataset_name: name one."
+            )
         if self.streaming:
             self.check_streaming()
 
@@ -147,7 +158,10 @@ def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, 
             f"--dataset_name {arguments.dataset_name!r} has no split to evaluate on, and of a stream none can be held out; "
             "say which with --validation_split_name."
         )
-    streams = {split: ImageStream(dataset, told_number(dataset)) for split, dataset in splits.items()}
+    chosen = arguments.train_files or arguments.validation_files  # a dataset tells the numbers of all of its files
+    streams = {
+        split: ImageStream(dataset, None if chosen else told_number(dataset)) for split, dataset in splits.items()
+    }
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in streams:
             streams[split] = streams[split].take(limit)
@@ -228,9 +242,19 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
 def load_named_splits(arguments: DataArguments, cache_dir: str | None, token: str | bool | None) -> dict[str, Dataset]:
     """A dataset of the Hub or of a local path, with its columns under our names."""
     name = arguments.dataset_name
+    files = {
+        arguments.train_split_name: arguments.train_files,
+        arguments.validation_split_name or "validation": arguments.validation_files,
+    }
+    files = {split: pattern for split, pattern in files.items() if pattern}
     try:
         loaded = load_dataset(
-            name, arguments.dataset_config_name, cache_dir=cache_dir, token=token, streaming=arguments.streaming
+            name,
+            arguments.dataset_config_name,
+            data_files=files or None,
+            cache_dir=cache_dir,
+            token=token,
+            streaming=arguments.streaming,
         )
     except Exception as error:  # the loader raises whatever its file system, network or builder raised
         raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(error)}") from error

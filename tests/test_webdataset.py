@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import config as datasets_config
-from streams import add, encode, write_archives, write_class_names
+from streams import add, encode, tell_numbers, write_archives, write_class_names
 
 from binaryvit_hf.data import DataArguments, load_images
 from binaryvit_hf.errors import UserError
@@ -44,6 +44,23 @@ def test_names_of_classes_lie_beside_the_archives_or_in_a_file(tmp_path, streami
     ):
         images = load(tmp_path / "archives", streaming=streaming, class_names=file)
         assert images["train"].features["label"].names == names
+
+
+def test_some_of_the_archives_are_chosen_by_patterns(tmp_path):
+    write_archives(tmp_path / "archives", SHARDS, num_classes=3)
+    write_class_names(tmp_path / "archives", 3)
+    tell_numbers(tmp_path / "archives", SHARDS)
+    patterns = {"train_files": "train-000[01].tar", "validation_files": "train-0002.tar"}
+    streams = load(tmp_path / "archives", streaming=True, **patterns)
+    assert streams["train"].num_images is None  # of all archives it is known, of these not
+    assert sum(1 for _ in streams["train"].read(0)) == 13
+    assert len(streams["validation"]) == 11
+    images = load(tmp_path / "archives", **patterns)
+    assert (len(images["train"]), len(images["validation"])) == (13, 11)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(tmp_path / "archives", train_files="nothing-*.tar")
+    with pytest.raises(ValueError, match="are patterns of files in a --dataset_name"):
+        DataArguments(train_files="train-*.tar")
 
 
 def test_a_label_beyond_the_names_is_refused_of_a_stream_when_it_comes(tmp_path):
