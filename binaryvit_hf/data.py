@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 
 from .augmentation import AugmentationArguments, create_train_transform
 from .columns import CLASS_NAMES, name_columns, name_labels, read_class_names
-from .decoding import CroppingDecoder, decode_image, open_image
+from .decoding import CroppingDecoder, decode_image, open_encoded
 from .errors import UserError, first_sentence
 from .images import BROKEN_IMAGE_ERRORS
 from .sampling import Showing, Streamed, seeded
@@ -318,7 +318,7 @@ def check_images(images: Images, skip_broken: bool) -> tuple[Images, list[str]]:
 
 
 def is_embedded(dataset: Dataset) -> bool:
-    return len(dataset) > 0 and dataset[0]["image"]["bytes"] is not None
+    return len(dataset) > 0 and (dataset[0]["image"] or {}).get("bytes") is not None
 
 
 def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
@@ -330,11 +330,11 @@ def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
 
 
 def open_header(encoded: dict) -> None:
-    open_image(encoded).close()
+    open_encoded(encoded).close()
 
 
-def image_name(encoded: dict, index: int) -> str:
-    return encoded["path"] or f"image {index}"
+def image_name(encoded: dict | None, index: int) -> str:
+    return (encoded or {}).get("path") or f"image {index}"
 
 
 def add_transforms(

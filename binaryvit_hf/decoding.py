@@ -10,11 +10,12 @@ from torch import nn
 from torchvision.transforms import v2
 
 
-def open_image(encoded: dict) -> Image.Image:
+def open_encoded(encoded: dict | None) -> Image.Image:
     """The image of a dataset's `{"bytes", "path"}`, its header read and its pixels not yet."""
-    if encoded["bytes"] is not None:
+    encoded = encoded or {}
+    if encoded.get("bytes") is not None:
         return Image.open(io.BytesIO(encoded["bytes"]))
-    if encoded["path"] is None:
+    if encoded.get("path") is None:
         raise ValueError("there is none")
     if "://" in encoded["path"]:  # of a stream, on the Hub
         with fsspec.open(encoded["path"]) as file:
@@ -22,8 +23,8 @@ def open_image(encoded: dict) -> Image.Image:
     return Image.open(encoded["path"])
 
 
-def decode_image(encoded: dict) -> Image.Image:
-    return to_rgb(open_image(encoded))
+def decode_image(encoded: dict | None) -> Image.Image:
+    return to_rgb(open_encoded(encoded))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -49,8 +50,8 @@ class CroppingDecoder(nn.Module):
         self.size = size
         self.crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))
 
-    def forward(self, encoded: dict) -> torch.Tensor:
-        image = open_image(encoded)
+    def forward(self, encoded: dict | None) -> torch.Tensor:
+        image = open_encoded(encoded)
         box = self.crop.make_params([image])
         return self.decode(image, box["top"], box["left"], box["height"], box["width"])
 

@@ -93,6 +93,8 @@ def test_images_without_pixels_and_of_addresses(photograph, tmp_path):
     assert decode_image({"bytes": None, "path": path.as_uri()}).tobytes() == photograph.tobytes()
     with pytest.raises(ValueError, match="there is none"):
         decode_image({"bytes": None, "path": None})
+    with pytest.raises(ValueError, match="there is none"):
+        decode_image(None)
 
 
 def test_normalising_is_torchvisions():

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from datasets import ClassLabel, Dataset, Features, Image
 from datasets import config as datasets_config
 from safetensors.torch import load_file
 from streams import add, encode, tell_numbers, write_archives, write_class_names
@@ -220,13 +222,43 @@ def test_nothing_can_be_held_out_of_a_stream(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_in_a_stream_is_named(archives, workers):
-    import tarfile
-
     with tarfile.open(archives / "train-0003.tar", "w") as archive:
-        for number in (90, 91):
-            add(archive, f"{number:04d}.jpg", encode(number)[:-40] if number == 91 else encode(number))
+        for number, content in ((90, encode(90)), (91, encode(91)[:-40])):
+            add(archive, f"{number:04d}.jpg", content)
             add(archive, f"{number:04d}.cls", b"0")
             add(archive, f"{number:04d}.json", b"{}")
     tell_numbers(archives, {"train": [26], "validation": [7]})
     with pytest.raises(UserError, match=r"'0091.jpg' cannot be decoded .*: remove it\."):
         epochs(stream(archives), 1, workers)
+
+
+def test_an_image_that_is_missing_in_a_stream_is_told(archives):
+    with tarfile.open(archives / "train-0003.tar", "w") as archive:
+        add(archive, "0090.cls", b"0")
+    tell_numbers(archives, {"train": [25], "validation": [7]})
+    with pytest.raises(UserError, match=r"'image \d+' cannot be decoded \(there is none\): remove it\."):
+        epochs(stream(archives), 1, 0)
+
+
+def test_a_stream_that_ends_early_is_told(archives):
+    tell_numbers(archives, {"train": [25], "validation": [7]})
+    with pytest.raises(UserError, match="ended after 24; it was said to have 25"):
+        epochs(stream(archives), 1, 0)
+
+
+@pytest.mark.parametrize("column", ["image", "picture"])
+def test_images_of_a_table_are_streamed_as_they_are_encoded(tmp_path, column, monkeypatch):
+    monkeypatch.setattr(datasets_config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    features = Features({column: Image(), "label": ClassLabel(names=["ant", "bee"])})
+    for split, numbers in (("train", range(10)), ("validation", range(10, 14))):
+        rows = {column: [{"bytes": encode(number), "path": f"{number}.jpg"} for number in numbers]}
+        rows["label"] = [number % 2 for number in numbers]
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / f"{split}.parquet")
+    images = load_images(DataArguments(dataset_name=str(tmp_path / "table"), streaming=True), 0, None, None)
+    assert images["train"].features["label"].names == ["ant", "bee"]
+    assert (images["train"].num_images, len(images["validation"])) == (None, 4)
+    read = {row["image"]["path"]: row for _, _, row in images["train"].read(0)}
+    assert len(read) == 10
+    for number in range(10):
+        row = read[f"{number}.jpg"]
+        assert (row["image"]["bytes"], row["label"]) == (encode(number), number % 2)
