@@ -109,10 +109,11 @@ def prepare(phase: Phase) -> Inputs:
         raise UserError(
             f"The images have no split {data_arguments.train_split_name!r} to train on; say which with --train_split_name."
         )
-    if training_arguments.do_train and data_arguments.streaming:
-        images["train"] = images["train"].of_steps(
-            training_arguments.max_steps, training_arguments.effective_batch_size
-        )
+    if data_arguments.streaming:
+        if training_arguments.do_train:
+            batch_size = training_arguments.effective_batch_size
+            images["train"] = images["train"].of_steps(training_arguments.max_steps, batch_size)
+        images["validation"] = images["validation"].counted()
     images, broken = check_images(images, data_arguments.skip_broken_images)
     labels = images["validation"].features["label"].names
     config = load_config(model_arguments, labels, training_arguments.do_train)

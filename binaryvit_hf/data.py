@@ -83,8 +83,12 @@ class DataArguments(AugmentationArguments):
         default=0.15,
         metadata={"help": "Share of the training images held out for evaluation, where no others are given."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many images at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many images at most."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on that many images at most; of a stream on its first."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on that many images at most, likewise."}
+    )
     skip_broken_images: bool = field(
         default=False,
         metadata={"help": "Decode every image before training and leave out those that fail, instead of stopping."},
@@ -167,7 +171,6 @@ def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, 
             streams[split] = streams[split].take(limit)
     if "train" in streams:
         streams["train"] = streams["train"].shuffle(seed, arguments.shuffle_buffer_size)
-    streams["validation"] = streams["validation"].counted()
     return streams
 
 

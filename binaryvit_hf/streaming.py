@@ -1,11 +1,15 @@
 """Images that are read as they are needed, from the Hub or a disk that others fill, and never all at once."""
 
+import logging
 from collections.abc import Iterator
 from itertools import count
 
 from datasets import Features, IterableDataset
 
 from .errors import UserError, first_sentence
+
+
+logger = logging.getLogger(__name__)
 
 
 class ImageStream:
@@ -44,7 +48,10 @@ class ImageStream:
 
     def counted(self) -> "ImageStream":
         """With the number of images, for which those that do not tell it are read through."""
-        return self if self.num_images is not None else ImageStream(self.dataset, sum(1 for _ in self.read(0)))
+        if self.num_images is not None:
+            return self
+        logger.info("Counting the images to evaluate on, as their number is not known.")
+        return ImageStream(self.dataset, sum(1 for _ in self.read(0)))
 
     def of_steps(self, max_steps: int, batch_size: int) -> "ImageStream":
         """

@@ -161,17 +161,16 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.train_sampling_strategy != "random" or not has_length(dataset):
-            return super()._get_train_sampler(train_dataset)
         dealing = (self.args.repeated_augmentations, self.args.train_batch_size, self.args.world_size)
         stream = getattr(dataset, "stream", None)
         if stream is not None:
             self.train_sampler = StreamSampler(stream, *dealing)
-        else:
-            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-            self.train_sampler = TrainSampler(
-                len(dataset), *dealing, seed, showings=getattr(dataset, "takes_showings", False)
-            )
+            return self.train_sampler
+        if self.args.train_sampling_strategy != "random" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        showings = getattr(dataset, "takes_showings", False)
+        self.train_sampler = TrainSampler(len(dataset), *dealing, seed, showings)
         return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset):
