@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import DatasetDict
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,6 +33,7 @@ from binaryvit_hf.augmentation import create_mix
 from binaryvit_hf.checkpoints import last_whole_checkpoint
 from binaryvit_hf.data import (
     DataArguments,
+    Images,
     add_transforms,
     check_images,
     collate_images,
@@ -95,7 +95,7 @@ def print_error(message: str) -> None:
 class Inputs:
     """What a run needs that can be checked before any training: images, network, and what the output directory holds."""
 
-    images: DatasetDict
+    images: Images
     broken: list[str]
     config: PreTrainedConfig
     checkpoint: str | None
@@ -115,6 +115,11 @@ def prepare(phase: Phase) -> Inputs:
         raise UserError(
             f"The images have no split {data_arguments.train_split_name!r} to train on; say which with --train_split_name."
         )
+    if data_arguments.streaming:
+        if training_arguments.do_train:
+            batch_size = training_arguments.effective_batch_size
+            images["train"] = images["train"].of_steps(training_arguments.max_steps, batch_size)
+        images |= {split: images[split].counted() for split in ("validation", "test") if split in images}
     images, broken = check_images(images, data_arguments.skip_broken_images)
     labels = images["validation"].features["label"].names
     config = load_config(model_arguments, labels, training_arguments.do_train)
@@ -166,6 +171,8 @@ def run(phase: Phase, inputs: Inputs) -> None:
         if trainer.is_world_process_zero():
             output_dir.mkdir(parents=True, exist_ok=True)
             log_batch(training_arguments)
+            if data_arguments.streaming:
+                logger.info("Streaming: %s", images["train"])
             (output_dir / RUN_ARGUMENTS).write_text(json.dumps(describe(phase), indent=2) + "\n")
         result = trainer.train(resume_from_checkpoint=inputs.checkpoint)
         if trainer.termination.terminated:

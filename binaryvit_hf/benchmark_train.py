@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from .configuration_binaryvit import as_pair
 from .errors import UserError
+from .ops import align, readable
 from .resources import shipped_configs
 from .simulation import simulate
 
@@ -78,6 +79,25 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
         "batch_size": batch_size,
         "results": [describe(measurement, batch_size, peer) for measurement in measurements],
     }
+
+
+def format_steps(measured: dict) -> str:
+    """What `benchmark_training` measured, as a table for the terminal."""
+    rows = [TABLE_HEAD]
+    for result in measured["results"]:
+        deciles = "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"])
+        rows.append(
+            (
+                result["contestant"],
+                f"{1000 * result['seconds']:.0f}",
+                deciles,
+                f"{result['images_per_second']:.1f}",
+                readable(result["peak_bytes"], "B"),
+                f"{result['ratio']:.2f}",
+            )
+        )
+    head = f"{measured['device']}, {measured['threads']} threads, batches of {measured['batch_size']}"
+    return f"{head}\n{align(rows)}"
 
 
 def describe(measurement: Measurement, batch_size: int, peer_seconds: float) -> dict:

@@ -22,11 +22,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from .benchmark_train import benchmark_training, format_steps
 from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
 from .errors import RunError, UploadError, UserError, first_sentence
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
 from .images import create_image_processor, list_images, open_image
-from .ops import align, count_operations, format_table, readable, total
+from .ops import count_operations, format_table, readable, total
 from .packed_files_binaryvit import fits_half
 from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from .resources import shipped_configs, shipped_models
@@ -108,10 +109,15 @@ def create_parser() -> argparse.ArgumentParser:
     command = add(benchmark, "binaryvit benchmark --train")
     kinds = command.add_mutually_exclusive_group(required=True)
     kinds.add_argument("--train", action="store_true", help="training steps, beside DeiT-S and the plain simulation")
-    command.add_argument("--model", default=BENCHMARKED_ROW, help=f"row of configs/ (default {BENCHMARKED_ROW})")
+    kinds.add_argument(
+        "--loader", action="store_true", help="loading images on one core, beside the paper's public code"
+    )
+    command.add_argument(
+        "--model", default=BENCHMARKED_ROW, help=f"row of configs/ for --train (default {BENCHMARKED_ROW})"
+    )
     command.add_argument("--batch-size", type=int, help="images a step (default 8 on the CPU, 128 on a GPU)")
     command.add_argument("--steps", type=int, default=7, help="steps to time of each network, 2 or more (default 7)")
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     command = add(ablation, "binaryvit ablation configs/fashion-mnist outputs/fashion-mnist --seeds 1 2 3 --jobs 2")
     command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of recipes, as configs/fashion-mnist")
@@ -235,25 +241,16 @@ def benchmark(options: argparse.Namespace) -> None:
     """Measure, beside peers in the same run, what training takes."""
     if options.steps < 2 or (options.batch_size is not None and options.batch_size < 2):
         raise UserError("--steps and --batch-size are 2 or more.")
-    from .benchmark_train import TABLE_HEAD, benchmark_training
-
-    measured = benchmark_training(options.model, options.batch_size, options.steps)
-    if options.json:
-        print(json.dumps(measured, indent=2))
-        return
-    print(f"{measured['device']}, {measured['threads']} threads, batches of {measured['batch_size']}")
-    rows = [
-        (
-            result["contestant"],
-            f"{1000 * result['seconds']:.0f}",
-            "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"]),
-            f"{result['images_per_second']:.1f}",
-            readable(result["peak_bytes"], "B"),
-            f"{result['ratio']:.2f}",
-        )
-        for result in measured["results"]
-    ]
-    print(align([TABLE_HEAD, *rows]))
+    if options.loader:
+        try:
+            from .benchmark_loader import benchmark_loader, format_speeds
+        except ModuleNotFoundError as error:
+            raise UserError(f"This benchmark needs {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
+        measured = benchmark_loader()
+        print(json.dumps(measured, indent=2) if options.json else format_speeds(measured))
+    else:
+        measured = benchmark_training(options.model, options.batch_size, options.steps)
+        print(json.dumps(measured, indent=2) if options.json else format_steps(measured))
 
 
 def ablation(options: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """Images and labels: where they come from, what is checked before training, and how they become tensors."""
 
-import io
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,28 +8,26 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from .augmentation import AugmentationArguments, create_train_transform
+from .columns import CLASS_NAMES, name_columns, name_labels, read_class_names
+from .decoding import CroppingDecoder, decode_image, open_encoded
 from .errors import UserError, first_sentence
 from .images import BROKEN_IMAGE_ERRORS
-from .known_datasets import (
-    DIGITS,
-    FASHION_MNIST,
-    FASHION_MNIST_FOLDER,
-    FASHION_MNIST_HUB_ID,
-    load_digits_splits,
-    load_fashion_mnist_splits,
-)
-from .sampling import Showing, seeded
+from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, KNOWN_DATASETS, load_known_splits
+from .sampling import Showing, Streamed, seeded
+from .streaming import ImageStream, told_number
 
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 0.15
 HELD_OUT_SEED = 0
+
+Images = dict[str, Dataset | ImageStream]  # by split
 
 
 @dataclass
@@ -40,21 +37,49 @@ class DataArguments(AugmentationArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": f"Hub id or local path of a dataset; {DIGITS!r} is the 1,797 digits that scikit-learn ships, "
-            f"{FASHION_MNIST!r} Debian's dataset-fashion-mnist where it is installed, else the Hub's."
+            "help": "Hub id or local path of a dataset, a folder of WebDataset archives (.tar) too; or "
+            + ", ".join(f"{name!r} ({what})" for name, what in KNOWN_DATASETS.items())
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder of training images, one folder a class."})
     validation_dir: str | None = field(default=None, metadata={"help": "Folder of evaluation images, likewise."})
+    train_files: str | None = field(
+        default=None,
+        metadata={"help": "Train on these files of --dataset_name alone, a pattern such as 'train-*.tar'."},
+    )
+    validation_files: str | None = field(
+        default=None, metadata={"help": "Evaluate on these files of --dataset_name, likewise."}
+    )
     train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split_name: str | None = field(
         default=None,
         metadata={"help": "Split to evaluate on. Default: 'validation', else 'test', where there is one."},
     )
     test_split_name: str = field(default="test", metadata={"help": "Split that --do_predict tests on."})
-    image_column_name: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column of the labels."})
+    image_column_name: str = field(
+        default="image",
+        metadata={"help": "Column of the images. Where 'image' is none: the only one that has images."},
+    )
+    label_column_name: str = field(
+        default="label",
+        metadata={"help": "Column of the labels. Where 'label' is none: the only one of classes, or 'cls'."},
+    )
+    class_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of class names, one a line, for labels that are numbers without names. Default: "
+            f"{CLASS_NAMES} in --dataset_name where it is there, else the numbers."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the images of --dataset_name as they are needed instead of downloading them first."},
+    )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={"help": "Streamed training images come in the order of their shards, mixed among that many."},
+    )
     train_val_split: float | None = field(
         default=None,
         metadata={
@@ -62,8 +87,12 @@ class DataArguments(AugmentationArguments):
             f"always the same ones. Default: {HELD_OUT} where there are no others to evaluate on."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many images at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many images at most."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on that many images at most; of a stream on its first."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on that many images at most, likewise."}
+    )
     skip_broken_images: bool = field(
         default=False,
         metadata={"help": "Decode every image before training and leave out those that fail, instead of stopping."},
@@ -77,11 +106,33 @@ class DataArguments(AugmentationArguments):
         super().__post_init__()
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is a share above 0 and at most 1, not {self.crop_pct}.")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size is 1 or more, not {self.shuffle_buffer_size}.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
+        if (self.train_files or self.validation_files) and (
+            not self.dataset_name or self.dataset_name in KNOWN_DATASETS
+        ):
+            raise ValueError(
+                "--train_files and --validation_files are patterns of files in a --dataset_name: name one."
+            )
+        if self.streaming:
+            self.check_streaming()
+
+    def check_streaming(self):
+        if not self.dataset_name or self.dataset_name in KNOWN_DATASETS:
+            raise ValueError("--streaming is for a --dataset_name of the Hub or a local path; folders need none.")
+        for name in ("skip_broken_images", "train_val_split"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"--{name} needs all images before training, and --streaming never has them: leave one out."
+                )
 
 
 def load_images(
     arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None, test: bool = False
-) -> DatasetDict:
+) -> Images:
     """
     Splits `train` and `validation`, and if asked `test`, with the columns `image` (encoded, with its path) and `label` (a
     `ClassLabel`).
@@ -103,17 +154,34 @@ def load_images(
         raise UserError(f"The images have one class, {names[0]!r}: a classifier needs two or more.")
     if test and "test" not in splits:
         raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")
+    if arguments.streaming:
+        return stream_splits(splits, arguments, seed)
     if "validation" not in splits or arguments.train_val_split is not None:
-        splits |= hold_out(
-            splits["train"], HELD_OUT if arguments.train_val_split is None else arguments.train_val_split
-        )
+        size = HELD_OUT if arguments.train_val_split is None else arguments.train_val_split
+        splits |= hold_out(splits["train"], size)
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
-        if limit is not None and limit < 1:
-            raise UserError(f"--max_{'train' if split == 'train' else 'eval'}_samples must be positive, not {limit}.")
         if limit is not None and split in splits and limit < len(splits[split]):
             # Shuffled first, for folders come sorted by class.
             splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
-    return DatasetDict(splits)
+    return splits
+
+
+def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, seed: int) -> Images:
+    if "validation" not in splits:
+        raise UserError(
+            f"--dataset_name {arguments.dataset_name!r} has no split to evaluate on, and of a stream none can be held out; "
+            "say which with --validation_split_name."
+        )
+    chosen = arguments.train_files or arguments.validation_files  # a dataset tells the numbers of all of its files
+    streams = {
+        split: ImageStream(dataset, None if chosen else told_number(dataset)) for split, dataset in splits.items()
+    }
+    for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
+        if limit is not None and split in streams:
+            streams[split] = streams[split].take(limit)
+    if "train" in streams:
+        streams["train"] = streams["train"].shuffle(seed, arguments.shuffle_buffer_size)
+    return streams
 
 
 def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
@@ -162,14 +230,20 @@ def load_named_splits(
 ) -> dict[str, Dataset]:
     """A dataset of the Hub, of a local path or of this machine, with its columns under our names."""
     name = arguments.dataset_name
+    files = {
+        arguments.train_split_name: arguments.train_files,
+        arguments.validation_split_name or "validation": arguments.validation_files,
+    }
+    files = {split: pattern for split, pattern in files.items() if pattern}
     try:
-        if name == DIGITS:
-            loaded = load_digits_splits()
-        elif name == FASHION_MNIST and FASHION_MNIST_FOLDER.is_dir():
-            loaded = load_fashion_mnist_splits()
-        else:
-            source = FASHION_MNIST_HUB_ID if name == FASHION_MNIST else name
-            loaded = load_dataset(source, arguments.dataset_config_name, cache_dir=cache_dir, token=token)
+        loaded = load_known_splits(name) or load_dataset(
+            FASHION_MNIST_HUB_ID if name == FASHION_MNIST else name,
+            arguments.dataset_config_name,
+            data_files=files or None,
+            cache_dir=cache_dir,
+            token=token,
+            streaming=arguments.streaming,
+        )
     except Exception as error:  # the loader raises whatever its file system, network or builder raised
         raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(error)}") from error
     wanted = {"train": [arguments.train_split_name]}
@@ -183,29 +257,13 @@ def load_named_splits(
     for split, candidates in wanted.items():
         found = next((candidate for candidate in candidates if candidate in loaded), None)
         if found is not None:
-            splits[split] = name_columns(loaded[found], arguments)
+            splits[split] = name_columns(loaded[found], arguments.image_column_name, arguments.label_column_name)
         elif split != "train" and (len(candidates) == 1 or not splits):
             raise UserError(
                 f"--dataset_name {name!r} has no split {candidates[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Say which with --{split}_split_name."
             )
-    return splits
-
-
-def name_columns(dataset: Dataset, arguments: DataArguments) -> Dataset:
-    """Keep the two columns that are wanted as `image` and `label`."""
-    columns = {arguments.image_column_name: "image", arguments.label_column_name: "label"}
-    for column, ours in columns.items():
-        if column not in dataset.column_names:
-            raise UserError(
-                f"The dataset has no column {column!r}; it has {', '.join(map(repr, dataset.column_names))}. "
-                f"Say which with --{ours}_column_name."
-            )
-    dataset = dataset.select_columns(list(columns))
-    dataset = dataset.rename_columns({theirs: ours for theirs, ours in columns.items() if theirs != ours})
-    if not isinstance(dataset.features["label"], ClassLabel):
-        dataset = dataset.class_encode_column("label")
-    return dataset.cast_column("image", Image(decode=False))
+    return name_labels(splits, read_class_names(arguments.class_names, name))
 
 
 def hold_out(dataset: Dataset, size: float) -> dict[str, Dataset]:
@@ -219,10 +277,10 @@ def hold_out(dataset: Dataset, size: float) -> dict[str, Dataset]:
     return {"train": parts["train"], "validation": parts["test"]}
 
 
-def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, list[str]]:
+def check_images(images: Images, skip_broken: bool) -> tuple[Images, list[str]]:
     """
     Look at every image before training. Without `skip_broken` at the header of each file, which is quick (images inside of
-    a dataset are left to their turn); with it, decode every image and leave out those that fail.
+    a dataset or a stream are left to their turn); with it, decode every image and leave out those that fail.
 
     Returns:
         The images, and the names of those left out.
@@ -233,8 +291,7 @@ def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, l
     check = decode_image if skip_broken else open_header
     kept, broken = {}, []
     for split, dataset in images.items():
-        embedded = len(dataset) > 0 and dataset[0]["image"]["bytes"] is not None
-        if embedded and not skip_broken:
+        if isinstance(dataset, ImageStream) or (is_embedded(dataset) and not skip_broken):
             kept[split] = dataset
             continue
         with ThreadPoolExecutor() as pool:
@@ -251,7 +308,11 @@ def check_images(images: DatasetDict, skip_broken: bool) -> tuple[DatasetDict, l
         kept[split] = dataset.select([index for index, fine in enumerate(good) if fine]) if names else dataset
     for name in broken:
         logger.warning("Left out, as it is no image: %s", name)
-    return DatasetDict(kept), broken
+    return kept, broken
+
+
+def is_embedded(dataset: Dataset) -> bool:
+    return len(dataset) > 0 and (dataset[0]["image"] or {}).get("bytes") is not None
 
 
 def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
@@ -263,30 +324,23 @@ def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
 
 
 def open_header(encoded: dict) -> None:
-    PILImage.open(encoded["path"]).close()
+    open_encoded(encoded).close()
 
 
-def decode_image(encoded: dict) -> PILImage.Image:
-    return PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]).convert(
-        "RGB"
-    )
-
-
-def image_name(encoded: dict, index: int) -> str:
-    return encoded["path"] or f"image {index}"
+def image_name(encoded: dict | None, index: int) -> str:
+    return (encoded or {}).get("path") or f"image {index}"
 
 
 def add_transforms(
-    images: DatasetDict, processor: BaseImageProcessor, arguments: DataArguments, seed: int
+    images: Images, processor: BaseImageProcessor, arguments: DataArguments, seed: int
 ) -> dict[str, "TransformedImages"]:
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
     size = (processor.crop_size["height"], processor.crop_size["width"])
+    crop = CroppingDecoder(size, arguments.random_resized_crop_min_scale)
     augment = create_train_transform(arguments, size, processor.image_mean, processor.image_std)
-    evaluate = partial(process_image, processor)
-    return {
-        split: TransformedImages(dataset, augment if split == "train" else evaluate, seed)
-        for split, dataset in images.items()
-    }
+    steps = {"train": (crop, augment)}
+    evaluate = (decode_image, partial(process_image, processor))
+    return {split: TransformedImages(dataset, *steps.get(split, evaluate), seed) for split, dataset in images.items()}
 
 
 def process_image(processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:
@@ -297,30 +351,38 @@ class TransformedImages(torch.utils.data.Dataset):
     """
     Encoded images and labels as tensors `pixel_values` and `labels`.
 
-    An item is asked for by its index or by a `sampling.Showing`. A showing has random numbers of its own, so what an
-    image looks like depends on neither workers, nor processes, nor interruptions.
+    An item is asked for by its index or by a `sampling.Showing`; of a stream by `sampling.Streamed`, which brings it. A
+    showing has random numbers of its own, so what an image looks like depends on neither workers, nor processes, nor
+    interruptions.
     """
 
     takes_showings = True
 
-    def __init__(self, images: Dataset, transform: Callable, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: Dataset | ImageStream, decode: Callable, transform: Callable, seed: int):
+        self.images, self.decode, self.transform, self.seed = images, decode, transform, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: int | Showing) -> dict:
-        showing = key if isinstance(key, Showing) else Showing(0, key, 0)
-        row = self.images[showing.index]
-        try:
-            image = decode_image(row["image"])
-        except BROKEN_IMAGE_ERRORS as error:
-            raise UserError(
-                f"{image_name(row['image'], showing.index)!r} cannot be decoded ({first_sentence(error)}): remove it, or "
-                "train without with --skip_broken_images."
-            ) from error
+    @property
+    def stream(self) -> ImageStream | None:
+        return self.images if isinstance(self.images, ImageStream) else None
+
+    def __getitem__(self, key: int | Showing | Streamed) -> dict:
+        if isinstance(key, Streamed):
+            showing, row = key
+        else:
+            showing = key if isinstance(key, Showing) else Showing(0, key, 0)
+            row = self.images[showing.index]
         with seeded(self.seed, *showing):
-            return {"pixel_values": self.transform(image), "labels": row["label"]}
+            try:
+                decoded = self.decode(row["image"])
+            except BROKEN_IMAGE_ERRORS as error:
+                remedy = "remove it" if self.stream else "remove it, or train without with --skip_broken_images"
+                raise UserError(
+                    f"{image_name(row['image'], showing.index)!r} cannot be decoded ({first_sentence(error)}): {remedy}."
+                ) from error
+            return {"pixel_values": self.transform(decoded), "labels": row["label"]}
 
 
 def collate_images(examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,10 @@ DIGITS_HELD_OUT = 5  # every fifth digit is held out
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_HUB_ID = "zalandoresearch/fashion_mnist"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+KNOWN_DATASETS = {
+    DIGITS: "the 1,797 digits that scikit-learn ships",
+    FASHION_MNIST: "Debian's dataset-fashion-mnist where it is installed, else the Hub's",
+}
 # As the Hub's copy calls them.
 FASHION_MNIST_CLASSES = (
     "T - shirt / top",
@@ -27,6 +31,13 @@ FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+
+
+def load_known_splits(name: str) -> dict[str, Dataset] | None:
+    """A data set of this machine by its name; `None` where it is none."""
+    if name == DIGITS:
+        return load_digits_splits()
+    return load_fashion_mnist_splits() if name == FASHION_MNIST and FASHION_MNIST_FOLDER.is_dir() else None
 
 
 def load_digits_splits() -> dict[str, Dataset]:

@@ -24,7 +24,7 @@ from transformers.utils.hub import PushInProgress
 
 from .checkpoints import SaveOnTermination, flush
 from .errors import NonFiniteLossError
-from .sampling import TrainSampler
+from .sampling import StreamSampler, TrainSampler
 from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
@@ -182,17 +182,21 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        dealing = (self.args.repeated_augmentations, self.args.train_batch_size, self.args.world_size)
+        stream = getattr(dataset, "stream", None)
+        if stream is not None:
+            self.train_sampler = StreamSampler(stream, *dealing)
+            return self.train_sampler
         if self.args.train_sampling_strategy != "random" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
-        self.train_sampler = TrainSampler(
-            len(dataset),
-            self.args.repeated_augmentations,
-            self.args.train_batch_size,
-            self.args.world_size,
-            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            showings=getattr(dataset, "takes_showings", False),
-        )
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        showings = getattr(dataset, "takes_showings", False)
+        self.train_sampler = TrainSampler(len(dataset), *dealing, seed, showings)
         return self.train_sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        stream = getattr(eval_dataset, "stream", None)
+        return super()._get_eval_sampler(eval_dataset) if stream is None else StreamSampler(stream)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """

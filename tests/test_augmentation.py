@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from PIL import Image
 from torch.utils.data import BatchSampler
 from transformers import set_seed
 
 from binaryvit_hf.augmentation import AugmentationArguments, create_mix, create_train_transform
+from binaryvit_hf.data import encode_png
+from binaryvit_hf.decoding import CroppingDecoder
 from binaryvit_hf.sampling import Showing, TrainSampler, seeded
 
 
@@ -22,10 +23,11 @@ LABELS = torch.tensor([0, 1, 2, 3, 1])
 
 def transform(seed: int = 0, **arguments) -> torch.Tensor:
     gradient = torch.arange(48 * 64 * 3, dtype=torch.uint8).view(48, 64, 3).numpy()
+    arguments = AugmentationArguments(**(PLAIN | arguments))
     set_seed(seed)
-    return create_train_transform(AugmentationArguments(**(PLAIN | arguments)), (24, 32), MEAN, STD)(
-        Image.fromarray(gradient)
-    )
+    crop = CroppingDecoder((24, 32), arguments.random_resized_crop_min_scale)
+    image = {"bytes": encode_png(gradient), "path": None}
+    return create_train_transform(arguments, (24, 32), MEAN, STD)(crop(image))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from binaryvit_hf.arguments import parse_phases
 from binaryvit_hf.cli import main
-from binaryvit_hf.data import decode_image, load_digits_splits
+from binaryvit_hf.decoding import decode_image
+from binaryvit_hf.known_datasets import load_digits_splits
 from binaryvit_hf.ops import count_operations, readable, total
 
 

@@ -213,8 +213,8 @@ def test_local_dataset_by_name_with_its_own_column_names(photos, config, tmp_pat
     rows = {"img": [str(path) for path in paths], "fine": [path.parent.name for path in paths]}
     Dataset.from_dict(rows).cast_column("img", ImageFeature()).to_parquet(tmp_path / "data" / "train.parquet")
     common = ["--config_name", config, "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out", *TRAIN]
-    assert_refused(run_script(*common), "no column 'image'", "'img'", "--image_column_name")
-    result = run_script(*common, "--image_column_name=img", "--label_column_name=fine", "--max_eval_samples=2")
+    assert_refused(run_script(*common), "no column 'label'", "'fine'", "--label_column_name")
+    result = run_script(*common, "--label_column_name=fine", "--max_eval_samples=2")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_samples"] == 2
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {
