@@ -11,6 +11,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -178,4 +179,8 @@ def create_model(contestant: Contestant, config: PreTrainedConfig) -> nn.Module:
 
 
 def peak_of_process() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    status = Path("/proc/self/status")
+    if status.is_file():  # of Linux, where the other figure counts what the process was started from, too
+        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
