@@ -332,7 +332,7 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {str(output_dir)!r} is a file.")
     remedy = "choose another --output_dir, or remove this one"
-    last = last_whole_checkpoint(output_dir)
+    last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
     last = None if last is None else str(last)
     for folder in (output_dir, *([Path(last)] if last else [])):
         if (folder / "config.json").is_file():

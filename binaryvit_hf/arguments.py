@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from .data import DataArguments
 from .errors import UserError
+from .options import TrainingOptions
 from .trainer import DistillationTrainingArguments
 
 
@@ -28,6 +29,9 @@ STUDENT_ONLY = {
     "hub_model_id",
     "label_loss_weight",
     "distillation_temperature",
+    "init_from",
+    "config_overrides",
+    *(option.name for option in fields(TrainingOptions)),
 }
 # What may differ from one call to the next of the same run.
 PASSING = {

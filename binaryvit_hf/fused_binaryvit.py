@@ -26,12 +26,13 @@ class SignLinear(Function):
     Product of a shifted, binarised activation with a weight that is quantised already.
 
     Forward: `sign(x + shift) @ weight.T`, x `(rows, in)`, shift `(in,)`, weight `(out, in)`, result `(rows, out)`.
-    Gradient: of `ApproxSign` and of the product.
+    Gradient: of `ApproxSign`, whose `slope` it takes, and of the product.
     """
 
     @staticmethod
-    def forward(ctx, x, shift, weight):
+    def forward(ctx, x, shift, weight, slope=approx_sign_slope):
         ctx.save_for_backward(x, shift, weight)
+        ctx.slope = slope
         return map_rows(lambda x: nn.functional.linear(binary_sign(x + shift), weight), x)
 
     @staticmethod
@@ -46,11 +47,11 @@ class SignLinear(Function):
         def block_backward(x, grad_output):
             shifted = x + shift
             grad_weight.add_(grad_output.T @ binary_sign(shifted).to(product_dtype))
-            grad_x = approx_sign_slope(shifted).mul_(grad_output @ weight_in_product)
+            grad_x = ctx.slope(shifted).mul_(grad_output @ weight_in_product)
             grad_shift.add_(grad_x.sum(0))
             return grad_x
 
-        return map_rows(block_backward, x, grad_output), grad_shift, grad_weight
+        return map_rows(block_backward, x, grad_output), grad_shift, grad_weight, None
 
 
 class NormShortcutRPReLU(Function):
