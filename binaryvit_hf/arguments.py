@@ -62,6 +62,20 @@ class ModelArguments:
     config_name: str | None = field(
         default=None, metadata={"help": "Network to train from scratch: a row of configs/, a path or a Hub id."}
     )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of --config_name's network to change, such as weight_bits=32 for the first of two stages: binary "
+            "activations, weights of full precision (ReActNet, Liu et al., ECCV 2020; Martinez et al., ICLR 2020)."
+        },
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Begin with the latent weights of this model, a Hub id or a path, instead of random ones: the first of "
+            "two stages. Shapes must be those of --config_name; bits may differ."
+        },
+    )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher to distil from: a Hub id or a path. Without it labels are learned."}
     )
