@@ -115,6 +115,8 @@ def prepare(phase: Phase) -> Inputs:
     images, broken = check_images(images, data_arguments.skip_broken_images)
     labels = images["validation"].features["label"].names
     config = load_config(model_arguments, labels, training_arguments.do_train)
+    if training_arguments.do_train:
+        training_arguments.check_network(config)
     checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(

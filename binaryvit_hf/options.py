@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 
 from .averaging import WeightAverage
 from .checkpoints import CheckpointedCallback
+from .errors import UserError
 from .oscillation import OscillationFreezing
 from .sign_gradient import SIGN_GRADIENTS, SignGradient
 
@@ -69,6 +70,20 @@ class TrainingOptions:
         threshold = self.oscillation_freezing_threshold
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"oscillation_freezing_threshold is between 0 and 1, not {threshold}.")
+
+    def check_network(self, config: PreTrainedConfig) -> None:
+        """
+        Raises:
+            UserError: an option is for other networks than that of this config.
+        """
+        weight_bits, input_bits = (getattr(config, field, 32) for field in ("weight_bits", "input_bits"))
+        for option in ("weight_regularization", "oscillation_freezing_threshold"):
+            if getattr(self, option) and weight_bits != 1:
+                raise UserError(f"--{option} is for networks of 1-bit weights, which this is not.")
+        if self.sign_gradient != "polynomial" and input_bits != 1:
+            raise UserError(
+                f"--sign_gradient {self.sign_gradient} is for networks of 1-bit activations, which this is not."
+            )
 
     def create_callbacks(self) -> list[TrainerCallback]:
         callbacks: list[TrainerCallback] = [SignGradient(self.sign_gradient)]

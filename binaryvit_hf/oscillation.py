@@ -21,9 +21,6 @@ class OscillationFreezing(CheckpointedCallback):
     """
     Freeze the sign of every weight that oscillates more often than `threshold`, in flips a step, for the rest of the
     training.
-
-    Raises:
-        UserError: when training begins, if there are no 1-bit weights.
     """
 
     file = "oscillation.safetensors"
@@ -32,8 +29,7 @@ class OscillationFreezing(CheckpointedCallback):
         self.threshold = threshold
 
     def begin(self, model) -> None:
-        layers = one_bit_layers(model, "oscillation_freezing_threshold")
-        self.watched = {name: WatchedWeight(layer) for name, layer in layers.items()}
+        self.watched = {name: WatchedWeight(layer) for name, layer in one_bit_layers(model).items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {

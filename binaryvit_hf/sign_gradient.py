@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .errors import UserError
 from .quantizers_binaryvit import approx_sign_slope
 
 
@@ -36,22 +35,13 @@ class TanhSlope:
 
 
 class SignGradient(TrainerCallback):
-    """
-    Give every sign of an activation the gradient of this name, one of `SIGN_GRADIENTS`.
-
-    Raises:
-        UserError: when training begins, if it is not the default and there is no sign.
-    """
+    """Give every sign of an activation the gradient of this name, one of `SIGN_GRADIENTS`."""
 
     def __init__(self, name: str):
-        self.name = name
         self.slope = {"polynomial": approx_sign_slope, "clip": clip_slope, "tanh": TanhSlope()}[name]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        takers = sign_takers(model)
-        if not takers and self.name != "polynomial":
-            raise UserError(f"--sign_gradient {self.name} is for networks of binary activations, which this is not.")
-        for module in takers:
+        for module in sign_takers(model):
             module.sign_slope = self.slope
 
     def on_step_begin(self, args, state, control, **kwargs):

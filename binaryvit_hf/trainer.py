@@ -162,11 +162,12 @@ class DistillationTrainer(Trainer):
             weight, temperature = self.args.label_loss_weight, self.args.distillation_temperature
             loss = distillation_loss(outputs.logits, teacher_logits, labels, weight, temperature, smoothing)
         if self.args.weight_regularization:
-            layers = one_bit_layers(self.plain_model, "weight_regularization").values()
-            loss = loss + self.args.weight_regularization * distance_from_one(layer.weight for layer in layers)
+            weights = [layer.weight for layer in one_bit_layers(self.plain_model).values()]
+            loss = loss + self.args.weight_regularization * distance_from_one(weights)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args, **kwargs):
+        self.args.check_network(self.plain_model.config)
         for callback in self.checkpointed:
             callback.checkpoint = None
         output = super().train(*args, **kwargs)

@@ -1,15 +1,18 @@
 """Options of training: their formulas, and that a run that was interrupted ends with every bit of one that was not."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import test_distributed
 import torch
 from safetensors.torch import load_file
 from test_training import tiny_teacher, tiny_trainer
 from tiny import tiny_config, tiny_images, tiny_model
 
 from binaryvit_hf import BinaryViTForImageClassification
+from binaryvit_hf.arguments import parse_phases
 from binaryvit_hf.checkpoints import describe_damage, last_whole_checkpoint
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.latent import distance_from_one, one_bit_layers
@@ -184,7 +187,7 @@ def test_regulariser_is_added_to_the_training_loss_alone(tmp_path):
         tiny_trainer(tmp_path, model=model.train(), weight_regularization=factor).compute_loss(model, dict(inputs))
         for factor in (0.0, 3.0)
     ]
-    weights = [layer.weight for layer in one_bit_layers(model, "").values()]
+    weights = [layer.weight for layer in one_bit_layers(model).values()]
     assert len(weights) == 3 * 6 + 2 + 1
     torch.testing.assert_close(losses[1] - losses[0], 3 * distance_from_one(weights))
     evaluated = [
@@ -242,3 +245,30 @@ def test_statistics_of_nothing_are_refused(tmp_path):
         tiny_trainer(tmp_path, batch_norm_reestimation_batches=1, per_device_train_batch_size=16).finish_weights()
     with pytest.raises(UserError, match="for networks with batch normalisation"):
         tiny_trainer(tmp_path, model=tiny_teacher(), batch_norm_reestimation_batches=1).finish_weights()
+
+
+def test_two_processes_train_as_one_with_every_option(tmp_path, monkeypatch):
+    options = "ema_decay=0.5, weight_regularization=1.0, batch_norm_reestimation_batches=2, eval_strategy='epoch',"
+    options += "oscillation_freezing_threshold=0.015,"
+    monkeypatch.setattr(
+        test_distributed,
+        "TRAIN",
+        test_distributed.TRAIN.replace("num_train_epochs=3,", f"num_train_epochs=3, {options}"),
+    )
+    losses, _, weights = test_distributed.train(1, tmp_path / "one", batch=8)
+    shared_losses, _, shared_weights = test_distributed.train(2, tmp_path / "two", batch=4)
+    assert shared_losses == pytest.approx(losses, rel=1e-3)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(shared_weights[name].double(), tensor.double(), rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_the_options_are_the_students_alone(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"ema_decay": 0.5, "teacher": {"config_name": "vit-digits"}}))
+    flags = ["--batch_norm_reestimation_batches=3", "--teacher.ema_decay=0.25", "--sign_gradient=clip"]
+    teacher, student = (phase[2] for phase in parse_phases([str(tmp_path / "run.json"), *flags]))
+    assert (student.ema_decay, student.batch_norm_reestimation_batches, student.sign_gradient) == (0.5, 3, "clip")
+    assert (teacher.ema_decay, teacher.batch_norm_reestimation_batches, teacher.sign_gradient) == (
+        0.25,
+        0,
+        "polynomial",
+    )

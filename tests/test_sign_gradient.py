@@ -84,7 +84,7 @@ def test_the_next_training_begins_with_the_gradient_that_it_chose(tmp_path):
 
 
 def test_a_network_without_signs_is_told(tmp_path):
-    with pytest.raises(UserError, match="--sign_gradient clip is for networks of binary activations"):
+    with pytest.raises(UserError, match="--sign_gradient clip is for networks of 1-bit activations"):
         tiny_trainer(tmp_path, model=tiny_model(tiny_config(input_bits=32)), sign_gradient="clip").train()
 
 

@@ -136,6 +136,7 @@ def test_the_script_trains_the_second_stage_from_the_first(photos, tmp_path):  #
     [
         (["--init_from", "no-such"], "--init_from 'no-such' cannot be loaded"),
         (["--config_overrides", "weight_bit=32"], "did you mean 'weight_bits'?"),
+        (["--config_overrides=weight_bits=32", "--weight_regularization=1"], "is for networks of 1-bit weights"),
         (["--init_from", "OTHER"], "in the new network; the two must have the same shapes"),
         (["--init_from", "STRANGE"], "calls label 1 'bat', the images call it 'bee'"),
     ],
