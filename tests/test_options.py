@@ -212,10 +212,15 @@ def test_statistics_are_the_mean_over_the_first_batches_and_all_else_is_as_befor
     model = trainer.model
     norm, seen = model.binaryvit.embeddings.norm, []
     norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    dropped = []
+    model.binaryvit.embeddings.dropout.register_forward_hook(
+        lambda module, inputs, output: dropped.append(not torch.equal(output, inputs[0]))
+    )
     before, random = state_of(model), torch.get_rng_state()
     trainer.finish_weights()
     assert torch.equal(torch.get_rng_state(), random)
     assert len(seen) == 3
+    assert not any(dropped)
     after = state_of(model)
     torch.testing.assert_close(norm.batch_norm.running_mean, torch.stack([rows.mean(0) for rows in seen]).mean(0))
     torch.testing.assert_close(norm.batch_norm.running_var, torch.stack([rows.var(0) for rows in seen]).mean(0))

@@ -69,6 +69,17 @@ def test_a_frozen_bit_stays_whatever_moves_the_rows_mean(drift):
     assert layer.weight.isfinite().all()
 
 
+def test_the_last_weights_of_a_row_stay_free():
+    """Two weights at the same distance from their mean flip together, and cannot be held at distances that differ."""
+    watched = watched_linear([[0.5, -0.5]])
+    for value in (-0.5, 0.5, -0.5, 0.5):
+        watched.layer.weight.data = torch.tensor([[value, -value]])
+        watched.step(threshold=0.015)
+        assert watched.layer.weight.tolist() == [[value, -value]]
+    assert (watched.state["frequency"] > 0.015).all()
+    assert not watched.state["frozen"].any()
+
+
 def test_rows_without_frozen_weights_are_left_alone():
     watched = watched_linear([[0.5, 0.25, -0.75], [0.1, 0.2, -0.3]])
     for value in (-0.25, 0.25, -0.25):
