@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -49,6 +50,7 @@ from binaryvit_hf.resources import shipped_configs
 from binaryvit_hf.shipping_binaryvit import LATENT
 from binaryvit_hf.stochastic_depth import add_drop_path
 from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments
+from binaryvit_hf.two_stage import first_stage_weights, load_first_stage, override_config
 
 
 TEACHER_METRICS = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
@@ -100,6 +102,7 @@ class Inputs:
     config: PreTrainedConfig
     checkpoint: str | None
     finished: bool
+    first_weights: dict[str, torch.Tensor] | None
 
 
 def prepare(phase: Phase) -> Inputs:
@@ -123,6 +126,8 @@ def prepare(phase: Phase) -> Inputs:
     images, broken = check_images(images, data_arguments.skip_broken_images)
     labels = images["validation"].features["label"].names
     config = load_config(model_arguments, labels, training_arguments.do_train)
+    if training_arguments.do_train:
+        training_arguments.check_network(config)
     checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
@@ -130,7 +135,10 @@ def prepare(phase: Phase) -> Inputs:
             training_arguments.hub_token,
             training_arguments.hub_private_repo,
         )
-    return Inputs(images, broken, config, checkpoint, finished)
+    first_weights = None
+    if model_arguments.init_from and not (checkpoint or finished):
+        first_weights = load_first_weights(model_arguments, config, labels)
+    return Inputs(images, broken, config, checkpoint, finished, first_weights)
 
 
 def run(phase: Phase, inputs: Inputs) -> None:
@@ -144,6 +152,8 @@ def run(phase: Phase, inputs: Inputs) -> None:
     model = load_model(model_arguments, config, output_dir if inputs.finished else None)
     if model_arguments.drop_path_rate and config.model_type == "vit":
         add_drop_path(model.vit, model_arguments.drop_path_rate)
+    if inputs.first_weights is not None:
+        model.load_state_dict(inputs.first_weights, strict=False)  # which of them there must be is checked
     processor = load_processor(model_arguments, data_arguments, config, teacher_processor)
     datasets = add_transforms(images, processor, data_arguments, training_arguments.seed)
 
@@ -228,6 +238,9 @@ def check_arguments(phase: Phase) -> None:
         )
     if training_arguments.do_train and data_arguments.validation_dir and not data_arguments.train_dir:
         raise UserError("--do_train needs --train_dir beside --validation_dir.")
+    for flag in ("config_overrides", "init_from"):
+        if getattr(model_arguments, flag) and not model_arguments.config_name:
+            raise UserError(f"--{flag} is for a network that --config_name begins, not for --model_name_or_path.")
     if model_arguments.config_name and not training_arguments.do_train:
         raise UserError(
             "--config_name is a network without weights: evaluate one with --model_name_or_path, or --do_train."
@@ -243,6 +256,8 @@ def load_config(arguments: ModelArguments, labels: list[str], do_train: bool) ->
     except Exception as error:  # the loader raises whatever its network, its files or the config's own checks raised
         cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         raise UserError(f"The config of {name!r} cannot be loaded: {first_sentence(cause)}") from error
+    if arguments.config_overrides:
+        config = override_config(config, arguments.config_overrides)
     if do_train and getattr(config, "quantization_config", None):
         raise UserError(
             f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train the latent weights that it "
@@ -282,6 +297,17 @@ def load_model(arguments: ModelArguments, config: PreTrainedConfig, finished_run
         )
     except Exception as error:
         raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {first_sentence(error)}") from error
+
+
+def load_first_weights(
+    arguments: ModelArguments, config: PreTrainedConfig, labels: list[str]
+) -> dict[str, torch.Tensor]:
+    """What the network takes over from --init_from, checked against it."""
+    first = load_first_stage(arguments.init_from, **hub_arguments(arguments))
+    compare_labels(first.config, labels, f"--init_from {arguments.init_from!r}", "choose a model of these labels")
+    with torch.device("meta"):
+        network = load_model(arguments, config, None)
+    return first_stage_weights(first, network, arguments.init_from)
 
 
 def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
@@ -362,7 +388,7 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {str(output_dir)!r} is a file.")
     remedy = "choose another --output_dir, or remove this one"
-    last = last_whole_checkpoint(output_dir)
+    last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
     last = None if last is None else str(last)
     for folder in (output_dir, *([Path(last)] if last else [])):
         if (folder / "config.json").is_file():

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from .data import DataArguments
 from .errors import UserError
+from .options import TrainingOptions
 from .trainer import DistillationTrainingArguments
 
 
@@ -29,6 +30,9 @@ STUDENT_ONLY = {
     "hub_model_id",
     "label_loss_weight",
     "distillation_temperature",
+    "init_from",
+    "config_overrides",
+    *(option.name for option in fields(TrainingOptions)),
 }
 # What may differ from one call to the next of the same run.
 PASSING = {
@@ -58,6 +62,20 @@ class ModelArguments:
     )
     config_name: str | None = field(
         default=None, metadata={"help": "Network to train from scratch: a row of configs/, a path or a Hub id."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of --config_name's network to change, such as weight_bits=32 for the first of two stages: binary "
+            "activations, weights of full precision (ReActNet, Liu et al., ECCV 2020; Martinez et al., ICLR 2020)."
+        },
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Begin with the latent weights of this model, a Hub id or a path, instead of random ones: the first of "
+            "two stages. Shapes must be those of --config_name; bits may differ."
+        },
     )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher to distil from: a Hub id or a path. Without it labels are learned."}

@@ -5,41 +5,49 @@ import logging
 import os
 import signal
 import zipfile
+from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from .batch_norm_binaryvit import is_distributed
+from .errors import UserError
 
 
 logger = logging.getLogger(__name__)
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; of damaged ones that are newer the log tells."""
+def last_whole_checkpoint(folder: Path, more_files: Iterable[str] = ()) -> Path | None:
+    """
+    The newest checkpoint of a run that is whole, with `more_files` beside those of every checkpoint; of damaged ones that
+    are newer the log tells.
+    """
     numbered = {
         int(number): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit()
     }
     for _, path in sorted(numbered.items(), reverse=True):
-        damage = describe_damage(path)
+        damage = describe_damage(path, more_files)
         if damage is None:
             return path
         logger.warning("%s is damaged (%s), so the one before it is gone on from.", path, damage)
     return None
 
 
-def describe_damage(checkpoint: Path) -> str | None:
+def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | None:
     """What a checkpoint lacks or cannot be read of it; `None` where it is whole."""
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    needed = [checkpoint / name for name in (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)]
+    weights = sorted(checkpoint.glob("model*.safetensors"))
+    names = (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *more_files)
+    needed = [checkpoint / name for name in names]
     for file in [*needed, *(weights or [checkpoint / "model.safetensors"])]:
         if not file.is_file():
             return f"{file.name} is missing"
@@ -68,6 +76,44 @@ def flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class CheckpointedCallback(TrainerCallback):
+    """A callback with tensors of its own, which lie in a file of their own, `file`, in every checkpoint."""
+
+    file: str
+    checkpoint: Path | None = None  # that training goes on from
+
+    @abstractmethod
+    def begin(self, model) -> None:
+        """Make the tensors for a training that begins with this model."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name; what is written into them is the callback's."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.begin(model)
+        if self.checkpoint is not None:
+            self.load(self.checkpoint)
+
+    def save(self, folder: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, folder / self.file)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: the folder has no such file, or one of other tensors.
+        """
+        file, tensors = folder / self.file, self.tensors()
+        saved = load_file(file) if file.is_file() else {}
+        if {name: tensor.shape for name, tensor in saved.items()} != {name: t.shape for name, t in tensors.items()}:
+            raise UserError(
+                f"{str(file)!r} is missing or of another run, so this run cannot go on from its checkpoint."
+            )
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
 
 
 class SaveOnTermination(TrainerCallback):

@@ -27,20 +27,21 @@ class SignLinear(Function):
     Product of a shifted, binarised activation with a weight that is quantised already.
 
     Forward: `sign(x + shift) @ weight.T`, x `(rows, in)`, shift `(in,)`, weight `(out, in)`, result `(rows, out)`.
-    Gradient: of `ApproxSign` and of the product.
+    Gradient: of `ApproxSign`, whose `slope` it takes, and of the product.
     """
 
     @staticmethod
-    def forward(ctx, x, shift, weight):
+    def forward(ctx, x, shift, weight, slope=approx_sign_slope):
         ctx.save_for_backward(x, shift, weight)
+        ctx.slope = slope
         return map_rows(lambda x: sign_linear(x, shift, weight), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, shift, weight = ctx.saved_tensors
-        product = SignLinearGradient(shift, weight)
-        return map_rows(product.backward, x, grad_output), product.grad_shift, product.grad_weight
+        product = SignLinearGradient(shift, weight, ctx.slope)
+        return map_rows(product.backward, x, grad_output), product.grad_shift, product.grad_weight, None
 
 
 class NormShortcutRPReLU(Function):
@@ -96,20 +97,35 @@ class BinaryMLPProducts(Function):
     Forward: `g = RPReLU(BN(sign(x + shift1) @ weight1.T) + x)`, x repeated to fit; results `sign(g + shift2) @ weight2.T`
     and the mean of g over runs of neighbours, the shortcut of what follows. x and both results `(rows, channels)`,
     weight1 `(inner, channels)`, weight2 `(channels, inner)`, both binarised already. `statistics` takes the first product
-    and gives mean, variance and `batch_rows` (`batch_statistics`).
+    and gives mean, variance and `batch_rows` (`batch_statistics`); `sign_slopes` are the gradients of both signs.
     Gradient: of `SignLinear` and `NormShortcutRPReLU`. Of `inner` channels it keeps the first product alone, as the whole
     numbers that it is but for the scale of each row of weight1 (`PackedCounts`).
     """
 
     @staticmethod
-    def forward(ctx, x, shift1, weight1, statistics, eps, weight, bias, shift_in, slope, shift_out, shift2, weight2):
+    def forward(
+        ctx,
+        x,
+        shift1,
+        weight1,
+        statistics,
+        eps,
+        weight,
+        bias,
+        shift_in,
+        slope,
+        shift_out,
+        shift2,
+        weight2,
+        *sign_slopes,
+    ):
         rows, counts = rows_per_block(x, weight1.shape[0]), PackedCounts(weight1)
         # Never one tensor: its blocks are smaller than what the allocator of the CPU hands back after every use.
         inner = [counts.pack(sign_linear(part, shift1, counts.signs)) for part in x.split(rows)]
         mean, variance, batch_rows = statistics(inner, counts.unpack)
         parameters = (weight, bias, shift_in, slope, shift_out, shift2, weight2)
         ctx.save_for_backward(x, shift1, weight1, mean, variance, *parameters, *inner)
-        ctx.rows, ctx.batch_rows, ctx.eps = rows, batch_rows, eps
+        ctx.rows, ctx.batch_rows, ctx.eps, ctx.sign_slopes = rows, batch_rows, eps, sign_slopes
         scale, offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
         products, pooled = [], torch.empty_like(x)
         for inner_part, x_part, pooled_part in zip(inner, *split(rows, x, pooled)):
@@ -126,7 +142,11 @@ class BinaryMLPProducts(Function):
         )
         counts = PackedCounts(weight1)
         scale, offset = fold_norm(mean, variance, ctx.eps, weight, bias - shift_in)
-        first, second = SignLinearGradient(shift1, weight1), SignLinearGradient(shift2, weight2)
+        first_slope, second_slope = ctx.sign_slopes
+        first, second = (
+            SignLinearGradient(shift1, weight1, first_slope),
+            SignLinearGradient(shift2, weight2, second_slope),
+        )
         activation = RPReLUGradient(slope, mean)
         grad_x = torch.empty_like(x)
         grad_pooled = grad_pooled * (x.shape[-1] / weight1.shape[0])
@@ -160,6 +180,8 @@ class BinaryMLPProducts(Function):
             activation.grad_shift_out,
             second.grad_shift,
             second.grad_weight,
+            None,
+            None,
         )
 
 
@@ -186,8 +208,8 @@ class PackedCounts:
 class SignLinearGradient:
     """Backward of `sign_linear`, block by block: sums the gradients to shift and weight, gives that to each block's x."""
 
-    def __init__(self, shift: torch.Tensor, weight: torch.Tensor):
-        self.shift, self.weight = shift, weight
+    def __init__(self, shift: torch.Tensor, weight: torch.Tensor, slope: Callable):
+        self.shift, self.weight, self.slope = shift, weight, slope
         self.grad_shift, self.grad_weight = torch.zeros_like(shift), torch.zeros_like(weight)
 
     def backward(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
@@ -195,7 +217,7 @@ class SignLinearGradient:
         product_dtype = grad_output.dtype
         shifted = x + self.shift
         self.grad_weight.add_(grad_output.T @ binary_sign(shifted).to(product_dtype))
-        grad_x = approx_sign_slope(shifted).mul_(grad_output @ self.weight.to(product_dtype))
+        grad_x = self.slope(shifted).mul_(grad_output @ self.weight.to(product_dtype))
         self.grad_shift.add_(grad_x.sum(0))
         return grad_x
 

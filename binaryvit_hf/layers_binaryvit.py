@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .batch_norm_binaryvit import SyncedBatchNorm, batch_statistics, is_distributed
 from .fused_binaryvit import BinaryMLPProducts, NormShortcutRPReLU, SignLinear
-from .quantizers_binaryvit import quantize_input, quantize_weight
+from .quantizers_binaryvit import approx_sign_slope, quantize_input, quantize_weight
 
 
 class BinaryLinear(nn.Linear):
@@ -19,6 +19,8 @@ class BinaryLinear(nn.Linear):
     Its input is shifted per channel before the sign is taken (ReActNet, eq. 1).
     """
 
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; a training may set another
+
     def __init__(self, config, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
         self.shift = nn.Parameter(torch.zeros(in_features))
@@ -26,7 +28,8 @@ class BinaryLinear(nn.Linear):
         self.clip_value = config.quantization_clip_value
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return quantized_linear(hidden_states, self.shift, self.quantized_weight(), self.input_bits, self.clip_value)
+        weight = self.quantized_weight()
+        return quantized_linear(hidden_states, self.shift, weight, self.input_bits, self.clip_value, self.sign_slope)
 
     def quantized_weight(self) -> torch.Tensor:
         return quantize_weight(self.weight, self.weight_bits, self.clip_value, center=True)
@@ -40,6 +43,8 @@ class BinaryPatchConv(nn.Conv2d):
     `(batch, tokens, out_channels)`.
     """
 
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; a training may set another
+
     def __init__(self, config, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
         self.shift = nn.Parameter(torch.zeros(in_channels))
@@ -49,13 +54,13 @@ class BinaryPatchConv(nn.Conv2d):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = quantize_weight(self.weight, self.weight_bits, self.clip_value, center=False).flatten(1)
         shift = self.shift.repeat_interleave(4)
-        return quantized_linear(patches, shift, weight, self.input_bits, self.clip_value)
+        return quantized_linear(patches, shift, weight, self.input_bits, self.clip_value, self.sign_slope)
 
 
-def quantized_linear(x, shift, weight, input_bits, clip_value):
+def quantized_linear(x, shift, weight, input_bits, clip_value, sign_slope=approx_sign_slope):
     """`quantize(x + shift) @ weight.T` of a weight that is quantised already, `(..., in) -> (..., out)`."""
     if input_bits == 1:
-        return SignLinear.apply(x.flatten(0, -2), shift, weight).unflatten(0, x.shape[:-1])
+        return SignLinear.apply(x.flatten(0, -2), shift, weight, sign_slope).unflatten(0, x.shape[:-1])
     return nn.functional.linear(quantize_input(x, shift, input_bits, clip_value), weight)
 
 
@@ -174,6 +179,8 @@ def binary_mlp_products(
         activation.shift_out,
         linear2.shift,
         linear2.quantized_weight(),
+        fc1.linear.sign_slope,
+        linear2.sign_slope,
     )
     return tuple(product.view(hidden_states.shape) for product in products)
 

@@ -31,7 +31,7 @@ from .layers_binaryvit import (
     upsample_tokens,
 )
 from .packable_binaryvit import PackableModel
-from .quantizers_binaryvit import quantize_input, quantize_probability
+from .quantizers_binaryvit import approx_sign_slope, quantize_input, quantize_probability
 
 
 class BinaryViTEmbeddings(nn.Module):
@@ -101,6 +101,8 @@ class FullPrecisionPatchEmbeddings(nn.Module):
 class BinaryViTAttention(nn.Module):
     """Attention of binary query, key, value and probabilities, each with its shortcut; the map of keys may be reduced."""
 
+    sign_slope = staticmethod(approx_sign_slope)  # as of BinaryLinear
+
     def __init__(self, config, stage: int):
         super().__init__()
         hidden_size = config.hidden_sizes[stage]
@@ -143,7 +145,8 @@ class BinaryViTAttention(nn.Module):
     def to_heads(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Quantised, `(batch, tokens, channels) -> (batch, heads, tokens, head_dim)`."""
         heads = hidden_states.unflatten(-1, (self.num_heads, self.head_dim))
-        heads = quantize_input(heads, shift.view(self.num_heads, self.head_dim), self.input_bits, self.clip_value)
+        shift = shift.view(self.num_heads, self.head_dim)
+        heads = quantize_input(heads, shift, self.input_bits, self.clip_value, self.sign_slope)
         return heads.transpose(1, 2)
 
 

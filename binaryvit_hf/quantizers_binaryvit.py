@@ -5,6 +5,8 @@ anyway, the input before quantisation and the parameters, and computes the rest 
 Values are exact: what is meant to be +1 or -1 is exactly that, so that packing can store it as a bit.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -26,21 +28,22 @@ class ApproxSign(Function):
     Sign of a shifted activation.
 
     Forward: `sign(x + shift)`, x `(..., channels)`, shift `(channels,)`.
-    Gradient: to x, `approx_sign_slope(x + shift)`; to shift, its sum over all but the channels.
+    Gradient: to x, `slope(x + shift)`, a new tensor; to shift, its sum over all but the channels.
     ReActNet, Liu et al., ECCV 2020, eq. 1 (RSign).
     """
 
     @staticmethod
-    def forward(ctx, x, shift):
+    def forward(ctx, x, shift, slope=approx_sign_slope):
         ctx.save_for_backward(x, shift)
+        ctx.slope = slope
         return binary_sign(x + shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, shift = ctx.saved_tensors
-        grad_x = approx_sign_slope(x + shift).mul_(grad_output)
-        return grad_x, grad_x.sum_to_size(shift.shape)
+        grad_x = ctx.slope(x + shift).mul_(grad_output)
+        return grad_x, grad_x.sum_to_size(shift.shape), None
 
 
 class BinarizeWeight(Function):
@@ -139,12 +142,17 @@ def weight_levels(
     return multi_bit_levels(weight, bits, clip_value, tuple(range(weight.dim())))
 
 
-def quantize_input(x: torch.Tensor, shift: torch.Tensor, bits: int, clip_value: float) -> torch.Tensor:
-    """`x + shift` on `bits` bits; 2 to 8 have a scale per token (last dimension), so that images stay independent."""
+def quantize_input(
+    x: torch.Tensor, shift: torch.Tensor, bits: int, clip_value: float, slope: Callable = approx_sign_slope
+) -> torch.Tensor:
+    """
+    `x + shift` on `bits` bits; 2 to 8 have a scale per token (last dimension), so that images stay independent. `slope` is
+    the gradient of the sign, for 1.
+    """
     if bits == 32:
         return x + shift
     if bits == 1:
-        return ApproxSign.apply(x, shift)
+        return ApproxSign.apply(x, shift, slope)
     return QuantizeMultiBit.apply(x + shift, bits, clip_value, (-1,))
 
 

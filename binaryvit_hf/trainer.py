@@ -22,9 +22,13 @@ from transformers.trainer_utils import (
 )
 from transformers.utils.hub import PushInProgress
 
-from .checkpoints import SaveOnTermination, flush
+from .averaging import WeightAverage
+from .batch_norm_reestimation import first_batches, reestimate_batch_norm
+from .checkpoints import CheckpointedCallback, SaveOnTermination, flush
 from .errors import NonFiniteLossError
-from .sampling import StreamSampler, TrainSampler
+from .latent import distance_from_one, one_bit_layers
+from .options import TrainingOptions
+from .sampling import StreamSampler, TrainSampler, seeded
 from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
@@ -34,7 +38,7 @@ MIXED_LABEL_LOSS_WEIGHT = 0.1  # of the paper's runs with mixup or cutmix
 
 
 @dataclass
-class DistillationTrainingArguments(TrainingArguments):
+class DistillationTrainingArguments(TrainingOptions, TrainingArguments):
     """
     `TrainingArguments` with the two of the distillation loss, linear scaling of the learning rate, repeated augmentation
     and packing, and the paper's defaults for the loss and for clipping.
@@ -106,6 +110,7 @@ class DistillationTrainingArguments(TrainingArguments):
         for name in ("learning_rate_batch_size", "repeated_augmentations"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
+        self.check_options()
 
     @property
     def effective_batch_size(self) -> int:
@@ -143,6 +148,10 @@ class DistillationTrainer(Trainer):
         self.add_callback(SetEpoch(self))
         self.termination = SaveOnTermination()
         self.add_callback(self.termination)
+        options = self.args.create_callbacks()
+        for callback in options:
+            self.add_callback(callback)
+        self.checkpointed = [callback for callback in options if isinstance(callback, CheckpointedCallback)]
         self.writes_aside = False
         self.teacher = teacher
         if teacher is not None:
@@ -165,7 +174,57 @@ class DistillationTrainer(Trainer):
                 teacher_logits = self.teacher(pixel_values=images).logits
             weight, temperature = self.args.label_loss_weight, self.args.distillation_temperature
             loss = distillation_loss(outputs.logits, teacher_logits, labels, weight, temperature, smoothing)
+        if self.args.weight_regularization:
+            weights = [layer.weight for layer in one_bit_layers(self.plain_model).values()]
+            loss = loss + self.args.weight_regularization * distance_from_one(weights)
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args, **kwargs):
+        self.args.check_network(self.plain_model.config)
+        for callback in self.checkpointed:
+            callback.checkpoint = None
+        output = super().train(*args, **kwargs)
+        if not self.termination.terminated:
+            self.finish_weights()
+        return output
+
+    def evaluate(self, *args, **kwargs):
+        """As in transformers; in the midst of training of what it would leave behind now, and without a trace."""
+        if not self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        with seeded(self.args.seed), self.finished_weights():  # the loader draws a seed for its workers
+            return super().evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def finished_weights(self):
+        """Inside of this the model is what training would leave behind now."""
+        if not self.finishes_weights:
+            yield
+            return
+        before = {name: tensor.clone() for name, tensor in self.plain_model.state_dict().items()}
+        self.finish_weights()
+        try:
+            yield
+        finally:
+            self.plain_model.load_state_dict(before)
+
+    @property
+    def finishes_weights(self) -> bool:
+        return self.args.ema_decay is not None or self.args.batch_norm_reestimation_batches > 0
+
+    def finish_weights(self) -> None:
+        """Put the average into the place of the weights and take their statistics anew, where the options say so."""
+        for callback in self.checkpointed:
+            if isinstance(callback, WeightAverage):
+                self.plain_model.load_state_dict(callback.tensors())
+        if count := self.args.batch_norm_reestimation_batches:
+            batches = first_batches(self.train_dataset, self.data_collator, count, self.args)
+            reestimate_batch_norm(self.plain_model, batches)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for callback in self.checkpointed:
+            callback.checkpoint = checkpoint and Path(checkpoint)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -253,6 +312,8 @@ class DistillationTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint)
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            for callback in self.checkpointed:
+                callback.save(written)
             flush(written)
             shutil.rmtree(checkpoint, ignore_errors=True)  # of this step, before the run was interrupted
             written.rename(checkpoint)
@@ -275,6 +336,8 @@ class DistillationTrainer(Trainer):
             super()._load_best_model()
         else:
             load_weights(self.plain_model, self.state.best_model_checkpoint)
+        for callback in self.checkpointed:
+            callback.load(Path(self.state.best_model_checkpoint))
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -284,13 +347,19 @@ class DistillationTrainer(Trainer):
         """What is uploaded on the way has the shape of what is uploaded in the end."""
         if self.writes_aside:  # it will have its name first
             return
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        with self.finished_weights():  # of all processes
+            self._push_finished(checkpoint_folder)
+
+    def _push_finished(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero():
             return
         unfinished = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if unfinished and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        model = type(self.plain_model).from_pretrained(checkpoint_folder)
+        model = self.plain_model
         (ShippedModel(model) if self.packs else model).save_pretrained(self.args.output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(self.args.output_dir)
