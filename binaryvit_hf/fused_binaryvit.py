@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .batch_norm_binaryvit import apply_norm_gradient, fold_norm, norm_gradient
-from .quantizers_binaryvit import approx_sign_slope, binary_sign
+from .quantizers_binaryvit import approx_sign_slope, binary_sign, probability_gradient, probability_levels
 
 
 BLOCK_ELEMENTS = 2**18  # a megabyte in float32; 2**17 to 2**19 measured alike, 2**15 slower by half
@@ -183,6 +183,64 @@ class BinaryMLPProducts(Function):
             None,
             None,
         )
+
+
+class BinaryAttentionProducts(Function):
+    """
+    Attention of signs: `probabilities = quantize(softmax(sign(query) @ sign(key).T * scale))` and their product with
+    `sign(value)`, the shifts added before each sign.
+
+    Forward: query `(batch, queries, channels)`, key and value `(batch, keys, channels)`, shifts `(channels,)`, `step` of
+    the probabilities (`QuantizeProbability` with one level); results `(batch, queries, channels)` and the probabilities
+    `(batch, heads, queries, keys)`.
+    Gradient: of `ApproxSign`, whose `sign_slope` it takes, `QuantizeProbability` and the products. It keeps its inputs and
+    the softmax; composed it would keep the signs and the quantised probabilities, too.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, query_shift, key_shift, value_shift, step, num_heads, sign_slope):
+        signs = [
+            split_heads(binary_sign(x + shift), num_heads)
+            for x, shift in ((query, query_shift), (key, key_shift), (value, value_shift))
+        ]
+        scale = signs[0].shape[-1] ** -0.5
+        softmax = nn.functional.softmax((signs[0] @ signs[1].transpose(-1, -2)) * scale, dim=-1)
+        probabilities = probability_levels(softmax, step, 1)
+        ctx.save_for_backward(query, key, value, query_shift, key_shift, value_shift, step, softmax)
+        ctx.num_heads, ctx.sign_slope, ctx.scale = num_heads, sign_slope, scale
+        ctx.set_materialize_grads(False)
+        return merge_heads(probabilities @ signs[2]), probabilities
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_context, grad_probabilities):
+        query, key, value, query_shift, key_shift, value_shift, step, softmax = ctx.saved_tensors
+        shifted = [query + query_shift, key + key_shift, value + value_shift]
+        if grad_context is None:  # only the probabilities were used
+            grad_context = torch.zeros_like(query)
+        # Under autocast the products are in half precision.
+        dtype = grad_context.dtype
+        query_sign, key_sign, value_sign = (split_heads(binary_sign(x).to(dtype), ctx.num_heads) for x in shifted)
+        grad_heads = split_heads(grad_context, ctx.num_heads)
+        grad_value = probability_levels(softmax, step, 1).to(dtype).transpose(-1, -2) @ grad_heads
+        grad = (grad_heads @ value_sign.transpose(-1, -2)).to(softmax.dtype)
+        if grad_probabilities is not None:
+            grad = grad + grad_probabilities
+        grad, grad_step = probability_gradient(softmax, step, 1, grad)
+        grad_scores = (torch.ops.aten._softmax_backward_data(grad, softmax, -1, softmax.dtype) * ctx.scale).to(dtype)
+        grad_signs = (grad_scores @ key_sign, grad_scores.transpose(-1, -2) @ query_sign, grad_value)
+        grads = [ctx.sign_slope(x).mul_(merge_heads(grad)) for x, grad in zip(shifted, grad_signs)]
+        return *grads, *(grad.sum((0, 1)) for grad in grads), grad_step, None, None
+
+
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`(batch, tokens, channels) -> (batch, heads, tokens, head_dim)`."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: torch.Tensor) -> torch.Tensor:
+    """`(batch, heads, tokens, head_dim) -> (batch, tokens, channels)`."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class PackedCounts:

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
+from .fused_binaryvit import BinaryAttentionProducts, merge_heads
 from .layers_binaryvit import (
     AvgPoolBranch,
     BinaryLinear,
@@ -131,19 +132,27 @@ class BinaryViTAttention(nn.Module):
             hidden_states = self.reduction(pool_tokens(hidden_states, grid_size, self.reduction_ratio))
         key, value = self.key(hidden_states), self.value(hidden_states)
 
-        # (batch, heads, queries, head_dim) x (batch, heads, head_dim, keys)
-        scores = self.to_heads(query, self.query_shift) @ self.to_heads(key, self.key_shift).transpose(-1, -2)
-        probabilities = nn.functional.softmax(scores * self.head_dim**-0.5, dim=-1)
-        probabilities = self.dropout(quantize_probability(probabilities, self.probability_clip, self.input_bits))
-        context = probabilities @ self.to_heads(value, self.value_shift)
-        context = context.transpose(1, 2).flatten(2)
+        context, probabilities = self.attend(query, key, value)
         shortcut = key + value
         if self.reduction is not None:
             shortcut = upsample_tokens(shortcut, grid_size, self.reduction_ratio)
         return self.output(self.norm_activation(context, query + shortcut)), probabilities
 
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each query takes from the values, `(batch, queries, channels)`, and the probabilities it takes it by."""
+        if self.training and self.input_bits == 1 and self.dropout.p == 0:
+            shifts = self.query_shift, self.key_shift, self.value_shift
+            return BinaryAttentionProducts.apply(
+                query, key, value, *shifts, self.probability_clip, self.num_heads, self.sign_slope
+            )
+        # (batch, heads, queries, head_dim) x (batch, heads, head_dim, keys)
+        scores = self.to_heads(query, self.query_shift) @ self.to_heads(key, self.key_shift).transpose(-1, -2)
+        probabilities = nn.functional.softmax(scores * self.head_dim**-0.5, dim=-1)
+        probabilities = self.dropout(quantize_probability(probabilities, self.probability_clip, self.input_bits))
+        return merge_heads(probabilities @ self.to_heads(value, self.value_shift)), probabilities
+
     def to_heads(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Quantised, `(batch, tokens, channels) -> (batch, heads, tokens, head_dim)`."""
+        """Quantised, with a scale per head and token where there are scales."""
         heads = hidden_states.unflatten(-1, (self.num_heads, self.head_dim))
         shift = shift.view(self.num_heads, self.head_dim)
         heads = quantize_input(heads, shift, self.input_bits, self.clip_value, self.sign_slope)

@@ -85,16 +85,12 @@ class QuantizeProbability(Function):
     def forward(ctx, probabilities, step, levels):
         ctx.save_for_backward(probabilities, step)
         ctx.levels = levels
-        return (probabilities / step).round_().clamp_(0, levels) * step
+        return probability_levels(probabilities, step, levels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        probabilities, step = ctx.saved_tensors
-        scaled = probabilities / step
-        inside = scaled <= ctx.levels  # a probability is never negative
-        grad_step = torch.where(inside, scaled.round() - scaled, ctx.levels).mul_(grad_output).sum().to(step.dtype)
-        return grad_output * inside, grad_step, None
+        return *probability_gradient(*ctx.saved_tensors, ctx.levels, grad_output), None
 
 
 class QuantizeMultiBit(Function):
@@ -159,6 +155,21 @@ def quantize_input(
 def quantize_probability(probabilities: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
     """Attention probabilities on `2**bits` levels of distance `step`; 32 is untouched."""
     return probabilities if bits == 32 else QuantizeProbability.apply(probabilities, step, 2**bits - 1)
+
+
+def probability_levels(probabilities: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
+    """Forward of `QuantizeProbability`."""
+    return (probabilities / step).round_().clamp_(0, levels) * step
+
+
+def probability_gradient(
+    probabilities: torch.Tensor, step: torch.Tensor, levels: int, grad_output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `QuantizeProbability` to the probabilities and to the step."""
+    scaled = probabilities / step
+    inside = scaled <= levels  # a probability is never negative
+    grad_step = torch.where(inside, scaled.round() - scaled, levels).mul_(grad_output).sum().to(step.dtype)
+    return grad_output * inside, grad_step
 
 
 def row_scale(weight: torch.Tensor) -> torch.Tensor:

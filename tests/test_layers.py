@@ -18,6 +18,7 @@ from binaryvit_hf.layers_binaryvit import (
     pool_tokens,
     upsample_tokens,
 )
+from binaryvit_hf.modeling_binaryvit import BinaryViTAttention
 from binaryvit_hf.quantizers_binaryvit import ApproxSign, BinarizeWeight, binary_sign
 
 
@@ -110,6 +111,23 @@ def test_binary_mlp_equals_its_two_projections(block_elements, inner):
     torch.testing.assert_close(fused, composed)
     torch.testing.assert_close(fused_gradients, gradients(composed, *wanted))
     torch.testing.assert_close(after, [norm.running_mean, norm.running_var])
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["context", "probabilities", "both"])
+@pytest.mark.parametrize("sign_slope", [None, torch.exp])
+def test_binary_attention_equals_its_steps(used, sign_slope):
+    attention = randomized(BinaryViTAttention(tiny_config(attention_clip_init_value=0.3), 0)).double()
+    if sign_slope is not None:
+        attention.sign_slope = sign_slope
+    inputs = [torch.randn(2, tokens, 8, dtype=torch.float64, requires_grad=True) for tokens in (6, 3, 3)]
+    shifts = attention.query_shift, attention.key_shift, attention.value_shift
+    wanted = [*inputs, *shifts, attention.probability_clip]
+    outcomes = []
+    for training in (True, False):  # evaluation takes the steps one by one
+        results = attention.train(training).attend(*inputs)
+        grads = torch.autograd.grad(sum(results[index].exp().sum() for index in used), wanted, allow_unused=True)
+        outcomes.append((results, [torch.zeros(()) if grad is None or not grad.any() else grad for grad in grads]))
+    torch.testing.assert_close(*outcomes)
 
 
 def test_map_rows_keeps_the_order_of_the_rows(block_elements):
