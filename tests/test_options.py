@@ -94,7 +94,9 @@ def test_average_is_that_of_every_steps_weights_and_is_what_is_evaluated_and_sav
         assert torch.equal(packed(tiny_images()).logits, latent(tiny_images()).logits)
 
 
-@pytest.mark.parametrize("option", [{}, *({name: value} for name, value in EVERYTHING.items()), EVERYTHING])
+@pytest.mark.parametrize(
+    "option", [*({name: EVERYTHING[name]} for name in ("ema_decay", "oscillation_freezing_threshold")), EVERYTHING]
+)
 def test_an_interrupted_run_ends_with_every_bit_of_one_that_was_not(option, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8, "eval_strategy": "steps", "eval_steps": 3}
     whole = noisy_trainer(tmp_path / "run", **saving, **option)
