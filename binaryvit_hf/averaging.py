@@ -11,9 +11,8 @@ class WeightAverage(CheckpointedCallback):
     After every step `average = decay * average + (1 - decay) * weights`, beginning at the initial weights (Polyak & Juditsky,
     1992; timm's ModelEmaV3).
 
-    Running statistics are averaged like weights: their own momentum makes them an average already, and another cannot
-    match the binary weights of the averaged latent ones better or worse, only re-estimation does. Batches are counted as
-    the training counts them.
+    Running statistics are averaged like weights, and batches are counted as the training counts them. These statistics are
+    of the networks that trained, whose signs are not those of the average: to take the average's own, re-estimate them.
     """
 
     file = "average.safetensors"

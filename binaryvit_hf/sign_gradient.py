@@ -24,14 +24,21 @@ class TanhSlope:
     `k * t * (1 - tanh(t * x)**2)`, the slope of `k * tanh(t * x)`, with `t = 0.1 * 100**progress` and `k = max(1 / t, 1)`:
     at first nearly 1 wherever x is, in the end as steep as a sign (IR-Net, Qin et al., CVPR 2020, error decay estimator).
 
-    `progress` is the share of the training that is over, from 0 to 1.
+    t and k * t are tensors, for a compiler takes numbers for constants and would compile every step anew.
     """
 
-    progress = 0.0
+    def __init__(self):
+        self.steepness, self.height = torch.tensor(0.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+        self.set_progress(0.0)
+
+    def set_progress(self, progress: float) -> None:
+        """The share of the training that is over, from 0 to 1."""
+        t = FLATTEST * (STEEPEST / FLATTEST) ** progress
+        self.steepness.fill_(t)
+        self.height.fill_(max(1 / t, 1.0) * t)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        t = FLATTEST * (STEEPEST / FLATTEST) ** self.progress
-        return torch.rsub((x * t).tanh_().square_(), 1).mul_(max(1 / t, 1.0) * t)
+        return torch.rsub((x * self.steepness).tanh_().square_(), 1).mul_(self.height)
 
 
 class SignGradient(TrainerCallback):
@@ -47,7 +54,7 @@ class SignGradient(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if isinstance(self.slope, TanhSlope):
             # Of the step alone, so that a resumed run goes on where it was.
-            self.slope.progress = state.global_step / state.max_steps
+            self.slope.set_progress(state.global_step / state.max_steps)
 
 
 def sign_takers(model: nn.Module) -> list[nn.Module]:

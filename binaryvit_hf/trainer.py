@@ -369,8 +369,9 @@ class DistillationTrainer(Trainer):
             uploads.append((checkpoint_folder, "last-checkpoint"))
         elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             uploads.append((checkpoint_folder, Path(checkpoint_folder).name))
+        api = HfApi()  # one, which uploads in order: a checkpoint must not come before its model
         jobs = [
-            HfApi().upload_folder(
+            api.upload_folder(
                 repo_id=self.hub_model_id,
                 folder_path=folder,
                 path_in_repo=path_in_repo,

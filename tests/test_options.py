@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from test_training import tiny_teacher, tiny_trainer
 from tiny import tiny_config, tiny_images, tiny_model
+from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
 
 from binaryvit_hf import BinaryViTForImageClassification
 from binaryvit_hf.arguments import parse_phases
@@ -91,7 +94,9 @@ def test_average_is_that_of_every_steps_weights_and_is_what_is_evaluated_and_sav
         assert torch.equal(packed(tiny_images()).logits, latent(tiny_images()).logits)
 
 
-@pytest.mark.parametrize("option", [{}, *({name: value} for name, value in EVERYTHING.items()), EVERYTHING])
+@pytest.mark.parametrize(
+    "option", [*({name: EVERYTHING[name]} for name in ("ema_decay", "oscillation_freezing_threshold")), EVERYTHING]
+)
 def test_an_interrupted_run_ends_with_every_bit_of_one_that_was_not(option, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8, "eval_strategy": "steps", "eval_steps": 3}
     whole = noisy_trainer(tmp_path / "run", **saving, **option)
@@ -162,6 +167,29 @@ def test_the_best_model_is_the_average_that_was_best(tmp_path):
     assert best.name != "checkpoint-3"
     assert equal(state_of(trainer.model), load_file(best / "average.safetensors"))
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+def test_what_is_uploaded_on_the_way_is_the_average(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, ema_decay=0.5, learning_rate=0.05, save_strategy="steps", save_steps=1)
+    uploads, done = [], Future()
+    done.set_result(None)
+
+    class Hub:
+        def upload_folder(self, folder_path, **kwargs):
+            uploads.append(load_file(Path(folder_path) / "latent" / "model.safetensors"))
+            return done
+
+    class Upload(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            trainer._push_from_checkpoint(str(tmp_path / f"checkpoint-{state.global_step}"))
+
+    monkeypatch.setattr("binaryvit_hf.trainer.HfApi", Hub)
+    trainer.args.hub_strategy, trainer.hub_model_id, trainer.push_in_progress = HubStrategy.EVERY_SAVE, "me/it", None
+    trainer.add_callback(Upload())
+    trainer.train()
+    for step, uploaded in enumerate(uploads, start=1):
+        assert equal(uploaded, load_file(tmp_path / f"checkpoint-{step}" / "average.safetensors"))
+    assert len(uploads) == 2
 
 
 def test_averaging_in_half_precision_trains(tmp_path):

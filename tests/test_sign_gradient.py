@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_training import tiny_trainer
 from tiny import tiny_config, tiny_images, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.fused_binaryvit import SignLinear
@@ -29,7 +30,7 @@ def test_clip_is_one_up_to_its_edge(value, slope):
 @pytest.mark.parametrize("progress, t, k", [(0.0, 0.1, 10.0), (0.5, 1.0, 1.0), (1.0, 10.0, 1.0)])
 def test_tanh_is_the_slope_of_a_tanh_that_steepens(progress, t, k):
     slope = TanhSlope()
-    slope.progress = progress
+    slope.set_progress(progress)
     x = torch.tensor([-2.0, -0.1, 0.0, 0.3, 1.5], dtype=torch.float64, requires_grad=True)
     (k * torch.tanh(t * x)).sum().backward()
     torch.testing.assert_close(slope(x.detach()), x.grad)
@@ -57,7 +58,7 @@ def test_every_sign_of_a_network_gets_the_gradient_that_training_chose(tmp_path)
     # three layers: query, key, value, output, fc1, fc2 and the attention's own; two reductions; one patch embedding
     assert len(takers) == 3 * 7 + 2 + 1
     assert all(taker.sign_slope is takers[0].sign_slope for taker in takers)
-    assert takers[0].sign_slope.progress == 3 / 4  # of the last step's beginning
+    assert takers[0].sign_slope.steepness.item() == 0.1 * 100**0.75  # of the last step's beginning
     assert "sign_gradient" not in trainer.model.config.to_dict()
 
 
@@ -89,11 +90,18 @@ def test_a_network_without_signs_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("slope", [clip_slope, TanhSlope()])
-def test_the_gradient_compiles(slope):
+def test_the_gradient_is_not_compiled_anew_as_it_steepens(slope):
     shift, weight = torch.zeros(4), torch.randn(3, 4)
     x = torch.randn(5, 4, requires_grad=True)
-    compiled = torch.compile(lambda x: SignLinear.apply(x, shift, weight, slope), backend="aot_eager")
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(x).square().sum(), x),
-        torch.autograd.grad(SignLinear.apply(x, shift, weight, slope).square().sum(), x),
-    )
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: SignLinear.apply(x, shift, weight, slope), backend=counter, fullgraph=True)
+    counts = set()
+    for progress in (0.25, 0.5, 0.75):
+        if isinstance(slope, TanhSlope):
+            slope.set_progress(progress)
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(x).square().sum(), x),
+            torch.autograd.grad(SignLinear.apply(x, shift, weight, slope).square().sum(), x),
+        )
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
