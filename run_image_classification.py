@@ -41,6 +41,7 @@ from binaryvit_hf.data import (
     load_images,
 )
 from binaryvit_hf.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, first_sentence
+from binaryvit_hf.host_memory import keep_freed_memory
 from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
 from binaryvit_hf.images import create_image_processor
 from binaryvit_hf.metrics import TopKAccuracy
@@ -61,6 +62,7 @@ logger = logging.getLogger("run_image_classification")
 def main(arguments: list[str]) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate start
     logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.ERROR)
+    keep_freed_memory()
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:

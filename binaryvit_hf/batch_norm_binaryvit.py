@@ -49,7 +49,12 @@ def batch_statistics(
     if len(blocks) == 1 and not is_distributed():
         running = norm.running_mean, norm.running_var
         return *torch.batch_norm_update_stats(unpack(blocks[0]), *running, norm.momentum), count
-    sums = sum(block_sums(unpack(block)) for block in blocks)
+    # Of each block by the kernel that is made for it, which updates no running statistics where it is given none.
+    parts = [torch.batch_norm_update_stats(unpack(block), None, None, norm.momentum) for block in blocks]
+    # In float64, for squares of means are subtracted again.
+    means, variances = (torch.stack(part).double() for part in zip(*parts))
+    rows = means.new_tensor([[block.shape[0]] for block in blocks])
+    sums = torch.stack([(rows * part).sum(0) for part in (torch.ones_like(means), means, variances + means.square())])
     if is_distributed():
         dist.all_reduce(sums)
         count = sums[0, 0]  # stays on the device, which need not be waited for
@@ -60,14 +65,6 @@ def batch_statistics(
     norm.running_mean.lerp_(mean.to(dtype), norm.momentum)
     norm.running_var.lerp_(unbiased.to(dtype), norm.momentum)
     return mean.to(dtype), variance.to(dtype), count
-
-
-def block_sums(block: torch.Tensor) -> torch.Tensor:
-    """Number, sum and sum of squares of the rows, `(3, channels)`; in float64, for squares of means are subtracted."""
-    mean = block.mean(0, dtype=torch.promote_types(block.dtype, torch.float32))
-    variance = (block - mean).square_().mean(0).double()
-    mean = mean.double()
-    return torch.stack((torch.ones_like(mean), mean, variance + mean.square())) * block.shape[0]
 
 
 def norm_gradient(

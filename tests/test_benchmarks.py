@@ -1,6 +1,9 @@
 """The peers of benchmarks are what they say they are, and the benchmarks run."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,3 +44,19 @@ def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
 def test_wrong_benchmarks_are_refused(capsys):
     assert_refused(capsys, ["benchmark", "--train", "--model", "no-such-row"], "no row 'no-such-row'")
     assert_refused(capsys, ["benchmark", "--train", "--steps", 1], "2 or more")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_stays_with_the_process():
+    program = """
+import torch
+from binaryvit_hf.host_memory import keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+assert keep_freed_memory()
+before = resident()
+torch.ones(2**26, dtype=torch.uint8)
+print(resident() - before)
+"""
+    kept = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(kept.stdout) > 0.9 * 2**26
