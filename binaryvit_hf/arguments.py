@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,9 @@ def compare_with_recorded(output_dir: Path, phase: Phase) -> None:
     if not recorded.is_file():
         return
     theirs, ours = json.loads(recorded.read_text()), describe(phase)
+    # An argument that was not there yet had no other value than what is now its default.
+    defaults = {field.name: field.default for part in phase for field in fields(part) if field.default is not MISSING}
+    theirs = {name: default for name, default in defaults.items() if name in ours} | theirs
     different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if different:
         raise UserError(

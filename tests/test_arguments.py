@@ -7,7 +7,8 @@ from PIL import Image
 from tiny import tiny_config
 
 import run_image_classification as script
-from binaryvit_hf.arguments import parse_phases
+from binaryvit_hf.arguments import RUN_ARGUMENTS, compare_with_recorded, describe, parse_phases
+from binaryvit_hf.errors import UserError
 
 
 @pytest.fixture
@@ -148,3 +149,13 @@ def test_what_is_wrong_with_the_student_does_not_wait_for_its_teacher(capsys, ph
     (tmp_path / "run.json").write_text(json.dumps(values))
     assert "'no-such-row' cannot be loaded" in refusal(capsys, tmp_path / "run.json", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_from_before_an_argument_was_there_had_its_default(tmp_path):
+    arguments = ["--do_train", "--config_name", "x", "--use_cpu", "--output_dir", str(tmp_path)]
+    (phase,) = parse_phases(arguments)
+    recorded = {name: value for name, value in describe(phase).items() if name != "cutmix_alpha"}
+    (tmp_path / RUN_ARGUMENTS).write_text(json.dumps(recorded))
+    compare_with_recorded(tmp_path, phase)
+    with pytest.raises(UserError, match=r"cutmix_alpha was 0.0, not 1.0"):
+        compare_with_recorded(tmp_path, *parse_phases([*arguments, "--cutmix_alpha", "1.0"]))

@@ -1,10 +1,13 @@
-"""Folders of tar archives, downloaded first: their columns are found, their classes named."""
+"""Folders of tar archives and of tables, downloaded first: their columns are found, their classes named."""
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Image
 from datasets import config as datasets_config
+from PIL import Image as PILImage
 from streams import add, encode, tell_numbers, write_archives, write_class_names
 
 from binaryvit_hf.data import DataArguments, load_images
+from binaryvit_hf.decoding import decode_image
 from binaryvit_hf.errors import UserError
 
 
@@ -94,3 +97,19 @@ def test_columns_that_are_not_clear_are_named(tmp_path, columns, message, stream
                 add(archive, f"{number}.{extension}", content)
     with pytest.raises(UserError, match=message):
         load(tmp_path / "archives", streaming=streaming)
+
+
+def test_columns_of_cifar_are_found_and_its_two_kinds_of_classes_chosen_from(tmp_path):
+    classes = {"fine_label": ["apple", "bee", "cup"], "coarse_label": ["fruit", "insects"]}
+    features = {"img": Image(), **{name: ClassLabel(names=names) for name, names in classes.items()}}
+    pictures = [PILImage.new("RGB", (32, 32), (60 * index, 9, 9)) for index in range(4)]
+    rows = {"img": pictures, "fine_label": [0, 1, 2, 0], "coarse_label": [0, 1, 1, 0]}
+    (tmp_path / "cifar").mkdir()
+    for split in ("train", "test"):
+        Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "cifar" / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"fine_label.*--label_column_name"):
+        load(tmp_path / "cifar")
+    images = load(tmp_path / "cifar", label_column_name="fine_label")
+    assert images["train"].features["label"].names == classes["fine_label"]
+    assert images["validation"]["label"] == rows["fine_label"]
+    assert decode_image(images["train"][3]["image"]).getpixel((0, 0)) == (180, 9, 9)
