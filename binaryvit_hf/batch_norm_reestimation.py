@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import UserError
-from .sampling import TrainSampler, seeded
+from .sampling import create_train_sampler, seeded
 
 
 @torch.no_grad()
@@ -59,11 +59,10 @@ def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iter
         raise UserError(
             f"--batch_norm_reestimation_batches: {len(dataset)} images make no whole batch of {batch * processes}."
         )
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    sampler = TrainSampler(len(dataset), 1, batch, processes, seed, showings=getattr(dataset, "takes_showings", False))
+    sampler = create_train_sampler(dataset, 1, batch, processes, args.sampling_seed)
     showings = list(itertools.islice(sampler, count * batch * processes))
     own = [showings[start : start + batch] for start in range(rank * batch, len(showings), batch * processes)]
     loader = DataLoader(dataset, batch_sampler=own, collate_fn=collate, num_workers=args.dataloader_num_workers)
-    with seeded(seed):  # the loader draws a seed for its workers
+    with seeded(args.sampling_seed):  # the loader draws a seed for its workers
         for inputs in loader:
             yield inputs["pixel_values"].to(args.device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 
 # numpy's generator inside of `seeded`: changing it takes a hundredth of the time of saving and restoring its state.
@@ -113,6 +113,17 @@ class StreamSampler(Sampler):
             for repeat in range(self.repeats)
         )
         yield from deal(islice(images, len(self)), self.batch_size, self.num_processes)
+
+
+def create_train_sampler(
+    dataset: Dataset, repeats: int, batch_size: int, num_processes: int, seed: int
+) -> TrainSampler | StreamSampler:
+    """The sampler of a data set: of a stream where it has one, and of showings where it takes them."""
+    stream = getattr(dataset, "stream", None)
+    if stream is not None:
+        return StreamSampler(stream, repeats, batch_size, num_processes)
+    showings = getattr(dataset, "takes_showings", False)
+    return TrainSampler(len(dataset), repeats, batch_size, num_processes, seed, showings)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from .checkpoints import CheckpointedCallback, SaveOnTermination, flush
 from .errors import NonFiniteLossError
 from .latent import distance_from_one, one_bit_layers
 from .options import TrainingOptions
-from .sampling import StreamSampler, TrainSampler, seeded
+from .sampling import StreamSampler, create_train_sampler, seeded
 from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
 
@@ -116,6 +116,10 @@ class DistillationTrainingArguments(TrainingOptions, TrainingArguments):
     def effective_batch_size(self) -> int:
         """Images between two steps of the optimiser, of all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def sampling_seed(self) -> int:
+        return self.data_seed if self.data_seed is not None else self.seed
 
     @property
     def scaled_learning_rate(self) -> float:
@@ -241,16 +245,16 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        dealing = (self.args.repeated_augmentations, self.args.train_batch_size, self.args.world_size)
-        stream = getattr(dataset, "stream", None)
-        if stream is not None:
-            self.train_sampler = StreamSampler(stream, *dealing)
-            return self.train_sampler
-        if self.args.train_sampling_strategy != "random" or not has_length(dataset):
+        shuffled = self.args.train_sampling_strategy == "random" and has_length(dataset)
+        if not shuffled and getattr(dataset, "stream", None) is None:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        showings = getattr(dataset, "takes_showings", False)
-        self.train_sampler = TrainSampler(len(dataset), *dealing, seed, showings)
+        self.train_sampler = create_train_sampler(
+            dataset,
+            self.args.repeated_augmentations,
+            self.args.train_batch_size,
+            self.args.world_size,
+            self.args.sampling_seed,
+        )
         return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset):

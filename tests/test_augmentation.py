@@ -10,8 +10,8 @@ from torch.utils.data import BatchSampler
 from transformers import set_seed
 
 from binaryvit_hf.augmentation import AugmentationArguments, create_mix, create_train_transform
-from binaryvit_hf.data import encode_png
 from binaryvit_hf.decoding import CroppingDecoder
+from binaryvit_hf.known_datasets import encode_png
 from binaryvit_hf.sampling import Showing, TrainSampler, seeded
 
 

@@ -128,6 +128,13 @@ def train(archives: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
     return load_file(output / "model.safetensors")
 
 
+def test_statistics_can_be_taken_anew_of_a_stream(archives, tmp_path):
+    plain = train(archives, tmp_path / "plain", "--max_steps=3")
+    anew = train(archives, tmp_path / "anew", "--max_steps=3", "--batch_norm_reestimation_batches=2")
+    changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], anew[name])}
+    assert changed == {"running_mean", "running_var"}
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["known number", "unknown number"])
 def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_not(archives, tmp_path, known, caplog):
     caplog.set_level(logging.INFO)
