@@ -147,6 +147,7 @@ def start(arguments: list[str], folder: Path, at_once: int) -> subprocess.Popen:
             [sys.executable, str(SCRIPT), *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for this process alone, which tells them to end
             # Threads that wait by spinning take the cores from those they wait for, where there are more than cores.
             env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)},
         )

@@ -260,7 +260,8 @@ def ablation(options: argparse.Namespace) -> None:
     from .ablation import Ablation, run_ablation  # needs what training needs
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     run_ablation(Ablation(options.folder, options.out, tuple(options.seeds)), options.jobs)
     print(options.out / "results.md")
 

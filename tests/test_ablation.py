@@ -2,6 +2,11 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from test_cli import assert_refused
@@ -9,9 +14,11 @@ from tiny import tiny_config
 from transformers import ViTConfig
 
 from binaryvit_hf.ablation import Ablation, mean_and_deviation
+from binaryvit_hf.arguments import RUN_ARGUMENTS
 from binaryvit_hf.cli import main
 
 
+ROOT = Path(__file__).parent.parent
 RECIPE = {
     "dataset_name": "sklearn-digits",
     "train_val_split": 0.5,
@@ -77,6 +84,21 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
     (folder / "student.json").write_text(json.dumps(student))
     capsys.readouterr()
     assert_refused(capsys, command, "learning_rate", "binary-seed1")
+
+
+def test_told_to_end_the_runs_save_first(folder, tmp_path):
+    (folder / "teacher.json").write_text(json.dumps(RECIPE | {"num_train_epochs": 10**6, "save_strategy": "no"}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "binaryvit_hf.cli", "ablation", str(folder), str(out)]
+    ablation = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while ablation.poll() is None and not (out / "vit" / RUN_ARGUMENTS).is_file():  # written as training begins
+        time.sleep(0.1)
+    time.sleep(2)
+    ablation.send_signal(signal.SIGINT)
+    _, errors = ablation.communicate(timeout=60)
+    assert ablation.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in errors
+    assert len(list((out / "vit").glob("checkpoint-*"))) == 1
 
 
 def test_failing_run_is_named_with_its_log(folder, tmp_path, capsys):
