@@ -99,15 +99,14 @@ def push(server, tmp_path, token, *arguments) -> subprocess.CompletedProcess:
     return run(server, tmp_path / "home", token, sys.executable, "-m", "binaryvit_hf.cli", "push", *arguments)
 
 
-def train(server, tmp_path, photos, token, *arguments) -> subprocess.CompletedProcess:
+def train(server, tmp_path, photos, token, *arguments, launch=()) -> subprocess.CompletedProcess:
     tiny_config().save_pretrained(tmp_path / "config")
     options = ["--do_train", "--do_eval", "--max_steps=2", "--report_to=none", "--use_cpu", "--crop_pct=1.0"]
     return run(
         server,
         tmp_path / "home",
         token,
-        sys.executable,
-        ROOT / "run_image_classification.py",
+        *[sys.executable, *launch, ROOT / "run_image_classification.py"],
         *["--config_name", tmp_path / "config", "--train_dir", photos, "--output_dir", tmp_path / "run"],
         *["--push_to_hub", "--hub_model_id", "alice/photos", *options, *arguments],
     )
@@ -204,6 +203,19 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, ph
     assert on_the_way
     for commit in on_the_way:
         assert_shipped(server.files("alice/photos", revision=commit.oid))
+
+
+def test_two_processes_leave_one_model_one_card_and_one_upload_and_say_everything_once(server, photos, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--hub_strategy=end", "--per_device_train_batch_size=4"]
+    result = train(server, tmp_path, photos, ALICE, *options, launch=launch)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Batch: 8 images (2 processes of 4, 1 accumulated)") == 1
+    assert result.stdout.count("its card:") == 1
+    assert "Warning" not in result.stderr
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_samples"] == 4
+    assert_shipped(server.files("alice/photos"))
+    assert len(server.commits("alice/photos")) == 2  # the empty repository's and the run's
 
 
 def test_a_run_whose_upload_fails_is_whole_and_the_same_command_completes_it(server, photos, tmp_path):

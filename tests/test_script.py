@@ -1,7 +1,6 @@
 """The script as a user runs it: a process of its own, on folders of generated images."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -165,20 +164,6 @@ def test_everything_that_distorts_and_mixes_trains_together_and_the_batch_is_tol
     assert "Batch: 8 images (1 processes of 4, 2 accumulated); learning rate: 0.0015625" in result.stderr
     assert "The recipe is for a batch of 512 images, so the learning rate was scaled from 0.1" in result.stderr
     assert "| cutmix_alpha | 1.0 |" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_two_processes_leave_one_model_one_card_and_say_everything_once(photos, config, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
-    command = [*launch, ROOT / "run_image_classification.py", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("Batch: 8 images (2 processes of 4, 1 accumulated)") == 1
-    assert result.stdout.count("its card:") == 1
-    assert "Warning" not in result.stderr
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").is_packed
-    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_samples"] == 4
 
 
 def test_quickstart_in_short_then_the_pipeline_in_a_fresh_process(tmp_path):
