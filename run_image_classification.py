@@ -32,14 +32,8 @@ import binaryvit_hf  # noqa: F401, registers the model
 from binaryvit_hf.arguments import RUN_ARGUMENTS, ModelArguments, Phase, compare_with_recorded, describe, parse_phases
 from binaryvit_hf.augmentation import create_mix
 from binaryvit_hf.checkpoints import last_whole_checkpoint
-from binaryvit_hf.data import (
-    DataArguments,
-    Images,
-    add_transforms,
-    check_images,
-    collate_images,
-    load_images,
-)
+from binaryvit_hf.data import Images, add_transforms, check_images, collate_images, load_images
+from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, first_sentence
 from binaryvit_hf.host_memory import keep_freed_memory
 from binaryvit_hf.hub import create_repository, told_how_to_resume_upload

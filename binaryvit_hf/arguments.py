@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .data import DataArguments
+from .data_arguments import DataArguments
 from .errors import UserError
 from .options import TrainingOptions
 from .trainer import DistillationTrainingArguments

@@ -15,7 +15,8 @@ from torchvision.datasets import ImageFolder
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_binaryvit import BinaryViTConfig
-from .data import DataArguments, add_transforms, collate_images, load_images
+from .data import add_transforms, collate_images, load_images
+from .data_arguments import DataArguments
 from .images import create_image_processor
 from .sampling import TrainSampler
 

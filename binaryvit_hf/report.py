@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 from .arguments import DEFAULT_LICENSE, ModelArguments, describe
-from .data import DataArguments
+from .data_arguments import DataArguments
 from .known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
 from .ops import CONFIG_CLASSES, count_operations, readable, total
 from .resources import shipped_folder

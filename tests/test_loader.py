@@ -14,7 +14,8 @@ from binaryvit_hf import benchmark_loader, cli
 from binaryvit_hf.augmentation import Normalize
 from binaryvit_hf.benchmark_loader import draw_photograph
 from binaryvit_hf.configuration_binaryvit import BinaryViTConfig
-from binaryvit_hf.data import DataArguments, add_transforms, load_images
+from binaryvit_hf.data import add_transforms, load_images
+from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.decoding import CroppingDecoder, decode_image, draft
 from binaryvit_hf.images import create_image_processor
 

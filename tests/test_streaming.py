@@ -20,7 +20,8 @@ from tiny import tiny_config
 from torch.utils.data import BatchSampler, DataLoader
 
 from binaryvit_hf.augmentation import AugmentationArguments, create_train_transform
-from binaryvit_hf.data import DataArguments, TransformedImages, collate_images, load_images
+from binaryvit_hf.data import TransformedImages, collate_images, load_images
+from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.decoding import CroppingDecoder
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.sampling import StreamSampler

@@ -6,7 +6,8 @@ from datasets import config as datasets_config
 from PIL import Image as PILImage
 from streams import add, encode, tell_numbers, write_archives, write_class_names
 
-from binaryvit_hf.data import DataArguments, load_images
+from binaryvit_hf.data import load_images
+from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.decoding import decode_image
 from binaryvit_hf.errors import UserError
 
