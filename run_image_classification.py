@@ -80,6 +80,10 @@ def main(arguments: list[str]) -> int:
         if first:
             print_error(str(error))
         return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        if first:
+            print_error("Interrupted; the same command goes on from the last checkpoint, if there is one.")
+        return 128 + signal.SIGINT
     if first and phases[-1][2].do_train:
         print_next_steps(phases[-1][2])
     return 0

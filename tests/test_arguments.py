@@ -159,3 +159,12 @@ def test_a_run_from_before_an_argument_was_there_had_its_default(tmp_path):
     compare_with_recorded(tmp_path, phase)
     with pytest.raises(UserError, match=r"cutmix_alpha was 0.0, not 1.0"):
         compare_with_recorded(tmp_path, *parse_phases([*arguments, "--cutmix_alpha", "1.0"]))
+
+
+def test_an_interruption_is_told_in_one_sentence(capsys, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "parse_phases", interrupt)
+    assert script.main([]) == 130
+    assert "error: Interrupted; the same command goes on" in capsys.readouterr().err
