@@ -1,5 +1,6 @@
 """An ablation: one recipe for every row and seed with one shared teacher, trained as far as it is not yet, and its table."""
 
+import functools
 import logging
 import os
 import statistics
@@ -50,7 +51,7 @@ class Ablation:
     out: Path
     seeds: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def table(self) -> dict:
         return read_json(self.folder / "table.json")
 
@@ -95,29 +96,34 @@ def run_ablation(ablation: Ablation, jobs: int) -> None:
         raise UserError("An ablation trains with run_image_classification.py of a clone of the repository.")
     if not ablation.table:
         raise UserError(f"{str(ablation.folder)!r} is no folder of an ablation: it has no table.json.")
-    for arguments in [ablation.teacher_arguments(), *ablation.student_arguments()]:
-        is_finished(arguments)  # complains of what other recipes left before anything is trained
-    for batch, at_once in (([ablation.teacher_arguments()], 1), (ablation.student_arguments(), jobs)):
-        waiting = [arguments for arguments in batch if not is_finished(arguments)]
-        running: dict[subprocess.Popen, Path] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < at_once:
-                    folder = output_dir(waiting[0])
-                    running[start(waiting.pop(0), folder, at_once)] = folder
-                time.sleep(1)
-                for process in [process for process in running if process.poll() is not None]:
-                    folder = running.pop(process)
-                    if process.returncode != 0:
-                        raise RunError(f"The run {folder} failed; {log_of(folder)} says why.")
-                    logger.info("%s: %.2f %%", folder, 100 * read_json(folder / "all_results.json")["test_accuracy"])
-                    write_results(ablation)
-        finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
+    teacher = ablation.teacher_arguments()
+    # All of them first: what other recipes left is complained of before anything is trained.
+    missing = [arguments for arguments in [teacher, *ablation.student_arguments()] if not is_finished(arguments)]
+    train(ablation, [arguments for arguments in missing if arguments == teacher], at_once=1)
+    train(ablation, [arguments for arguments in missing if arguments != teacher], at_once=jobs)
     write_results(ablation)
+
+
+def train(ablation: Ablation, waiting: list[list[str]], at_once: int) -> None:
+    """Runs by their arguments, `at_once` of them at a time; whatever ends this ends them, too."""
+    running: dict[subprocess.Popen, Path] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                folder = output_dir(waiting[0])
+                running[start(waiting.pop(0), folder, at_once)] = folder
+            time.sleep(1)
+            for process in [process for process in running if process.poll() is not None]:
+                folder = running.pop(process)
+                if process.returncode != 0:
+                    raise RunError(f"The run {folder} failed; {log_of(folder)} says why.")
+                logger.info("%s: %.2f %%", folder, 100 * read_json(folder / "all_results.json")["test_accuracy"])
+                write_results(ablation)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
 
 
 def is_finished(arguments: list[str]) -> bool:
@@ -166,23 +172,20 @@ class Row:
 
 def write_results(ablation: Ablation) -> None:
     """`results.md` and `ablation.png`, of the runs that are finished."""
-    rows = []
+    rows = {}
     for row, name in ablation.table["rows"].items():
-        folders = [folder for folder in ablation.run_folders(row) if (folder / "all_results.json").is_file()]
-        results = [read_json(folder / "all_results.json") for folder in folders]
-        if any("test_accuracy" in result for result in results):
-            finished = [result for result in results if "test_accuracy" in result]
-            rows.append(
-                Row(
-                    name,
-                    [100 * result["test_accuracy"] for result in finished],
-                    [100 * result["eval_accuracy"] for result in finished],
-                    weight_bytes(folders[0]),
-                    total(count_operations(AutoConfig.from_pretrained(ablation.folder / row))),
-                )
+        finished = {folder: read_json(folder / "all_results.json") for folder in ablation.run_folders(row)}
+        finished = {folder: result for folder, result in finished.items() if "test_accuracy" in result}
+        if finished:
+            rows[row] = Row(
+                name,
+                [100 * result["test_accuracy"] for result in finished.values()],
+                [100 * result["eval_accuracy"] for result in finished.values()],
+                weight_bytes(next(iter(finished))),
+                total(count_operations(AutoConfig.from_pretrained(ablation.folder / row))),
             )
-    teacher = statistics.mean(rows[0].test)
-    plot_rows(rows, ablation.table["title"], ablation.out / "ablation.png")
+    teacher = statistics.mean(rows[ablation.table["teacher"]].test)
+    plot_rows(list(rows.values()), ablation.table["title"], ablation.out / "ablation.png")
     lines = [
         f"# {ablation.table['title']}",
         "",
@@ -191,7 +194,7 @@ def write_results(ablation: Ablation) -> None:
         "| " + " | ".join(TABLE_HEAD) + " |",
     ]
     lines.append("| --- " * len(TABLE_HEAD) + "|")
-    for row in rows:
+    for row in rows.values():
         cells = [
             row.name,
             mean_and_deviation(row.test),
@@ -202,7 +205,7 @@ def write_results(ablation: Ablation) -> None:
             *(readable(count) for count in (row.cost.bops, row.cost.flops, row.cost.ops)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    runs = sum(len(row.test) for row in rows)
+    runs = sum(len(row.test) for row in rows.values())
     lines += [
         "",
         f"Mean and standard deviation over the seeds, {runs} runs in all.",

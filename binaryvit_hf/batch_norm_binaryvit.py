@@ -29,8 +29,9 @@ class SyncedBatchNorm(Function):
     def backward(ctx, grad_output):
         x, mean, variance, weight = ctx.saved_tensors
         sums = torch.stack((grad_output.sum(0), (grad_output * (x - mean)).sum(0)))
-        grad_x, grad_weight, grad_bias = norm_gradient(sums, weight, mean, variance, ctx.batch_rows, ctx.eps)
-        return apply_norm_gradient(grad_output, x, grad_x).to(x.dtype), None, None, None, None, grad_weight, grad_bias
+        coefficients, grad_weight, grad_bias = norm_gradient(sums, weight, mean, variance, ctx.batch_rows, ctx.eps)
+        grad_x = apply_norm_gradient(grad_output, x, coefficients).to(x.dtype)
+        return grad_x, None, None, None, None, grad_weight, grad_bias
 
 
 def is_distributed() -> bool:
@@ -84,12 +85,11 @@ def norm_gradient(
     spread = torch.rsqrt(variance + eps)
     grad_bias, grad_weight = sums[0], sums[1] * spread
     of_grad = weight * spread
-    if not isinstance(batch_rows, torch.Tensor) and batch_rows == 0:
+    synced = isinstance(batch_rows, torch.Tensor)
+    if not synced and batch_rows == 0:
         return (of_grad, torch.zeros_like(of_grad), torch.zeros_like(of_grad)), grad_weight, grad_bias
     means = torch.stack((grad_bias, grad_weight))
-    if isinstance(
-        batch_rows, torch.Tensor
-    ):  # of all processes: through the statistics each row feels the others' rows
+    if synced:  # through the statistics each row feels the rows of all processes
         dist.all_reduce(means)
         batch_rows = batch_rows.to(means.dtype)
     mean_grad, mean_grad_normed = means / batch_rows

@@ -117,21 +117,21 @@ def describe(measurement: Measurement, batch_size: int, peer_seconds: float) -> 
 
 def take_turns(contestants: list[Contestant], batch_size: int, steps: int, device: str) -> list[Measurement]:
     context = multiprocessing.get_context("spawn")
-    processes = []
+    pipes = []
     for contestant in contestants:
         ours, theirs = context.Pipe()
         arguments = (theirs, contestant, batch_size, device, torch.get_num_threads())
         process = context.Process(target=train_when_told, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        processes.append(ours)
+        pipes.append(ours)
     seconds = [[] for _ in contestants]
     for step in range(WARM_UP_TURNS + steps):
-        for pipe, contestant, times in zip(processes, contestants, seconds):
+        for pipe, contestant, times in zip(pipes, contestants, seconds):
             duration = ask(pipe, contestant, "step")
             if step >= WARM_UP_TURNS:
                 times.append(duration)
-    peaks = [ask(pipe, contestant, "peak") for pipe, contestant in zip(processes, contestants)]
+    peaks = [ask(pipe, contestant, "peak") for pipe, contestant in zip(pipes, contestants)]
     return [Measurement(*parts) for parts in zip(contestants, seconds, peaks)]
 
 

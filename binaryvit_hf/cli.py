@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from .benchmark_train import benchmark_training, format_steps
 from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
 from .errors import RunError, UploadError, UserError, first_sentence
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
@@ -249,6 +248,8 @@ def benchmark(options: argparse.Namespace) -> None:
         measured = benchmark_loader()
         print(json.dumps(measured, indent=2) if options.json else format_speeds(measured))
     else:
+        from .benchmark_train import benchmark_training, format_steps  # of Unix alone, which the rest is not
+
         measured = benchmark_training(options.model, options.batch_size, options.steps)
         print(json.dumps(measured, indent=2) if options.json else format_steps(measured))
 

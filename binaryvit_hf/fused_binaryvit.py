@@ -142,11 +142,8 @@ class BinaryMLPProducts(Function):
         )
         counts = PackedCounts(weight1)
         scale, offset = fold_norm(mean, variance, ctx.eps, weight, bias - shift_in)
-        first_slope, second_slope = ctx.sign_slopes
-        first, second = (
-            SignLinearGradient(shift1, weight1, first_slope),
-            SignLinearGradient(shift2, weight2, second_slope),
-        )
+        slope1, slope2 = ctx.sign_slopes
+        first, second = SignLinearGradient(shift1, weight1, slope1), SignLinearGradient(shift2, weight2, slope2)
         activation = RPReLUGradient(slope, mean)
         grad_x = torch.empty_like(x)
         grad_pooled = grad_pooled * (x.shape[-1] / weight1.shape[0])
