@@ -241,10 +241,8 @@ def benchmark(options: argparse.Namespace) -> None:
     if options.steps < 2 or (options.batch_size is not None and options.batch_size < 2):
         raise UserError("--steps and --batch-size are 2 or more.")
     if options.loader:
-        try:
+        with needs_train_extra("Benchmarks of the loader"):
             from .benchmark_loader import benchmark_loader, format_speeds
-        except ModuleNotFoundError as error:
-            raise UserError(f"This benchmark needs {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
         measured = benchmark_loader()
         print(json.dumps(measured, indent=2) if options.json else format_speeds(measured))
     else:
@@ -258,7 +256,8 @@ def ablation(options: argparse.Namespace) -> None:
     """Train all rows of an ablation that are not trained yet, and write their table and plot."""
     if options.jobs < 1:
         raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
-    from .ablation import Ablation, run_ablation  # needs what training needs
+    with needs_train_extra("Ablations"):
+        from .ablation import Ablation, run_ablation
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -277,11 +276,21 @@ def card(options: argparse.Namespace) -> None:
 
 
 def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
-    try:
+    with needs_train_extra("Model cards"):
         from .report import write_model_card
-    except ModuleNotFoundError as error:
-        raise UserError(f"Model cards need {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
     write_model_card(folder, model_id, path)
+
+
+@contextlib.contextmanager
+def needs_train_extra(what: str) -> Iterator[None]:
+    """
+    Raises:
+        UserError: what is imported inside of this is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} need {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
 
 
 def write_card_if_possible(folder: Path, model_id: str) -> None:

@@ -5,7 +5,7 @@ import logging
 import shutil
 
 import pytest
-from test_training import tiny_trainer
+from test_training import EVERY_STEP, tiny_trainer
 
 from binaryvit_hf.checkpoints import describe_damage, last_whole_checkpoint
 
@@ -50,10 +50,7 @@ def test_no_checkpoint_is_none(tmp_path):
 def test_the_best_checkpoint_is_known_by_its_own_name(tmp_path):
     trainer = tiny_trainer(
         tmp_path,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
+        **EVERY_STEP,
         max_steps=3,
         load_best_model_at_end=True,
     )

@@ -9,7 +9,7 @@ import pytest
 import test_distributed
 import torch
 from safetensors.torch import load_file
-from test_training import tiny_teacher, tiny_trainer
+from test_training import EVERY_STEP, tiny_teacher, tiny_trainer
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
@@ -154,10 +154,7 @@ def test_the_best_model_is_the_average_that_was_best(tmp_path):
         tmp_path,
         ema_decay=0.5,
         learning_rate=1.0,  # so that the first step is the best
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
+        **EVERY_STEP,
         max_steps=3,
         load_best_model_at_end=True,
         metric_for_best_model="loss",

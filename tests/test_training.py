@@ -41,6 +41,9 @@ def tiny_trainer(tmp_path, model=None, teacher=None, **arguments) -> Distillatio
     )
 
 
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+
+
 def test_default_loss_is_the_papers_and_does_not_see_the_labels():
     expected = -(TEACHER.softmax(-1) * STUDENT.log_softmax(-1)).sum(-1).mean()
     for labels in (LABELS, LABELS - 1):
@@ -215,10 +218,8 @@ def test_a_resumed_run_begins_with_every_weight_of_its_checkpoint(create, tmp_pa
 
 
 def test_the_best_model_is_loaded_with_every_weight(tmp_path):
-    arguments = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = tiny_trainer(
-        tmp_path, tiny_teacher(), load_best_model_at_end=True, metric_for_best_model="loss", **arguments
-    )
+    best_by_loss = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = tiny_trainer(tmp_path, tiny_teacher(), **EVERY_STEP, **best_by_loss)
     trainer.train()
     best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
     torch.testing.assert_close(dict(trainer.model.state_dict()), dict(best.state_dict()), rtol=0, atol=0)
