@@ -16,9 +16,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .batch_norm_binaryvit import apply_norm_gradient, fold_norm, norm_gradient
-from .quantizers_binaryvit import approx_sign_slope, binary_sign, probability_gradient, probability_levels
+from .quantizers_binaryvit import approx_sign_slope, binary_sign_, probability_gradient, probability_levels
 
 
+# Older versions of PyTorch do not tell what the CPU can do.
+CPU_FEATURES = getattr(torch.cpu, "get_capabilities", dict)()
+HAS_BYTE_PRODUCTS = any(CPU_FEATURES.get(name) for name in ("avx512_vnni", "avx_vnni"))
 BLOCK_ELEMENTS = 2**19  # two megabytes in float32; 2**18 and 2**20 are slower by 7 and 1 %, 2**15 by half
 
 
@@ -31,17 +34,19 @@ class SignLinear(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, shift, weight, slope=approx_sign_slope):
+    def forward(ctx, x, shift, weight, weight_bits, slope=approx_sign_slope):
         ctx.save_for_backward(x, shift, weight)
         ctx.slope = slope
-        return map_rows(lambda x: sign_linear(x, shift, weight), x)
+        if weight_bits == 1:
+            return map_rows(BinarizedWeight(shift, weight).product, x)
+        return map_rows(lambda x: nn.functional.linear(binary_sign_(x + shift), weight), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, shift, weight = ctx.saved_tensors
         product = SignLinearGradient(shift, weight, ctx.slope)
-        return map_rows(product.backward, x, grad_output), product.grad_shift, product.grad_weight, None
+        return map_rows(product.backward, x, grad_output), product.grad_shift, product.grad_weight, None, None
 
 
 class NormShortcutRPReLU(Function):
@@ -120,8 +125,9 @@ class BinaryMLPProducts(Function):
         *sign_slopes,
     ):
         rows, counts = rows_per_block(x, weight1.shape[0]), PackedCounts(weight1)
+        first, second = BinarizedWeight(shift1, weight1), BinarizedWeight(shift2, weight2)
         # Never one tensor: its blocks are smaller than what the allocator of the CPU hands back after every use.
-        inner = [counts.pack(sign_linear(part, shift1, counts.signs)) for part in x.split(rows)]
+        inner = [counts.pack(first.count(part)) for part in x.split(rows)]
         mean, variance, batch_rows = statistics(inner, counts.unpack)
         parameters = (weight, bias, shift_in, slope, shift_out, shift2, weight2)
         ctx.save_for_backward(x, shift1, weight1, mean, variance, *parameters, *inner)
@@ -130,7 +136,7 @@ class BinaryMLPProducts(Function):
         products, pooled = [], torch.empty_like(x)
         for inner_part, x_part, pooled_part in zip(inner, *split(rows, x, pooled)):
             activated = rprelu(folded(counts.unpack(inner_part), x_part, scale, offset), slope, shift_out)
-            products.append(sign_linear(activated, shift2, weight2))
+            products.append(second.product(activated))
             pooled_part.copy_(activated.unflatten(-1, (x.shape[-1], -1)).mean(-1))
         return torch.cat(products), pooled
 
@@ -196,38 +202,102 @@ class BinaryAttentionProducts(Function):
 
     @staticmethod
     def forward(ctx, query, key, value, query_shift, key_shift, value_shift, step, num_heads, sign_slope):
-        signs = [
-            split_heads(binary_sign(x + shift), num_heads)
-            for x, shift in ((query, query_shift), (key, key_shift), (value, value_shift))
-        ]
-        scale = signs[0].shape[-1] ** -0.5
-        softmax = nn.functional.softmax((signs[0] @ signs[1].transpose(-1, -2)) * scale, dim=-1)
-        probabilities = probability_levels(softmax, step, 1)
-        ctx.save_for_backward(query, key, value, query_shift, key_shift, value_shift, step, softmax)
+        inputs, shifts = (query, key, value), (query_shift, key_shift, value_shift)
+        scale = (query.shape[-1] // num_heads) ** -0.5
+        softmaxes, contexts, probabilities = [], [], []
+        for parts in zip(*split(rows_per_block(query, num_heads * query.shape[1] * key.shape[1]), *inputs)):
+            signs = [split_heads(binary_sign_(x + shift), num_heads) for x, shift in zip(parts, shifts)]
+            scores = (signs[0] @ signs[1].transpose(-1, -2)).mul_(scale)
+            softmaxes.append(nn.functional.softmax(scores, dim=-1))
+            probabilities.append(probability_levels(softmaxes[-1], step, 1))
+            contexts.append(merge_heads(probabilities[-1] @ signs[2]))
+        ctx.save_for_backward(*inputs, *shifts, step, *softmaxes)
         ctx.num_heads, ctx.sign_slope, ctx.scale = num_heads, sign_slope, scale
         ctx.set_materialize_grads(False)
-        return merge_heads(probabilities @ signs[2]), probabilities
+        return torch.cat(contexts), torch.cat(probabilities)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_context, grad_probabilities):
-        query, key, value, query_shift, key_shift, value_shift, step, softmax = ctx.saved_tensors
-        shifted = [query + query_shift, key + key_shift, value + value_shift]
+        query, key, value, query_shift, key_shift, value_shift, step, *softmaxes = ctx.saved_tensors
+        inputs, shifts = (query, key, value), (query_shift, key_shift, value_shift)
         if grad_context is None:  # only the probabilities were used
             grad_context = torch.zeros_like(query)
-        # Under autocast the products are in half precision.
-        dtype = grad_context.dtype
-        query_sign, key_sign, value_sign = (split_heads(binary_sign(x).to(dtype), ctx.num_heads) for x in shifted)
-        grad_heads = split_heads(grad_context, ctx.num_heads)
-        grad_value = probability_levels(softmax, step, 1).to(dtype).transpose(-1, -2) @ grad_heads
-        grad = (grad_heads @ value_sign.transpose(-1, -2)).to(softmax.dtype)
+        images = softmaxes[0].shape[0]
+        grads_of_probabilities = len(softmaxes) * [None]
         if grad_probabilities is not None:
-            grad = grad + grad_probabilities
-        grad, grad_step = probability_gradient(softmax, step, 1, grad)
-        grad_scores = (torch.ops.aten._softmax_backward_data(grad, softmax, -1, softmax.dtype) * ctx.scale).to(dtype)
-        grad_signs = (grad_scores @ key_sign, grad_scores.transpose(-1, -2) @ query_sign, grad_value)
-        grads = [ctx.sign_slope(x).mul_(merge_heads(grad)) for x, grad in zip(shifted, grad_signs)]
-        return *grads, *(grad.sum((0, 1)) for grad in grads), grad_step, None, None
+            grads_of_probabilities = grad_probabilities.split(images)
+        grads, grad_shifts = [torch.empty_like(x) for x in inputs], [torch.zeros_like(shift) for shift in shifts]
+        grad_step = torch.zeros_like(step)
+        for softmax, grad_probability, grad_context_part, *parts in zip(
+            softmaxes, grads_of_probabilities, *split(images, grad_context, *inputs, *grads)
+        ):
+            shifted = [x + shift for x, shift in zip(parts, shifts)]
+            slopes = [ctx.sign_slope(x) for x in shifted]
+            # Under autocast the products are in half precision.
+            dtype = grad_context.dtype
+            query_sign, key_sign, value_sign = (split_heads(binary_sign_(x, dtype), ctx.num_heads) for x in shifted)
+            grad_heads = split_heads(grad_context_part, ctx.num_heads)
+            grad_value = probability_levels(softmax, step, 1).to(dtype).transpose(-1, -2) @ grad_heads
+            grad = (grad_heads @ value_sign.transpose(-1, -2)).to(softmax.dtype)
+            if grad_probability is not None:
+                grad = grad + grad_probability
+            grad, grad_step_part = probability_gradient(softmax, step, 1, grad)
+            grad_step.add_(grad_step_part)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad, softmax, -1, softmax.dtype)
+            grad_scores = grad_scores.mul_(ctx.scale).to(dtype)
+            grad_signs = (grad_scores @ key_sign, grad_scores.transpose(-1, -2) @ query_sign, grad_value)
+            for grad_part, grad_shift, slope, grad_sign in zip(parts[3:], grad_shifts, slopes, grad_signs):
+                torch.mul(slope, merge_heads(grad_sign), out=grad_part)
+                grad_shift.add_(grad_part.sum((0, 1)))
+        return *grads, *grad_shifts, grad_step, None, None
+
+
+class AddAvgPools(Function):
+    """
+    `x + shift + sum_i scale_i * mean_i(pooled)`, each mean over an odd kernel around every token; outside of the map is 0.
+
+    Forward: x and pooled `(batch, height * width, channels)`, `grid_size` `(height, width)`, `kernel_sizes` as many as
+    scales, shift and scales `(channels,)`; result as x.
+    Gradient: exact. It keeps `pooled` alone.
+    """
+
+    @staticmethod
+    def forward(ctx, x, pooled, shift, grid_size, kernel_sizes, *scales):
+        ctx.save_for_backward(pooled, *scales)
+        ctx.grid_size, ctx.kernel_sizes = grid_size, kernel_sizes
+        results = []
+        for x_part, pooled_part in zip(*split(rows_per_block(x, x[0].numel()), x, pooled)):
+            result = x_part + shift
+            for kernel_size, scale in zip(kernel_sizes, scales):
+                result.addcmul_(same_avg_pool(pooled_part, grid_size, kernel_size), scale)
+            results.append(result)
+        return torch.cat(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        pooled, *scales = ctx.saved_tensors
+        grad_pooled, grad_scales = torch.zeros_like(pooled), [torch.zeros_like(scale) for scale in scales]
+        grad_shift = torch.zeros_like(scales[0])
+        images = rows_per_block(pooled, pooled[0].numel())
+        for pooled_part, grad_part, grad_pooled_part in zip(*split(images, pooled, grad_output, grad_pooled)):
+            grad_shift.add_(grad_part.sum((0, 1)))
+            for kernel_size, scale, grad_scale in zip(ctx.kernel_sizes, scales, grad_scales):
+                # The mean over a symmetric, zero-padded window is its own transpose.
+                mean = same_avg_pool(grad_part, ctx.grid_size, kernel_size)
+                grad_pooled_part.addcmul_(mean, scale)
+                grad_scale.add_(mean.mul_(pooled_part).sum((0, 1)))
+        return grad_output, grad_pooled, grad_shift, None, None, *grad_scales
+
+
+def same_avg_pool(x: torch.Tensor, grid_size: tuple[int, int], kernel_size: tuple[int, int]) -> torch.Tensor:
+    """Mean over zero-padded neighbourhoods: `(batch, height * width, channels)`, as the result."""
+    # (batch, height * width, channels) -> (batch, channels, height, width), channels last in memory
+    token_map = x.unflatten(1, grid_size).permute(0, 3, 1, 2)
+    padding = tuple(size // 2 for size in kernel_size)
+    means = nn.functional.avg_pool2d(token_map, kernel_size, stride=1, padding=padding)
+    return means.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -240,20 +310,42 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+class BinarizedWeight:
+    """
+    A binarised weight `(out, in)`, signs times a scale for each row, and what it makes of `sign(x + shift)`, x `(rows, in)`,
+    shift `(in,)`: in whole bytes, a quarter of the time, where the CPU has instructions for their products.
+    """
+
+    def __init__(self, shift: torch.Tensor, weight: torch.Tensor):
+        self.shift, self.weight = shift, weight
+        self.signs = binary_sign_(weight.clone(), torch.int8) if multiplies_bytes(weight) else None
+
+    def count(self, x: torch.Tensor) -> torch.Tensor:
+        """Product with the signs alone, `(rows, out)`: whole numbers from -in to in."""
+        if self.signs is None:
+            return nn.functional.linear(binary_sign_(x + self.shift), self.weight.sign())
+        return torch._int_mm(binary_sign_(x + self.shift, torch.int8), self.signs.T)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Product with the weight, `(rows, out)`."""
+        if self.signs is None:
+            return nn.functional.linear(binary_sign_(x + self.shift), self.weight)
+        return self.count(x) * row_magnitude(self.weight)
+
+
 class PackedCounts:
     """
-    Products of signs with the signs of a binarised weight `(out, in)`: whole numbers from -in to in, all even or all odd as
-    `in` is, kept in one byte where they fit, else in two.
+    What `BinarizedWeight` counts, for a weight `(out, in)`: whole numbers from -in to in, all even or all odd as `in` is,
+    kept in one byte where they fit, else in two.
     """
 
     def __init__(self, weight: torch.Tensor):
-        self.signs, scale = weight.sign(), weight.abs().amax(1)
         self.step = 2 - weight.shape[1] % 2
         self.dtype = torch.int8 if weight.shape[1] // self.step <= torch.iinfo(torch.int8).max else torch.int16
-        self.unit = scale * self.step
+        self.unit = row_magnitude(weight) * self.step
 
     def pack(self, counts: torch.Tensor) -> torch.Tensor:
-        return counts.div_(self.step).to(self.dtype)
+        return (counts * (1 / self.step)).to(self.dtype)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """What the product with the weight itself is, in the weight's dtype."""
@@ -271,9 +363,9 @@ class SignLinearGradient:
         # Under autocast the product, and so its gradient, is in half precision, x and weight are not.
         product_dtype = grad_output.dtype
         shifted = x + self.shift
-        self.grad_weight.add_(grad_output.T @ binary_sign(shifted).to(product_dtype))
         grad_x = self.slope(shifted).mul_(grad_output @ self.weight.to(product_dtype))
         self.grad_shift.add_(grad_x.sum(0))
+        self.grad_weight.add_(grad_output.T @ binary_sign_(shifted, product_dtype))
         return grad_x
 
 
@@ -299,8 +391,20 @@ class RPReLUGradient:
         return grad
 
 
-def sign_linear(x: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(binary_sign(x + shift), weight)
+def multiplies_bytes(weight: torch.Tensor) -> bool:
+    """Whether products of bytes are faster than those of floats where this weight is."""
+    return (
+        HAS_BYTE_PRODUCTS
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def row_magnitude(weight: torch.Tensor) -> torch.Tensor:
+    """Scale of each row of a binarised weight: `(out, in) -> (out,)`."""
+    return weight[:, 0].abs()
 
 
 def folded(x: torch.Tensor, shortcut: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -347,11 +451,11 @@ def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> t
     return result
 
 
-def rows_per_block(x: torch.Tensor, channels: int) -> int:
-    """How many rows of `x` make a block whose widest tensor has so many channels."""
+def rows_per_block(x: torch.Tensor, width: int) -> int:
+    """How many of the first dimension of `x` make a block whose largest tensor has `width` elements for each."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.shape[0]
-    return max(BLOCK_ELEMENTS // channels, 1)
+    return max(BLOCK_ELEMENTS // width, 1)
 
 
 def split(rows: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .batch_norm_binaryvit import SyncedBatchNorm, batch_statistics, is_distributed
-from .fused_binaryvit import BinaryMLPProducts, NormShortcutRPReLU, SignLinear
+from .fused_binaryvit import AddAvgPools, BinaryMLPProducts, NormShortcutRPReLU, SignLinear
 from .quantizers_binaryvit import approx_sign_slope, quantize_input, quantize_weight
 
 
@@ -28,8 +26,10 @@ class BinaryLinear(nn.Linear):
         self.clip_value = config.quantization_clip_value
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.quantized_weight()
-        return quantized_linear(hidden_states, self.shift, weight, self.input_bits, self.clip_value, self.sign_slope)
+        bits = self.weight_bits, self.input_bits
+        return quantized_linear(
+            hidden_states, self.shift, self.quantized_weight(), *bits, self.clip_value, self.sign_slope
+        )
 
     def quantized_weight(self) -> torch.Tensor:
         return quantize_weight(self.weight, self.weight_bits, self.clip_value, center=True)
@@ -53,14 +53,15 @@ class BinaryPatchConv(nn.Conv2d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = quantize_weight(self.weight, self.weight_bits, self.clip_value, center=False).flatten(1)
-        shift = self.shift.repeat_interleave(4)
-        return quantized_linear(patches, shift, weight, self.input_bits, self.clip_value, self.sign_slope)
+        shift, bits = self.shift.repeat_interleave(4), (self.weight_bits, self.input_bits)
+        return quantized_linear(patches, shift, weight, *bits, self.clip_value, self.sign_slope)
 
 
-def quantized_linear(x, shift, weight, input_bits, clip_value, sign_slope=approx_sign_slope):
+def quantized_linear(x, shift, weight, weight_bits, input_bits, clip_value, sign_slope=approx_sign_slope):
     """`quantize(x + shift) @ weight.T` of a weight that is quantised already, `(..., in) -> (..., out)`."""
     if input_bits == 1:
-        return SignLinear.apply(x.flatten(0, -2), shift, weight, sign_slope).unflatten(0, x.shape[:-1])
+        product = SignLinear.apply(x.flatten(0, -2), shift, weight, weight_bits, sign_slope)
+        return product.unflatten(0, x.shape[:-1])
     return nn.functional.linear(quantize_input(x, shift, input_bits, clip_value), weight)
 
 
@@ -186,41 +187,23 @@ def binary_mlp_products(
 
 
 class AvgPoolBranch(nn.Module):
-    """LayerScale of the mean over `kernel_size` (height, width) tokens around each; outside of the map is 0."""
+    """LayerScale of the mean over `kernel_size` (height, width) tokens around each; applied by `AvgPoolBranches`."""
 
     def __init__(self, num_channels: int, kernel_size: tuple[int, int]):
         super().__init__()
         self.kernel_size = kernel_size
         self.layer_scale = LayerScale(num_channels, init_value=0.0)
 
-    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        # (batch, height * width, channels) -> (batch, channels, height, width), channels last in memory
-        token_map = hidden_states.unflatten(1, grid_size).permute(0, 3, 1, 2)
-        scaled = ScaledAvgPool.apply(token_map, self.layer_scale.scale, self.kernel_size)
-        return scaled.permute(0, 2, 3, 1).flatten(1, 2) + self.layer_scale.shift
 
+class AvgPoolBranches(nn.ModuleList):
+    """Adds the branches of `pooled (batch, height * width, channels)` to `hidden_states`, of the same shape."""
 
-class ScaledAvgPool(Function):
-    """Zero-padded mean of odd kernel, times a scale per channel, that keeps its input alone: `(batch, C, H, W)`."""
-
-    @staticmethod
-    def forward(ctx, x, scale, kernel_size):
-        ctx.save_for_backward(x, scale)
-        ctx.kernel_size = kernel_size
-        return same_avg_pool(x, kernel_size) * scale.view(-1, 1, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        x, scale = ctx.saved_tensors
-        # The mean over a symmetric, zero-padded window is its own transpose.
-        pooled_grad = same_avg_pool(grad_output, ctx.kernel_size)
-        return pooled_grad * scale.view(-1, 1, 1), (pooled_grad * x).sum((0, 2, 3)), None
-
-
-def same_avg_pool(x: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
-    padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-    return nn.functional.avg_pool2d(x, kernel_size, stride=1, padding=padding)
+    def forward(self, hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        if not self:
+            return hidden_states
+        scales, shifts = zip(*((branch.layer_scale.scale, branch.layer_scale.shift) for branch in self))
+        kernel_sizes = [branch.kernel_size for branch in self]
+        return AddAvgPools.apply(hidden_states, pooled, sum(shifts), grid_size, kernel_sizes, *scales)
 
 
 class DropPath(nn.Module):

@@ -17,6 +17,7 @@ from .configuration_binaryvit import BinaryViTConfig, as_pair
 from .fused_binaryvit import BinaryAttentionProducts, merge_heads
 from .layers_binaryvit import (
     AvgPoolBranch,
+    AvgPoolBranches,
     BinaryLinear,
     BinaryPatchConv,
     BinaryProjection,
@@ -189,16 +190,15 @@ class BinaryViTLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate)
         kernels = [shape for size in config.avg_pool_kernel_sizes for shape in ((size, 1), (1, size))]
-        self.avg_pool_branches = nn.ModuleList([AvgPoolBranch(hidden_size, kernel) for kernel in kernels])
+        self.avg_pool_branches = AvgPoolBranches(AvgPoolBranch(hidden_size, kernel) for kernel in kernels)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         attended, _ = self.attention(self.norm1(hidden_states), grid_size)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
         normed = self.norm2(hidden_states)
         hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.dropout(self.mlp(normed))))
-        for branch in self.avg_pool_branches:  # full-precision detail that the 1-bit MLP discards
-            hidden_states = hidden_states + branch(normed, grid_size)
-        return hidden_states
+        # full-precision detail that the 1-bit MLP discards
+        return self.avg_pool_branches(hidden_states, normed, grid_size)
 
 
 class BinaryViTStage(nn.Module):

@@ -86,7 +86,8 @@ class PackedLinear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # A convolution has one shift for its four neighbours of a channel.
         shift = self.shift.repeat_interleave(self.in_features // self.shift.shape[0])
-        return quantized_linear(hidden_states, shift, self.unpack(), self.input_bits, self.clip_value)
+        bits = self.weight_bits, self.input_bits
+        return quantized_linear(hidden_states, shift, self.unpack(), *bits, self.clip_value)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weight_bits={self.weight_bits}"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import modeling_binaryvit
-from .layers_binaryvit import AvgPoolBranch, BinaryLinear, BinaryPatchConv, NormActivation
+from .layers_binaryvit import AvgPoolBranches, BinaryLinear, BinaryPatchConv, NormActivation
 from .modeling_binaryvit import BinaryViTAttention, BinaryViTMLP, BinaryViTPreTrainedModel
 
 
@@ -28,7 +28,7 @@ def simulate(model: BinaryViTPreTrainedModel) -> BinaryViTPreTrainedModel:
         BinaryLinear: linear_forward,
         BinaryPatchConv: patch_conv_forward,
         NormActivation: norm_activation_forward,
-        AvgPoolBranch: avg_pool_forward,
+        AvgPoolBranches: avg_pools_forward,
         BinaryViTMLP: mlp_forward,
         BinaryViTAttention: attention_forward,
     }
@@ -77,11 +77,15 @@ def norm_activation_forward(self: NormActivation, hidden_states: torch.Tensor, s
     return torch.prelu(shifted.flatten(0, -2), activation.slope).view(shifted.shape) + activation.shift_out
 
 
-def avg_pool_forward(self: AvgPoolBranch, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    token_map = hidden_states.unflatten(1, grid_size).permute(0, 3, 1, 2)
-    padding = tuple(size // 2 for size in self.kernel_size)
-    pooled = nn.functional.avg_pool2d(token_map, self.kernel_size, stride=1, padding=padding)
-    return self.layer_scale(pooled.permute(0, 2, 3, 1).flatten(1, 2))
+def avg_pools_forward(
+    self: AvgPoolBranches, hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int]
+) -> torch.Tensor:
+    token_map = pooled.unflatten(1, grid_size).permute(0, 3, 1, 2)
+    for branch in self:
+        padding = tuple(size // 2 for size in branch.kernel_size)
+        mean = nn.functional.avg_pool2d(token_map, branch.kernel_size, stride=1, padding=padding)
+        hidden_states = hidden_states + branch.layer_scale(mean.permute(0, 2, 3, 1).flatten(1, 2))
+    return hidden_states
 
 
 def mlp_forward(self: BinaryViTMLP, hidden_states: torch.Tensor) -> torch.Tensor:

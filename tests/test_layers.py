@@ -6,9 +6,10 @@ from tiny import tiny_config, tiny_images, tiny_model
 from torch import nn
 
 from binaryvit_hf import fused_binaryvit
-from binaryvit_hf.fused_binaryvit import PackedCounts, SignLinear, map_rows
+from binaryvit_hf.fused_binaryvit import BinarizedWeight, PackedCounts, SignLinear, map_rows
 from binaryvit_hf.layers_binaryvit import (
     AvgPoolBranch,
+    AvgPoolBranches,
     BinaryPatchConv,
     BinaryProjection,
     DropPath,
@@ -19,7 +20,7 @@ from binaryvit_hf.layers_binaryvit import (
     upsample_tokens,
 )
 from binaryvit_hf.modeling_binaryvit import BinaryViTAttention
-from binaryvit_hf.quantizers_binaryvit import ApproxSign, BinarizeWeight, binary_sign
+from binaryvit_hf.quantizers_binaryvit import ApproxSign, BinarizeWeight, binary_sign, quantize_weight
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +51,14 @@ def reference_shortcut(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x.repeat(1, 1, channels // x.shape[-1])
 
 
-def test_sign_linear_equals_the_composed_sign_and_product(block_elements):
-    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    shift = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    fused, composed = SignLinear.apply(x, shift, weight), ApproxSign.apply(x, shift) @ weight.T
+# In float32 products are of bytes where the CPU can.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_bits", [1, 32])
+def test_sign_linear_equals_the_composed_sign_and_product(block_elements, dtype, weight_bits):
+    x = torch.randn(7, 4, dtype=dtype, requires_grad=True)
+    shift = torch.randn(4, dtype=dtype, requires_grad=True)
+    weight = quantize_weight(torch.randn(3, 4, dtype=dtype), weight_bits, 1, center=True).requires_grad_()
+    fused, composed = SignLinear.apply(x, shift, weight, weight_bits), ApproxSign.apply(x, shift) @ weight.T
     torch.testing.assert_close(fused, composed)
     torch.testing.assert_close(gradients(fused, x, shift, weight), gradients(composed, x, shift, weight))
 
@@ -85,9 +89,10 @@ def test_norm_activation_equals_batch_norm_shortcut_and_rprelu(block_elements, t
 def test_counts_are_packed_without_loss_where_all_signs_agree_too(channels):
     weight = BinarizeWeight.apply(torch.randn(5, channels), False)
     counts = PackedCounts(weight)
-    signs = torch.cat((counts.signs, -counts.signs, binary_sign(torch.randn(20, channels))))
-    products = signs @ counts.signs.T
-    packed = counts.pack(products.clone())
+    signs = torch.cat((weight.sign(), -weight.sign(), binary_sign(torch.randn(20, channels))))
+    products = BinarizedWeight(torch.zeros(channels), weight).count(signs)
+    assert torch.equal(products.float(), signs @ weight.sign().T)
+    packed = counts.pack(products)
     assert packed.element_size() == (1 if channels in (3, 64, 254) else 2)
     torch.testing.assert_close(counts.unpack(packed), products * weight.abs()[:, 0], rtol=1e-6, atol=0)
 
@@ -160,19 +165,24 @@ def test_patch_convolution_is_a_convolution_of_signs():
 
 
 @pytest.mark.parametrize("kernel_size", [(3, 1), (1, 3), (5, 1), (1, 5)])
-def test_pooling_branch_is_a_zero_padded_mean_over_the_whole_kernel(kernel_size):
-    branch = randomized(AvgPoolBranch(3, kernel_size)).double()
-    tokens = torch.randn(2, 4 * 6, 3, dtype=torch.float64, requires_grad=True)
+def test_pooling_branches_are_zero_padded_means_over_the_whole_kernel(block_elements, kernel_size):
+    branches = AvgPoolBranches(randomized(AvgPoolBranch(3, size)).double() for size in ((1, 1), kernel_size))
+    hidden_states, tokens = (torch.randn(2, 4 * 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     height, width = kernel_size
     token_map = tokens.transpose(1, 2).unflatten(2, (4, 6))
     kernel = torch.full((3, 1, height, width), 1 / (height * width), dtype=torch.float64)
     mean = nn.functional.conv2d(token_map, kernel, padding=(height // 2, width // 2), groups=3)
-    scale = branch.layer_scale
-    expected = mean.flatten(2).transpose(1, 2) * scale.scale + scale.shift
-    actual = branch(tokens, (4, 6))
+    scaled = branches[0].layer_scale(tokens) + branches[1].layer_scale(mean.flatten(2).transpose(1, 2))
+    expected = hidden_states + scaled
+    actual = branches(hidden_states, tokens, (4, 6))
     torch.testing.assert_close(actual, expected)
-    wanted = (tokens, scale.scale, scale.shift)
+    wanted = (hidden_states, tokens, *branches.parameters())
     torch.testing.assert_close(gradients(actual, *wanted), gradients(expected, *wanted))
+
+
+def test_no_pooling_branches_change_nothing():
+    tokens = torch.randn(2, 4 * 6, 3)
+    assert AvgPoolBranches()(tokens, tokens, (4, 6)) is tokens
 
 
 def test_pooling_and_upsampling_agree_with_two_dimensional_ones():
@@ -230,7 +240,7 @@ def test_layer_is_the_block_of_the_paper():
     x1 = x + layer.layer_scale1(attention.output(z))
     u = layer.norm2(x1)
     expected = x1 + layer.layer_scale2(layer.mlp.fc2(layer.mlp.fc1(u)))
-    expected = expected + sum(branch(u, grid_size) for branch in layer.avg_pool_branches)
+    expected = layer.avg_pool_branches(expected, u, grid_size)
     torch.testing.assert_close(layer(x, grid_size), expected)
 
 

@@ -145,10 +145,11 @@ def test_dequantized_weights_are_levels_times_scale_and_outputs_stay(config, tmp
     if config.weight_bits == 1:
         assert torch.equal(weight.abs(), weight.abs()[:, :1].expand_as(weight))
     assert not plain.is_packed
-    assert torch.equal(logits(plain), logits(model))
+    # Not to the last bit: products of full-precision weights are sums of floats, those of binary ones are counted.
+    torch.testing.assert_close(logits(plain), logits(model))
     plain.save_pretrained(tmp_path / "plain")
     again = load(tmp_path / "plain")
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), logits(plain))
     again.train()(tiny_images(), labels=torch.tensor([0, 1])).loss.backward()  # it trains, in full precision
 
 

@@ -45,7 +45,7 @@ def test_product_takes_the_same_gradient_and_leaves_its_input_alone(slope):
     )
     inputs = [tensor.requires_grad_() for tensor in (x, shift, weight)]
     before = x.detach().clone()
-    fused = torch.autograd.grad(SignLinear.apply(*inputs, slope).square().sum(), inputs)
+    fused = torch.autograd.grad(SignLinear.apply(*inputs, 32, slope).square().sum(), inputs)
     composed = torch.autograd.grad((ApproxSign.apply(x, shift, slope) @ weight.T).square().sum(), inputs)
     torch.testing.assert_close(fused, composed)
     assert torch.equal(x, before)
@@ -94,14 +94,14 @@ def test_the_gradient_is_not_compiled_anew_as_it_steepens(slope):
     shift, weight = torch.zeros(4), torch.randn(3, 4)
     x = torch.randn(5, 4, requires_grad=True)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x: SignLinear.apply(x, shift, weight, slope), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda x: SignLinear.apply(x, shift, weight, 32, slope), backend=counter, fullgraph=True)
     counts = set()
     for progress in (0.25, 0.5, 0.75):
         if isinstance(slope, TanhSlope):
             slope.set_progress(progress)
         torch.testing.assert_close(
             torch.autograd.grad(compiled(x).square().sum(), x),
-            torch.autograd.grad(SignLinear.apply(x, shift, weight, slope).square().sum(), x),
+            torch.autograd.grad(SignLinear.apply(x, shift, weight, 32, slope).square().sum(), x),
         )
         counts.add(counter.frame_count)
     assert len(counts) == 1
