@@ -1,0 +1,403 @@
+/*
+ * Folding: what PyTorch's modules do one after the other to a product becomes one multiply-add, and a shift before a sign one
+ * threshold. In double precision, so that the folded numbers are as good as those that they come of.
+ *
+ * A binary product of K inputs is `scale * (K - 2 * count)`, count the bits in which they differ from the weight.
+ */
+#include "fold.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "kernels.h"
+
+namespace binaryvit {
+namespace {
+
+class Tensors {
+public:
+    Tensors(const binaryvit_tensor *tensors, int count) {
+        for (int i = 0; i < count; ++i) by_name_.emplace(tensors[i].name, tensors[i]);
+    }
+
+    const float *floats(const std::string &name, int64_t count) const {
+        return static_cast<const float *>(find(name, count * int64_t(sizeof(float))));
+    }
+
+    const uint8_t *bytes(const std::string &name, int64_t count) const {
+        return static_cast<const uint8_t *>(find(name, count));
+    }
+
+private:
+    const void *find(const std::string &name, int64_t bytes) const {
+        auto found = by_name_.find(name);
+        if (found == by_name_.end()) throw std::runtime_error("tensor '" + name + "' is missing");
+        if (found->second.bytes != bytes)
+            throw std::runtime_error("tensor '" + name + "' has " + std::to_string(found->second.bytes) + " bytes, not " +
+                                     std::to_string(bytes));
+        return found->second.data;
+    }
+
+    std::unordered_map<std::string, binaryvit_tensor> by_name_;
+};
+
+/* Folds the layers of one model, top to bottom in the order in which they act. */
+class Folder {
+public:
+    Folder(const binaryvit_config &config, const Tensors &tensors, const Kernels &kernels)
+        : config_(config), tensors_(tensors), layout_(kernels.layout), model_(std::make_unique<Model>()) {
+        model_->kernels = &kernels;
+        model_->image_height = config.image_height;
+        model_->image_width = config.image_width;
+        model_->patch_height = config.patch_height;
+        model_->patch_width = config.patch_width;
+        model_->image_channels = config.num_channels;
+        model_->class_token = config.use_class_token != 0;
+    }
+
+    std::unique_ptr<Model> fold() {
+        for (int stage = 0; stage < config_.num_stages; ++stage) model_->stages.push_back(describe_stage(stage));
+        model_->stem = fold_stem();
+        model_->steps.push_back({StepKind::kStem, 0});
+        for (int stage = 0; stage < config_.num_stages; ++stage) {
+            if (stage > 0) {
+                model_->patch_embeddings.push_back(fold_patch_embeddings(stage));
+                model_->steps.push_back({StepKind::kPatchEmbeddings, stage});
+            }
+            for (int layer = 0; layer < config_.depths[stage]; ++layer) {
+                model_->steps.push_back({StepKind::kLayer, int(model_->layers.size())});
+                model_->layers.push_back(fold_layer(stage, layer));
+            }
+        }
+        model_->norm = norm("norm", config_.hidden_sizes[config_.num_stages - 1]);
+        model_->steps.push_back({StepKind::kNorm, 0});
+        return std::move(model_);
+    }
+
+private:
+    Stage describe_stage(int index) const {
+        Stage stage;
+        stage.height = config_.image_height / config_.patch_height >> index;
+        stage.width = config_.image_width / config_.patch_width >> index;
+        stage.tokens = stage.height * stage.width + config_.use_class_token;
+        stage.channels = config_.hidden_sizes[index];
+        // Not a power of two: the cache has few places for rows that are one apart.
+        stage.stride = round_up(stage.channels, kLanes) + kLanes;
+        stage.ratio = config_.sequence_reduction_ratios[index];
+        stage.keys = stage.tokens / (stage.ratio * stage.ratio);
+        stage.reach = 0;
+        for (int i = 0; i < config_.num_avg_pool_kernels; ++i)
+            stage.reach = std::max(stage.reach, config_.avg_pool_kernel_sizes[i] / 2);
+        for (int token = 0; token < stage.tokens; ++token) {
+            int row = token / stage.width, column = token % stage.width;
+            stage.map_row.push_back(
+                config_.use_class_token ? token : (row + stage.reach) * stage.map_width() + column + stage.reach);
+            stage.key_row.push_back(
+                stage.ratio == 1 ? token : row / stage.ratio * (stage.width / stage.ratio) + column / stage.ratio);
+        }
+        return stage;
+    }
+
+    /* Batch normalisation with its running statistics. */
+    Affine norm(const std::string &name, int channels) const {
+        const float *weight = tensors_.floats(name + ".batch_norm.weight", channels);
+        const float *bias = tensors_.floats(name + ".batch_norm.bias", channels);
+        const float *mean = tensors_.floats(name + ".batch_norm.running_mean", channels);
+        const float *variance = tensors_.floats(name + ".batch_norm.running_var", channels);
+        Affine affine(channels);
+        for (int c = 0; c < channels; ++c) {
+            double scale = weight[c] / std::sqrt(double(variance[c]) + config_.batch_norm_eps);
+            affine.scale[c] = float(scale);
+            affine.shift[c] = float(bias[c] - mean[c] * scale);
+        }
+        return affine;
+    }
+
+    Affine layer_scale(const std::string &name, int channels) const {
+        Affine affine(channels);
+        if (config_.use_layer_scale) {
+            std::copy_n(tensors_.floats(name + ".scale", channels), channels, affine.scale.data());
+            std::copy_n(tensors_.floats(name + ".shift", channels), channels, affine.shift.data());
+        } else {
+            std::fill_n(affine.scale.data(), channels, 1.0f);
+        }
+        return affine;
+    }
+
+    /* Where `x + shift >= 0`; `repeats` times as many channels where each has several inputs. */
+    Thresholds thresholds(const std::string &name, int channels) const {
+        const float *shift = tensors_.floats(name, channels);
+        Thresholds thresholds(round_up(channels, kLanes));
+        std::fill_n(thresholds.data(), thresholds.size(), std::numeric_limits<float>::infinity());
+        for (int c = 0; c < channels; ++c) thresholds[c] = -shift[c];
+        return thresholds;
+    }
+
+    /*
+     * Channel `order[i]` of the product at the place i; a place without channel is -1, and everything of it zero.
+     */
+    Affine affine_of_count(const std::string &scale_name, const std::string &norm_name, const std::string &activation_name,
+                           int inputs, int outputs, const std::vector<int> &order) const {
+        const float *weight_scale = tensors_.floats(scale_name, outputs);
+        const float *shift_in = tensors_.floats(activation_name + ".shift_in", outputs);
+        const float *weight = tensors_.floats(norm_name + ".batch_norm.weight", outputs);
+        const float *bias = tensors_.floats(norm_name + ".batch_norm.bias", outputs);
+        const float *mean = tensors_.floats(norm_name + ".batch_norm.running_mean", outputs);
+        const float *variance = tensors_.floats(norm_name + ".batch_norm.running_var", outputs);
+        Affine affine(int(order.size()));
+        for (size_t i = 0; i < order.size(); ++i) {
+            int c = order[i];
+            if (c < 0) continue;
+            double scale = weight[c] / std::sqrt(double(variance[c]) + config_.batch_norm_eps);
+            affine.scale[i] = float(-2.0 * weight_scale[c] * scale);
+            affine.shift[i] = float(weight_scale[c] * scale * inputs + bias[c] - mean[c] * scale - shift_in[c]);
+        }
+        return affine;
+    }
+
+    Activation activation(const std::string &name, int channels, const std::vector<int> &order) const {
+        const float *slope = tensors_.floats(name + ".slope", channels);
+        const float *shift_out = tensors_.floats(name + ".shift_out", channels);
+        Activation activation(int(order.size()));
+        for (size_t i = 0; i < order.size(); ++i) {
+            if (order[i] < 0) continue;
+            activation.slope[i] = float(double(slope[order[i]]) - 1.0);
+            activation.shift[i] = shift_out[order[i]];
+        }
+        return activation;
+    }
+
+    /*
+     * Packed rows in the order of `rows`, their bits in the order of `columns`; -1 is a row, or a bit, of zeros.
+     */
+    SignMatrix signs(const std::string &name, int outputs, int inputs, const std::vector<int> &rows,
+                     const std::vector<int> &columns) const {
+        int row_bytes = (inputs + 7) / 8;
+        const uint8_t *packed = tensors_.bytes(name, int64_t(outputs) * row_bytes);
+        SignMatrix matrix(int(rows.size()), int(columns.size()));
+        for (size_t row = 0; row < rows.size(); ++row) {
+            if (rows[row] < 0) continue;
+            const uint8_t *bits = packed + size_t(rows[row]) * row_bytes;
+            for (size_t column = 0; column < columns.size(); ++column) {
+                int from = columns[column];
+                if (from >= 0 && bits[from / 8] >> from % 8 & 1) matrix.set(layout_, int(row), int(column));
+            }
+        }
+        return matrix;
+    }
+
+    static std::vector<int> in_order(int channels) {
+        std::vector<int> order(round_up(channels, kLanes), -1);
+        for (int c = 0; c < channels; ++c) order[c] = c;
+        return order;
+    }
+
+    Projection projection(const std::string &linear, const std::string &norm_activation, int inputs, int outputs,
+                          const std::vector<int> &rows, const std::vector<int> &columns) const {
+        const std::string activation_name = norm_activation + ".activation";
+        return {signs(linear + ".packed_weight", outputs, inputs, rows, columns),
+                affine_of_count(linear + ".weight_scale", norm_activation + ".norm", activation_name, inputs, outputs, rows),
+                activation(activation_name, outputs, rows)};
+    }
+
+    Projection square_projection(const std::string &name, int channels) const {
+        std::vector<int> order = in_order(channels);
+        return projection(name + ".linear", name + ".norm_activation", channels, channels, order, order);
+    }
+
+    Stem fold_stem() const {
+        const Stage &stage = model_->stages[0];
+        int channels = stage.channels, padded = round_up(channels, kLanes);
+        int inputs = config_.num_channels * config_.patch_height * config_.patch_width;
+        const float *weight = tensors_.floats("embeddings.projection.weight", int64_t(channels) * inputs);
+        const float *bias = tensors_.floats("embeddings.projection.bias", channels);
+        const float *positions = tensors_.floats("embeddings.position_embeddings", int64_t(stage.tokens) * channels);
+        Affine norm(channels);
+        if (config_.use_stem_norm) {
+            norm = this->norm("embeddings.norm", channels);
+        } else {
+            std::fill_n(norm.scale.data(), channels, 1.0f);
+        }
+        Stem stem{Array<float>(size_t(padded) * inputs), Array<float>(size_t(stage.tokens) * padded)};
+        for (int c = 0; c < channels; ++c) {
+            for (int i = 0; i < inputs; ++i)
+                stem.weight[(size_t(c / kLanes) * inputs + i) * kLanes + c % kLanes] =
+                    weight[size_t(c) * inputs + i] * norm.scale[c];
+            for (int token = 0; token < stage.tokens; ++token)
+                stem.positions[size_t(token) * padded + c] =
+                    positions[size_t(token) * channels + c] + bias[c] * norm.scale[c] + norm.shift[c];
+            if (config_.use_class_token)
+                stem.positions[c] = tensors_.floats("embeddings.class_token", channels)[c] + positions[c];
+        }
+        return stem;
+    }
+
+    PatchEmbeddings fold_patch_embeddings(int index) const {
+        const std::string name = "stages." + std::to_string(index) + ".patch_embeddings";
+        const Stage &stage = model_->stages[index];
+        int inputs = model_->stages[index - 1].channels, outputs = stage.channels;
+        int padded = round_up(outputs, kLanes);
+        PatchEmbeddings embeddings;
+        embeddings.stage = index;
+        embeddings.binary = config_.binarize_patch_embeddings != 0;
+        embeddings.norm1 = norm(name + ".norm1", inputs);
+        embeddings.positions = Array<float>(size_t(stage.tokens) * padded);
+        const float *positions = tensors_.floats(name + ".position_embeddings", int64_t(stage.tokens) * outputs);
+        for (int token = 0; token < stage.tokens; ++token)
+            std::copy_n(positions + size_t(token) * outputs, outputs, &embeddings.positions[size_t(token) * padded]);
+        if (embeddings.binary) {
+            embeddings.input = thresholds(name + ".projection.shift", inputs);
+            // The checkpoint has the four neighbours of a channel side by side.
+            std::vector<int> columns(size_t(4) * round_up(inputs, 32), -1);
+            for (int neighbour = 0; neighbour < 4; ++neighbour)
+                for (int c = 0; c < inputs; ++c) columns[neighbour * round_up(inputs, 32) + c] = 4 * c + neighbour;
+            embeddings.projection = projection(name + ".projection", name + ".norm_activation", 4 * inputs, outputs,
+                                               in_order(outputs), columns);
+        } else {
+            Affine norm2 = norm(name + ".norm2", outputs);
+            const float *weight = tensors_.floats(name + ".projection.weight", int64_t(outputs) * inputs * 4);
+            embeddings.float_weight = Array<float>(size_t(padded) * inputs * 4);
+            embeddings.float_bias = Array<float>(padded);
+            for (int out = 0; out < outputs; ++out) {
+                for (int neighbour = 0; neighbour < 4; ++neighbour)
+                    for (int in = 0; in < inputs; ++in)
+                        embeddings.float_weight[((size_t(out / kLanes) * 4 + neighbour) * inputs + in) * kLanes + out % kLanes] =
+                            weight[(size_t(out) * inputs + in) * 4 + neighbour] * norm2.scale[out];
+                embeddings.float_bias[out] = norm2.shift[out];
+            }
+        }
+        return embeddings;
+    }
+
+    Layer fold_layer(int stage_index, int index) const {
+        const std::string name = "stages." + std::to_string(stage_index) + ".layers." + std::to_string(index);
+        const Stage &stage = model_->stages[stage_index];
+        Layer layer;
+        layer.stage = stage_index;
+        layer.channels = stage.channels;
+        layer.heads = config_.num_attention_heads[stage_index];
+        layer.head_dim = stage.channels / layer.heads;
+        layer.ratio = stage.ratio;
+        layer.norm1 = norm(name + ".norm1", stage.channels);
+        fold_attention(layer, name + ".attention");
+        layer.layer_scale1 = layer_scale(name + ".layer_scale1", stage.channels);
+        layer.norm2 = norm(name + ".norm2", stage.channels);
+        fold_mlp(layer, name + ".mlp", config_.intermediate_sizes[stage_index] / stage.channels);
+        layer.layer_scale2 = layer_scale(name + ".layer_scale2", stage.channels);
+        fold_pooling_branches(layer, name + ".avg_pool_branches");
+        return layer;
+    }
+
+    void fold_attention(Layer &layer, const std::string &name) const {
+        int channels = layer.channels;
+        if (layer.ratio > 1) {
+            layer.reduction_input = thresholds(name + ".reduction.linear.shift", channels);
+            layer.reduction = square_projection(name + ".reduction", channels);
+        }
+        layer.query_input = thresholds(name + ".query.linear.shift", channels);
+        layer.key_input = thresholds(name + ".key.linear.shift", channels);
+        layer.value_input = thresholds(name + ".value.linear.shift", channels);
+        layer.output_input = thresholds(name + ".output.linear.shift", channels);
+        layer.query = square_projection(name + ".query", channels);
+        layer.key = square_projection(name + ".key", channels);
+        layer.value = square_projection(name + ".value", channels);
+        layer.output = square_projection(name + ".output", channels);
+        layer.query_sign = thresholds(name + ".query_shift", channels);
+        layer.key_sign = thresholds(name + ".key_shift", channels);
+        layer.value_sign = thresholds(name + ".value_shift", channels);
+
+        auto exponential = [&](int differing) { return float(std::exp(-2.0 * differing / std::sqrt(double(layer.head_dim)))); };
+        for (int i = 0; i <= layer.head_dim; ++i) layer.exponentials.push_back(exponential(i));
+        layer.exponentials_fine = Array<float>(kLanes);
+        layer.exponentials_coarse = Array<float>(kLanes);
+        for (int i = 0; i < kLanes; ++i) {
+            layer.exponentials_fine[i] = exponential(i);
+            layer.exponentials_coarse[i] = exponential(kLanes * i);
+        }
+        float clip = *tensors_.floats(name + ".probability_clip", 1);
+        // Of a clip that is not positive no probability is ever on: quantize_probability rounds p / clip and cuts it off at 0.
+        layer.probability_threshold = clip > 0 ? 0.5f * clip : std::numeric_limits<float>::infinity();
+        layer.context = norm(name + ".norm_activation.norm", channels);
+        const float *shift_in = tensors_.floats(name + ".norm_activation.activation.shift_in", channels);
+        for (int c = 0; c < channels; ++c) {
+            layer.context.scale[c] *= clip;
+            layer.context.shift[c] -= shift_in[c];
+        }
+        layer.context_activation = activation(name + ".norm_activation.activation", channels, in_order(channels));
+    }
+
+    /*
+     * The inner channels of one run are what the second shortcut averages, so they are computed one after the other, for 16
+     * channels of the result at a time: sums of vectors then do it.
+     */
+    void fold_mlp(Layer &layer, const std::string &name, int expansion) const {
+        int channels = layer.channels, inner = channels * expansion, blocks = round_up(channels, kLanes) / kLanes;
+        layer.expansion = expansion;
+        std::vector<int> order(size_t(blocks) * expansion * kLanes, -1);
+        std::vector<int32_t> shortcut(order.size());
+        for (int block = 0; block < blocks; ++block) {
+            for (int run = 0; run < expansion; ++run) {
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    int c = block * kLanes + lane, place = (block * expansion + run) * kLanes + lane;
+                    if (c < channels) order[place] = c * expansion + run;
+                    // Beyond the last channel there is a zero.
+                    shortcut[place] = c < channels ? order[place] % channels : channels;
+                }
+            }
+        }
+        layer.fc1_input = thresholds(name + ".fc1.linear.shift", channels);
+        layer.fc1 = projection(name + ".fc1.linear", name + ".fc1.norm_activation", channels, inner, order, in_order(channels));
+        Thresholds natural = thresholds(name + ".fc2.linear.shift", inner);
+        layer.fc2_input = Thresholds(order.size());
+        for (size_t i = 0; i < order.size(); ++i)
+            layer.fc2_input[i] = order[i] < 0 ? std::numeric_limits<float>::infinity() : natural[order[i]];
+        layer.fc2 = projection(name + ".fc2.linear", name + ".fc2.norm_activation", inner, channels, in_order(channels), order);
+
+        for (size_t first = 0; first < shortcut.size(); first += kLanes) {
+            size_t known = 0;
+            while (known < layer.repeated.size() &&
+                   !std::equal(&shortcut[first], &shortcut[first] + kLanes, &layer.repeated[known]))
+                known += kLanes;
+            if (known == layer.repeated.size())
+                layer.repeated.insert(layer.repeated.end(), &shortcut[first], &shortcut[first] + kLanes);
+            layer.shortcut_of_block.push_back(int32_t(known / kLanes));
+        }
+    }
+
+    /* Means over (K, 1) and (1, K) tokens for every K: one weighted sum over the tokens that any of them sees. */
+    void fold_pooling_branches(Layer &layer, const std::string &name) const {
+        auto tap = [&](int down, int right) -> Tap & {
+            for (Tap &known : layer.taps)
+                if (known.down == down && known.right == right) return known;
+            layer.taps.push_back({down, right, Array<float>(round_up(layer.channels, kLanes))});
+            return layer.taps.back();
+        };
+        for (int branch = 0; branch < 2 * config_.num_avg_pool_kernels; ++branch) {
+            const std::string branch_name = name + "." + std::to_string(branch) + ".layer_scale";
+            const float *scale = tensors_.floats(branch_name + ".scale", layer.channels);
+            const float *shift = tensors_.floats(branch_name + ".shift", layer.channels);
+            int size = config_.avg_pool_kernel_sizes[branch / 2];
+            for (int offset = -(size / 2); offset <= size / 2; ++offset) {
+                Tap &target = branch % 2 == 0 ? tap(offset, 0) : tap(0, offset);
+                for (int c = 0; c < layer.channels; ++c) target.weight[c] += scale[c] / float(size);
+            }
+            for (int c = 0; c < layer.channels; ++c) layer.layer_scale2.shift[c] += shift[c];
+        }
+    }
+
+    const binaryvit_config &config_;
+    const Tensors &tensors_;
+    Layout layout_;
+    std::unique_ptr<Model> model_;
+};
+
+}  // namespace
+
+std::unique_ptr<Model> fold(const binaryvit_config &config, const binaryvit_tensor *tensors, int num_tensors,
+                            const Kernels &kernels) {
+    return Folder(config, Tensors(tensors, num_tensors), kernels).fold();
+}
+
+}  // namespace binaryvit

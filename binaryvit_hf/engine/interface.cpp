@@ -1,0 +1,187 @@
+/* The C interface: who computes which image with whom. */
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+#include <mutex>
+#include <new>
+
+#include "engine.h"
+#include "fold.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace binaryvit {
+
+const std::vector<const Kernels *> &built_kernels() {
+    static const std::vector<const Kernels *> kernels = {
+#if defined(__x86_64__)
+        &kAvx512Kernels, &kAvx2Kernels,
+#elif defined(__aarch64__)
+        &kNeonKernels,
+#endif
+        &kScalarKernels,
+    };
+    return kernels;
+}
+
+namespace {
+
+const Kernels *find_kernels(const char *name) {
+    for (const Kernels *kernels : built_kernels())
+        if (kernels->runs_here() && std::strcmp(kernels->name, name) == 0) return kernels;
+    return nullptr;
+}
+
+std::string join_names(bool all) {
+    std::string names;
+    for (const Kernels *kernels : built_kernels())
+        if (all || kernels->runs_here()) names += (names.empty() ? "" : " ") + std::string(kernels->name);
+    return names;
+}
+
+void say(char *error, int32_t error_bytes, const char *what) {
+    if (error_bytes > 0) std::snprintf(error, size_t(error_bytes), "%s", what);
+}
+
+}  // namespace
+}  // namespace binaryvit
+
+using namespace binaryvit;
+
+/* A folded network, and the workspaces that earlier calls left for later ones. */
+struct binaryvit_model {
+    std::unique_ptr<Model> network;
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Workspace>> idle;
+
+    std::unique_ptr<Workspace> borrow(int size) {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            for (auto &workspace : idle) {
+                if (workspace->size != size) continue;
+                std::swap(workspace, idle.back());
+                std::unique_ptr<Workspace> found = std::move(idle.back());
+                idle.pop_back();
+                return found;
+            }
+        }
+        return std::make_unique<Workspace>(*network, size);
+    }
+
+    void give_back(std::unique_ptr<Workspace> workspace) {
+        std::lock_guard<std::mutex> lock(mutex);
+        idle.push_back(std::move(workspace));
+    }
+};
+
+namespace {
+
+/* One call of binaryvit_forward. */
+struct Call {
+    const Model &model;
+    const float *images;
+    float *last_hidden_state, *pooled;
+    float *const *hidden_states;
+
+    /* One image, by all members of the workspace's team at once. */
+    void run_image(int64_t image, Workspace &workspace, int member) const {
+        size_t pixels = size_t(model.image_channels) * model.image_height * model.image_width;
+        const Stage &last = model.stages.back();
+        float *last_of_image = last_hidden_state + size_t(image) * last.tokens * last.channels;
+        for (const Step &step : model.steps) {
+            if (hidden_states != nullptr && (step.kind == StepKind::kLayer || step.kind == StepKind::kNorm))
+                copy_tokens(step, image, workspace, member);
+            model.kernels->run(model, step, workspace, member, images + image * pixels, last_of_image);
+        }
+        if (member == 0) pool(last, last_of_image, pooled + size_t(image) * last.channels);
+    }
+
+    void copy_tokens(const Step &step, int64_t image, const Workspace &workspace, int member) const {
+        const Stage &stage = model.stage_of(step);
+        size_t index = step.kind == StepKind::kLayer ? size_t(step.index) : model.layers.size();
+        float *to = hidden_states[index] + size_t(image) * stage.tokens * stage.channels;
+        for (int token = stage.tokens * member / workspace.size; token < stage.tokens * (member + 1) / workspace.size; ++token)
+            std::copy_n(&workspace.tokens[size_t(token) * stage.stride], stage.channels, to + size_t(token) * stage.channels);
+    }
+
+    void pool(const Stage &last, const float *tokens, float *to) const {
+        std::copy_n(tokens, last.channels, to);
+        if (model.class_token) return;
+        for (int token = 1; token < last.tokens; ++token)
+            for (int c = 0; c < last.channels; ++c) to[c] += tokens[size_t(token) * last.channels + c];
+        for (int c = 0; c < last.channels; ++c) to[c] /= float(last.tokens);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+const char *binaryvit_kernels(void) {
+    static const std::string names = join_names(false);
+    return names.c_str();
+}
+
+const char *binaryvit_built_kernels(void) {
+    static const std::string names = join_names(true);
+    return names.c_str();
+}
+
+binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,
+                                  int32_t num_tensors, char *error, int32_t error_bytes) {
+    const Kernels *found = find_kernels(kernels);
+    if (found == nullptr) {
+        say(error, error_bytes, ("there are no kernels '" + std::string(kernels) + "' for this CPU").c_str());
+        return nullptr;
+    }
+    try {
+        auto model = std::make_unique<binaryvit_model>();
+        model->network = fold(*config, tensors, num_tensors, *found);
+        return model.release();
+    } catch (const std::exception &failure) {
+        say(error, error_bytes, failure.what());
+        return nullptr;
+    }
+}
+
+void binaryvit_free(binaryvit_model *model) { delete model; }
+
+int64_t binaryvit_last_tokens(const binaryvit_model *model) { return model->network->stages.back().tokens; }
+
+int64_t binaryvit_last_channels(const binaryvit_model *model) { return model->network->stages.back().channels; }
+
+int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads, float *last_hidden_state,
+                          float *pooled, float *const *hidden_states) try {
+    Call call{*model->network, images, last_hidden_state, pooled, hidden_states};
+    threads = std::max(threads, 1);
+    int64_t image = 0;
+    // Where there are images enough, one for each thread: nobody waits for anybody.
+    if (threads > 1 && batch >= threads) {
+        std::vector<std::unique_ptr<Workspace>> workspaces;
+        for (int member = 0; member < threads; ++member) workspaces.push_back(model->borrow(1));
+        int64_t shared = batch / threads * threads;
+        bool ran = run_team(threads, [&](int member) {
+            for (int64_t own = member; own < shared; own += threads) call.run_image(own, *workspaces[size_t(member)], 0);
+        });
+        for (auto &workspace : workspaces) model->give_back(std::move(workspace));
+        if (ran) image = shared;
+    }
+    if (image == batch) return 0;
+    auto workspace = model->borrow(threads);
+    bool ran = threads > 1 && run_team(threads, [&](int member) {
+        for (int64_t own = image; own < batch; ++own) call.run_image(own, *workspace, member);
+    });
+    if (!ran) {
+        if (threads > 1) {
+            model->give_back(std::move(workspace));
+            workspace = model->borrow(1);
+        }
+        for (; image < batch; ++image) call.run_image(image, *workspace, 0);
+    }
+    model->give_back(std::move(workspace));
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+}  // extern "C"

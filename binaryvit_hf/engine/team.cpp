@@ -1,0 +1,128 @@
+#include "team.h"
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace binaryvit {
+namespace {
+
+constexpr int kSpins = 2000;      // some microseconds: longer than the members of a team usually are apart
+constexpr int kIdleSpins = 4000;  // as long as a caller may take between two images
+
+inline void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+/* Spin while it is likely to be short, then leave the core to whoever is waited for. */
+template <class Done>
+void wait_until(Done done) {
+    for (int spin = 0; !done(); ++spin) {
+        if (spin < kSpins) {
+            pause();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+/* Threads that wait for work, one caller's at a time. */
+class Pool {
+public:
+    bool run(int size, const std::function<void(int)> &work) {
+        std::unique_lock<std::mutex> mine(caller_, std::try_to_lock);
+        if (!mine.owns_lock() || !grow(size - 1)) return false;
+        work_ = &work;
+        pending_.store(size - 1, std::memory_order_relaxed);
+        {
+            std::lock_guard<std::mutex> lock(sleep_);
+            uint64_t round = (call_.load(std::memory_order_relaxed) >> kSizeBits) + 1;
+            call_.store(round << kSizeBits | uint64_t(size), std::memory_order_release);
+        }
+        wake_.notify_all();
+        work(0);
+        wait_until([&] { return pending_.load(std::memory_order_acquire) == 0; });
+        return true;
+    }
+
+private:
+    static constexpr int kSizeBits = 16;
+
+    bool grow(int count) {
+        try {
+            for (; threads_ < count; ++threads_) {
+                int member = threads_ + 1;
+                uint64_t seen = call_.load(std::memory_order_relaxed);
+                // Detached: they wait until the process ends, and end with it.
+                std::thread([this, member, seen] { serve(member, seen); }).detach();
+            }
+        } catch (const std::system_error &) {
+            return false;
+        }
+        return true;
+    }
+
+    void serve(int member, uint64_t seen) {
+        for (;;) {
+            for (int spin = 0; spin < kIdleSpins && call_.load(std::memory_order_acquire) == seen; ++spin) pause();
+            if (call_.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> lock(sleep_);
+                wake_.wait(lock, [&] { return call_.load(std::memory_order_acquire) != seen; });
+            }
+            seen = call_.load(std::memory_order_acquire);
+            // The caller waits for those it counts on alone, and may be gone before the others look.
+            if (member < int(seen & ((1 << kSizeBits) - 1))) {
+                (*work_)(member);
+                pending_.fetch_sub(1, std::memory_order_release);
+            }
+        }
+    }
+
+    std::mutex caller_, sleep_;
+    std::condition_variable wake_;
+    int threads_ = 0;
+    std::atomic<uint64_t> call_{0};  // which one it is, and above how many members
+    std::atomic<int> pending_{0};
+    const std::function<void(int)> *work_ = nullptr;
+};
+
+/* Never destroyed: its threads outlive whatever ends first when a process does. */
+Pool *&pool() {
+    static Pool *instance = [] {
+#if defined(__unix__) || defined(__APPLE__)
+        // A forked process has none of the threads.
+        pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
+#endif
+        return new Pool;
+    }();
+    return instance;
+}
+
+}  // namespace
+
+void Barrier::wait() {
+    unsigned round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+        arrived_.store(0, std::memory_order_relaxed);
+        round_.fetch_add(1, std::memory_order_release);
+    } else {
+        wait_until([&] { return round_.load(std::memory_order_acquire) != round; });
+    }
+}
+
+bool run_team(int size, const std::function<void(int)> &work) { return pool()->run(size, work); }
+
+}  // namespace binaryvit

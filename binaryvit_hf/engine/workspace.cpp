@@ -1,0 +1,75 @@
+#include "workspace.h"
+
+#include <algorithm>
+
+namespace binaryvit {
+namespace {
+
+/* The largest of what `measure` says of every stage. */
+template <class Measure>
+int widest(const Model &model, Measure measure) {
+    int most = 0;
+    for (const Stage &stage : model.stages) most = std::max(most, measure(stage));
+    return most;
+}
+
+template <class Measure>
+int widest_layer(const Model &model, Measure measure) {
+    int most = 0;
+    for (const Layer &layer : model.layers) most = std::max(most, measure(layer));
+    return most;
+}
+
+int head_words(const Layer &layer) { return round_up(layer.head_dim, 32) / 32; }
+int key_words(const Stage &stage) { return round_up(stage.keys, 32) / 32; }
+
+}  // namespace
+
+Scratch::Scratch(const Model &model) {
+    int stride = widest(model, [](const Stage &stage) { return stage.stride; });
+    int words = widest_layer(model, [](const Layer &layer) { return std::max(layer.fc1.weight.words, layer.fc2.weight.words); });
+    int patch = model.image_channels * model.patch_height * model.patch_width;
+    for (const PatchEmbeddings &embeddings : model.patch_embeddings) {
+        words = std::max(words, embeddings.projection.weight.words);
+        if (!embeddings.binary) patch = std::max(patch, 4 * model.stages[embeddings.stage - 1].channels);
+    }
+    int heads = widest_layer(model, [](const Layer &layer) { return layer.heads * head_words(layer); });
+    int attended_words = widest(model, key_words);
+    keys_stride = attended_words * 32;
+    inputs = Array<float>(size_t(kRows) * stride);
+    outputs = Array<float>(size_t(kRows) * stride + kLanes);
+    inner = Array<float>(size_t(kRows) * stride);
+    shortcuts = Array<float>(size_t(kRows) * widest_layer(model, [](const Layer &layer) { return int(layer.repeated.size()); }));
+    bits = Array<uint32_t>(size_t(kRows) * words);
+    more_bits = Array<uint32_t>(size_t(kRows) * words);
+    head_bits = Array<uint32_t>(size_t(kRows) * std::max(heads, words));
+    head_row = Array<uint32_t>(heads);
+    attended = Array<uint32_t>(size_t(kRows) * attended_words);
+    counts = Array<int32_t>(size_t(kRows) * keys_stride);
+    exponentials = Array<float>(keys_stride);
+    context_base = Array<float>(size_t(stride) + kLanes);
+    patches = Array<float>(size_t(kRows) * patch);
+    zeros = Array<uint32_t>(attended_words);
+}
+
+Workspace::Workspace(const Model &model, int size) : team(size), size(size) {
+    size_t tokens_size = 0, shortcuts_size = 0, keys_size = 0, values_size = 0;
+    for (const Stage &stage : model.stages) {
+        tokens_size = std::max(tokens_size, size_t(stage.tokens) * stage.stride);
+        shortcuts_size = std::max(shortcuts_size, size_t(stage.keys) * stage.stride);
+        maps.emplace_back(stage.map_rows() * stage.stride);
+    }
+    for (const Layer &layer : model.layers) {
+        const Stage &stage = model.stages[layer.stage];
+        keys_size = std::max(keys_size, size_t(layer.heads) * head_words(layer) * round_up(stage.keys, kLanes));
+        values_size = std::max(values_size, size_t(layer.heads) * round_up(layer.head_dim, kLanes) * key_words(stage));
+    }
+    tokens = Array<float>(tokens_size);
+    next_tokens = Array<float>(model.stages.size() > 1 ? tokens_size : 0);
+    shortcuts = Array<float>(shortcuts_size);
+    keys = Array<uint32_t>(keys_size);
+    values = Array<uint32_t>(values_size);
+    for (int member = 0; member < size; ++member) scratch.emplace_back(model);
+}
+
+}  // namespace binaryvit
