@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -368,22 +369,25 @@ private:
 
     /* Means over (K, 1) and (1, K) tokens for every K: one weighted sum over the tokens that any of them sees. */
     void fold_pooling_branches(Layer &layer, const std::string &name) const {
-        auto tap = [&](int down, int right) -> Tap & {
-            for (Tap &known : layer.taps)
-                if (known.down == down && known.right == right) return known;
-            layer.taps.push_back({down, right, Array<float>(round_up(layer.channels, kLanes))});
-            return layer.taps.back();
-        };
+        const Stage &stage = model_->stages[layer.stage];
+        std::map<int, std::vector<float>> weights;
         for (int branch = 0; branch < 2 * config_.num_avg_pool_kernels; ++branch) {
             const std::string branch_name = name + "." + std::to_string(branch) + ".layer_scale";
             const float *scale = tensors_.floats(branch_name + ".scale", layer.channels);
             const float *shift = tensors_.floats(branch_name + ".shift", layer.channels);
-            int size = config_.avg_pool_kernel_sizes[branch / 2];
+            int size = config_.avg_pool_kernel_sizes[branch / 2], step = branch % 2 == 0 ? stage.map_width() : 1;
             for (int offset = -(size / 2); offset <= size / 2; ++offset) {
-                Tap &target = branch % 2 == 0 ? tap(offset, 0) : tap(0, offset);
-                for (int c = 0; c < layer.channels; ++c) target.weight[c] += scale[c] / float(size);
+                std::vector<float> &weight = weights[offset * step * stage.stride];
+                weight.resize(layer.channels);
+                for (int c = 0; c < layer.channels; ++c) weight[c] += scale[c] / float(size);
             }
             for (int c = 0; c < layer.channels; ++c) layer.layer_scale2.shift[c] += shift[c];
+        }
+        layer.tap_weights = Array<float>(weights.size() * round_up(layer.channels, kLanes));
+        for (const auto &[tap, weight] : weights) {
+            for (int c = 0; c < layer.channels; ++c)
+                layer.tap_weights[(c / kLanes * weights.size() + layer.taps.size()) * kLanes + c % kLanes] = weight[c];
+            layer.taps.push_back(tap);
         }
     }
 

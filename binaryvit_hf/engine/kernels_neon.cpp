@@ -9,6 +9,7 @@
 #include <arm_neon.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"

@@ -4,6 +4,7 @@
  * Counting: a 32-bit word of a row against the same word of 16 rows of a matrix (Layout::kWords), one after the other.
  */
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"

@@ -96,11 +96,6 @@ struct Projection {
 /* A bit of a channel is whether its value is at least this; infinity where there is no channel. */
 using Thresholds = Array<float>;
 
-struct Tap {
-    int down, right;  // from the token, in tokens
-    Array<float> weight;
-};
-
 struct Layer {
     int stage, channels, heads, head_dim, ratio;
     Affine norm1;
@@ -120,7 +115,8 @@ struct Layer {
     std::vector<int32_t> repeated;             // 16 channels each, that blocks of fc1 have as their shortcut
     std::vector<int32_t> shortcut_of_block;    // which of them, by block of fc1
     Affine layer_scale2;                       // and all that the pooling branches add to every token
-    std::vector<Tap> taps;                     // of the pooling branches together
+    std::vector<int32_t> taps;                 // tokens that the pooling branches see, in floats of the map from the own one
+    Array<float> tap_weights;                  // [block of 16 channels][tap][16]
 };
 
 struct PatchEmbeddings {
