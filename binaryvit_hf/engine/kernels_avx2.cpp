@@ -52,17 +52,15 @@ struct Cpu {
     static constexpr int kBytesAtOnce = 60;  // 60 times at most 4 bits fit a byte; whole words
 
     template <int rows>
-    static inline void count(const uint32_t *bits, int stride, const uint32_t *tile, int words, i32x16 *sums) {
+    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
         if constexpr (rows > 4) {
             // More than four rows' sums do not stay in registers.
-            count<4>(bits, stride, tile, words, sums);
-            count<rows - 4>(bits + 4 * stride, stride, tile, words, sums + 4);
+            count<4>(bits, tile, words, sums);
+            count<rows - 4>(bits + 4, tile, words, sums + 4);
         } else {
-            const auto *matrix = reinterpret_cast<const uint8_t *>(tile);
-            const uint8_t *row_bytes[rows];
+            const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
             __m256i low[rows], high[rows];
             for (int row = 0; row < rows; ++row) {
-                row_bytes[row] = reinterpret_cast<const uint8_t *>(bits + row * stride);
                 low[row] = high[row] = _mm256_setzero_si256();
             }
             for (int begin = 0; begin < 4 * words; begin += kBytesAtOnce) {
@@ -73,7 +71,7 @@ struct Cpu {
                     __m128i packed = _mm_load_si128(reinterpret_cast<const __m128i *>(matrix + byte * kLanes));
                     __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
                     for (int row = 0; row < rows; ++row) {
-                        const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[row_bytes[row][byte]]);
+                        const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[rows_bytes[(byte / 4 * kRows + row) * 4 + byte % 4]]);
                         counts[row] = _mm256_add_epi8(counts[row], _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles));
                     }
                 }

@@ -29,13 +29,13 @@ struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
 
     template <int rows>
-    static inline void count(const uint32_t *bits, int stride, const uint32_t *tile, int words, i32x16 *sums) {
+    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
         __m512i counts[rows];
         for (int row = 0; row < rows; ++row) counts[row] = _mm512_setzero_si512();
         for (int word = 0; word < words; ++word) {
             __m512i matrix = _mm512_load_si512(tile + word * kLanes);
             for (int row = 0; row < rows; ++row) {
-                __m512i differing = _mm512_xor_si512(matrix, _mm512_set1_epi32(int(bits[row * stride + word])));
+                __m512i differing = _mm512_xor_si512(matrix, _mm512_set1_epi32(int(bits[word * kRows + row])));
                 counts[row] = _mm512_add_epi32(counts[row], _mm512_popcnt_epi32(differing));
             }
         }

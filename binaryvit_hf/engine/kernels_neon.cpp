@@ -22,11 +22,9 @@ struct Cpu {
     static constexpr int kBytesAtOnce = 28;  // 28 times at most 8 bits fit a byte; whole words
 
     template <int rows>
-    static inline void count(const uint32_t *bits, int stride, const uint32_t *tile, int words, i32x16 *sums) {
-        const auto *matrix = reinterpret_cast<const uint8_t *>(tile);
-        const uint8_t *row_bytes[rows];
+    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+        const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
         for (int row = 0; row < rows; ++row) {
-            row_bytes[row] = reinterpret_cast<const uint8_t *>(bits + row * stride);
             sums[row] = i32x16{};
         }
         for (int begin = 0; begin < 4 * words; begin += kBytesAtOnce) {
@@ -36,7 +34,7 @@ struct Cpu {
             for (int byte = begin; byte < end; ++byte) {
                 uint8x16_t column = vld1q_u8(matrix + byte * kLanes);
                 for (int row = 0; row < rows; ++row)
-                    counts[row] = vaddq_u8(counts[row], vcntq_u8(veorq_u8(column, vdupq_n_u8(row_bytes[row][byte]))));
+                    counts[row] = vaddq_u8(counts[row], vcntq_u8(veorq_u8(column, vdupq_n_u8(rows_bytes[(byte / 4 * kRows + row) * 4 + byte % 4]))));
             }
             for (int row = 0; row < rows; ++row) {
                 uint16x8_t lower = vmovl_u8(vget_low_u8(counts[row])), upper = vmovl_u8(vget_high_u8(counts[row]));

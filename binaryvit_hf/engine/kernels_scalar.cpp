@@ -16,12 +16,12 @@ struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
 
     template <int rows>
-    static inline void count(const uint32_t *bits, int stride, const uint32_t *tile, int words, i32x16 *sums) {
+    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
         for (int row = 0; row < rows; ++row) {
             int32_t sum[kLanes] = {};
             for (int word = 0; word < words; ++word)
                 for (int lane = 0; lane < kLanes; ++lane)
-                    sum[lane] += __builtin_popcount(bits[row * stride + word] ^ tile[word * kLanes + lane]);
+                    sum[lane] += __builtin_popcount(bits[word * kRows + row] ^ tile[word * kLanes + lane]);
             std::memcpy(&sums[row], sum, sizeof(sum));
         }
     }

@@ -33,23 +33,23 @@ Scratch::Scratch(const Model &model) {
         words = std::max(words, embeddings.projection.weight.words);
         if (!embeddings.binary) patch = std::max(patch, 4 * model.stages[embeddings.stage - 1].channels);
     }
-    int heads = widest_layer(model, [](const Layer &layer) { return layer.heads * head_words(layer); });
-    int attended_words = widest(model, key_words);
-    keys_stride = attended_words * 32;
+    int split_words = widest_layer(model, [](const Layer &layer) { return layer.heads * head_words(layer); });
+    int keys = widest(model, [](const Stage &stage) { return round_up(stage.keys, 32); });
+    int repeated = widest_layer(model, [](const Layer &layer) { return int(layer.repeated.size()); });
     inputs = Array<float>(size_t(kRows) * stride);
     outputs = Array<float>(size_t(kRows) * stride + kLanes);
     inner = Array<float>(size_t(kRows) * stride);
-    shortcuts = Array<float>(size_t(kRows) * widest_layer(model, [](const Layer &layer) { return int(layer.repeated.size()); }));
+    shortcuts = Array<float>(size_t(kRows) * repeated);
     bits = Array<uint32_t>(size_t(kRows) * words);
     more_bits = Array<uint32_t>(size_t(kRows) * words);
-    head_bits = Array<uint32_t>(size_t(kRows) * std::max(heads, words));
-    head_row = Array<uint32_t>(heads);
-    attended = Array<uint32_t>(size_t(kRows) * attended_words);
-    counts = Array<int32_t>(size_t(kRows) * keys_stride);
-    exponentials = Array<float>(keys_stride);
+    head_bits = Array<uint32_t>(size_t(kRows) * words);
+    split_bits = Array<uint32_t>(size_t(kRows) * split_words);
+    attended = Array<uint32_t>(size_t(kRows) * keys / 32);
+    counts = Array<int32_t>(size_t(kRows) * keys);
+    exponentials = Array<float>(keys);
     context_base = Array<float>(size_t(stride) + kLanes);
     patches = Array<float>(size_t(kRows) * patch);
-    zeros = Array<uint32_t>(attended_words);
+    zeros = Array<uint32_t>(size_t(kRows) * keys / 32);
 }
 
 Workspace::Workspace(const Model &model, int size) : team(size), size(size) {

@@ -6,23 +6,22 @@
 
 namespace binaryvit {
 
-/* What one thread needs for a tile of kRows tokens; sizes of the widest stage. */
+/* What one thread needs for a tile of kRows tokens, in tiles (forward.inc); sizes of the widest stage. */
 struct Scratch {
     explicit Scratch(const Model &model);
 
-    Array<float> inputs, outputs;        // (kRows, stride)
-    Array<float> inner;                  // (kRows, stride): averages of the MLP's inner channels
-    Array<float> shortcuts;              // (kRows, 16 channels for each of Layer::repeated)
-    Array<uint32_t> bits, more_bits;     // (kRows, words of the widest input of a projection)
-    Array<uint32_t> head_bits;           // (kRows, heads, words of a head)
-    Array<uint32_t> head_row;            // (heads, words of a head)
-    Array<uint32_t> attended;            // (kRows, words of the keys): the probabilities that are on
-    Array<int32_t> counts;               // (kRows, keys, filled up)
-    Array<float> exponentials;           // (keys, filled up)
-    Array<float> context_base;           // (channels): context of a query to which no key is on
-    Array<float> patches;                // (kRows, inputs of the stem or of patch embeddings of full precision)
-    Array<uint32_t> zeros;               // words of the keys
-    int keys_stride;                     // keys, filled up
+    Array<float> inputs;                            // channels
+    Array<float> outputs;                           // channels, row by row
+    Array<float> inner;                             // channels: sums of the MLP's inner channels
+    Array<float> shortcuts;                         // Layer::repeated
+    Array<uint32_t> bits, more_bits, head_bits;     // inputs of a projection
+    Array<uint32_t> split_bits;                     // of every head from a word of its own on
+    Array<uint32_t> attended;                       // keys: those whose probabilities are on
+    Array<int32_t> counts;                          // keys: bits in which they differ from queries
+    Array<float> exponentials;                      // keys, of one row
+    Array<float> context_base;                      // channels, of one row: context of a query to which no key is on
+    Array<float> patches;                           // inputs of a convolution, row by row
+    Array<uint32_t> zeros;                          // keys
 
     static int keys_blocks(const Stage &stage) { return round_up(stage.keys, kLanes) / kLanes; }
 };
