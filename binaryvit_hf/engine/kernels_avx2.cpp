@@ -11,10 +11,10 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
-#include "simd.h"
 
 namespace binaryvit {
 namespace {
@@ -47,86 +47,63 @@ const DifferenceTables kDifferences;
 namespace binaryvit {
 namespace {
 
+constexpr int kRegisterBytes = 32;
+
+#include "vectors.inc"
+
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
-    static constexpr int kBytesAtOnce = 60;  // 60 times at most 4 bits fit a byte; whole words
+    static constexpr int kWordsAtOnce = 15;  // 60 times at most 4 bits fit a byte
 
     template <int rows>
     static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        if constexpr (rows > 4) {
-            // More than four rows' sums do not stay in registers.
-            count<4>(bits, tile, words, sums);
-            count<rows - 4>(bits + 4, tile, words, sums + 4);
-        } else {
-            const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
-            __m256i low[rows], high[rows];
-            for (int row = 0; row < rows; ++row) {
-                low[row] = high[row] = _mm256_setzero_si256();
-            }
-            for (int begin = 0; begin < 4 * words; begin += kBytesAtOnce) {
-                int end = std::min(begin + kBytesAtOnce, 4 * words);
-                __m256i counts[rows];
-                for (int row = 0; row < rows; ++row) counts[row] = _mm256_setzero_si256();
-                for (int byte = begin; byte < end; ++byte) {
-                    __m128i packed = _mm_load_si128(reinterpret_cast<const __m128i *>(matrix + byte * kLanes));
+        for (int begin = 0; begin < words; begin += kWordsAtOnce) {
+            __m256i counts[rows];
+            for (int row = 0; row < rows; ++row) counts[row] = _mm256_setzero_si256();
+            for (int word = begin; word < std::min(begin + kWordsAtOnce, words); ++word) {
+                const auto *matrix = reinterpret_cast<const __m128i *>(tile + word * kLanes);
+                const auto *row_bytes = reinterpret_cast<const uint8_t *>(bits + word * kRows);
+#pragma GCC unroll 1  // unrolled, sums of several bytes live at once, in more registers than there are
+                for (int byte = 0; byte < 4; ++byte) {
+                    __m128i packed = _mm_load_si128(matrix + byte);
                     __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
                     for (int row = 0; row < rows; ++row) {
-                        const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[rows_bytes[(byte / 4 * kRows + row) * 4 + byte % 4]]);
+                        const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[row_bytes[4 * row + byte]]);
                         counts[row] = _mm256_add_epi8(counts[row], _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles));
                     }
                 }
-                for (int row = 0; row < rows; ++row) {
-                    __m256i lower = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(counts[row]));
-                    __m256i upper = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(counts[row], 1));
-                    __m256i sum = _mm256_add_epi16(lower, upper);
-                    low[row] = _mm256_add_epi32(low[row], _mm256_cvtepu16_epi32(_mm256_castsi256_si128(sum)));
-                    high[row] = _mm256_add_epi32(high[row], _mm256_cvtepu16_epi32(_mm256_extracti128_si256(sum, 1)));
-                }
             }
             for (int row = 0; row < rows; ++row) {
-                std::memcpy(&sums[row], &low[row], sizeof(__m256i));
-                std::memcpy(reinterpret_cast<__m256i *>(&sums[row]) + 1, &high[row], sizeof(__m256i));
+                __m256i lower = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(counts[row]));
+                __m256i upper = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(counts[row], 1));
+                __m256i both = _mm256_add_epi16(lower, upper);
+                i32x16 sum = {reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(both))),
+                              reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(both, 1)))};
+                sums[row] = begin == 0 ? sum : sums[row] + sum;
             }
         }
     }
 
-    struct Halves {
-        __m256 low, high;
-    };
-
-    static inline Halves halves(f32x16 x) {
-        Halves split;
-        std::memcpy(&split, &x, sizeof(x));
-        return split;
+    template <int comparison>
+    static inline uint32_t compare(f32x16 a, f32x16 b) {
+        auto bits = [](Floats x, Floats y) {
+            return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(x), reinterpret_cast<__m256>(y), comparison)));
+        };
+        return bits(a.low, b.low) | bits(a.high, b.high) << 8;
     }
 
-    static inline uint32_t at_least(f32x16 a, f32x16 b) {
-        Halves x = halves(a), y = halves(b);
-        return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.low, y.low, _CMP_GE_OQ))) |
-               uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.high, y.high, _CMP_GE_OQ))) << 8;
-    }
+    static inline uint32_t at_least(f32x16 a, f32x16 b) { return compare<_CMP_GE_OQ>(a, b); }
+    static inline uint32_t above(f32x16 a, f32x16 b) { return compare<_CMP_GT_OQ>(a, b); }
 
-    static inline uint32_t above(f32x16 a, f32x16 b) {
-        Halves x = halves(a), y = halves(b);
-        return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.low, y.low, _CMP_GT_OQ))) |
-               uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.high, y.high, _CMP_GT_OQ))) << 8;
-    }
-
-    static inline f32x16 negative_part(f32x16 x) {
-        Halves split = halves(x);
-        split = {_mm256_min_ps(split.low, _mm256_setzero_ps()), _mm256_min_ps(split.high, _mm256_setzero_ps())};
-        std::memcpy(&x, &split, sizeof(x));
-        return x;
+    static inline Floats negative_part(Floats x) {
+        return reinterpret_cast<Floats>(_mm256_min_ps(reinterpret_cast<__m256>(x), _mm256_setzero_ps()));
     }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {
-        __m256i places[2];
-        std::memcpy(places, &index, sizeof(index));
-        Halves split = {_mm256_i32gather_ps(layer.exponentials.data(), places[0], sizeof(float)),
-                        _mm256_i32gather_ps(layer.exponentials.data(), places[1], sizeof(float))};
-        f32x16 values;
-        std::memcpy(&values, &split, sizeof(values));
-        return values;
+        auto gather = [&](Ints places) {
+            return reinterpret_cast<Floats>(_mm256_i32gather_ps(layer.exponentials.data(), reinterpret_cast<__m256i>(places), 4));
+        };
+        return {gather(index.low), gather(index.high)};
     }
 };
 

@@ -10,10 +10,10 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
-#include "simd.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma"))), apply_to = function)
@@ -24,6 +24,10 @@
 
 namespace binaryvit {
 namespace {
+
+constexpr int kRegisterBytes = 64;
+
+#include "vectors.inc"
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
@@ -50,8 +54,8 @@ struct Cpu {
         return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
     }
 
-    static inline f32x16 negative_part(f32x16 x) {
-        return reinterpret_cast<f32x16>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_setzero_ps()));
+    static inline Floats negative_part(Floats x) {
+        return reinterpret_cast<Floats>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_setzero_ps()));
     }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {

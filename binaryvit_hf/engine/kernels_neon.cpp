@@ -9,13 +9,17 @@
 #include <arm_neon.h>
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
-#include "simd.h"
 
 namespace binaryvit {
 namespace {
+
+constexpr int kRegisterBytes = 16;
+
+#include "vectors.inc"
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
@@ -38,34 +42,42 @@ struct Cpu {
             }
             for (int row = 0; row < rows; ++row) {
                 uint16x8_t lower = vmovl_u8(vget_low_u8(counts[row])), upper = vmovl_u8(vget_high_u8(counts[row]));
-                uint32x4_t parts[4] = {vmovl_u16(vget_low_u16(lower)), vmovl_u16(vget_high_u16(lower)),
-                                       vmovl_u16(vget_low_u16(upper)), vmovl_u16(vget_high_u16(upper))};
-                i32x16 sum;
-                std::memcpy(&sum, parts, sizeof(sum));
-                sums[row] += sum;
+                i32x16 sum = {{reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(lower))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(lower)))},
+                              {reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(upper))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(upper)))}};
+                sums[row] = sums[row] + sum;
             }
         }
     }
 
     /* A bit for every lane of all ones. */
-    static inline uint32_t gather_bits(i32x16 mask) {
+    static inline uint32_t gather_bits(uint32x4_t first, uint32x4_t second, uint32x4_t third, uint32x4_t fourth) {
         static const uint16_t weights[8] = {1, 2, 4, 8, 16, 32, 64, 128};
-        uint32x4_t parts[4];
-        std::memcpy(parts, &mask, sizeof(mask));
         uint16x8_t weight = vld1q_u16(weights);
-        uint16x8_t low = vcombine_u16(vmovn_u32(parts[0]), vmovn_u32(parts[1]));
-        uint16x8_t high = vcombine_u16(vmovn_u32(parts[2]), vmovn_u32(parts[3]));
+        uint16x8_t low = vcombine_u16(vmovn_u32(first), vmovn_u32(second));
+        uint16x8_t high = vcombine_u16(vmovn_u32(third), vmovn_u32(fourth));
         return uint32_t(vaddvq_u16(vandq_u16(low, weight))) | uint32_t(vaddvq_u16(vandq_u16(high, weight))) << 8;
     }
 
-    static inline uint32_t at_least(f32x16 a, f32x16 b) { return gather_bits(a >= b); }
-    static inline uint32_t above(f32x16 a, f32x16 b) { return gather_bits(a > b); }
-    static inline f32x16 negative_part(f32x16 x) { return x < 0 ? x : f32x16{}; }
+    static inline uint32x4_t mask(Ints of) { return reinterpret_cast<uint32x4_t>(of); }
+
+    static inline uint32_t at_least(f32x16 a, f32x16 b) {
+        return gather_bits(mask(a.low.low >= b.low.low), mask(a.low.high >= b.low.high), mask(a.high.low >= b.high.low),
+                           mask(a.high.high >= b.high.high));
+    }
+
+    static inline uint32_t above(f32x16 a, f32x16 b) {
+        return gather_bits(mask(a.low.low > b.low.low), mask(a.low.high > b.low.high), mask(a.high.low > b.high.low),
+                           mask(a.high.high > b.high.high));
+    }
+
+    static inline Floats negative_part(Floats x) { return x < 0 ? x : Floats{}; }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {
-        f32x16 values;
-        for (int lane = 0; lane < kLanes; ++lane) values[lane] = layer.exponentials[index[lane]];
-        return values;
+        int32_t places[kLanes];
+        float values[kLanes];
+        store(places, index);
+        for (int lane = 0; lane < kLanes; ++lane) values[lane] = layer.exponentials[places[lane]];
+        return load(values);
     }
 };
 

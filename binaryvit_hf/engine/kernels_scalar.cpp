@@ -4,13 +4,17 @@
  * Counting: a 32-bit word of a row against the same word of 16 rows of a matrix (Layout::kWords), one after the other.
  */
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
-#include "simd.h"
 
 namespace binaryvit {
 namespace {
+
+constexpr int kRegisterBytes = 16;
+
+#include "vectors.inc"
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
@@ -22,28 +26,36 @@ struct Cpu {
             for (int word = 0; word < words; ++word)
                 for (int lane = 0; lane < kLanes; ++lane)
                     sum[lane] += __builtin_popcount(bits[word * kRows + row] ^ tile[word * kLanes + lane]);
-            std::memcpy(&sums[row], sum, sizeof(sum));
+            sums[row] = load(sum);
         }
     }
 
     static inline uint32_t at_least(f32x16 a, f32x16 b) {
+        float left[kLanes], right[kLanes];
+        store(left, a);
+        store(right, b);
         uint32_t bits = 0;
-        for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(a[lane] >= b[lane]) << lane;
+        for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(left[lane] >= right[lane]) << lane;
         return bits;
     }
 
     static inline uint32_t above(f32x16 a, f32x16 b) {
+        float left[kLanes], right[kLanes];
+        store(left, a);
+        store(right, b);
         uint32_t bits = 0;
-        for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(a[lane] > b[lane]) << lane;
+        for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(left[lane] > right[lane]) << lane;
         return bits;
     }
 
-    static inline f32x16 negative_part(f32x16 x) { return x < 0 ? x : f32x16{}; }
+    static inline Floats negative_part(Floats x) { return x < 0 ? x : Floats{}; }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {
-        f32x16 values;
-        for (int lane = 0; lane < kLanes; ++lane) values[lane] = layer.exponentials[index[lane]];
-        return values;
+        int32_t places[kLanes];
+        float values[kLanes];
+        store(places, index);
+        for (int lane = 0; lane < kLanes; ++lane) values[lane] = layer.exponentials[places[lane]];
+        return load(values);
     }
 };
 
