@@ -28,6 +28,7 @@ from .checkpoints import CheckpointedCallback, SaveOnTermination, flush
 from .errors import NonFiniteLossError
 from .latent import distance_from_one, one_bit_layers
 from .options import TrainingOptions
+from .positive_clips import PositiveClips
 from .sampling import StreamSampler, create_train_sampler, seeded
 from .shipping_binaryvit import LATENT, ShippedModel, pack_folder
 
@@ -152,6 +153,7 @@ class DistillationTrainer(Trainer):
         self.add_callback(SetEpoch(self))
         self.termination = SaveOnTermination()
         self.add_callback(self.termination)
+        self.add_callback(PositiveClips(self.plain_model))
         options = self.args.create_callbacks()
         for callback in options:
             self.add_callback(callback)

@@ -7,6 +7,8 @@ from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from binaryvit_hf.errors import NonFiniteLossError
 from binaryvit_hf.metrics import TopKAccuracy
+from binaryvit_hf.modeling_binaryvit import BinaryViTAttention
+from binaryvit_hf.positive_clips import SMALLEST_CLIP
 from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments, distillation_loss
 
 
@@ -223,3 +225,15 @@ def test_the_best_model_is_loaded_with_every_weight(tmp_path):
     trainer.train()
     best = type(trainer.model).from_pretrained(trainer.state.best_model_checkpoint)
     torch.testing.assert_close(dict(trainer.model.state_dict()), dict(best.state_dict()), rtol=0, atol=0)
+
+
+def test_a_clip_that_a_step_takes_below_zero_comes_back_so_that_its_attention_lives_on(tmp_path):
+    trainer = tiny_trainer(tmp_path, learning_rate=0.05, max_steps=3)
+    attention = next(module for module in trainer.model.modules() if isinstance(module, BinaryViTAttention))
+
+    def kill(module, args):
+        module.probability_clip.data.fill_(-1.0)
+
+    attention.register_forward_pre_hook(kill)
+    trainer.train()
+    assert attention.probability_clip.item() == pytest.approx(SMALLEST_CLIP)
