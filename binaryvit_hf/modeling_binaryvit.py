@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
+from .engine_binaryvit import EngineChoice, choose_engine, compute, forget
 from .fused_binaryvit import BinaryAttentionProducts, merge_heads
 from .layers_binaryvit import (
     AvgPoolBranch,
@@ -52,12 +53,14 @@ class BinaryViTEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def check(self, pixel_values: torch.Tensor) -> None:
         expected = (self.num_channels, *self.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"The model takes images of (channels, height, width) {expected}, not {tuple(pixel_values.shape[1:])}."
             )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
         hidden_states = self.norm(hidden_states)
         if self.class_token is not None:
@@ -222,6 +225,16 @@ class BinaryViTPreTrainedModel(PackableModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"attentions": BinaryViTAttention}
 
+    @property
+    def engine(self) -> EngineChoice:
+        """What computes this model in evaluation, by its `name`, and the `reason`."""
+        return choose_engine(self.base_model)
+
+    def _apply(self, *args, **kwargs):
+        for module in self.modules():
+            forget(module)
+        return super()._apply(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Linear and convolution layers as PyTorch does, embeddings truncated normal, the rest constants."""
@@ -301,6 +314,10 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
         Raises:
             ValueError: if the images have not the size and channels of the config.
         """
+        self.embeddings.check(pixel_values)
+        outputs = compute(self, pixel_values, output_hidden_states, kwargs)
+        if outputs is not None:
+            return outputs
         hidden_states = self.embeddings(pixel_values)
         layer_inputs = []
         for stage, grid_size in zip(self.stages, self.config.grid_sizes):

@@ -43,6 +43,9 @@ class PackableModel(PreTrainedModel):
         except SafetensorError as error:
             raise ValueError(f"The weights of {str(pretrained_model_name_or_path)!r} are damaged: {error}") from error
         check_loading(model, loading_info)
+        if model.is_packed:
+            # A gradient is nothing to expect of bits; what asks for one has PyTorch compute it.
+            model.base_model.requires_grad_(False)
         align_weights(model)
         return (model, loading_info) if output_loading_info else model
 
@@ -102,6 +105,7 @@ class PackableModel(PreTrainedModel):
 
     def unpack_weights(self) -> None:
         unpack_layers(self)
+        self.requires_grad_(True)
 
 
 def check_quantization_config(quantization_config) -> None:

@@ -38,6 +38,9 @@ const char *binaryvit_kernels(void);
 /* Names of all kernels that are built, as above. */
 const char *binaryvit_built_kernels(void);
 
+/* Names of those features of this CPU that kernels are made for, as above. */
+const char *binaryvit_cpu_features(void);
+
 /*
  * A model for the kernels of that name; null if there is none, with a sentence that says why in `error`.
  * To be freed by binaryvit_free.
@@ -46,10 +49,6 @@ binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *c
                                   int32_t num_tensors, char *error, int32_t error_bytes);
 
 void binaryvit_free(binaryvit_model *model);
-
-/* Tokens and channels of the last stage, and floats of all hidden states of one image. */
-int64_t binaryvit_last_tokens(const binaryvit_model *model);
-int64_t binaryvit_last_channels(const binaryvit_model *model);
 
 /*
  * Args:
@@ -63,6 +62,30 @@ int64_t binaryvit_last_channels(const binaryvit_model *model);
  */
 int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
                           float *last_hidden_state, float *pooled, float *const *hidden_states);
+
+/*
+ * One step alone, for tests: the stem, then for every stage its patch embeddings (but for the first) and its layers, then the
+ * last normalisation.
+ *
+ * Args:
+ *   input: images for the stem, else (batch, tokens, channels) of the step before.
+ *   output: (batch, tokens, channels).
+ */
+int32_t binaryvit_run_step(binaryvit_model *model, int32_t step, const float *input, int64_t batch, int32_t threads,
+                           float *output);
+
+/*
+ * The product that all others are made of, for tests: in how many bits each row of `bits` differs from each row of `matrix`.
+ *
+ * Args:
+ *   bits: (rows, ceil(inputs / 8)), the first input in the lowest bit, the last byte filled up with zeros.
+ *   matrix: (outputs, ceil(inputs / 8)), the same.
+ *   counts: (rows, outputs).
+ *
+ * Returns 0, or 1 where memory is short or there are no such kernels.
+ */
+int32_t binaryvit_count(const char *kernels, const uint8_t *bits, int32_t rows, const uint8_t *matrix, int32_t outputs,
+                        int32_t inputs, int32_t *counts);
 
 #ifdef __cplusplus
 }

@@ -39,6 +39,26 @@ std::string join_names(bool all) {
     return names;
 }
 
+std::string cpu_features() {
+    std::string names;
+#if defined(__x86_64__)
+    auto add = [&](bool has, const char *name) {
+        if (has) names += (names.empty() ? "" : " ") + std::string(name);
+    };
+    add(__builtin_cpu_supports("popcnt"), "popcnt");
+    add(__builtin_cpu_supports("fma"), "fma");
+    add(__builtin_cpu_supports("avx2"), "avx2");
+    add(__builtin_cpu_supports("avx512f"), "avx512f");
+    add(__builtin_cpu_supports("avx512bw"), "avx512bw");
+    add(__builtin_cpu_supports("avx512vl"), "avx512vl");
+    add(__builtin_cpu_supports("avx512dq"), "avx512dq");
+    add(__builtin_cpu_supports("avx512vpopcntdq"), "avx512vpopcntdq");
+#elif defined(__aarch64__)
+    names = "neon";
+#endif
+    return names;
+}
+
 void say(char *error, int32_t error_bytes, const char *what) {
     if (error_bytes > 0) std::snprintf(error, size_t(error_bytes), "%s", what);
 }
@@ -127,6 +147,11 @@ const char *binaryvit_built_kernels(void) {
     return names.c_str();
 }
 
+const char *binaryvit_cpu_features(void) {
+    static const std::string names = cpu_features();
+    return names.c_str();
+}
+
 binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,
                                   int32_t num_tensors, char *error, int32_t error_bytes) {
     const Kernels *found = find_kernels(kernels);
@@ -145,10 +170,6 @@ binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *c
 }
 
 void binaryvit_free(binaryvit_model *model) { delete model; }
-
-int64_t binaryvit_last_tokens(const binaryvit_model *model) { return model->network->stages.back().tokens; }
-
-int64_t binaryvit_last_channels(const binaryvit_model *model) { return model->network->stages.back().channels; }
 
 int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads, float *last_hidden_state,
                           float *pooled, float *const *hidden_states) try {
@@ -179,6 +200,55 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
         for (; image < batch; ++image) call.run_image(image, *workspace, 0);
     }
     model->give_back(std::move(workspace));
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *input, int64_t batch, int32_t threads,
+                           float *output) try {
+    const Model &network = *model->network;
+    const Step &step = network.steps[size_t(index)];
+    const Stage &to = network.stage_of(step);
+    const Stage &from = step.kind == StepKind::kPatchEmbeddings ? network.stages[size_t(step.index) - 1] : to;
+    size_t pixels = size_t(network.image_channels) * network.image_height * network.image_width;
+    auto workspace = std::make_unique<Workspace>(network, std::max(threads, 1));
+    for (int64_t image = 0; image < batch; ++image) {
+        float *result = output + size_t(image) * to.tokens * to.channels;
+        if (step.kind != StepKind::kStem)
+            for (int token = 0; token < from.tokens; ++token)
+                std::copy_n(input + (size_t(image) * from.tokens + token) * from.channels, from.channels,
+                            &workspace->tokens[size_t(token) * from.stride]);
+        auto work = [&](int member) {
+            network.kernels->run(network, step, *workspace, member, input + size_t(image) * pixels, result);
+        };
+        if (workspace->size == 1) {
+            work(0);
+        } else if (!run_team(workspace->size, work)) {
+            return 1;
+        }
+        if (step.kind != StepKind::kNorm)
+            for (int token = 0; token < to.tokens; ++token)
+                std::copy_n(&workspace->tokens[size_t(token) * to.stride], to.channels, result + size_t(token) * to.channels);
+    }
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+int32_t binaryvit_count(const char *name, const uint8_t *bits, int32_t rows, const uint8_t *matrix, int32_t outputs,
+                        int32_t inputs, int32_t *counts) try {
+    const Kernels *kernels = find_kernels(name);
+    if (kernels == nullptr) return 1;
+    int row_bytes = (inputs + 7) / 8;
+    SignMatrix tiles(outputs, inputs);
+    for (int output = 0; output < outputs; ++output)
+        for (int input = 0; input < inputs; ++input)
+            if (matrix[size_t(output) * row_bytes + input / 8] >> input % 8 & 1) tiles.set(kernels->layout, output, input);
+    Array<uint32_t> words(size_t(rows) * tiles.words);
+    for (int row = 0; row < rows; ++row)
+        std::memcpy(&words[size_t(row) * tiles.words], bits + size_t(row) * row_bytes, size_t(row_bytes));
+    kernels->count(words.data(), rows, tiles, outputs, counts);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -1,0 +1,156 @@
+"""Which models, and which calls of them, the compiled engine computes; PyTorch computes the rest."""
+
+import os
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import output_capturing
+
+from .packing_binaryvit import PackedLinear
+
+
+try:  # code that came with a checkpoint uses the package where it is installed
+    from binaryvit_hf import engine
+except ImportError:
+    engine = None
+
+VARIABLE = "BINARYVIT_ENGINE"  # of the environment: forces kernels, or PyTorch
+TORCH = "torch"
+
+
+class EngineChoice(NamedTuple):
+    """What computes a model: `avx512`, `avx2`, `neon` or `scalar` kernels of the engine, or `torch`; and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self):
+        return f"{self.name} ({self.reason})"
+
+
+class Folded:
+    """An engine made of a backbone's tensors as they were; PyTorch counts what changes them in place."""
+
+    def __init__(self, model: torch.nn.Module, kernels: str, wanted: str | None):
+        tensors = model.state_dict(keep_vars=True)
+        self.wanted = wanted
+        self.tensors = list(tensors.values())
+        self.parameters = list(model.parameters())
+        self.modules = list(model.modules())
+        self.versions = self.count_changes()
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in (torch.float32, torch.uint8)}
+        self.engine = engine.Engine(model.config, floats, kernels)
+
+    def count_changes(self) -> int:
+        return sum(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
+
+    def is_watched(self) -> bool:
+        """Whether somebody's hook waits for a module to be called; transformers' own wait for nothing here."""
+        return any(
+            hook.__module__ != output_capturing.__name__
+            for module in self.modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+
+
+FOLDED: weakref.WeakKeyDictionary[torch.nn.Module, Folded] = weakref.WeakKeyDictionary()
+
+
+def choose_engine(model: torch.nn.Module) -> EngineChoice:
+    """
+    What computes this backbone in evaluation.
+
+    Raises:
+        ValueError: BINARYVIT_ENGINE names what this machine does not have.
+    """
+    here = engine.kernels_here() if engine else []
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted not in (None, TORCH, *here):
+        raise ValueError(f"{VARIABLE} is {wanted!r}, but this machine has {', '.join([*here, TORCH])}.")
+    reason = f"{VARIABLE} says so" if wanted == TORCH else describe_obstacle(model)
+    if reason:
+        return EngineChoice(TORCH, reason)
+    return EngineChoice(wanted or here[0], f"{VARIABLE} says so" if wanted else "the fastest kernels for this CPU")
+
+
+def describe_obstacle(model: torch.nn.Module) -> str | None:
+    """Why the engine does not compute a backbone; none where it does."""
+    config = model.config
+    if (config.weight_bits, config.input_bits) != (1, 1):
+        return f"the engine multiplies single bits, not {config.weight_bits} by {config.input_bits}"
+    if not is_packed(model):
+        return "its weights are not packed"
+    if model.training:
+        return "it is in training mode"
+    for tensor in model.state_dict().values():
+        if tensor.device.type != "cpu":
+            return f"it is on the device {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            return f"it computes in {str(tensor.dtype).removeprefix('torch.')}"
+    if engine is None:
+        return "binaryvit_hf is not installed"
+    return engine.problem()
+
+
+def is_packed(model: torch.nn.Module) -> bool:
+    return isinstance(model.stages[0].layers[0].attention.query.linear, PackedLinear)
+
+
+def compute(
+    model: torch.nn.Module, images: torch.Tensor, output_hidden_states: bool | None, options: dict
+) -> BaseModelOutputWithPooling | None:
+    """
+    A backbone's outputs for `images (batch, channels, height, width)`; none where PyTorch has to compute them.
+
+    Args:
+        options: further arguments of the call.
+    """
+    if model.training or not is_packed(model) or is_traced(images):
+        return None
+    if options.get("output_attentions", getattr(model.config, "output_attentions", False)):
+        return None
+    folded = fold(model)
+    if folded is None or folded.is_watched():
+        return None
+    if torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in folded.parameters)):
+        return None
+    last, pooled, hidden_states = folded.engine.forward(
+        images.to(torch.float32), torch.get_num_threads(), bool(output_hidden_states)
+    )
+    return BaseModelOutputWithPooling(
+        last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(hidden_states) or None
+    )
+
+
+def is_traced(images: torch.Tensor) -> bool:
+    """Whether somebody follows PyTorch's operations (torch.compile, torch.export, tracing), or there are no numbers."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return True
+    try:
+        return images.device.type != "cpu" or not images.data_ptr() and images.numel() > 0
+    except RuntimeError:  # of vmap and its like
+        return True
+
+
+def fold(model: torch.nn.Module) -> Folded | None:
+    folded = FOLDED.get(model)
+    wanted = os.environ.get(VARIABLE) or None
+    if folded is None or wanted != folded.wanted or folded.versions != folded.count_changes():
+        choice = choose_engine(model)
+        if choice.name == TORCH:
+            FOLDED.pop(model, None)
+            if engine is not None and choice.reason == engine.problem():
+                warnings.warn(f"BinaryViT runs in PyTorch, some ten times slower than it could: {choice.reason}.")
+            return None
+        folded = FOLDED[model] = Folded(model, choice.name, wanted)
+    return folded
+
+
+def forget(model: torch.nn.Module) -> None:
+    """To be called where tensors of a model are exchanged for others."""
+    FOLDED.pop(model, None)
