@@ -357,13 +357,17 @@ private:
         layer.fc2 = projection(name + ".fc2.linear", name + ".fc2.norm_activation", inner, channels, in_order(channels), order);
 
         for (size_t first = 0; first < shortcut.size(); first += kLanes) {
+            const int32_t *channels = &shortcut[first];
             size_t known = 0;
-            while (known < layer.repeated.size() &&
-                   !std::equal(&shortcut[first], &shortcut[first] + kLanes, &layer.repeated[known]))
-                known += kLanes;
-            if (known == layer.repeated.size())
-                layer.repeated.insert(layer.repeated.end(), &shortcut[first], &shortcut[first] + kLanes);
-            layer.shortcut_of_block.push_back(int32_t(known / kLanes));
+            while (known < layer.repeated.size() && !std::equal(channels, channels + kLanes, layer.repeated[known].channels)) ++known;
+            if (known == layer.repeated.size()) {
+                Choice choice;
+                std::copy_n(channels, kLanes, choice.channels);
+                choice.first = *std::min_element(channels, channels + kLanes) / 32;
+                choice.last = *std::max_element(channels, channels + kLanes) / 32;
+                layer.repeated.push_back(choice);
+            }
+            layer.shortcut_of_block.push_back(int32_t(known));
         }
     }
 

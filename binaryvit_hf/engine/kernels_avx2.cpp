@@ -11,7 +11,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
@@ -97,6 +96,14 @@ struct Cpu {
 
     static inline Floats negative_part(Floats x) {
         return reinterpret_cast<Floats>(_mm256_min_ps(reinterpret_cast<__m256>(x), _mm256_setzero_ps()));
+    }
+
+    static inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+    static inline f32x16 pick(const float *from, const Choice &choice) {
+        float picked[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) picked[lane] = from[choice.channels[lane]];
+        return load(picked);
     }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {

@@ -10,7 +10,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
@@ -56,6 +55,19 @@ struct Cpu {
 
     static inline Floats negative_part(Floats x) {
         return reinterpret_cast<Floats>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_setzero_ps()));
+    }
+
+    static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
+
+    static inline f32x16 pick(const float *from, const Choice &choice) {
+        __m512i channels = _mm512_load_si512(choice.channels), groups = _mm512_srli_epi32(channels, 5);
+        __m512 picked = _mm512_setzero_ps();
+        for (int group = choice.first; group <= choice.last; ++group) {
+            // An index is taken modulo 32: 16 of the one register, 16 of the other.
+            __m512 of_group = _mm512_permutex2var_ps(_mm512_loadu_ps(from + 32 * group), channels, _mm512_loadu_ps(from + 32 * group + 16));
+            picked = _mm512_mask_mov_ps(picked, _mm512_cmpeq_epi32_mask(groups, _mm512_set1_epi32(group)), of_group);
+        }
+        return reinterpret_cast<f32x16>(picked);
     }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {

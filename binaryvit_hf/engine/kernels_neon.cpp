@@ -9,7 +9,6 @@
 #include <arm_neon.h>
 
 #include <algorithm>
-#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
@@ -71,6 +70,14 @@ struct Cpu {
     }
 
     static inline Floats negative_part(Floats x) { return x < 0 ? x : Floats{}; }
+
+    static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+    static inline f32x16 pick(const float *from, const Choice &choice) {
+        float picked[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) picked[lane] = from[choice.channels[lane]];
+        return load(picked);
+    }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {
         int32_t places[kLanes];

@@ -4,7 +4,6 @@
  * Counting: a 32-bit word of a row against the same word of 16 rows of a matrix (Layout::kWords), one after the other.
  */
 #include <algorithm>
-#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
@@ -49,6 +48,14 @@ struct Cpu {
     }
 
     static inline Floats negative_part(Floats x) { return x < 0 ? x : Floats{}; }
+
+    static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+    static inline f32x16 pick(const float *from, const Choice &choice) {
+        float picked[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) picked[lane] = from[choice.channels[lane]];
+        return load(picked);
+    }
 
     static inline f32x16 exponential(const Layer &layer, i32x16 index) {
         int32_t places[kLanes];

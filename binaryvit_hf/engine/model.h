@@ -96,6 +96,12 @@ struct Projection {
 /* A bit of a channel is whether its value is at least this; infinity where there is no channel. */
 using Thresholds = Array<float>;
 
+/* 16 channels of a token. */
+struct Choice {
+    alignas(64) int32_t channels[kLanes];
+    int32_t first, last;  // of the 32 channels side by side, the first and the last among which they are
+};
+
 struct Layer {
     int stage, channels, heads, head_dim, ratio;
     Affine norm1;
@@ -112,7 +118,7 @@ struct Layer {
     Thresholds fc1_input, fc2_input;
     Projection fc1, fc2;                       // inner channels in the order [block of channels][run][channel of the block]
     int expansion;                             // inner channels for one channel: a run
-    std::vector<int32_t> repeated;             // 16 channels each, that blocks of fc1 have as their shortcut
+    std::vector<Choice> repeated;              // what blocks of fc1 have as their shortcut
     std::vector<int32_t> shortcut_of_block;    // which of them, by block of fc1
     Affine layer_scale2;                       // and all that the pooling branches add to every token
     std::vector<int32_t> taps;                 // tokens that the pooling branches see, in floats of the map from the own one

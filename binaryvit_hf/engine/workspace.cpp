@@ -35,7 +35,7 @@ Scratch::Scratch(const Model &model) {
     }
     int split_words = widest_layer(model, [](const Layer &layer) { return layer.heads * head_words(layer); });
     int keys = widest(model, [](const Stage &stage) { return round_up(stage.keys, 32); });
-    int repeated = widest_layer(model, [](const Layer &layer) { return int(layer.repeated.size()); });
+    int repeated = widest_layer(model, [](const Layer &layer) { return int(layer.repeated.size()) * kLanes; });
     inputs = Array<float>(size_t(kRows) * stride);
     outputs = Array<float>(size_t(kRows) * stride + kLanes);
     inner = Array<float>(size_t(kRows) * stride);
