@@ -34,6 +34,7 @@ from binaryvit_hf.augmentation import create_mix
 from binaryvit_hf.checkpoints import last_whole_checkpoint
 from binaryvit_hf.data import Images, add_transforms, check_images, collate_images, load_images
 from binaryvit_hf.data_arguments import DataArguments
+from binaryvit_hf.doctor import check_engine_variable
 from binaryvit_hf.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, first_sentence
 from binaryvit_hf.host_memory import keep_freed_memory
 from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
+        check_engine_variable()
         phases = parse_phases(arguments)
         for phase in phases:
             check_arguments(phase)

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
+from .doctor import check_engine_variable, describe_machine
 from .errors import RunError, UploadError, UserError, first_sentence
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
 from .images import create_image_processor, list_images, open_image
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()
     options = create_parser().parse_args(arguments)
     try:
+        check_engine_variable()
         options.run(options)
     except (UserError, RunError, UploadError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -124,11 +126,18 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students (default 1 2 3)")
     command.add_argument("--jobs", type=int, default=1, help="students to train at once (default 1)")
 
+    add(doctor, "binaryvit doctor")
+
     command = add(card, "binaryvit card outputs/quickstart")
     command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model or of a config")
     command.add_argument("--out", type=Path, help="file to write (default FOLDER/README.md)")
     command.add_argument("--model-id", help="what readers load the model by (default FOLDER)")
     return parser
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Say what is installed, what this CPU can do, and what computes packed models on it."""
+    print(describe_machine())
 
 
 def pack(options: argparse.Namespace) -> None:

@@ -68,14 +68,27 @@ def choose_engine(model: torch.nn.Module) -> EngineChoice:
     Raises:
         ValueError: BINARYVIT_ENGINE names what this machine does not have.
     """
-    here = engine.kernels_here() if engine else []
-    wanted = os.environ.get(VARIABLE) or None
-    if wanted not in (None, TORCH, *here):
-        raise ValueError(f"{VARIABLE} is {wanted!r}, but this machine has {', '.join([*here, TORCH])}.")
+    wanted = wanted_kernels()
     reason = f"{VARIABLE} says so" if wanted == TORCH else describe_obstacle(model)
     if reason:
         return EngineChoice(TORCH, reason)
-    return EngineChoice(wanted or here[0], f"{VARIABLE} says so" if wanted else "the fastest kernels for this CPU")
+    if wanted:
+        return EngineChoice(wanted, f"{VARIABLE} says so")
+    return EngineChoice(engine.kernels_here()[0], "the fastest kernels for this CPU")
+
+
+def wanted_kernels() -> str | None:
+    """
+    What the environment forces, if it does.
+
+    Raises:
+        ValueError: it is nothing that this machine has.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    here = [*(engine.kernels_here() if engine else []), TORCH]
+    if wanted not in (None, *here):
+        raise ValueError(f"{VARIABLE} is {wanted!r}, but this machine has {', '.join(here)}.")
+    return wanted
 
 
 def describe_obstacle(model: torch.nn.Module) -> str | None:
@@ -139,7 +152,7 @@ def is_traced(images: torch.Tensor) -> bool:
 
 def fold(model: torch.nn.Module) -> Folded | None:
     folded = FOLDED.get(model)
-    wanted = os.environ.get(VARIABLE) or None
+    wanted = wanted_kernels()
     if folded is None or wanted != folded.wanted or folded.versions != folded.count_changes():
         choice = choose_engine(model)
         if choice.name == TORCH:

@@ -1,0 +1,54 @@
+"""What is installed here, what this CPU can do, and what computes 1-bit models on it."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import engine
+from .engine_binaryvit import TORCH, wanted_kernels
+from .errors import UserError
+
+
+LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets", "timm")
+
+
+def check_engine_variable() -> None:
+    """
+    Raises:
+        UserError: BINARYVIT_ENGINE names what this machine does not have.
+    """
+    try:
+        wanted_kernels()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def describe_machine() -> str:
+    rows = {
+        "binaryvit_hf": version("binaryvit_hf"),
+        "Python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "CPU features": ", ".join(engine.cpu_features()) or "unknown without the engine",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "kernels built": ", ".join(engine.kernels_built()) or f"none: {engine.problem()}",
+        "kernels this CPU runs": ", ".join(engine.kernels_here()) or "none",
+        "packed models run on": describe_choice(),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_choice() -> str:
+    wanted, here = wanted_kernels(), engine.kernels_here()
+    if wanted:
+        return f"{wanted} (BINARYVIT_ENGINE says so)"
+    return here[0] if here else f"{TORCH}, some ten times slower than the engine"
