@@ -49,6 +49,7 @@ print("all equal")
 """
 
 SIDE_BY_SIDE = """
+import os
 import sys
 import torch
 from transformers import AutoModelForImageClassification
@@ -78,6 +79,11 @@ for kind in (copy, binaryvit_hf.BinaryViTForImageClassification, AutoModelForIma
         with torch.no_grad():
             assert torch.equal(model(images).logits, expected)
 assert type(model) is binaryvit_hf.BinaryViTForImageClassification
+del os.environ["BINARYVIT_ENGINE"]
+model = copy.from_pretrained(f"{root}/packed")
+assert model.engine.name == (binaryvit_hf.engine.kernels_here() or ["torch"])[0]
+with torch.no_grad():
+    torch.testing.assert_close(model(images).logits, expected)
 print("all equal")
 """
 
@@ -106,7 +112,8 @@ def test_a_machine_without_the_package_loads_saves_and_loads_again_bit_equal_wit
 
 
 @pytest.mark.parametrize("first", ["package", "copy"])
-def test_package_and_travelling_copy_live_in_one_process(shelf, tmp_path, first):
+def test_package_and_travelling_copy_live_in_one_process_and_both_use_the_engine(shelf, tmp_path, first, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")  # what is equal to the last bit
     result = run_python(SIDE_BY_SIDE, tmp_path / "home", shelf, first)
     assert result.stdout == "all equal\n", result.stderr
 
@@ -115,5 +122,6 @@ def test_every_file_that_the_code_imports_travels_and_nothing_of_the_package_is_
     files = {path.name for path in (shelf / "packed").glob("*.py")}
     assert "modeling_binaryvit.py" in files
     for path in (shelf / "packed").glob("*.py"):
-        assert "binaryvit_hf import" not in path.read_text()
+        uses = [line for line in path.read_text().splitlines() if "binaryvit_hf import" in line]
+        assert uses == (["    from binaryvit_hf import engine"] if path.name == "engine_binaryvit.py" else [])
     assert files == {path.name for path in (shelf / "latent").glob("*.py")}
