@@ -112,9 +112,9 @@ def test_a_machine_without_the_package_loads_saves_and_loads_again_bit_equal_wit
 
 
 @pytest.mark.parametrize("first", ["package", "copy"])
-def test_package_and_travelling_copy_live_in_one_process_and_both_use_the_engine(shelf, tmp_path, first, monkeypatch):
-    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")  # what is equal to the last bit
-    result = run_python(SIDE_BY_SIDE, tmp_path / "home", shelf, first)
+def test_package_and_travelling_copy_live_in_one_process_and_both_use_the_engine(shelf, tmp_path, first):
+    # PyTorch at first: what it computes is equal to the last bit.
+    result = run_python(SIDE_BY_SIDE, tmp_path / "home", shelf, first, BINARYVIT_ENGINE="torch")
     assert result.stdout == "all equal\n", result.stderr
 
 
