@@ -101,13 +101,13 @@ private:
         return stage;
     }
 
-    /* Batch normalisation with its running statistics. */
-    Affine norm(const std::string &name, int channels) const {
+    /* Batch normalisation with its running statistics; `more` zeros after the last channel. */
+    Affine norm(const std::string &name, int channels, int more = 0) const {
         const float *weight = tensors_.floats(name + ".batch_norm.weight", channels);
         const float *bias = tensors_.floats(name + ".batch_norm.bias", channels);
         const float *mean = tensors_.floats(name + ".batch_norm.running_mean", channels);
         const float *variance = tensors_.floats(name + ".batch_norm.running_var", channels);
-        Affine affine(channels);
+        Affine affine(channels + more);
         for (int c = 0; c < channels; ++c) {
             double scale = weight[c] / std::sqrt(double(variance[c]) + config_.batch_norm_eps);
             affine.scale[c] = float(scale);
@@ -320,7 +320,8 @@ private:
         float clip = *tensors_.floats(name + ".probability_clip", 1);
         // Of a clip that is not positive no probability is ever on: quantize_probability rounds p / clip and cuts it off at 0.
         layer.probability_threshold = clip > 0 ? 0.5f * clip : std::numeric_limits<float>::infinity();
-        layer.context = norm(name + ".norm_activation.norm", channels);
+        // The last head's last 16 channels may reach beyond the last channel.
+        layer.context = norm(name + ".norm_activation.norm", channels, kLanes);
         const float *shift_in = tensors_.floats(name + ".norm_activation.activation.shift_in", channels);
         for (int c = 0; c < channels; ++c) {
             layer.context.scale[c] *= clip;
