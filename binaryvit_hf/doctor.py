@@ -51,4 +51,4 @@ def describe_choice() -> str:
     wanted, here = wanted_kernels(), engine.kernels_here()
     if wanted:
         return f"{wanted} (BINARYVIT_ENGINE says so)"
-    return here[0] if here else f"{TORCH}, some ten times slower than the engine"
+    return here[0] if here else f"{TORCH}, slower than they could"

@@ -1,14 +1,13 @@
 """Which models, and which calls of them, the compiled engine computes; PyTorch computes the rest."""
 
 import os
-import warnings
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import output_capturing
+from transformers.utils import logging, output_capturing
 
 from .packing_binaryvit import PackedLinear
 
@@ -20,6 +19,8 @@ except ImportError:
 
 VARIABLE = "BINARYVIT_ENGINE"  # of the environment: forces kernels, or PyTorch
 TORCH = "torch"
+
+logger = logging.get_logger(__name__)
 
 
 class EngineChoice(NamedTuple):
@@ -145,7 +146,7 @@ def is_traced(images: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return True
     try:
-        return images.device.type != "cpu" or not images.data_ptr() and images.numel() > 0
+        return images.device.type != "cpu" or (images.numel() > 0 and images.data_ptr() == 0)
     except RuntimeError:  # of vmap and its like
         return True
 
@@ -158,7 +159,7 @@ def fold(model: torch.nn.Module) -> Folded | None:
         if choice.name == TORCH:
             FOLDED.pop(model, None)
             if engine is not None and choice.reason == engine.problem():
-                warnings.warn(f"BinaryViT runs in PyTorch, some ten times slower than it could: {choice.reason}.")
+                logger.warning_once(f"Packed models run in PyTorch, slower than they could: {choice.reason}.")
             return None
         folded = FOLDED[model] = Folded(model, choice.name, wanted)
     return folded

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from binaryvit_hf import engine
 from binaryvit_hf.cli import main
 from binaryvit_hf.images import create_image_processor
 
@@ -65,6 +66,22 @@ def test_help_has_an_example(command, capsys):
         main([command, "--help"])
     assert exit.value.code == 0
     assert f"example:\n  binaryvit {command} " in capsys.readouterr().out
+
+
+def test_doctor_says_what_computes_packed_models_here(capsys, monkeypatch):
+    monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
+    rows = dict(line.split("  ", 1) for line in run(capsys, "doctor").splitlines())
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert torch.__version__.startswith(rows["torch"].split("+")[0])
+    assert rows["kernels this CPU runs"] == (", ".join(engine.kernels_here()) or "none")
+    assert rows["packed models run on"].startswith(engine.kernels_here()[0] if engine.kernels_here() else "torch")
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    assert "torch (BINARYVIT_ENGINE says so)" in run(capsys, "doctor")
+
+
+def test_an_engine_that_is_not_here_is_refused_before_anything_else(capsys, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "abacus")
+    assert_refused(capsys, ["ops", "binaryvit-small-patch4-224"], "'abacus'", "torch")
 
 
 def test_pack_writes_a_whole_model_of_bits(latent, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The compiled engine beside PyTorch: step by step from the same inputs, and how a model comes to use it."""
 
 import copy
+import logging
 import math
 import os
 import pickle
@@ -15,11 +16,13 @@ from golden_data import CONFIGS, ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 
 from binaryvit_hf import BinaryViTConfig, engine
 from binaryvit_hf.configuration_binaryvit import as_pair
+from binaryvit_hf.engine import library
 from binaryvit_hf.engine.library import Engine, count_differing_bits
+from binaryvit_hf.engine_binaryvit import forget
 from binaryvit_hf.packing_binaryvit import pack_layers, pack_levels, unpack_levels
 
 
@@ -47,7 +50,9 @@ def engine_of(model, kernels: str) -> Engine:
 
 
 def images_of(config, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, config.num_channels, *as_pair(config.image_size), generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        batch, config.num_channels, *as_pair(config.image_size), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def record_steps(model, images) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -137,7 +142,9 @@ def test_counts_are_exact_whatever_counts_them(rows, outputs, inputs, seed):
     left, right = (torch.randint(0, 2, (count, inputs), generator=generator) * 2 - 1 for count in (rows, outputs))
     expected = (inputs - left @ right.T) // 2
     for kernels in KERNELS:
-        assert torch.equal(count_differing_bits(kernels, pack_levels(left, 1), pack_levels(right, 1), inputs), expected.int())
+        assert torch.equal(
+            count_differing_bits(kernels, pack_levels(left, 1), pack_levels(right, 1), inputs), expected.int()
+        )
 
 
 def test_a_row_that_differs_in_every_bit_does_not_overflow():
@@ -241,6 +248,20 @@ def test_kernels_that_do_not_exist_are_refused_by_name(monkeypatch):
 def test_what_the_engine_does_not_do_pytorch_does_and_says_why(change, reason):
     model = change(packed(tiny_config()))
     assert model.engine.name == "torch" and reason in model.engine.reason
+
+
+def test_without_the_compiled_library_pytorch_computes_and_says_so_once(monkeypatch, caplog):
+    model = packed(tiny_config())
+    expected = model(tiny_images()).logits
+    forget(model.binaryvit)
+    monkeypatch.setattr(library, "load_library", lambda: "it was not built")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for _ in range(2):
+        torch.testing.assert_close(model(tiny_images()).logits, expected)
+    assert model.engine == ("torch", "it was not built")
+    assert [record.message for record in caplog.records] == [
+        "Packed models run in PyTorch, slower than they could: it was not built."
+    ]
 
 
 def test_other_bits_run_in_pytorch():

@@ -75,7 +75,15 @@ def load_library() -> ctypes.CDLL | str:
     pointer = ctypes.c_void_p
     library.binaryvit_forward.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer, pointer, pointer]
     library.binaryvit_run_step.argtypes = [pointer, ctypes.c_int32, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
-    library.binaryvit_count.argtypes = [ctypes.c_char_p, pointer, ctypes.c_int32, pointer, ctypes.c_int32, ctypes.c_int32, pointer]
+    library.binaryvit_count.argtypes = [
+        ctypes.c_char_p,
+        pointer,
+        ctypes.c_int32,
+        pointer,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        pointer,
+    ]
     return library
 
 
@@ -198,7 +206,9 @@ class Engine:
             raise MemoryError("The engine got too little memory for its tokens.")
         return last, pooled, hidden
 
-    def run_step(self, step: int, inputs: torch.Tensor, output_shape: tuple[int, int], threads: int = 1) -> torch.Tensor:
+    def run_step(
+        self, step: int, inputs: torch.Tensor, output_shape: tuple[int, int], threads: int = 1
+    ) -> torch.Tensor:
         """
         One step of the network alone: 0 is the stem, then come patch embeddings and layers as they act, at last the
         normalisation. For tests.
