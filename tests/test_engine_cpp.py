@@ -1,6 +1,7 @@
 """The engine's C++ by itself, under sanitisers and for other CPUs: `engine_check.cpp`."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,10 +23,11 @@ def build(compiler: str, program: Path, *flags: str) -> None:
     subprocess.run([compiler, *FLAGS, *flags, *SOURCES, "-o", program], check=True)
 
 
-def check(*command) -> None:
+def check(*command) -> str:
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith(": all equal\n")
+    return result.stdout
 
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -41,6 +43,16 @@ def test_no_compiler_warns(tmp_path):
     warnings = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
     for source in SOURCES:
         subprocess.run([COMPILER, *FLAGS, *warnings, source], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu, kernels", [("Nehalem", "scalar"), ("Haswell", "avx2 scalar")])
+def test_an_emulated_x86_without_the_newest_instructions_never_meets_them(cpu, kernels, tmp_path):
+    emulator = shutil.which("qemu-x86_64")
+    if not (COMPILER and emulator and platform.machine() == "x86_64"):
+        pytest.skip("needs an x86, a C++ compiler and Debian's qemu-user")
+    build(COMPILER, tmp_path / "check", "-O3", "-static")
+    assert check(emulator, "-cpu", cpu, tmp_path / "check", 1) == f"{kernels}: all equal\n"
 
 
 @pytest.mark.slow

@@ -356,6 +356,13 @@ private:
         for (size_t i = 0; i < order.size(); ++i)
             layer.fc2_input[i] = order[i] < 0 ? std::numeric_limits<float>::infinity() : natural[order[i]];
         layer.fc2 = projection(name + ".fc2.linear", name + ".fc2.norm_activation", inner, channels, in_order(channels), order);
+        // What the first activation adds at last moves on to where it is compared, and to where it is averaged.
+        for (size_t i = 0; i < order.size(); ++i) {
+            if (order[i] < 0) continue;
+            float shift = layer.fc1.activation.shift[i];
+            layer.fc2_input[i] -= shift;
+            layer.fc2.affine.shift[order[i] / expansion] += shift / float(expansion);
+        }
 
         for (size_t first = 0; first < shortcut.size(); first += kLanes) {
             const int32_t *channels = &shortcut[first];

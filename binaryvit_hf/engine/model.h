@@ -116,7 +116,8 @@ struct Layer {
     Affine layer_scale1, norm2;
 
     Thresholds fc1_input, fc2_input;
-    Projection fc1, fc2;                       // inner channels in the order [block of channels][run][channel of the block]
+    Projection fc1, fc2;                       // inner channels in the order [block of channels][run][channel of the block];
+                                               // what fc1's activation adds at last is in fc2's thresholds and affine
     int expansion;                             // inner channels for one channel: a run
     std::vector<Choice> repeated;              // what blocks of fc1 have as their shortcut
     std::vector<int32_t> shortcut_of_block;    // which of them, by block of fc1
