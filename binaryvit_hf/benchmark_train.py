@@ -1,17 +1,13 @@
 """
 How long a training step takes and how much memory, beside the full-precision network and the plain simulation.
 
-Every contestant lives in a process of its own, so that its peak of memory is its own, and they take turns step by step, so
-that a busy machine is busy for all of them.
+The contestants take turns, step by step, each in a process of its own, so that its peak of memory is its own.
 """
 
-import multiprocessing
-import resource
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,10 +15,11 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from .configuration_binaryvit import as_pair
 from .errors import UserError
-from .host_memory import keep_freed_memory
+from .host_memory import keep_freed_memory, peak_of_process
 from .ops import align, readable
 from .resources import shipped_configs
 from .simulation import simulate
+from .turns import Contestant, describe_seconds
 
 
 PEER = "deit-small-patch16-224"
@@ -31,7 +28,7 @@ TABLE_HEAD = ("network", "ms a step, median", "10-90 %", "images/s", "peak memor
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Trainee:
     """A network in one of the ways to train it: `eager`, `simulated` (`simulation.simulate`) or `compiled`."""
 
     network: str
@@ -43,9 +40,9 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one contestant: seconds of each step, and the peak of its memory in bytes: of the process, or of the GPU."""
+    """Of one trainee: seconds of each step, and the peak of its memory in bytes: of the process, or of the GPU."""
 
-    contestant: Contestant
+    trainee: Trainee
     seconds: list[float]
     peak_bytes: int
 
@@ -58,7 +55,7 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
     Args:
         network: name of the row.
         batch_size: images a step; by default 8 on the CPU and 128 on a GPU.
-        steps: that are timed, of each contestant.
+        steps: that are timed, of each trainee.
 
     Returns:
         `device`, `threads`, `batch_size` and, in the order of the table, `results`.
@@ -71,9 +68,9 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = batch_size or (128 if device == "cuda" else 8)
     ways = ("eager", "compiled") if device == "cuda" else ("eager",)
-    contestants = [Contestant(name, way) for name in (PEER, network) for way in ways]
-    contestants.append(Contestant(network, "simulated"))
-    measurements = take_turns(contestants, batch_size, steps, device)
+    trainees = [Trainee(name, way) for name in (PEER, network) for way in ways]
+    trainees.append(Trainee(network, "simulated"))
+    measurements = take_turns(trainees, batch_size, steps, device)
     peer = statistics.median(measurements[0].seconds)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -104,64 +101,42 @@ def format_steps(measured: dict) -> str:
 
 def describe(measurement: Measurement, batch_size: int, peer_seconds: float) -> dict:
     median = statistics.median(measurement.seconds)
-    deciles = statistics.quantiles(measurement.seconds, n=10)
     return {
-        "contestant": str(measurement.contestant),
-        "seconds": median,
-        "seconds_10_90": [deciles[0], deciles[-1]],
+        "contestant": str(measurement.trainee),
+        **describe_seconds(measurement.seconds),
         "images_per_second": batch_size / median,
         "peak_bytes": measurement.peak_bytes,
         "ratio": median / peer_seconds,
     }
 
 
-def take_turns(contestants: list[Contestant], batch_size: int, steps: int, device: str) -> list[Measurement]:
-    context = multiprocessing.get_context("spawn")
-    pipes = []
-    for contestant in contestants:
-        ours, theirs = context.Pipe()
-        arguments = (theirs, contestant, batch_size, device, torch.get_num_threads())
-        process = context.Process(target=train_when_told, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(ours)
+def take_turns(trainees: list[Trainee], batch_size: int, steps: int, device: str) -> list[Measurement]:
+    arguments = (batch_size, device, torch.get_num_threads())
+    contestants = [Contestant(str(trainee), start_training, trainee, *arguments) for trainee in trainees]
     seconds = [[] for _ in contestants]
     for step in range(WARM_UP_TURNS + steps):
-        for pipe, contestant, times in zip(pipes, contestants, seconds):
-            duration = ask(pipe, contestant, "step")
+        for contestant, times in zip(contestants, seconds):
+            duration = contestant.ask("step")
             if step >= WARM_UP_TURNS:
                 times.append(duration)
-    peaks = [ask(pipe, contestant, "peak") for pipe, contestant in zip(pipes, contestants)]
-    return [Measurement(*parts) for parts in zip(contestants, seconds, peaks)]
+    peaks = [contestant.ask("peak") for contestant in contestants]
+    return [Measurement(*parts) for parts in zip(trainees, seconds, peaks)]
 
 
-def ask(pipe: Connection, contestant: Contestant, question: str):
-    try:
-        pipe.send(question)
-        return pipe.recv()
-    except (EOFError, ConnectionError) as error:  # it is gone, and only memory makes it go
-        raise UserError(f"{contestant} ran out of memory; try a smaller --batch-size.") from error
-
-
-def train_when_told(pipe: Connection, contestant: Contestant, batch_size: int, device: str, threads: int) -> None:
-    """A contestant's process: for every "step" it trains and sends a step's seconds back, for "peak" its memory."""
+def start_training(trainee: Trainee, batch_size: int, device: str, threads: int) -> Callable:
+    """In the process of a trainee: for every "step" it trains and answers a step's seconds, for "peak" its memory in bytes."""
     keep_freed_memory()  # as the script does
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(shipped_configs()[contestant.network])
-    model = create_model(contestant, config).to(device).train()
+    config = AutoConfig.from_pretrained(shipped_configs()[trainee.network])
+    model = create_model(trainee, config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     images = torch.randn(batch_size, config.num_channels, *as_pair(config.image_size), device=device)
     labels = torch.randint(config.num_labels, (batch_size,), device=device)
-    while True:
-        try:
-            question = pipe.recv()
-        except EOFError:  # the others are done
-            return
+
+    def respond(question: str) -> float:
         if question == "peak":
-            peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
-            pipe.send(peak)
-            continue
+            return torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
         for _ in range(2):  # the first brings back what the others' turns took from the caches, and is not counted
             start = time.perf_counter()
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -172,19 +147,13 @@ def train_when_told(pipe: Connection, contestant: Contestant, batch_size: int, d
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-        pipe.send(seconds)
+        return seconds
+
+    return respond
 
 
-def create_model(contestant: Contestant, config: PreTrainedConfig) -> nn.Module:
+def create_model(trainee: Trainee, config: PreTrainedConfig) -> nn.Module:
     model = AutoModelForImageClassification.from_config(config)
-    if contestant.way == "simulated":
+    if trainee.way == "simulated":
         return simulate(model)
-    return torch.compile(model) if contestant.way == "compiled" else model
-
-
-def peak_of_process() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():  # of Linux, where the other figure counts what the process was started from, too
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    return torch.compile(model) if trainee.way == "compiled" else model

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import shutil
@@ -38,6 +39,7 @@ BENCHMARKED_ROW = "binaryvit-small-patch4-224"
 TEACHER_ROW = "deit-small-patch16-224"
 DOCUMENTS = ("learning_curves.png", "run_arguments.json", "all_results.json", "trainer_state.json")
 CLASSIFIED_AT_ONCE = 16
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,17 +109,22 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--message", default="Upload model", help="message of the commit")
     add_token(command)
 
-    command = add(benchmark, "binaryvit benchmark --train")
-    kinds = command.add_mutually_exclusive_group(required=True)
+    command = add(benchmark, "binaryvit benchmark --threads 1 2 --batch-size 1 8 --plot latency.png")
+    kinds = command.add_mutually_exclusive_group()
     kinds.add_argument("--train", action="store_true", help="training steps, beside DeiT-S and the plain simulation")
     kinds.add_argument(
         "--loader", action="store_true", help="loading images on one core, beside the paper's public code"
     )
+    command.add_argument("--model", default=BENCHMARKED_ROW, help=f"row of configs/ (default {BENCHMARKED_ROW})")
     command.add_argument(
-        "--model", default=BENCHMARKED_ROW, help=f"row of configs/ for --train (default {BENCHMARKED_ROW})"
+        "--batch-size",
+        type=int,
+        nargs="+",
+        help="images at once (default 1 and 8; a training step: 8 on the CPU, 128 on a GPU)",
     )
-    command.add_argument("--batch-size", type=int, help="images a step (default 8 on the CPU, 128 on a GPU)")
-    command.add_argument("--steps", type=int, default=7, help="steps to time of each network, 2 or more (default 7)")
+    command.add_argument("--threads", type=int, nargs="+", help="threads of a forward (default 1 and all)")
+    command.add_argument("--steps", type=int, default=7, help="turns to time of each network, 2 or more (default 7)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="image file to draw the forwards' times to")
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     command = add(ablation, "binaryvit ablation configs/fashion-mnist outputs/fashion-mnist --seeds 1 2 3 --jobs 2")
@@ -246,18 +253,52 @@ def push(options: argparse.Namespace) -> None:
 
 
 def benchmark(options: argparse.Namespace) -> None:
-    """Measure, beside peers in the same run, what training takes."""
-    if options.steps < 2 or (options.batch_size is not None and options.batch_size < 2):
-        raise UserError("--steps and --batch-size are 2 or more.")
+    """Measure, beside peers in the same run, what a forward takes, or what training takes."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    if options.steps < 2:
+        raise UserError(f"--steps is 2 or more, not {options.steps}.")
+    if min(options.batch_size or [1]) < 1 or min(options.threads or [1]) < 1:
+        raise UserError("--batch-size and --threads are 1 or more.")
+    if options.train or options.loader:
+        benchmark_trainer(options)
+        return
+    if options.plot:
+        check_plot(options.plot)
+    from .benchmark_inference import benchmark_inference, format_forwards, plot_latency
+
+    measured = benchmark_inference(options.model, options.batch_size or [1, 8], options.threads, options.steps)
+    print(json.dumps(measured, indent=2) if options.json else format_forwards(measured))
+    if options.plot:
+        plot_latency(measured, options.plot)
+
+
+def check_plot(file: Path) -> None:
+    """
+    Raises:
+        UserError: no plot can be drawn there.
+    """
+    with needs_extra("benchmark", "Plots"):
+        importlib.import_module("matplotlib.figure")
+    if file.suffix not in PLOTS:
+        raise UserError(f"--plot is a file of the kinds {', '.join(PLOTS)}, not {str(file)!r}.")
+    if not file.parent.is_dir():
+        raise UserError(f"There is no folder {str(file.parent)!r} for --plot.")
+
+
+def benchmark_trainer(options: argparse.Namespace) -> None:
+    if options.threads or options.plot or len(options.batch_size or [1]) > 1:
+        raise UserError("--threads, --plot and several --batch-size are of forwards, not of --train and --loader.")
     if options.loader:
-        with needs_train_extra("Benchmarks of the loader"):
+        with needs_extra("train", "Benchmarks of the loader"):
             from .benchmark_loader import benchmark_loader, format_speeds
         measured = benchmark_loader()
         print(json.dumps(measured, indent=2) if options.json else format_speeds(measured))
     else:
         from .benchmark_train import benchmark_training, format_steps  # of Unix alone, which the rest is not
 
-        measured = benchmark_training(options.model, options.batch_size, options.steps)
+        (batch_size,) = options.batch_size or [None]
+        measured = benchmark_training(options.model, batch_size, options.steps)
         print(json.dumps(measured, indent=2) if options.json else format_steps(measured))
 
 
@@ -265,7 +306,7 @@ def ablation(options: argparse.Namespace) -> None:
     """Train all rows of an ablation that are not trained yet, and write their table and plot."""
     if options.jobs < 1:
         raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
-    with needs_train_extra("Ablations"):
+    with needs_extra("train", "Ablations"):
         from .ablation import Ablation, run_ablation
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -285,13 +326,13 @@ def card(options: argparse.Namespace) -> None:
 
 
 def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
-    with needs_train_extra("Model cards"):
+    with needs_extra("train", "Model cards"):
         from .report import write_model_card
     write_model_card(folder, model_id, path)
 
 
 @contextlib.contextmanager
-def needs_train_extra(what: str) -> Iterator[None]:
+def needs_extra(extra: str, what: str) -> Iterator[None]:
     """
     Raises:
         UserError: what is imported inside of this is not installed.
@@ -299,7 +340,7 @@ def needs_train_extra(what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(f"{what} need {error.name!r}: pip install 'binaryvit_hf[train]'.") from error
+        raise UserError(f"{what} need {error.name!r}: pip install 'binaryvit_hf[{extra}]'.") from error
 
 
 def write_card_if_possible(folder: Path, model_id: str) -> None:

@@ -1,5 +1,6 @@
 """Which models, and which calls of them, the compiled engine computes; PyTorch computes the rest."""
 
+import operator
 import os
 import weakref
 from typing import NamedTuple
@@ -19,6 +20,7 @@ except ImportError:
 
 VARIABLE = "BINARYVIT_ENGINE"  # of the environment: forces kernels, or PyTorch
 TORCH = "torch"
+VERSION = operator.attrgetter("_version")  # of a tensor: how often it was changed in place
 
 logger = logging.get_logger(__name__)
 
@@ -38,24 +40,25 @@ class Folded:
 
     def __init__(self, model: torch.nn.Module, kernels: str, wanted: str | None):
         tensors = model.state_dict(keep_vars=True)
+        used = {name: tensor for name, tensor in tensors.items() if tensor.dtype in (torch.float32, torch.uint8)}
         self.wanted = wanted
-        self.tensors = list(tensors.values())
         self.parameters = list(model.parameters())
-        self.modules = list(model.modules())
-        self.versions = self.count_changes()
-        floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in (torch.float32, torch.uint8)}
-        self.engine = engine.Engine(model.config, floats, kernels)
+        self.hooks = [
+            hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self.counted = [tensor for tensor in used.values() if not tensor.is_inference()]
+        self.changes = self.count_changes()
+        self.engine = engine.Engine(model.config, used, kernels)
+
+    # Both look at thousands of objects before every forward, so that the loop is Python's own.
 
     def count_changes(self) -> int:
-        return sum(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
+        return sum(map(VERSION, self.counted))
 
     def is_watched(self) -> bool:
         """Whether somebody's hook waits for a module to be called; transformers' own wait for nothing here."""
-        return any(
-            hook.__module__ != output_capturing.__name__
-            for module in self.modules
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            for hook in hooks.values()
+        return any(self.hooks) and any(
+            hook.__module__ != output_capturing.__name__ for hooks in self.hooks for hook in hooks.values()
         )
 
 
@@ -154,7 +157,7 @@ def is_traced(images: torch.Tensor) -> bool:
 def fold(model: torch.nn.Module) -> Folded | None:
     folded = FOLDED.get(model)
     wanted = wanted_kernels()
-    if folded is None or wanted != folded.wanted or folded.versions != folded.count_changes():
+    if folded is None or wanted != folded.wanted or folded.changes != folded.count_changes():
         choice = choose_engine(model)
         if choice.name == TORCH:
             FOLDED.pop(model, None)
