@@ -58,7 +58,9 @@ class Folded:
     def is_watched(self) -> bool:
         """Whether somebody's hook waits for a module to be called; transformers' own wait for nothing here."""
         return any(self.hooks) and any(
-            hook.__module__ != output_capturing.__name__ for hooks in self.hooks for hook in hooks.values()
+            getattr(hook, "__module__", None) != output_capturing.__name__
+            for hooks in self.hooks
+            for hook in hooks.values()
         )
 
 
