@@ -309,13 +309,13 @@ private:
         layer.key_sign = thresholds(name + ".key_shift", channels);
         layer.value_sign = thresholds(name + ".value_shift", channels);
 
-        auto exponential = [&](int differing) { return float(std::exp(-2.0 * differing / std::sqrt(double(layer.head_dim)))); };
-        for (int i = 0; i <= layer.head_dim; ++i) layer.exponentials.push_back(exponential(i));
+        auto exponential = [&](int score) { return float(std::exp(score / std::sqrt(double(layer.head_dim)))); };
+        for (int i = 0; i <= layer.head_dim; ++i) layer.exponentials.push_back(exponential(layer.head_dim - 2 * i));
         layer.exponentials_fine = Array<float>(kLanes);
         layer.exponentials_coarse = Array<float>(kLanes);
         for (int i = 0; i < kLanes; ++i) {
-            layer.exponentials_fine[i] = exponential(i);
-            layer.exponentials_coarse[i] = exponential(kLanes * i);
+            layer.exponentials_fine[i] = exponential(-2 * i);
+            layer.exponentials_coarse[i] = exponential(layer.head_dim - 2 * kLanes * i);
         }
         float clip = *tensors_.floats(name + ".probability_clip", 1);
         // Of a clip that is not positive no probability is ever on: quantize_probability rounds p / clip and cuts it off at 0.

@@ -100,18 +100,18 @@ struct Cpu {
 
     static inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
-    static inline f32x16 pick(const float *from, const Choice &choice) {
-        float picked[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) picked[lane] = from[choice.channels[lane]];
-        return load(picked);
+    static inline void pick(const float *const *from, int rows, const Choice &choice, float *to) {
+        pick_one_by_one(from, rows, choice, to);
     }
 
-    static inline f32x16 exponential(const Layer &layer, i32x16 index) {
-        auto gather = [&](Ints places) {
-            return reinterpret_cast<Floats>(_mm256_i32gather_ps(layer.exponentials.data(), reinterpret_cast<__m256i>(places), 4));
-        };
-        return {gather(index.low), gather(index.high)};
-    }
+    struct Exponentials {
+        explicit Exponentials(const Layer &layer) : all(layer.exponentials.data()) {}
+        f32x16 operator()(i32x16 index) const { return {gather(index.low), gather(index.high)}; }
+        Floats gather(Ints places) const {
+            return reinterpret_cast<Floats>(_mm256_i32gather_ps(all, reinterpret_cast<__m256i>(places), sizeof(float)));
+        }
+        const float *all;
+    };
 };
 
 #include "forward.inc"

@@ -34,14 +34,12 @@ struct Cpu {
     template <int rows>
     static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
         __m512i counts[rows];
-        for (int row = 0; row < rows; ++row) counts[row] = _mm512_setzero_si512();
-        for (int word = 0; word < words; ++word) {
-            __m512i matrix = _mm512_load_si512(tile + word * kLanes);
-            for (int row = 0; row < rows; ++row) {
-                __m512i differing = _mm512_xor_si512(matrix, _mm512_set1_epi32(int(bits[word * kRows + row])));
-                counts[row] = _mm512_add_epi32(counts[row], _mm512_popcnt_epi32(differing));
-            }
-        }
+        auto differing = [&](int word, int row) {
+            return _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_load_si512(tile + word * kLanes), _mm512_set1_epi32(int(bits[word * kRows + row]))));
+        };
+        for (int row = 0; row < rows; ++row) counts[row] = differing(0, row);
+        for (int word = 1; word < words; ++word)
+            for (int row = 0; row < rows; ++row) counts[row] = _mm512_add_epi32(counts[row], differing(word, row));
         for (int row = 0; row < rows; ++row) sums[row] = reinterpret_cast<i32x16>(counts[row]);
     }
 
@@ -59,26 +57,33 @@ struct Cpu {
 
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
 
-    static inline f32x16 pick(const float *from, const Choice &choice) {
+    static inline void pick(const float *const *from, int rows, const Choice &choice, float *to) {
         __m512i channels = _mm512_load_si512(choice.channels), groups = _mm512_srli_epi32(channels, 5);
-        __m512 picked = _mm512_setzero_ps();
         for (int group = choice.first; group <= choice.last; ++group) {
-            // An index is taken modulo 32: 16 of the one register, 16 of the other.
-            __m512 of_group = _mm512_permutex2var_ps(_mm512_loadu_ps(from + 32 * group), channels, _mm512_loadu_ps(from + 32 * group + 16));
-            picked = _mm512_mask_mov_ps(picked, _mm512_cmpeq_epi32_mask(groups, _mm512_set1_epi32(group)), of_group);
+            __mmask16 in_group = group == choice.first ? __mmask16(-1) : _mm512_cmpeq_epi32_mask(groups, _mm512_set1_epi32(group));
+            for (int row = 0; row < rows; ++row) {
+                // An index is taken modulo 32: 16 of the one register, 16 of the other.
+                const float *here = from[row] + 32 * group;
+                __m512 picked = _mm512_permutex2var_ps(_mm512_loadu_ps(here), channels, _mm512_loadu_ps(here + kLanes));
+                _mm512_mask_store_ps(to + row * kLanes, in_group, picked);
+            }
         }
-        return reinterpret_cast<f32x16>(picked);
     }
 
-    static inline f32x16 exponential(const Layer &layer, i32x16 index) {
-        auto places = reinterpret_cast<__m512i>(index);
-        if (layer.head_dim >= kLanes * kLanes)
-            return reinterpret_cast<f32x16>(_mm512_i32gather_ps(places, layer.exponentials.data(), sizeof(float)));
-        // e^(a + 16 b) by two tables that each fill a register; an index is taken modulo 16.
-        __m512 fine = _mm512_permutexvar_ps(places, _mm512_load_ps(layer.exponentials_fine.data()));
-        __m512 coarse = _mm512_permutexvar_ps(_mm512_srli_epi32(places, 4), _mm512_load_ps(layer.exponentials_coarse.data()));
-        return reinterpret_cast<f32x16>(_mm512_mul_ps(fine, coarse));
-    }
+    struct Exponentials {
+        explicit Exponentials(const Layer &layer)
+            : fine(_mm512_load_ps(layer.exponentials_fine.data())), coarse(_mm512_load_ps(layer.exponentials_coarse.data())),
+              all(layer.head_dim < kLanes * kLanes ? nullptr : layer.exponentials.data()) {}
+        f32x16 operator()(i32x16 index) const {
+            auto places = reinterpret_cast<__m512i>(index);
+            if (all) return reinterpret_cast<f32x16>(_mm512_i32gather_ps(places, all, sizeof(float)));
+            // By two tables that each fill a register; an index is taken modulo 16.
+            __m512 of_sixteens = _mm512_permutexvar_ps(_mm512_srli_epi32(places, 4), coarse);
+            return reinterpret_cast<f32x16>(_mm512_mul_ps(_mm512_permutexvar_ps(places, fine), of_sixteens));
+        }
+        __m512 fine, coarse;
+        const float *all;
+    };
 };
 
 #include "forward.inc"

@@ -51,19 +51,11 @@ struct Cpu {
 
     static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-    static inline f32x16 pick(const float *from, const Choice &choice) {
-        float picked[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) picked[lane] = from[choice.channels[lane]];
-        return load(picked);
+    static inline void pick(const float *const *from, int rows, const Choice &choice, float *to) {
+        pick_one_by_one(from, rows, choice, to);
     }
 
-    static inline f32x16 exponential(const Layer &layer, i32x16 index) {
-        int32_t places[kLanes];
-        float values[kLanes];
-        store(places, index);
-        for (int lane = 0; lane < kLanes; ++lane) values[lane] = layer.exponentials[places[lane]];
-        return load(values);
-    }
+    using Exponentials = LookedUpExponentials;
 };
 
 #include "forward.inc"

@@ -108,7 +108,7 @@ struct Layer {
     Thresholds reduction_input, query_input, key_input, value_input, output_input;
     Projection reduction, query, key, value, output;
     Thresholds query_sign, key_sign, value_sign;
-    std::vector<float> exponentials;           // e^(-2 i / sqrt(head_dim)) for i of 0 to head_dim
+    std::vector<float> exponentials;           // e^(q k^T / sqrt(head_dim)) of a query and a key that differ in i bits
     Array<float> exponentials_fine, exponentials_coarse;  // of i below 16 and of 16 i, whose products they are; 16 each
     float probability_threshold;               // a probability above it is on
     Affine context;                            // of the sum of the signs of the values that are on

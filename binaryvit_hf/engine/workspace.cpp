@@ -45,8 +45,7 @@ Scratch::Scratch(const Model &model) {
     head_bits = Array<uint32_t>(size_t(kRows) * words);
     split_bits = Array<uint32_t>(size_t(kRows) * split_words);
     attended = Array<uint32_t>(size_t(kRows) * keys / 32);
-    counts = Array<int32_t>(size_t(kRows) * keys);
-    exponentials = Array<float>(keys);
+    exponentials = Array<float>(size_t(kRows) * keys);
     context_base = Array<float>(size_t(stride) + kLanes);
     patches = Array<float>(size_t(kRows) * patch);
     zeros = Array<uint32_t>(size_t(kRows) * keys / 32);

@@ -17,8 +17,7 @@ struct Scratch {
     Array<uint32_t> bits, more_bits, head_bits;     // inputs of a projection
     Array<uint32_t> split_bits;                     // of every head from a word of its own on
     Array<uint32_t> attended;                       // keys: those whose probabilities are on
-    Array<int32_t> counts;                          // keys: bits in which they differ from queries
-    Array<float> exponentials;                      // keys, of one row
+    Array<float> exponentials;                      // keys
     Array<float> context_base;                      // channels, of one row: context of a query to which no key is on
     Array<float> patches;                           // inputs of a convolution, row by row
     Array<uint32_t> zeros;                          // keys
