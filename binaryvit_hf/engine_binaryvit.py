@@ -46,7 +46,7 @@ class Folded:
         self.hooks = [
             hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self.counted = [tensor for tensor in used.values() if not tensor.is_inference()]
+        self.counted = [tensor.detach() for tensor in used.values() if not tensor.is_inference()]
         self.changes = self.count_changes()
         self.engine = engine.Engine(model.config, used, kernels)
 

@@ -17,7 +17,7 @@ namespace binaryvit {
 namespace {
 
 constexpr int kSpins = 2000;      // some microseconds: longer than the members of a team usually are apart
-constexpr int kIdleSpins = 4000;  // as long as a caller may take between two images
+constexpr int kIdleSpins = 60000;  // a millisecond: what a caller takes between two images
 
 inline void pause() {
 #if defined(__x86_64__)
