@@ -62,14 +62,18 @@ struct Cpu {
             for (int word = begin; word < std::min(begin + kWordsAtOnce, words); ++word) {
                 const auto *matrix = reinterpret_cast<const __m128i *>(tile + word * kLanes);
                 const auto *row_bytes = reinterpret_cast<const uint8_t *>(bits + word * kRows);
-#pragma GCC unroll 1  // unrolled, sums of several bytes live at once, in more registers than there are
+                __m256i nibbles[4];
                 for (int byte = 0; byte < 4; ++byte) {
                     __m128i packed = _mm_load_si128(matrix + byte);
-                    __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
-                    for (int row = 0; row < rows; ++row) {
+                    nibbles[byte] = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
+                }
+                for (int row = 0; row < rows; ++row) {
+                    auto differing = [&](int byte) {
                         const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[row_bytes[4 * row + byte]]);
-                        counts[row] = _mm256_add_epi8(counts[row], _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles));
-                    }
+                        return _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles[byte]);
+                    };
+                    __m256i first = _mm256_add_epi8(differing(0), differing(1)), second = _mm256_add_epi8(differing(2), differing(3));
+                    counts[row] = _mm256_add_epi8(counts[row], _mm256_add_epi8(first, second));
                 }
             }
             for (int row = 0; row < rows; ++row) {
