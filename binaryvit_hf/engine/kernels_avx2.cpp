@@ -53,38 +53,61 @@ constexpr int kRegisterBytes = 32;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
     static constexpr int kWordsAtOnce = 15;  // 60 times at most 4 bits fit a byte
+    static constexpr int kWordsInByte = 7;   // 2 times 28 times at most 4 bits do
+
+    /* Where the table of each byte begins. */
+    using Bits = uint16_t;
+    static constexpr int kBitsOfWord = 4;
+
+    static const Bits *prepare(const uint32_t *bits, int words, uint16_t *room) {
+        for (int half = 0; half < 2 * words; ++half) {
+            __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(bits) + half);
+            _mm256_store_si256(reinterpret_cast<__m256i *>(room) + half, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 5));
+        }
+        return room;
+    }
 
     template <int rows>
-    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+    static inline void count(const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
+        const __m256i kUpperHalf = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
         for (int begin = 0; begin < words; begin += kWordsAtOnce) {
             __m256i counts[rows];
             for (int row = 0; row < rows; ++row) counts[row] = _mm256_setzero_si256();
             for (int word = begin; word < std::min(begin + kWordsAtOnce, words); ++word) {
                 const auto *matrix = reinterpret_cast<const __m128i *>(tile + word * kLanes);
-                const auto *row_bytes = reinterpret_cast<const uint8_t *>(bits + word * kRows);
+                const Bits *of_word = bits + word * kRows * kBitsOfWord;
                 __m256i nibbles[4];
                 for (int byte = 0; byte < 4; ++byte) {
-                    __m128i packed = _mm_load_si128(matrix + byte);
-                    nibbles[byte] = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
+                    __m256i twice = _mm256_broadcastsi128_si256(_mm_load_si128(matrix + byte));
+                    nibbles[byte] = _mm256_and_si256(_mm256_srlv_epi32(twice, kUpperHalf), _mm256_set1_epi8(15));
                 }
                 for (int row = 0; row < rows; ++row) {
                     auto differing = [&](int byte) {
-                        const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[row_bytes[4 * row + byte]]);
-                        return _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles[byte]);
+                        const uint8_t *table = kDifferences.counts[0] + of_word[row * kBitsOfWord + byte];
+                        return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i *>(table)), nibbles[byte]);
                     };
                     __m256i first = _mm256_add_epi8(differing(0), differing(1)), second = _mm256_add_epi8(differing(2), differing(3));
                     counts[row] = _mm256_add_epi8(counts[row], _mm256_add_epi8(first, second));
                 }
             }
             for (int row = 0; row < rows; ++row) {
-                __m256i lower = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(counts[row]));
-                __m256i upper = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(counts[row], 1));
-                __m256i both = _mm256_add_epi16(lower, upper);
-                i32x16 sum = {reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(both))),
-                              reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(both, 1)))};
+                i32x16 sum = words <= kWordsInByte ? spread_sums_of_bytes(counts[row]) : spread_sums(counts[row]);
                 sums[row] = begin == 0 ? sum : sums[row] + sum;
             }
         }
+    }
+
+    static inline i32x16 spread_sums_of_bytes(__m256i counts) {
+        __m128i both = _mm_add_epi8(_mm256_castsi256_si128(counts), _mm256_extracti128_si256(counts, 1));
+        return {reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(both)), reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_srli_si128(both, 8)))};
+    }
+
+    static inline i32x16 spread_sums(__m256i counts) {
+        __m256i lower = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(counts));
+        __m256i upper = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(counts, 1));
+        __m256i both = _mm256_add_epi16(lower, upper);
+        return {reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(both))),
+                reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(both, 1)))};
     }
 
     template <int comparison>
@@ -124,7 +147,7 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, runs_here, run, count};
+const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

@@ -31,6 +31,10 @@ constexpr int kRegisterBytes = 64;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
 
+    using Bits = uint32_t;
+    static constexpr int kBitsOfWord = 1;
+    static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
+
     template <int rows>
     static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
         __m512i counts[rows];
@@ -95,7 +99,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, runs_here, run, count};
+const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

@@ -24,6 +24,10 @@ struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
     static constexpr int kBytesAtOnce = 28;  // 28 times at most 8 bits fit a byte; whole words
 
+    using Bits = uint32_t;
+    static constexpr int kBitsOfWord = 1;
+    static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
+
     template <int rows>
     static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
         const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
@@ -86,7 +90,7 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Cpu::kLayout, runs_here, run, count};
+const Kernels kNeonKernels = {"neon", Cpu::kLayout, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

@@ -18,6 +18,10 @@ constexpr int kRegisterBytes = 16;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
 
+    using Bits = uint32_t;
+    static constexpr int kBitsOfWord = 1;
+    static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
+
     template <int rows>
     static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
         for (int row = 0; row < rows; ++row) {
@@ -64,6 +68,6 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", Cpu::kLayout, runs_here, run, count};
+const Kernels kScalarKernels = {"scalar", Cpu::kLayout, runs_here, run, linear, count};
 
 }  // namespace binaryvit

@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -16,8 +17,9 @@
 namespace binaryvit {
 namespace {
 
-constexpr int kSpins = 2000;      // some microseconds: longer than the members of a team usually are apart
-constexpr int kIdleSpins = 60000;  // a millisecond: what a caller takes between two images
+// Time, not turns: a pause takes one kind of CPU three times as long as another.
+constexpr std::chrono::microseconds kSpinning{50};  // longer than the members of a team usually are apart
+constexpr std::chrono::microseconds kAwake{1000};   // what a caller takes between two images
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -27,16 +29,23 @@ inline void pause() {
 #endif
 }
 
+/* Waits until it is done or the time is over; whether it is done. */
+template <class Done>
+bool spin_until(Done done, std::chrono::microseconds time) {
+    if (done()) return true;
+    auto end = std::chrono::steady_clock::now() + time;
+    while (!done()) {
+        if (std::chrono::steady_clock::now() >= end) return false;
+        pause();
+    }
+    return true;
+}
+
 /* Spin while it is likely to be short, then leave the core to whoever is waited for. */
 template <class Done>
 void wait_until(Done done) {
-    for (int spin = 0; !done(); ++spin) {
-        if (spin < kSpins) {
-            pause();
-        } else {
-            std::this_thread::yield();
-        }
-    }
+    if (spin_until(done, kSpinning)) return;
+    while (!done()) std::this_thread::yield();
 }
 
 /* Threads that wait for work, one caller's at a time. */
@@ -77,10 +86,10 @@ private:
 
     void serve(int member, uint64_t seen) {
         for (;;) {
-            for (int spin = 0; spin < kIdleSpins && call_.load(std::memory_order_acquire) == seen; ++spin) pause();
-            if (call_.load(std::memory_order_acquire) == seen) {
+            auto called = [&] { return call_.load(std::memory_order_acquire) != seen; };
+            if (!spin_until(called, kAwake)) {
                 std::unique_lock<std::mutex> lock(sleep_);
-                wake_.wait(lock, [&] { return call_.load(std::memory_order_acquire) != seen; });
+                wake_.wait(lock, called);
             }
             seen = call_.load(std::memory_order_acquire);
             // The caller waits for those it counts on alone, and may be gone before the others look.

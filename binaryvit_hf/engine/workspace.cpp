@@ -43,6 +43,7 @@ Scratch::Scratch(const Model &model) {
     bits = Array<uint32_t>(size_t(kRows) * words);
     more_bits = Array<uint32_t>(size_t(kRows) * words);
     head_bits = Array<uint32_t>(size_t(kRows) * words);
+    prepared = Array<uint16_t>(size_t(kRows) * 4 * std::max({words, split_words, keys / 32}));
     split_bits = Array<uint32_t>(size_t(kRows) * split_words);
     attended = Array<uint32_t>(size_t(kRows) * keys / 32);
     exponentials = Array<float>(size_t(kRows) * keys);
