@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -69,6 +70,7 @@ def main(arguments: list[str]) -> int:
         prepared = [prepare(phase) for phase in phases]
         for phase, inputs in zip(phases, prepared):
             run(phase, inputs)
+        end_together()
     except UserError as error:
         if first:
             # A worker of the data loader puts its stack trace before the message.
@@ -89,6 +91,13 @@ def main(arguments: list[str]) -> int:
     if first and phases[-1][2].do_train:
         print_next_steps(phases[-1][2])
     return 0
+
+
+def end_together() -> None:
+    """Waits for the other processes: one that ends without a farewell may abort, and torchrun then ends who still writes."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def print_error(message: str) -> None:

@@ -64,6 +64,8 @@ metrics = trainer.evaluate()
 trainer.save_model()
 if trainer.is_world_process_zero():
     Path(output, "state.json").write_text(json.dumps([trainer.state.log_history, metrics]))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
