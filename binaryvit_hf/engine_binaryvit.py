@@ -146,30 +146,6 @@ def compute(
     )
 
 
-def classify(model: torch.nn.Module, classifier: torch.nn.Module, pooled: torch.Tensor) -> torch.Tensor:
-    """
-    `classifier(pooled)` of what a backbone gave, by the engine where that computes the backbone.
-
-    PyTorch would share this small product among its threads, which then wait for more of it, spinning for 10 ms and more on
-    the cores that the engine needs for the next image.
-    """
-    folded = FOLDED.get(model)
-    if (
-        folded is None
-        or type(classifier) is not torch.nn.Linear
-        or classifier._forward_hooks
-        or classifier._forward_pre_hooks
-        or is_traced(pooled)
-    ):
-        return classifier(pooled)
-    tensors = [tensor for tensor in (pooled, classifier.weight, classifier.bias) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return classifier(pooled)
-    if not all(tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
-        return classifier(pooled)
-    return folded.engine.classify(pooled, classifier.weight, classifier.bias, torch.get_num_threads())
-
-
 def is_traced(images: torch.Tensor) -> bool:
     """Whether somebody follows PyTorch's operations (torch.compile, torch.export, tracing), or there are no numbers."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():

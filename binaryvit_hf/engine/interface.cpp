@@ -152,6 +152,12 @@ const char *binaryvit_cpu_features(void) {
     return names.c_str();
 }
 
+void binaryvit_share_threads(void (*parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags),
+                             int (*count)(void), int (*which)(void)) {
+    OpenMp runtime{parallel, count, which};
+    share_threads(&runtime);
+}
+
 binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,
                                   int32_t num_tensors, char *error, int32_t error_bytes) {
     const Kernels *found = find_kernels(kernels);
@@ -203,16 +209,6 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
-}
-
-void binaryvit_classify(const binaryvit_model *model, const float *pooled, int64_t batch, const float *weight, const float *bias,
-                        int32_t num_labels, int32_t threads, float *logits) {
-    const Model &network = *model->network;
-    auto work = [&](int member, int members) {
-        int from = int(int64_t(num_labels) * member / members), to = int(int64_t(num_labels) * (member + 1) / members);
-        network.kernels->linear(pooled, batch, network.stages.back().channels, weight, bias, num_labels, from, to, logits);
-    };
-    if (threads < 2 || !run_team(threads, [&](int member) { work(member, threads); })) work(0, 1);
 }
 
 int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *input, int64_t batch, int32_t threads,

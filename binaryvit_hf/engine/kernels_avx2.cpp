@@ -147,7 +147,7 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, runs_here, run, count};
 
 }  // namespace binaryvit
 

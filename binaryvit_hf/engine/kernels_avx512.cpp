@@ -99,7 +99,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, runs_here, run, count};
 
 }  // namespace binaryvit
 

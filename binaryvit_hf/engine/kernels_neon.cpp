@@ -90,7 +90,7 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kNeonKernels = {"neon", Cpu::kLayout, runs_here, run, count};
 
 }  // namespace binaryvit
 

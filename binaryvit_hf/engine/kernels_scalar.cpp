@@ -68,6 +68,6 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kScalarKernels = {"scalar", Cpu::kLayout, runs_here, run, count};
 
 }  // namespace binaryvit

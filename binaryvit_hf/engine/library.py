@@ -1,8 +1,10 @@
 """Binding of the engine's C interface (engine.h)."""
 
+import contextlib
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -74,17 +76,6 @@ def load_library() -> ctypes.CDLL | str:
     library.binaryvit_free.argtypes = [ctypes.c_void_p]
     pointer = ctypes.c_void_p
     library.binaryvit_forward.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer, pointer, pointer]
-    library.binaryvit_classify.restype = None
-    library.binaryvit_classify.argtypes = [
-        pointer,
-        pointer,
-        ctypes.c_int64,
-        pointer,
-        pointer,
-        ctypes.c_int32,
-        ctypes.c_int32,
-        pointer,
-    ]
     library.binaryvit_run_step.argtypes = [pointer, ctypes.c_int32, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
     library.binaryvit_count.argtypes = [
         ctypes.c_char_p,
@@ -95,7 +86,20 @@ def load_library() -> ctypes.CDLL | str:
         ctypes.c_int32,
         pointer,
     ]
+    runtime = openmp_of_torch()
+    if runtime:
+        library.binaryvit_share_threads(runtime.GOMP_parallel, runtime.omp_get_num_threads, runtime.omp_get_thread_num)
     return library
+
+
+def openmp_of_torch() -> ctypes.CDLL | None:
+    """The OpenMP runtime on whose threads PyTorch computes, if there is one: its own, or the system's."""
+    folder = Path(torch.__file__).parent
+    for file in [*folder.glob("lib/lib*omp*"), *folder.parent.glob("torch.libs/lib*omp*"), "libgomp.so.1"]:
+        with contextlib.suppress(OSError, AttributeError):  # it is not loaded, or no such runtime
+            runtime = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)
+            return runtime if runtime.GOMP_parallel else None
+    return None
 
 
 def problem() -> str | None:
@@ -216,32 +220,6 @@ class Engine:
         if failed:
             raise MemoryError("The engine got too little memory for its tokens.")
         return last, pooled, hidden
-
-    def classify(
-        self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threads: int
-    ) -> torch.Tensor:
-        """
-        A linear layer after the pooling: all of it in float32, on the CPU and contiguous.
-
-        Args:
-            pooled: `(batch, channels)` of the last stage.
-            weight, bias: `(num_labels, channels)`, `(num_labels,)`.
-
-        Returns:
-            `(batch, num_labels)`.
-        """
-        logits = torch.empty(len(pooled), len(weight))
-        self.library.binaryvit_classify(
-            self.model,
-            pooled.data_ptr(),
-            len(pooled),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            len(weight),
-            threads,
-            logits.data_ptr(),
-        )
-        return logits
 
     def run_step(
         self, step: int, inputs: torch.Tensor, output_shape: tuple[int, int], threads: int = 1

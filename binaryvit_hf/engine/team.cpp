@@ -48,12 +48,36 @@ void wait_until(Done done) {
     while (!done()) std::this_thread::yield();
 }
 
+/* `work` on the threads of an OpenMP runtime; it may give fewer than it was asked for, which must not begin. */
+bool run_on(const OpenMp &runtime, int size, const std::function<void(int)> &work) {
+    struct Team {
+        const OpenMp &runtime;
+        const int size;
+        const std::function<void(int)> &work;
+        std::atomic<bool> whole;
+    } team{runtime, size, work, {true}};
+    auto join = [](void *data) {
+        Team &team = *static_cast<Team *>(data);
+        if (team.runtime.count() == team.size) {
+            team.work(team.runtime.which());
+        } else {
+            team.whole = false;
+        }
+    };
+    runtime.parallel(join, &team, unsigned(size), 0);
+    return team.whole;
+}
+
 /* Threads that wait for work, one caller's at a time. */
 class Pool {
 public:
+    OpenMp shared{};
+
     bool run(int size, const std::function<void(int)> &work) {
         std::unique_lock<std::mutex> mine(caller_, std::try_to_lock);
-        if (!mine.owns_lock() || !grow(size - 1)) return false;
+        if (!mine.owns_lock()) return false;
+        if (shared.parallel != nullptr) return run_on(shared, size, work);
+        if (!grow(size - 1)) return false;
         work_ = &work;
         pending_.store(size - 1, std::memory_order_relaxed);
         {
@@ -112,7 +136,7 @@ private:
 Pool *&pool() {
     static Pool *instance = [] {
 #if defined(__unix__) || defined(__APPLE__)
-        // A forked process has none of the threads.
+        // A forked process has none of the threads, and of an OpenMP runtime's neither.
         pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
 #endif
         return new Pool;
@@ -131,6 +155,8 @@ void Barrier::wait() {
         wait_until([&] { return round_.load(std::memory_order_acquire) != round; });
     }
 }
+
+void share_threads(const OpenMp *runtime) { pool()->shared = runtime == nullptr ? OpenMp{} : *runtime; }
 
 bool run_team(int size, const std::function<void(int)> &work) { return pool()->run(size, work); }
 
