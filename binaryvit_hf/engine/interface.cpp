@@ -154,8 +154,7 @@ const char *binaryvit_cpu_features(void) {
 
 void binaryvit_share_threads(void (*parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags),
                              int (*count)(void), int (*which)(void)) {
-    OpenMp runtime{parallel, count, which};
-    share_threads(&runtime);
+    share_threads({parallel, count, which});
 }
 
 binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,

@@ -69,7 +69,7 @@ struct Cpu {
 
     template <int rows>
     static inline void count(const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        const __m256i kUpperHalf = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
+        __m256i upper_half = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
         for (int begin = 0; begin < words; begin += kWordsAtOnce) {
             __m256i counts[rows];
             for (int row = 0; row < rows; ++row) counts[row] = _mm256_setzero_si256();
@@ -79,7 +79,7 @@ struct Cpu {
                 __m256i nibbles[4];
                 for (int byte = 0; byte < 4; ++byte) {
                     __m256i twice = _mm256_broadcastsi128_si256(_mm_load_si128(matrix + byte));
-                    nibbles[byte] = _mm256_and_si256(_mm256_srlv_epi32(twice, kUpperHalf), _mm256_set1_epi8(15));
+                    nibbles[byte] = _mm256_and_si256(_mm256_srlv_epi32(twice, upper_half), _mm256_set1_epi8(15));
                 }
                 for (int row = 0; row < rows; ++row) {
                     auto differing = [&](int byte) {

@@ -96,9 +96,10 @@ def openmp_of_torch() -> ctypes.CDLL | None:
     """The OpenMP runtime on whose threads PyTorch computes, if there is one: its own, or the system's."""
     folder = Path(torch.__file__).parent
     for file in [*folder.glob("lib/lib*omp*"), *folder.parent.glob("torch.libs/lib*omp*"), "libgomp.so.1"]:
-        with contextlib.suppress(OSError, AttributeError):  # it is not loaded, or no such runtime
+        with contextlib.suppress(OSError, AttributeError):  # it is not loaded; Windows cannot ask
             runtime = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)
-            return runtime if runtime.GOMP_parallel else None
+            if hasattr(runtime, "GOMP_parallel"):
+                return runtime
     return None
 
 

@@ -156,7 +156,7 @@ void Barrier::wait() {
     }
 }
 
-void share_threads(const OpenMp *runtime) { pool()->shared = runtime == nullptr ? OpenMp{} : *runtime; }
+void share_threads(const OpenMp &runtime) { pool()->shared = runtime; }
 
 bool run_team(int size, const std::function<void(int)> &work) { return pool()->run(size, work); }
 

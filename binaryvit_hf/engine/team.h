@@ -28,8 +28,8 @@ struct OpenMp {
     int (*which)();
 };
 
-/* From now on teams are of the runtime's threads; of none where it is null. */
-void share_threads(const OpenMp *runtime);
+/* From now on teams are of the runtime's threads. */
+void share_threads(const OpenMp &runtime);
 
 /*
  * Calls `work(member)` for every member below `size` at once, this thread as member 0, and returns when all are done. The
