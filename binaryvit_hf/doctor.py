@@ -35,6 +35,7 @@ def describe_machine() -> str:
         "kernels built": ", ".join(engine.kernels_built()) or f"none: {engine.problem()}",
         "kernels this CPU runs": ", ".join(engine.kernels_here()) or "none",
         "packed models run on": describe_choice(),
+        "on threads of": "PyTorch's OpenMP runtime" if engine.openmp_of_torch() else "their own",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())

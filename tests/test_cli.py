@@ -74,6 +74,7 @@ def test_doctor_says_what_computes_packed_models_here(capsys, monkeypatch):
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert torch.__version__.startswith(rows["torch"].split("+")[0])
     assert rows["kernels this CPU runs"] == (", ".join(engine.kernels_here()) or "none")
+    assert rows["on threads of"] == ("PyTorch's OpenMP runtime" if engine.openmp_of_torch() else "their own")
     assert rows["packed models run on"].startswith(engine.kernels_here()[0] if engine.kernels_here() else "torch")
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     assert "torch (BINARYVIT_ENGINE says so)" in run(capsys, "doctor")
