@@ -66,6 +66,10 @@ if trainer.is_world_process_zero():
     Path(output, "state.json").write_text(json.dumps([trainer.state.log_history, metrics]))
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
+# At the interpreter's own end threads of PyTorch now and then abort one of two processes on a busy machine.
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 
