@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging, output_capturing
 
@@ -46,22 +47,51 @@ class Folded:
         self.hooks = [
             hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self.counted = [tensor.detach() for tensor in used.values() if not tensor.is_inference()]
+        self.counted = one_for_each_count([tensor.detach() for tensor in used.values() if not tensor.is_inference()])
         self.changes = self.count_changes()
         self.engine = engine.Engine(model.config, used, kernels)
-
-    # Both look at thousands of objects before every forward, so that the loop is Python's own.
+        self.watched, self.last_hook = True, None
 
     def count_changes(self) -> int:
         return sum(map(VERSION, self.counted))
 
     def is_watched(self) -> bool:
         """Whether somebody's hook waits for a module to be called; transformers' own wait for nothing here."""
-        return any(self.hooks) and any(
-            getattr(hook, "__module__", None) != output_capturing.__name__
-            for hooks in self.hooks
-            for hook in hooks.values()
-        )
+        # Thousands of modules, which are looked at again only if any hook came since, or one is there that may have gone.
+        last_hook = RemovableHandle.next_id
+        if self.watched or self.last_hook != last_hook:
+            self.watched = any(self.hooks) and any(
+                getattr(hook, "__module__", None) != output_capturing.__name__
+                for hooks in self.hooks
+                for hook in hooks.values()
+            )
+            self.last_hook = last_hook
+        return self.watched
+
+
+def one_for_each_count(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors whose changes are all there are: of those that are counted together with the first (`count_together`), that one."""
+    before = list(map(VERSION, tensors))
+    if tensors:
+        torch.autograd.graph.increment_version(tensors[0])
+    return tensors[:1] + [tensor for tensor, count in zip(tensors[1:], before[1:]) if tensor._version == count]
+
+
+def count_together(model: torch.nn.Module) -> None:
+    """
+    Make PyTorch count in-place changes of all tensors of a model together, so that one look tells whether there were any:
+    thousands of counters lie all over the memory, and reading them takes as long as a tenth of a forward.
+    """
+    counter = torch.zeros(())
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.device.type != "cpu" or tensor.is_inference():
+                    continue
+                alias = counter.detach()  # shares its count, and has it still when it has other data
+                alias.data = tensor.data
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                tensors[name] = torch.nn.Parameter(alias, tensor.requires_grad) if is_parameter else alias
 
 
 FOLDED: weakref.WeakKeyDictionary[torch.nn.Module, Folded] = weakref.WeakKeyDictionary()
@@ -91,8 +121,10 @@ def wanted_kernels() -> str | None:
         ValueError: it is nothing that this machine has.
     """
     wanted = os.environ.get(VARIABLE) or None
+    if wanted is None:
+        return None
     here = [*(engine.kernels_here() if engine else []), TORCH]
-    if wanted not in (None, *here):
+    if wanted not in here:
         raise ValueError(f"{VARIABLE} is {wanted!r}, but this machine has {', '.join(here)}.")
     return wanted
 

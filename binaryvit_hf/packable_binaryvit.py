@@ -5,6 +5,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .engine_binaryvit import count_together
 from .packed_files_binaryvit import check_packed_files, packed_state_dict
 from .packing_binaryvit import PackedLinear, binary_layers, expect_packed_layers, pack_layers, unpack_layers
 from .quantization_binaryvit import QUANT_METHOD
@@ -47,6 +48,8 @@ class PackableModel(PreTrainedModel):
             # A gradient is nothing to expect of bits; what asks for one has PyTorch compute it.
             model.base_model.requires_grad_(False)
         align_weights(model)
+        if model.is_packed:
+            count_together(model.base_model)
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):

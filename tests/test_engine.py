@@ -16,13 +16,13 @@ from golden_data import CONFIGS, ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTConfig, engine
 from binaryvit_hf.configuration_binaryvit import as_pair
 from binaryvit_hf.engine import library
 from binaryvit_hf.engine.library import Engine, count_differing_bits
-from binaryvit_hf.engine_binaryvit import forget
+from binaryvit_hf.engine_binaryvit import FOLDED, forget
 from binaryvit_hf.packing_binaryvit import pack_layers, pack_levels, unpack_levels
 
 
@@ -302,6 +302,37 @@ def test_changed_weights_are_seen():
     assert not torch.allclose(model(tiny_images()).logits, before)
     double = model.double().float()
     torch.testing.assert_close(double(tiny_images()).logits, model(tiny_images()).logits)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["loaded", "copied"])
+def test_a_change_of_any_tensor_of_a_loaded_model_is_seen(copied, tmp_path):
+    packed(tiny_config()).save_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    if copied:
+        model = copy.deepcopy(model)
+    model(tiny_images())
+    folded = FOLDED[model.binaryvit]
+    assert copied or len(folded.counted) == 1  # whose count is that of all
+    for name, tensor in model.binaryvit.state_dict(keep_vars=True).items():
+        before = folded.count_changes()
+        with torch.no_grad():
+            tensor.add_(0)
+        assert tensor.dtype == torch.int64 or folded.count_changes() > before, name
+    before = folded.count_changes()
+    with torch.no_grad():
+        model.classifier.weight.add_(0)  # none of the engine's
+    assert folded.count_changes() == before
+
+
+def test_hooks_are_seen_whenever_they_come_and_go():
+    model, calls = packed(tiny_config()), []
+    for count in (1, 2):
+        model(tiny_images())
+        handle = model.binaryvit.norm.register_forward_hook(lambda *_: calls.append(1))
+        model(tiny_images())
+        handle.remove()
+        model(tiny_images())
+        assert len(calls) == count
 
 
 def test_attentions_gradients_and_hooks_come_from_pytorch(monkeypatch):
