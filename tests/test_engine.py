@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from binaryvit_hf import BinaryViTConfig, engine
+from binaryvit_hf import BinaryViTConfig, BinaryViTQuantizationConfig, engine
 from binaryvit_hf.configuration_binaryvit import as_pair
 from binaryvit_hf.engine import library
 from binaryvit_hf.engine.library import Engine, count_differing_bits
@@ -306,8 +306,9 @@ def test_changed_weights_are_seen():
 
 @pytest.mark.parametrize("copied", [False, True], ids=["loaded", "copied"])
 def test_a_change_of_any_tensor_of_a_loaded_model_is_seen(copied, tmp_path):
-    packed(tiny_config()).save_pretrained(tmp_path)
-    model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    tiny_model().save_pretrained(tmp_path)
+    packing = BinaryViTQuantizationConfig()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=packing).eval()
     if copied:
         model = copy.deepcopy(model)
     model(tiny_images())
