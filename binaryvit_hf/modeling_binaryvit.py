@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
-from .engine_binaryvit import EngineChoice, choose_engine, compute, forget
+from .engine_binaryvit import EngineChoice, choose_engine, classify, compute, forget
 from .fused_binaryvit import BinaryAttentionProducts, merge_heads
 from .layers_binaryvit import (
     AvgPoolBranch,
@@ -360,7 +360,7 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
             `logits` `(batch, num_labels)`, `loss` if there are labels, hidden states and attentions as the backbone.
         """
         outputs = self.binaryvit(pixel_values, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
+        logits = classify(self.binaryvit, self.classifier, outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -177,12 +177,15 @@ std::vector<float> random_images(const Network &network, int batch) {
     return images;
 }
 
-/* Outputs of all images; freed memory and results of another size are the sanitiser's to find. */
+/* Outputs and logits of all images; freed memory and results of another size are the sanitiser's to find. */
 std::vector<float> run(const Network &network, binaryvit_model *model, const std::vector<float> &images, int batch, int threads) {
     size_t channels = size_t(network.last_channels);
     std::vector<float> last(size_t(batch) * network.last_tokens * channels), pooled(size_t(batch) * channels);
     expect(binaryvit_forward(model, images.data(), batch, threads, last.data(), pooled.data(), nullptr) == 0, "a forward");
-    last.insert(last.end(), pooled.begin(), pooled.end());
+    constexpr int kLabels = 7;
+    std::vector<float> weight(kLabels * channels, 0.5f), bias(kLabels, 1.0f), logits(size_t(batch) * kLabels);
+    binaryvit_classify(model, pooled.data(), batch, weight.data(), bias.data(), kLabels, threads, logits.data());
+    for (const auto &more : {pooled, logits}) last.insert(last.end(), more.begin(), more.end());
     return last;
 }
 

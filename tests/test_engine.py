@@ -153,6 +153,17 @@ def test_a_row_that_differs_in_every_bit_does_not_overflow():
         assert count_differing_bits(kernels, pack_levels(ones, 1), pack_levels(-ones, 1), 4096).item() == 4096
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("labels, bias", [(3, True), (1, False), (40, True)])
+def test_the_classifier_is_a_linear_layer(labels, bias, threads):
+    folded_config = tiny_config(hidden_sizes=[9, 45], num_attention_heads=[3, 5], intermediate_sizes=[18, 90])
+    classifier, pooled = torch.nn.Linear(45, labels, bias=bias), torch.randn(4, 45)
+    for kernels in KERNELS:
+        folded = engine_of(packed(folded_config), kernels)
+        logits = folded.classify(pooled, classifier.weight, classifier.bias, threads)
+        torch.testing.assert_close(logits, classifier(pooled))
+
+
 @pytest.mark.parametrize("batch, threads", [(0, 2), (1, 4), (5, 2), (3, 3), (2, 8)])
 def test_batches_and_threads_change_nothing(batch, threads):
     model = packed(tiny_config())
@@ -346,6 +357,25 @@ def test_attentions_gradients_and_hooks_come_from_pytorch(monkeypatch):
     torch.testing.assert_close(model(images).logits, expected)
     handle.remove()
     model(images)
+    assert len(calls) == 1
+
+
+def test_the_classifier_of_a_packed_model_is_pytorchs_to_train_watch_and_exchange():
+    model, images = packed(tiny_config()), tiny_images()
+    with torch.no_grad():
+        expected = model(images).logits
+    logits = model(images).logits
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
+    calls = []
+    handle = model.classifier.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(images)
+        handle.remove()
+        torch.testing.assert_close(model.double().float()(images).logits, expected)
+        model.classifier = torch.nn.Sequential(model.classifier, torch.nn.Tanh())
+        torch.testing.assert_close(model(images).logits, expected.tanh())
     assert len(calls) == 1
 
 

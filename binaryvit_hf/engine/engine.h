@@ -2,7 +2,8 @@
  * The engine's interface: plain C, pointers and sizes, so that anything can drive it.
  *
  * A model is made of the tensors of a packed checkpoint (weights of 1 bit, inputs of 1 bit) by their names there, without
- * the prefix "binaryvit."; it computes everything but the classifier. Nothing of the tensors is needed afterwards.
+ * the prefix "binaryvit."; it computes everything but the classifier, which has a function of its own. Nothing of the tensors
+ * is needed afterwards.
  * A model may be run by several threads at once. Floats are float32, images normalised.
  */
 #ifndef BINARYVIT_ENGINE_H
@@ -70,6 +71,18 @@ void binaryvit_free(binaryvit_model *model);
  */
 int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
                           float *last_hidden_state, float *pooled, float *const *hidden_states);
+
+/*
+ * The classifier, a linear layer of floats.
+ *
+ * Args:
+ *   pooled: (batch, channels of the last stage).
+ *   weight: (num_labels, channels).
+ *   bias: (num_labels), or null.
+ *   logits: (batch, num_labels).
+ */
+void binaryvit_classify(const binaryvit_model *model, const float *pooled, int64_t batch, const float *weight,
+                        const float *bias, int32_t num_labels, int32_t threads, float *logits);
 
 /*
  * One step alone, for tests: the stem, then for every stage its patch embeddings (but for the first) and its layers, then the

@@ -84,8 +84,6 @@ private:
         stage.width = config_.image_width / config_.patch_width >> index;
         stage.tokens = stage.height * stage.width + config_.use_class_token;
         stage.channels = config_.hidden_sizes[index];
-        // Not a power of two: the cache has few places for rows that are one apart.
-        stage.stride = round_up(stage.channels, kLanes) + kLanes;
         stage.ratio = config_.sequence_reduction_ratios[index];
         stage.keys = stage.tokens / (stage.ratio * stage.ratio);
         stage.reach = 0;
@@ -127,47 +125,36 @@ private:
         return affine;
     }
 
-    /* Where `x + shift >= 0`; `repeats` times as many channels where each has several inputs. */
-    Thresholds thresholds(const std::string &name, int channels) const {
+    /* Where `x + shift >= 0`, by the channels at the places of `order` (-1 is none), of an x that lacks `rest`. */
+    Thresholds thresholds(const std::string &name, int channels, const std::vector<int> &order,
+                          const std::vector<double> &rest = {}) const {
         const float *shift = tensors_.floats(name, channels);
-        Thresholds thresholds(round_up(channels, kLanes));
-        std::fill_n(thresholds.data(), thresholds.size(), std::numeric_limits<float>::infinity());
-        for (int c = 0; c < channels; ++c) thresholds[c] = -shift[c];
+        Thresholds thresholds(order.size());
+        for (size_t i = 0; i < order.size(); ++i) {
+            bool exists = order[i] >= 0;
+            thresholds[i] = exists ? float(-shift[order[i]] - (rest.empty() ? 0.0 : rest[i])) : std::numeric_limits<float>::infinity();
+        }
         return thresholds;
     }
 
-    /*
-     * Channel `order[i]` of the product at the place i; a place without channel is -1, and everything of it zero.
-     */
-    Affine affine_of_count(const std::string &scale_name, const std::string &norm_name, const std::string &activation_name,
-                           int inputs, int outputs, const std::vector<int> &order) const {
-        const float *weight_scale = tensors_.floats(scale_name, outputs);
-        const float *shift_in = tensors_.floats(activation_name + ".shift_in", outputs);
-        const float *weight = tensors_.floats(norm_name + ".batch_norm.weight", outputs);
-        const float *bias = tensors_.floats(norm_name + ".batch_norm.bias", outputs);
-        const float *mean = tensors_.floats(norm_name + ".batch_norm.running_mean", outputs);
-        const float *variance = tensors_.floats(norm_name + ".batch_norm.running_var", outputs);
-        Affine affine(int(order.size()));
-        for (size_t i = 0; i < order.size(); ++i) {
-            int c = order[i];
-            if (c < 0) continue;
-            double scale = weight[c] / std::sqrt(double(variance[c]) + config_.batch_norm_eps);
-            affine.scale[i] = float(-2.0 * weight_scale[c] * scale);
-            affine.shift[i] = float(weight_scale[c] * scale * inputs + bias[c] - mean[c] * scale - shift_in[c]);
-        }
-        return affine;
+    Thresholds thresholds(const std::string &name, int channels, const std::vector<double> &rest = {}) const {
+        return thresholds(name, channels, in_order(channels), rest);
     }
 
-    Activation activation(const std::string &name, int channels, const std::vector<int> &order) const {
-        const float *slope = tensors_.floats(name + ".slope", channels);
-        const float *shift_out = tensors_.floats(name + ".shift_out", channels);
-        Activation activation(int(order.size()));
-        for (size_t i = 0; i < order.size(); ++i) {
-            if (order[i] < 0) continue;
-            activation.slope[i] = float(double(slope[order[i]]) - 1.0);
-            activation.shift[i] = shift_out[order[i]];
-        }
-        return activation;
+    /* Adds to the shortcut of a projection, at one place. */
+    static void add_to_shortcut(Projection &projection, size_t place, double shift) {
+        projection.knee[place] -= float(shift);
+        projection.rest[place] += shift * (1.0 + projection.slope[place]);
+    }
+
+    /* All of what a projection's shortcut lacks. */
+    static void add_to_shortcuts(Projection &projection, const std::vector<double> &rest) {
+        for (size_t i = 0; i < rest.size(); ++i) add_to_shortcut(projection, i, rest[i]);
+    }
+
+    /* `affine` of what lacks `rest`. */
+    static void add_to_input(Affine &affine, const std::vector<double> &rest) {
+        for (size_t i = 0; i < rest.size(); ++i) affine.shift[i] += float(affine.scale[i] * rest[i]);
     }
 
     /*
@@ -195,17 +182,39 @@ private:
         return order;
     }
 
+    /* Output `rows[i]` at the place i; a place without output is -1, and everything of it zero. */
     Projection projection(const std::string &linear, const std::string &norm_activation, int inputs, int outputs,
                           const std::vector<int> &rows, const std::vector<int> &columns) const {
-        const std::string activation_name = norm_activation + ".activation";
-        return {signs(linear + ".packed_weight", outputs, inputs, rows, columns),
-                affine_of_count(linear + ".weight_scale", norm_activation + ".norm", activation_name, inputs, outputs, rows),
-                activation(activation_name, outputs, rows)};
+        const float *weight_scale = tensors_.floats(linear + ".weight_scale", outputs);
+        const std::string norm = norm_activation + ".norm.batch_norm", activation = norm_activation + ".activation";
+        const float *weight = tensors_.floats(norm + ".weight", outputs), *bias = tensors_.floats(norm + ".bias", outputs);
+        const float *mean = tensors_.floats(norm + ".running_mean", outputs);
+        const float *variance = tensors_.floats(norm + ".running_var", outputs);
+        const float *shift_in = tensors_.floats(activation + ".shift_in", outputs);
+        const float *slope = tensors_.floats(activation + ".slope", outputs);
+        const float *shift_out = tensors_.floats(activation + ".shift_out", outputs);
+        size_t places = rows.size();
+        Projection folded{signs(linear + ".packed_weight", outputs, inputs, rows, columns), Array<float>(places),
+                          Array<float>(places), Array<float>(places), std::vector<double>(places)};
+        for (size_t i = 0; i < places; ++i) {
+            int c = rows[i];
+            if (c < 0) continue;
+            double scale = weight[c] / std::sqrt(double(variance[c]) + config_.batch_norm_eps);
+            folded.scale[i] = float(-2.0 * weight_scale[c] * scale);
+            folded.slope[i] = float(double(slope[c]) - 1.0);
+            folded.rest[i] = shift_out[c];
+            add_to_shortcut(folded, i, weight_scale[c] * scale * inputs + bias[c] - mean[c] * scale - shift_in[c]);
+        }
+        return folded;
     }
 
     Projection square_projection(const std::string &name, int channels) const {
         std::vector<int> order = in_order(channels);
         return projection(name + ".linear", name + ".norm_activation", channels, channels, order, order);
+    }
+
+    static size_t place_of(const Stage &stage, int token, int channel) {
+        return size_t(channel / kLanes) * stage.token_block() + size_t(token) * kLanes + channel % kLanes;
     }
 
     Stem fold_stem() const {
@@ -221,16 +230,20 @@ private:
         } else {
             std::fill_n(norm.scale.data(), channels, 1.0f);
         }
-        Stem stem{Array<float>(size_t(padded) * inputs), Array<float>(size_t(stage.tokens) * padded)};
+        Stem stem{Array<float>(size_t(padded) * inputs), Array<float>(size_t(stage.blocks()) * stage.token_block()), {}};
+        for (int i = 0; i < inputs; ++i) {
+            int row = i / config_.patch_width, channel = row / config_.patch_height;
+            stem.pixels.push_back((channel * config_.image_height + row % config_.patch_height) * config_.image_width + i % config_.patch_width);
+        }
         for (int c = 0; c < channels; ++c) {
             for (int i = 0; i < inputs; ++i)
                 stem.weight[(size_t(c / kLanes) * inputs + i) * kLanes + c % kLanes] =
                     weight[size_t(c) * inputs + i] * norm.scale[c];
             for (int token = 0; token < stage.tokens; ++token)
-                stem.positions[size_t(token) * padded + c] =
+                stem.positions[place_of(stage, token, c)] =
                     positions[size_t(token) * channels + c] + bias[c] * norm.scale[c] + norm.shift[c];
             if (config_.use_class_token)
-                stem.positions[c] = tensors_.floats("embeddings.class_token", channels)[c] + positions[c];
+                stem.positions[place_of(stage, 0, c)] = tensors_.floats("embeddings.class_token", channels)[c] + positions[c];
         }
         return stem;
     }
@@ -244,10 +257,6 @@ private:
         embeddings.stage = index;
         embeddings.binary = config_.binarize_patch_embeddings != 0;
         embeddings.norm1 = norm(name + ".norm1", inputs);
-        embeddings.positions = Array<float>(size_t(stage.tokens) * padded);
-        const float *positions = tensors_.floats(name + ".position_embeddings", int64_t(stage.tokens) * outputs);
-        for (int token = 0; token < stage.tokens; ++token)
-            std::copy_n(positions + size_t(token) * outputs, outputs, &embeddings.positions[size_t(token) * padded]);
         if (embeddings.binary) {
             embeddings.input = thresholds(name + ".projection.shift", inputs);
             // The checkpoint has the four neighbours of a channel side by side.
@@ -269,6 +278,12 @@ private:
                 embeddings.float_bias[out] = norm2.shift[out];
             }
         }
+        embeddings.positions = Array<float>(size_t(stage.blocks()) * stage.token_block());
+        const float *positions = tensors_.floats(name + ".position_embeddings", int64_t(stage.tokens) * outputs);
+        for (int token = 0; token < stage.tokens; ++token)
+            for (int out = 0; out < outputs; ++out)
+                embeddings.positions[place_of(stage, token, out)] =
+                    float(positions[size_t(token) * outputs + out] + (embeddings.binary ? embeddings.projection.rest[out] : 0.0));
         return embeddings;
     }
 
@@ -284,30 +299,39 @@ private:
         layer.norm1 = norm(name + ".norm1", stage.channels);
         fold_attention(layer, name + ".attention");
         layer.layer_scale1 = layer_scale(name + ".layer_scale1", stage.channels);
+        add_to_input(layer.layer_scale1, layer.output.rest);
         layer.norm2 = norm(name + ".norm2", stage.channels);
         fold_mlp(layer, name + ".mlp", config_.intermediate_sizes[stage_index] / stage.channels);
         layer.layer_scale2 = layer_scale(name + ".layer_scale2", stage.channels);
+        add_to_input(layer.layer_scale2, layer.fc2.rest);
+        // The activation of a sum is as many times that of the mean.
+        for (size_t i = 0; i < layer.fc2.scale.size(); ++i) {
+            layer.fc2.scale[i] *= float(layer.expansion);
+            layer.fc2.knee[i] *= float(layer.expansion);
+            layer.layer_scale2.scale[i] /= float(layer.expansion);
+        }
         fold_pooling_branches(layer, name + ".avg_pool_branches");
         return layer;
     }
 
     void fold_attention(Layer &layer, const std::string &name) const {
         int channels = layer.channels;
-        if (layer.ratio > 1) {
-            layer.reduction_input = thresholds(name + ".reduction.linear.shift", channels);
-            layer.reduction = square_projection(name + ".reduction", channels);
-        }
-        layer.query_input = thresholds(name + ".query.linear.shift", channels);
-        layer.key_input = thresholds(name + ".key.linear.shift", channels);
-        layer.value_input = thresholds(name + ".value.linear.shift", channels);
-        layer.output_input = thresholds(name + ".output.linear.shift", channels);
         layer.query = square_projection(name + ".query", channels);
         layer.key = square_projection(name + ".key", channels);
         layer.value = square_projection(name + ".value", channels);
         layer.output = square_projection(name + ".output", channels);
-        layer.query_sign = thresholds(name + ".query_shift", channels);
-        layer.key_sign = thresholds(name + ".key_shift", channels);
-        layer.value_sign = thresholds(name + ".value_shift", channels);
+        if (layer.ratio > 1) {
+            layer.reduction_input = thresholds(name + ".reduction.linear.shift", channels);
+            layer.reduction = square_projection(name + ".reduction", channels);
+            add_to_shortcuts(layer.key, layer.reduction.rest);
+            add_to_shortcuts(layer.value, layer.reduction.rest);
+        }
+        layer.query_input = thresholds(name + ".query.linear.shift", channels);
+        layer.key_input = thresholds(name + ".key.linear.shift", channels, layer.reduction.rest);
+        layer.value_input = thresholds(name + ".value.linear.shift", channels, layer.reduction.rest);
+        layer.query_sign = thresholds(name + ".query_shift", channels, layer.query.rest);
+        layer.key_sign = thresholds(name + ".key_shift", channels, layer.key.rest);
+        layer.value_sign = thresholds(name + ".value_shift", channels, layer.value.rest);
 
         auto exponential = [&](int score) { return float(std::exp(score / std::sqrt(double(layer.head_dim)))); };
         for (int i = 0; i <= layer.head_dim; ++i) layer.exponentials.push_back(exponential(layer.head_dim - 2 * i));
@@ -322,12 +346,19 @@ private:
         layer.probability_threshold = clip > 0 ? 0.5f * clip : std::numeric_limits<float>::infinity();
         // The last head's last 16 channels may reach beyond the last channel.
         layer.context = norm(name + ".norm_activation.norm", channels, kLanes);
+        layer.context_slope = Array<float>(round_up(channels, kLanes));
         const float *shift_in = tensors_.floats(name + ".norm_activation.activation.shift_in", channels);
+        const float *slope = tensors_.floats(name + ".norm_activation.activation.slope", channels);
+        const float *shift_out = tensors_.floats(name + ".norm_activation.activation.shift_out", channels);
+        std::vector<double> rest(layer.context_slope.size());
         for (int c = 0; c < channels; ++c) {
             layer.context.scale[c] *= clip;
-            layer.context.shift[c] -= shift_in[c];
+            layer.context.shift[c] += float(layer.query.rest[c] + layer.key.rest[c] + layer.value.rest[c] - shift_in[c]);
+            layer.context_slope[c] = float(double(slope[c]) - 1.0);
+            rest[c] = shift_out[c];
         }
-        layer.context_activation = activation(name + ".norm_activation.activation", channels, in_order(channels));
+        layer.output_input = thresholds(name + ".output.linear.shift", channels, rest);
+        add_to_shortcuts(layer.output, rest);
     }
 
     /*
@@ -351,18 +382,10 @@ private:
         }
         layer.fc1_input = thresholds(name + ".fc1.linear.shift", channels);
         layer.fc1 = projection(name + ".fc1.linear", name + ".fc1.norm_activation", channels, inner, order, in_order(channels));
-        Thresholds natural = thresholds(name + ".fc2.linear.shift", inner);
-        layer.fc2_input = Thresholds(order.size());
-        for (size_t i = 0; i < order.size(); ++i)
-            layer.fc2_input[i] = order[i] < 0 ? std::numeric_limits<float>::infinity() : natural[order[i]];
+        layer.fc2_input = thresholds(name + ".fc2.linear.shift", inner, order, layer.fc1.rest);
         layer.fc2 = projection(name + ".fc2.linear", name + ".fc2.norm_activation", inner, channels, in_order(channels), order);
-        // What the first activation adds at last moves on to where it is compared, and to where it is averaged.
-        for (size_t i = 0; i < order.size(); ++i) {
-            if (order[i] < 0) continue;
-            float shift = layer.fc1.activation.shift[i];
-            layer.fc2_input[i] -= shift;
-            layer.fc2.affine.shift[order[i] / expansion] += shift / float(expansion);
-        }
+        for (size_t i = 0; i < order.size(); ++i)
+            if (order[i] >= 0) add_to_shortcut(layer.fc2, size_t(order[i] / expansion), layer.fc1.rest[i] / expansion);
 
         for (size_t first = 0; first < shortcut.size(); first += kLanes) {
             const int32_t *channels = &shortcut[first];
@@ -389,7 +412,7 @@ private:
             const float *shift = tensors_.floats(branch_name + ".shift", layer.channels);
             int size = config_.avg_pool_kernel_sizes[branch / 2], step = branch % 2 == 0 ? stage.map_width() : 1;
             for (int offset = -(size / 2); offset <= size / 2; ++offset) {
-                std::vector<float> &weight = weights[offset * step * stage.stride];
+                std::vector<float> &weight = weights[offset * step * kLanes];
                 weight.resize(layer.channels);
                 for (int c = 0; c < layer.channels; ++c) weight[c] += scale[c] / float(size);
             }

@@ -121,7 +121,7 @@ struct Call {
         size_t index = step.kind == StepKind::kLayer ? size_t(step.index) : model.layers.size();
         float *to = hidden_states[index] + size_t(image) * stage.tokens * stage.channels;
         for (int token = stage.tokens * member / workspace.size; token < stage.tokens * (member + 1) / workspace.size; ++token)
-            std::copy_n(&workspace.tokens[size_t(token) * stage.stride], stage.channels, to + size_t(token) * stage.channels);
+            copy_token(stage, workspace.tokens, token, to + size_t(token) * stage.channels);
     }
 
     void pool(const Stage &last, const float *tokens, float *to) const {
@@ -210,6 +210,16 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
     return 1;
 }
 
+void binaryvit_classify(const binaryvit_model *model, const float *pooled, int64_t batch, const float *weight, const float *bias,
+                        int32_t num_labels, int32_t threads, float *logits) {
+    const Model &network = *model->network;
+    auto work = [&](int member, int members) {
+        int from = int(int64_t(num_labels) * member / members), to = int(int64_t(num_labels) * (member + 1) / members);
+        network.kernels->linear(pooled, batch, network.stages.back().channels, weight, bias, num_labels, from, to, logits);
+    };
+    if (threads < 2 || !run_team(threads, [&](int member) { work(member, threads); })) work(0, 1);
+}
+
 int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *input, int64_t batch, int32_t threads,
                            float *output) try {
     const Model &network = *model->network;
@@ -222,8 +232,7 @@ int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *i
         float *result = output + size_t(image) * to.tokens * to.channels;
         if (step.kind != StepKind::kStem)
             for (int token = 0; token < from.tokens; ++token)
-                std::copy_n(input + (size_t(image) * from.tokens + token) * from.channels, from.channels,
-                            &workspace->tokens[size_t(token) * from.stride]);
+                place_token(from, input + (size_t(image) * from.tokens + token) * from.channels, token, workspace->tokens);
         auto work = [&](int member) {
             network.kernels->run(network, step, *workspace, member, input + size_t(image) * pixels, result);
         };
@@ -234,7 +243,7 @@ int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *i
         }
         if (step.kind != StepKind::kNorm)
             for (int token = 0; token < to.tokens; ++token)
-                std::copy_n(&workspace->tokens[size_t(token) * to.stride], to.channels, result + size_t(token) * to.channels);
+                copy_token(to, workspace->tokens, token, result + size_t(token) * to.channels);
     }
     return 0;
 } catch (const std::bad_alloc &) {

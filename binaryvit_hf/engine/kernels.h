@@ -21,6 +21,10 @@ struct Kernels {
     void (*run)(const Model &model, const Step &step, Workspace &workspace, int member, const float *image,
                 float *last_hidden_state);
 
+    /* Floats (rows, inputs) times the lines `from` to `to` of a weight (outputs, inputs), and a bias if there is one: (rows, outputs). */
+    void (*linear)(const float *rows, int64_t num_rows, int inputs, const float *weight, const float *bias, int outputs,
+                   int from, int to, float *products);
+
     /* In how many of its bits each row of `bits` differs from each row of the matrix: (rows, outputs). */
     void (*count)(const uint32_t *bits, int rows, const SignMatrix &matrix, int outputs, int32_t *counts);
 };

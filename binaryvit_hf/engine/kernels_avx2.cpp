@@ -121,14 +121,14 @@ struct Cpu {
     static inline uint32_t at_least(f32x16 a, f32x16 b) { return compare<_CMP_GE_OQ>(a, b); }
     static inline uint32_t above(f32x16 a, f32x16 b) { return compare<_CMP_GT_OQ>(a, b); }
 
-    static inline Floats negative_part(Floats x) {
-        return reinterpret_cast<Floats>(_mm256_min_ps(reinterpret_cast<__m256>(x), _mm256_setzero_ps()));
+    static inline Floats lesser(Floats a, Floats b) {
+        return reinterpret_cast<Floats>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
     }
 
     static inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
-    static inline void pick(const float *const *from, int rows, const Choice &choice, float *to) {
-        pick_one_by_one(from, rows, choice, to);
+    static inline void pick(const float *const *from, int rows, int block, const Choice &choice, float *to) {
+        pick_one_by_one(from, rows, block, choice, to);
     }
 
     struct Exponentials {
@@ -147,7 +147,7 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, runs_here, run, count};
+const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

@@ -55,22 +55,23 @@ struct Cpu {
         return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
     }
 
-    static inline Floats negative_part(Floats x) {
-        return reinterpret_cast<Floats>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_setzero_ps()));
+    static inline Floats lesser(Floats a, Floats b) {
+        return reinterpret_cast<Floats>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
     }
 
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
 
-    static inline void pick(const float *const *from, int rows, const Choice &choice, float *to) {
-        __m512i channels = _mm512_load_si512(choice.channels), groups = _mm512_srli_epi32(channels, 5);
-        for (int group = choice.first; group <= choice.last; ++group) {
-            __mmask16 in_group = group == choice.first ? __mmask16(-1) : _mm512_cmpeq_epi32_mask(groups, _mm512_set1_epi32(group));
-            for (int row = 0; row < rows; ++row) {
-                // An index is taken modulo 32: 16 of the one register, 16 of the other.
-                const float *here = from[row] + 32 * group;
-                __m512 picked = _mm512_permutex2var_ps(_mm512_loadu_ps(here), channels, _mm512_loadu_ps(here + kLanes));
-                _mm512_mask_store_ps(to + row * kLanes, in_group, picked);
+    static inline void pick(const float *const *from, int rows, int block, const Choice &choice, float *to) {
+        // An index is taken modulo 32: 16 of the one block, 16 of the other.
+        __m512i channels = _mm512_load_si512(choice.channels), pairs = _mm512_srli_epi32(channels, 5);
+        for (int row = 0; row < rows; ++row) {
+            __m512 picked = _mm512_setzero_ps();
+            for (int pair = choice.first; pair <= choice.last; ++pair) {
+                const float *here = from[row] + size_t(2 * pair) * block;
+                __m512 of_pair = _mm512_permutex2var_ps(_mm512_loadu_ps(here), channels, _mm512_loadu_ps(here + block));
+                picked = _mm512_mask_mov_ps(picked, _mm512_cmpeq_epi32_mask(pairs, _mm512_set1_epi32(pair)), of_pair);
             }
+            _mm512_store_ps(to + row * kLanes, picked);
         }
     }
 
@@ -99,7 +100,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, runs_here, run, count};
+const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

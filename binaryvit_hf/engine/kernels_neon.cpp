@@ -73,12 +73,12 @@ struct Cpu {
                            mask(a.high.high > b.high.high));
     }
 
-    static inline Floats negative_part(Floats x) { return x < 0 ? x : Floats{}; }
+    static inline Floats lesser(Floats a, Floats b) { return a < b ? a : b; }
 
     static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-    static inline void pick(const float *const *from, int rows, const Choice &choice, float *to) {
-        pick_one_by_one(from, rows, choice, to);
+    static inline void pick(const float *const *from, int rows, int block, const Choice &choice, float *to) {
+        pick_one_by_one(from, rows, block, choice, to);
     }
 
     using Exponentials = LookedUpExponentials;
@@ -90,7 +90,7 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Cpu::kLayout, runs_here, run, count};
+const Kernels kNeonKernels = {"neon", Cpu::kLayout, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

@@ -76,6 +76,17 @@ def load_library() -> ctypes.CDLL | str:
     library.binaryvit_free.argtypes = [ctypes.c_void_p]
     pointer = ctypes.c_void_p
     library.binaryvit_forward.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer, pointer, pointer]
+    library.binaryvit_classify.restype = None
+    library.binaryvit_classify.argtypes = [
+        pointer,
+        pointer,
+        ctypes.c_int64,
+        pointer,
+        pointer,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        pointer,
+    ]
     library.binaryvit_run_step.argtypes = [pointer, ctypes.c_int32, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
     library.binaryvit_count.argtypes = [
         ctypes.c_char_p,
@@ -221,6 +232,32 @@ class Engine:
         if failed:
             raise MemoryError("The engine got too little memory for its tokens.")
         return last, pooled, hidden
+
+    def classify(
+        self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threads: int
+    ) -> torch.Tensor:
+        """
+        A linear layer after the pooling: all of it in float32, on the CPU and contiguous.
+
+        Args:
+            pooled: `(batch, channels)` of the last stage.
+            weight, bias: `(num_labels, channels)`, `(num_labels,)`.
+
+        Returns:
+            `(batch, num_labels)`.
+        """
+        logits = torch.empty(len(pooled), len(weight))
+        self.library.binaryvit_classify(
+            self.model,
+            pooled.data_ptr(),
+            len(pooled),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            len(weight),
+            threads,
+            logits.data_ptr(),
+        )
+        return logits
 
     def run_step(
         self, step: int, inputs: torch.Tensor, output_shape: tuple[int, int], threads: int = 1

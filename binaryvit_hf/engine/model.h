@@ -22,6 +22,13 @@ constexpr int kRows = 8;    // tokens that are computed at once; the bits of a b
 
 inline int round_up(int size, int unit) { return (size + unit - 1) / unit * unit; }
 
+/*
+ * Tokens lie in blocks of 16 channels: of one block all tokens, one after the other, then the next block. So many floats are
+ * from a block to the next; 8 cache lines more than a multiple of 64, so that the blocks of a tile lie in different places of
+ * the cache.
+ */
+inline int block_floats(int tokens) { return (round_up(tokens, 64) + kRows) * kLanes; }
+
 /* A zeroed array on a cache line's boundary. */
 template <class T>
 class Array {
@@ -79,18 +86,15 @@ struct Affine {
     Array<float> scale, shift;
 };
 
-/* `t + slope * min(t, 0) + shift`: PReLU of slope `1 + slope`, its shift at the input folded into what makes t. */
-struct Activation {
-    Activation() = default;
-    explicit Activation(int channels) : slope(round_up(channels, kLanes)), shift(round_up(channels, kLanes)) {}
-    Array<float> slope, shift;
-};
-
-/* `activation(affine(count) + shortcut)` of the number of bits in which an input differs from a weight. */
+/*
+ * `y + slope * min(y, knee)`, where `y = scale * count + shortcut`, of the number of bits in which an input differs from a
+ * weight: a product, its normalisation and RPReLU, but for `rest`, which every channel lacks to it. Whoever takes the result
+ * has it in their own thresholds and knees.
+ */
 struct Projection {
     SignMatrix weight;
-    Affine affine;
-    Activation activation;
+    Array<float> scale, knee, slope;
+    std::vector<double> rest;
 };
 
 /* A bit of a channel is whether its value is at least this; infinity where there is no channel. */
@@ -112,17 +116,16 @@ struct Layer {
     Array<float> exponentials_fine, exponentials_coarse;  // of i below 16 and of 16 i, whose products they are; 16 each
     float probability_threshold;               // a probability above it is on
     Affine context;                            // of the sum of the signs of the values that are on
-    Activation context_activation;
+    Array<float> context_slope;                // of `x + slope * min(x, 0)`
     Affine layer_scale1, norm2;
 
     Thresholds fc1_input, fc2_input;
-    Projection fc1, fc2;                       // inner channels in the order [block of channels][run][channel of the block];
-                                               // what fc1's activation adds at last is in fc2's thresholds and affine
-    int expansion;                             // inner channels for one channel: a run
+    Projection fc1, fc2;                       // inner channels in the order [block of channels][run][channel of the block]
+    int expansion;                             // inner channels for one channel: a run; fc2 is for their sum, not their mean
     std::vector<Choice> repeated;              // what blocks of fc1 have as their shortcut
     std::vector<int32_t> shortcut_of_block;    // which of them, by block of fc1
     Affine layer_scale2;                       // and all that the pooling branches add to every token
-    std::vector<int32_t> taps;                 // tokens that the pooling branches see, in floats of the map from the own one
+    std::vector<int32_t> taps;                 // tokens that the pooling branches see, in floats of a map from the own one
     Array<float> tap_weights;                  // [block of 16 channels][tap][16]
 };
 
@@ -134,20 +137,25 @@ struct PatchEmbeddings {
     Projection projection;     // inputs in the order [neighbour][channel, filled up to words]
     Array<float> float_weight; // [block of 16 outputs][neighbour][channel][16], the norm folded in
     Array<float> float_bias;
-    Array<float> positions;    // (tokens, channels filled up)
+    Array<float> positions;    // of all tokens, in blocks, what the projection lacks folded in
 };
 
 struct Stem {
-    Array<float> weight;       // [block of 16 outputs][channel][row][column][16], the norm folded in
-    Array<float> positions;    // (tokens, channels filled up), bias and norm folded in, of the class token all of it
+    Array<float> weight;          // [block of 16 outputs][channel][row][column][16], the norm folded in
+    Array<float> positions;       // of all tokens, in blocks, bias and norm folded in, of the class token all of it
+    std::vector<int32_t> pixels;  // [channel][row][column] of a patch, in floats of an image from its first
 };
 
 struct Stage {
-    int height, width, tokens, channels, stride, ratio, keys, reach;  // stride: floats from token to token
-    std::vector<int32_t> map_row;  // row of a token in the map with a border of `reach`
+    int height, width, tokens, channels, ratio, keys, reach;
+    std::vector<int32_t> map_row;  // place of a token in the map with a border of `reach`
     std::vector<int32_t> key_row;  // key that a token takes its shortcut from
     int map_width() const { return width + 2 * reach; }
-    size_t map_rows() const { return map_row.empty() ? 0 : size_t(map_row.back()) + 1 + reach * (map_width() + 1); }
+    int map_rows() const { return map_row.back() + 1 + reach * (map_width() + 1); }
+    int blocks() const { return round_up(channels, kLanes) / kLanes; }
+    int token_block() const { return block_floats(tokens); }
+    int key_block() const { return block_floats(keys); }
+    int map_block() const { return block_floats(map_rows()); }
 };
 
 enum class StepKind { kStem, kPatchEmbeddings, kLayer, kNorm };

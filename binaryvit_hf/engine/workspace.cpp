@@ -26,7 +26,7 @@ int key_words(const Stage &stage) { return round_up(stage.keys, 32) / 32; }
 }  // namespace
 
 Scratch::Scratch(const Model &model) {
-    int stride = widest(model, [](const Stage &stage) { return stage.stride; });
+    stride = widest(model, [](const Stage &stage) { return (stage.blocks() + 1) * kLanes; });
     int words = widest_layer(model, [](const Layer &layer) { return std::max(layer.fc1.weight.words, layer.fc2.weight.words); });
     int patch = model.image_channels * model.patch_height * model.patch_width;
     for (const PatchEmbeddings &embeddings : model.patch_embeddings) {
@@ -55,9 +55,10 @@ Scratch::Scratch(const Model &model) {
 Workspace::Workspace(const Model &model, int size) : team(size), size(size) {
     size_t tokens_size = 0, shortcuts_size = 0, keys_size = 0, values_size = 0;
     for (const Stage &stage : model.stages) {
-        tokens_size = std::max(tokens_size, size_t(stage.tokens) * stage.stride);
-        shortcuts_size = std::max(shortcuts_size, size_t(stage.keys) * stage.stride);
-        maps.emplace_back(stage.map_rows() * stage.stride);
+        tokens_size = std::max(tokens_size, size_t(stage.blocks()) * stage.token_block());
+        shortcuts_size = std::max(shortcuts_size, size_t(stage.blocks()) * stage.key_block());
+        // Kernels read two blocks at once.
+        maps.emplace_back(size_t(round_up(stage.blocks(), 2)) * stage.map_block());
     }
     for (const Layer &layer : model.layers) {
         const Stage &stage = model.stages[layer.stage];
@@ -70,6 +71,16 @@ Workspace::Workspace(const Model &model, int size) : team(size), size(size) {
     keys = Array<uint32_t>(keys_size);
     values = Array<uint32_t>(values_size);
     for (int member = 0; member < size; ++member) scratch.emplace_back(model);
+}
+
+void copy_token(const Stage &stage, const Array<float> &tokens, int token, float *to) {
+    for (int c = 0; c < stage.channels; ++c)
+        to[c] = tokens[size_t(c / kLanes) * stage.token_block() + size_t(token) * kLanes + c % kLanes];
+}
+
+void place_token(const Stage &stage, const float *from, int token, Array<float> &tokens) {
+    for (int c = 0; c < stage.channels; ++c)
+        tokens[size_t(c / kLanes) * stage.token_block() + size_t(token) * kLanes + c % kLanes] = from[c];
 }
 
 }  // namespace binaryvit

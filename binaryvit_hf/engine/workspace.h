@@ -11,7 +11,7 @@ struct Scratch {
     explicit Scratch(const Model &model);
 
     Array<float> inputs;                            // channels
-    Array<float> outputs;                           // channels, row by row
+    Array<float> outputs;                           // channels, row by row (Scratch::stride)
     Array<float> inner;                             // channels: sums of the MLP's inner channels
     Array<float> shortcuts;                         // Layer::repeated
     Array<uint32_t> bits, more_bits, head_bits;     // inputs of a projection
@@ -22,6 +22,7 @@ struct Scratch {
     Array<float> context_base;                      // channels, of one row: context of a query to which no key is on
     Array<float> patches;                           // inputs of a convolution, row by row
     Array<uint32_t> zeros;                          // keys
+    int stride;                                     // not a power of two: the cache has few places for such rows
 
     static int keys_blocks(const Stage &stage) { return round_up(stage.keys, kLanes) / kLanes; }
 };
@@ -31,11 +32,15 @@ struct Workspace {
 
     Barrier team;
     int size;                            // of the team
-    Array<float> tokens, next_tokens;    // (tokens, stride)
-    std::vector<Array<float>> maps;      // of every stage (Stage::map_rows, stride), its border zero
-    Array<float> shortcuts;              // (keys, stride): keys and values added up
+    Array<float> tokens, next_tokens;    // in blocks
+    std::vector<Array<float>> maps;      // of every stage (Stage::map_row), in blocks, their borders zero
+    Array<float> shortcuts;              // of keys, in blocks: keys and values added up
     Array<uint32_t> keys, values;        // tiles of every head: (keys, head_dim) and (head_dim, keys)
     std::vector<Scratch> scratch;        // of every member
 };
+
+/* A token's channels, side by side, from the blocks, and into them. */
+void copy_token(const Stage &stage, const Array<float> &tokens, int token, float *to);
+void place_token(const Stage &stage, const float *from, int token, Array<float> &tokens);
 
 }  // namespace binaryvit
