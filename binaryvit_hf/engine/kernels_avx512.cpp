@@ -62,14 +62,26 @@ struct Cpu {
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
 
     static inline void pick(const float *const *from, int rows, int block, const Choice &choice, float *to) {
-        // An index is taken modulo 32: 16 of the one block, 16 of the other.
-        __m512i channels = _mm512_load_si512(choice.channels), pairs = _mm512_srli_epi32(channels, 5);
+        switch (choice.last - choice.first + 1) {
+            case 1: return pick_of_pairs(from, rows, block, choice, std::integral_constant<int, 1>(), to);
+            case 2: return pick_of_pairs(from, rows, block, choice, std::integral_constant<int, 2>(), to);
+            case 4: return pick_of_pairs(from, rows, block, choice, std::integral_constant<int, 4>(), to);
+            default: return pick_of_pairs(from, rows, block, choice, choice.last - choice.first + 1, to);
+        }
+    }
+
+    /* Of so many pairs of blocks. */
+    template <class Pairs>
+    static inline void pick_of_pairs(const float *const *from, int rows, int block, const Choice &choice, Pairs pairs, float *to) {
+        __m512i channels = _mm512_load_si512(choice.channels), pair_of = _mm512_srli_epi32(channels, 5);
         for (int row = 0; row < rows; ++row) {
+            const float *here = from[row] + size_t(2 * choice.first) * block;
             __m512 picked = _mm512_setzero_ps();
-            for (int pair = choice.first; pair <= choice.last; ++pair) {
-                const float *here = from[row] + size_t(2 * pair) * block;
-                __m512 of_pair = _mm512_permutex2var_ps(_mm512_loadu_ps(here), channels, _mm512_loadu_ps(here + block));
-                picked = _mm512_mask_mov_ps(picked, _mm512_cmpeq_epi32_mask(pairs, _mm512_set1_epi32(pair)), of_pair);
+            for (int pair = 0; pair < pairs; ++pair, here += 2 * size_t(block)) {
+                __mmask16 of_pair = _mm512_cmpeq_epi32_mask(pair_of, _mm512_set1_epi32(choice.first + pair));
+                // An index is taken modulo 32: 16 of the one block, 16 of the other.
+                __m512 there = _mm512_permutex2var_ps(_mm512_loadu_ps(here), channels, _mm512_loadu_ps(here + block));
+                picked = _mm512_mask_mov_ps(picked, of_pair, there);
             }
             _mm512_store_ps(to + row * kLanes, picked);
         }

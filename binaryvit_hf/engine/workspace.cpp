@@ -36,6 +36,7 @@ Scratch::Scratch(const Model &model) {
     int split_words = widest_layer(model, [](const Layer &layer) { return layer.heads * head_words(layer); });
     int keys = widest(model, [](const Stage &stage) { return round_up(stage.keys, 32); });
     int repeated = widest_layer(model, [](const Layer &layer) { return int(layer.repeated.size()) * kLanes; });
+    if (model.patch_embeddings.size() > 0) repeated = std::max(repeated, stride);
     inputs = Array<float>(size_t(kRows) * stride);
     outputs = Array<float>(size_t(kRows) * stride + kLanes);
     inner = Array<float>(size_t(kRows) * stride);

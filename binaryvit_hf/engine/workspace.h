@@ -13,7 +13,7 @@ struct Scratch {
     Array<float> inputs;                            // channels
     Array<float> outputs;                           // channels, row by row (Scratch::stride)
     Array<float> inner;                             // channels: sums of the MLP's inner channels
-    Array<float> shortcuts;                         // Layer::repeated
+    Array<float> shortcuts;                         // Layer::repeated; channels
     Array<uint32_t> bits, more_bits, head_bits;     // inputs of a projection
     Array<uint16_t> prepared;                       // bytes of any of these bits, as kernels want them
     Array<uint32_t> split_bits;                     // of every head from a word of its own on
