@@ -61,29 +61,33 @@ struct Cpu {
 
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
 
-    static inline void pick(const float *const *from, int rows, int block, const Choice &choice, float *to) {
-        switch (choice.last - choice.first + 1) {
-            case 1: return pick_of_pairs(from, rows, block, choice, std::integral_constant<int, 1>(), to);
-            case 2: return pick_of_pairs(from, rows, block, choice, std::integral_constant<int, 2>(), to);
-            case 4: return pick_of_pairs(from, rows, block, choice, std::integral_constant<int, 4>(), to);
-            default: return pick_of_pairs(from, rows, block, choice, choice.last - choice.first + 1, to);
+    static inline void pick(const float *const *from, int rows, int block, const Choice *choices, int count, float *to) {
+        for (int begin = 0, end = 0; begin < count; begin = end) {
+            while (end < count && choices[end].first == choices[begin].first && choices[end].last == choices[begin].last) ++end;
+            for (int pair = choices[begin].first; pair <= choices[begin].last;) {
+                int left = choices[begin].last - pair + 1, pairs = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                auto pick = pairs == 4 ? pick_of_pairs<4> : pairs == 2 ? pick_of_pairs<2> : pick_of_pairs<1>;
+                for (int row = 0; row < rows; ++row)
+                    pick(from[row], block, pair, choices + begin, choices + end, to + begin * kRows * kLanes + row * kLanes);
+                pair += pairs;
+            }
         }
     }
 
-    /* Of so many pairs of blocks. */
-    template <class Pairs>
-    static inline void pick_of_pairs(const float *const *from, int rows, int block, const Choice &choice, Pairs pairs, float *to) {
-        __m512i channels = _mm512_load_si512(choice.channels), pair_of = _mm512_srli_epi32(channels, 5);
-        for (int row = 0; row < rows; ++row) {
-            const float *here = from[row] + size_t(2 * choice.first) * block;
-            __m512 picked = _mm512_setzero_ps();
-            for (int pair = 0; pair < pairs; ++pair, here += 2 * size_t(block)) {
-                __mmask16 of_pair = _mm512_cmpeq_epi32_mask(pair_of, _mm512_set1_epi32(choice.first + pair));
-                // An index is taken modulo 32: 16 of the one block, 16 of the other.
-                __m512 there = _mm512_permutex2var_ps(_mm512_loadu_ps(here), channels, _mm512_loadu_ps(here + block));
-                picked = _mm512_mask_mov_ps(picked, of_pair, there);
+    /* What several choices take of the same pairs of blocks of one row. */
+    template <int pairs>
+    static void pick_of_pairs(const float *from, ptrdiff_t block, int first, const Choice *choice, const Choice *end, float *to) {
+        __m512 blocks[2 * pairs];
+        for (int i = 0; i < 2 * pairs; ++i) blocks[i] = _mm512_loadu_ps(from + (2 * first + i) * block);
+        for (; choice != end; ++choice, to += kRows * kLanes) {
+            __m512i channels = _mm512_load_si512(choice->channels);
+            // Of a pair there are those from its first channel on; an index is taken modulo 32: 16 of the one block, 16 of the other.
+            __m512 picked = choice->first == first ? _mm512_setzero_ps() : _mm512_load_ps(to);
+            for (int pair = 0; pair < pairs; ++pair) {
+                __mmask16 from_pair = _mm512_cmpge_epi32_mask(channels, _mm512_set1_epi32(32 * (first + pair)));
+                picked = _mm512_mask_mov_ps(picked, from_pair, _mm512_permutex2var_ps(blocks[2 * pair], channels, blocks[2 * pair + 1]));
             }
-            _mm512_store_ps(to + row * kLanes, picked);
+            _mm512_store_ps(to, picked);
         }
     }
 
