@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
-from .engine_binaryvit import EngineChoice, choose_engine, classify, compute, forget
+from .engine_binaryvit import EngineChoice, choose_engine, compute, compute_logits, forget
 from .fused_binaryvit import BinaryAttentionProducts, merge_heads
 from .layers_binaryvit import (
     AvgPoolBranch,
@@ -359,12 +359,22 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         Returns:
             `logits` `(batch, num_labels)`, `loss` if there are labels, hidden states and attentions as the backbone.
         """
-        outputs = self.binaryvit(pixel_values, **kwargs)
-        logits = classify(self.binaryvit, self.classifier, outputs.pooler_output)
+        logits = self.compute_logits(pixel_values) if not kwargs else None
+        hidden_states = attentions = None
+        if logits is None:
+            outputs = self.binaryvit(pixel_values, **kwargs)
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
+            logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
+
+    def compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """By the engine, where it can and nobody asked for more."""
+        backbone = self.binaryvit
+        if type(backbone) is not BinaryViTModel or self.config.output_hidden_states or self.config.output_attentions:
+            return None
+        backbone.embeddings.check(pixel_values)
+        return compute_logits(backbone, self.classifier, pixel_values)
 
 
 @contextlib.contextmanager

@@ -156,12 +156,13 @@ def test_a_row_that_differs_in_every_bit_does_not_overflow():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("labels, bias", [(3, True), (1, False), (40, True)])
 def test_the_classifier_is_a_linear_layer(labels, bias, threads):
-    folded_config = tiny_config(hidden_sizes=[9, 45], num_attention_heads=[3, 5], intermediate_sizes=[18, 90])
-    classifier, pooled = torch.nn.Linear(45, labels, bias=bias), torch.randn(4, 45)
+    config = tiny_config(hidden_sizes=[9, 45], num_attention_heads=[3, 5], intermediate_sizes=[18, 90])
+    classifier, images = torch.nn.Linear(45, labels, bias=bias), images_of(config, 4)
+    weights = [weight.detach() for weight in classifier.parameters()]
     for kernels in KERNELS:
-        folded = engine_of(packed(folded_config), kernels)
-        logits = folded.classify(pooled, classifier.weight, classifier.bias, threads)
-        torch.testing.assert_close(logits, classifier(pooled))
+        folded = engine_of(packed(config), kernels)
+        _, pooled, _ = folded.forward(images, threads)
+        torch.testing.assert_close(folded.classify(images, *weights, threads=threads), classifier(pooled).detach())
 
 
 @pytest.mark.parametrize("batch, threads", [(0, 2), (1, 4), (5, 2), (3, 3), (2, 8)])

@@ -234,18 +234,22 @@ class Engine:
         return last, pooled, hidden
 
     def classify(
-        self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, threads: int
+        self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, threads: int
     ) -> torch.Tensor:
         """
-        A linear layer after the pooling: all of it in float32, on the CPU and contiguous.
+        A forward and a linear layer after the pooling.
 
         Args:
-            pooled: `(batch, channels)` of the last stage.
-            weight, bias: `(num_labels, channels)`, `(num_labels,)`.
+            images, threads: as of `forward`.
+            weight, bias: `(num_labels, channels)`, `(num_labels,)`; float32, on the CPU and contiguous.
 
         Returns:
             `(batch, num_labels)`.
+
+        Raises:
+            ValueError, MemoryError: as `forward`.
         """
+        _, pooled, _ = self.forward(images, threads)
         logits = torch.empty(len(pooled), len(weight))
         self.library.binaryvit_classify(
             self.model,
