@@ -6,11 +6,15 @@ them.
 import contextlib
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from .errors import UserError, first_sentence
+
+
+REST_SECONDS = 2.0  # at most
 
 
 class Failure(NamedTuple):
@@ -64,9 +68,24 @@ def answer(pipe: Connection, create: Callable, arguments: tuple) -> None:
                 question = pipe.recv()
             except EOFError:  # nobody will ask any more
                 return
-            pipe.send(respond(question))
+            answered = respond(question)
+            come_to_rest()
+            pipe.send(answered)
     except Exception as error:
         pipe.send(Failure(first_sentence(error)))
+
+
+def come_to_rest() -> None:
+    """
+    Waits until this process's threads sleep. Those of OpenMP and of onnxruntime spin when they have nothing left to do, for
+    longer than many a forward takes, on the cores that whose turn it is next needs.
+    """
+    end = time.perf_counter() + REST_SECONDS
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - before < 0.001:
+            return
 
 
 def describe_seconds(seconds: list[float]) -> dict:
