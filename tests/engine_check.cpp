@@ -184,7 +184,7 @@ std::vector<float> run(const Network &network, binaryvit_model *model, const std
     expect(binaryvit_forward(model, images.data(), batch, threads, last.data(), pooled.data(), nullptr) == 0, "a forward");
     constexpr int kLabels = 7;
     std::vector<float> weight(kLabels * channels, 0.5f), bias(kLabels, 1.0f), logits(size_t(batch) * kLabels);
-    binaryvit_classify(model, pooled.data(), batch, weight.data(), bias.data(), kLabels, threads, logits.data());
+    expect(binaryvit_classify(model, images.data(), batch, threads, weight.data(), bias.data(), kLabels, logits.data()) == 0, "logits");
     for (const auto &more : {pooled, logits}) last.insert(last.end(), more.begin(), more.end());
     return last;
 }

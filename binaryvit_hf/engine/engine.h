@@ -2,8 +2,7 @@
  * The engine's interface: plain C, pointers and sizes, so that anything can drive it.
  *
  * A model is made of the tensors of a packed checkpoint (weights of 1 bit, inputs of 1 bit) by their names there, without
- * the prefix "binaryvit."; it computes everything but the classifier, which has a function of its own. Nothing of the tensors
- * is needed afterwards.
+ * the prefix "binaryvit."; it computes everything but the classifier. Nothing of the tensors is needed afterwards.
  * A model may be run by several threads at once. Floats are float32, images normalised.
  */
 #ifndef BINARYVIT_ENGINE_H
@@ -73,16 +72,18 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
                           float *last_hidden_state, float *pooled, float *const *hidden_states);
 
 /*
- * The classifier, a linear layer of floats.
+ * The same for a classifier, a linear layer of floats, which is all that is wanted.
  *
  * Args:
- *   pooled: (batch, channels of the last stage).
- *   weight: (num_labels, channels).
+ *   images, batch, threads: as above.
+ *   weight: (num_labels, channels of the last stage).
  *   bias: (num_labels), or null.
  *   logits: (batch, num_labels).
+ *
+ * Returns 0, or 1 where memory is short.
  */
-void binaryvit_classify(const binaryvit_model *model, const float *pooled, int64_t batch, const float *weight,
-                        const float *bias, int32_t num_labels, int32_t threads, float *logits);
+int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t batch, int32_t threads, const float *weight,
+                           const float *bias, int32_t num_labels, float *logits);
 
 /*
  * One step alone, for tests: the stem, then for every stage its patch embeddings (but for the first) and its layers, then the

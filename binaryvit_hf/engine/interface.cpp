@@ -210,14 +210,20 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
     return 1;
 }
 
-void binaryvit_classify(const binaryvit_model *model, const float *pooled, int64_t batch, const float *weight, const float *bias,
-                        int32_t num_labels, int32_t threads, float *logits) {
+int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t batch, int32_t threads, const float *weight,
+                           const float *bias, int32_t num_labels, float *logits) try {
     const Model &network = *model->network;
+    const Stage &last = network.stages.back();
+    Array<float> tokens(size_t(batch) * last.tokens * last.channels), pooled(size_t(batch) * last.channels);
+    if (binaryvit_forward(model, images, batch, threads, tokens.data(), pooled.data(), nullptr) != 0) return 1;
     auto work = [&](int member, int members) {
         int from = int(int64_t(num_labels) * member / members), to = int(int64_t(num_labels) * (member + 1) / members);
-        network.kernels->linear(pooled, batch, network.stages.back().channels, weight, bias, num_labels, from, to, logits);
+        network.kernels->linear(pooled.data(), batch, last.channels, weight, bias, num_labels, from, to, logits);
     };
     if (threads < 2 || !run_team(threads, [&](int member) { work(member, threads); })) work(0, 1);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
 }
 
 int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *input, int64_t batch, int32_t threads,

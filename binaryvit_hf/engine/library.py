@@ -14,6 +14,7 @@ import torch
 
 NAME = "kernels"  # of the extension module in setup.py; it is loaded as a plain library, Python's part of it does not exist
 ERROR_BYTES = 500
+SHORT_OF_MEMORY = "The engine got too little memory for its tokens."
 
 Int32s = ctypes.POINTER(ctypes.c_int32)
 
@@ -76,14 +77,13 @@ def load_library() -> ctypes.CDLL | str:
     library.binaryvit_free.argtypes = [ctypes.c_void_p]
     pointer = ctypes.c_void_p
     library.binaryvit_forward.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer, pointer, pointer]
-    library.binaryvit_classify.restype = None
     library.binaryvit_classify.argtypes = [
         pointer,
         pointer,
         ctypes.c_int64,
-        pointer,
-        pointer,
         ctypes.c_int32,
+        pointer,
+        pointer,
         ctypes.c_int32,
         pointer,
     ]
@@ -216,12 +216,7 @@ class Engine:
             ValueError: images of another shape or dtype.
             MemoryError: too little memory.
         """
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape or images.dtype != torch.float32:
-            raise ValueError(
-                f"The engine takes float32 images of (batch, channels, height, width) {('batch', *self.image_shape)}, not "
-                f"{images.dtype} of {tuple(images.shape)}."
-            )
-        images, batch = images.detach().contiguous(), len(images)
+        images, batch = self.check(images), len(images)
         last, pooled = torch.empty(batch, *self.last_shape), torch.empty(batch, self.last_shape[1])
         hidden = [torch.empty(batch, *shape) for shape in self.hidden_shapes] if output_hidden_states else []
         pointers = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden)) if hidden else None
@@ -230,8 +225,16 @@ class Engine:
             self.model, images.data_ptr(), batch, threads, last.data_ptr(), pooled.data_ptr(), pointers
         )
         if failed:
-            raise MemoryError("The engine got too little memory for its tokens.")
+            raise MemoryError(SHORT_OF_MEMORY)
         return last, pooled, hidden
+
+    def check(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape or images.dtype != torch.float32:
+            raise ValueError(
+                f"The engine takes float32 images of (batch, channels, height, width) {('batch', *self.image_shape)}, not "
+                f"{images.dtype} of {tuple(images.shape)}."
+            )
+        return images.detach().contiguous()
 
     def classify(
         self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, threads: int
@@ -249,18 +252,20 @@ class Engine:
         Raises:
             ValueError, MemoryError: as `forward`.
         """
-        _, pooled, _ = self.forward(images, threads)
-        logits = torch.empty(len(pooled), len(weight))
-        self.library.binaryvit_classify(
+        images, batch, num_labels = self.check(images), len(images), len(weight)
+        logits = torch.empty(batch, num_labels)
+        failed = self.library.binaryvit_classify(
             self.model,
-            pooled.data_ptr(),
-            len(pooled),
+            images.data_ptr(),
+            batch,
+            threads,
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            len(weight),
-            threads,
+            num_labels,
             logits.data_ptr(),
         )
+        if failed:
+            raise MemoryError(SHORT_OF_MEMORY)
         return logits
 
     def run_step(
@@ -280,7 +285,7 @@ class Engine:
             self.model, step, inputs.data_ptr(), len(inputs), threads, outputs.data_ptr()
         )
         if failed:
-            raise MemoryError("The engine got too little memory for its tokens.")
+            raise MemoryError(SHORT_OF_MEMORY)
         return outputs
 
 
