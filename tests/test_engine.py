@@ -87,6 +87,18 @@ def test_every_step_is_pytorchs_but_for_rounding(config, threads):
     check_steps(packed(config), images_of(config), threads)
 
 
+@pytest.mark.parametrize("expansion", [3, 9, 18])
+def test_what_the_mlp_repeats_may_come_from_far_apart(expansion):
+    config = tiny_config(
+        hidden_sizes=[288],
+        depths=[1],
+        num_attention_heads=[3],
+        intermediate_sizes=[288 * expansion],
+        sequence_reduction_ratios=[1],
+    )
+    check_steps(packed(config), images_of(config))
+
+
 @st.composite
 def configs(draw) -> BinaryViTConfig:
     """Any network of one-bit products: odd widths and heads, one token, reductions, a class token."""

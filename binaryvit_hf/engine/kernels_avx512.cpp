@@ -41,6 +41,11 @@ struct Cpu {
         auto differing = [&](int word, int row) {
             return _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_load_si512(tile + word * kLanes), _mm512_set1_epi32(int(bits[word * kRows + row]))));
         };
+        if (words == 2) {  // heads of 64 channels and the first stage, without a loop
+            for (int row = 0; row < rows; ++row)
+                sums[row] = reinterpret_cast<i32x16>(_mm512_add_epi32(differing(0, row), differing(1, row)));
+            return;
+        }
         for (int row = 0; row < rows; ++row) counts[row] = differing(0, row);
         for (int word = 1; word < words; ++word)
             for (int row = 0; row < rows; ++row) counts[row] = _mm512_add_epi32(counts[row], differing(word, row));
