@@ -132,11 +132,21 @@ struct Cpu {
     }
 
     struct Exponentials {
-        explicit Exponentials(const Layer &layer) : all(layer.exponentials.data()) {}
-        f32x16 operator()(i32x16 index) const { return {gather(index.low), gather(index.high)}; }
-        Floats gather(Ints places) const {
-            return reinterpret_cast<Floats>(_mm256_i32gather_ps(all, reinterpret_cast<__m256i>(places), sizeof(float)));
+        explicit Exponentials(const Layer &layer)
+            : lower(_mm256_load_ps(layer.exponentials_fine.data())), upper(_mm256_load_ps(layer.exponentials_fine.data() + 8)),
+              coarse(_mm256_load_ps(layer.exponentials_coarse.data())),
+              all(layer.head_dim < 8 * kLanes ? nullptr : layer.exponentials.data()) {}
+        f32x16 operator()(i32x16 index) const { return {look_up(index.low), look_up(index.high)}; }
+        Floats look_up(Ints index) const {
+            auto places = reinterpret_cast<__m256i>(index);
+            if (all) return reinterpret_cast<Floats>(_mm256_i32gather_ps(all, places, sizeof(float)));
+            // By tables that each fill a register; an index is taken modulo 8, and its fourth bit chooses between two of them.
+            __m256 first = _mm256_permutevar8x32_ps(lower, places), second = _mm256_permutevar8x32_ps(upper, places);
+            __m256 fine = _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
+            __m256 of_sixteens = _mm256_permutevar8x32_ps(coarse, _mm256_srli_epi32(places, 4));
+            return reinterpret_cast<Floats>(_mm256_mul_ps(fine, of_sixteens));
         }
+        __m256 lower, upper, coarse;
         const float *all;
     };
 };
