@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -402,27 +401,24 @@ private:
         }
     }
 
-    /* Means over (K, 1) and (1, K) tokens for every K: one weighted sum over the tokens that any of them sees. */
+    /* Means over (K, 1) and (1, K) tokens for every K: one weight for the own token and one for each two at the same distance. */
     void fold_pooling_branches(Layer &layer, const std::string &name) const {
-        const Stage &stage = model_->stages[layer.stage];
-        std::map<int, std::vector<float>> weights;
+        if (config_.num_avg_pool_kernels == 0) return;
+        int per_block = 1 + 2 * model_->stages[layer.stage].reach;
+        layer.pool_weights = Array<float>(size_t(per_block) * round_up(layer.channels, kLanes));
         for (int branch = 0; branch < 2 * config_.num_avg_pool_kernels; ++branch) {
             const std::string branch_name = name + "." + std::to_string(branch) + ".layer_scale";
             const float *scale = tensors_.floats(branch_name + ".scale", layer.channels);
             const float *shift = tensors_.floats(branch_name + ".shift", layer.channels);
-            int size = config_.avg_pool_kernel_sizes[branch / 2], step = branch % 2 == 0 ? stage.map_width() : 1;
-            for (int offset = -(size / 2); offset <= size / 2; ++offset) {
-                std::vector<float> &weight = weights[offset * step * kLanes];
-                weight.resize(layer.channels);
-                for (int c = 0; c < layer.channels; ++c) weight[c] += scale[c] / float(size);
+            int size = config_.avg_pool_kernel_sizes[branch / 2];
+            bool above = branch % 2 == 0;
+            for (int c = 0; c < layer.channels; ++c) {
+                float *weights = &layer.pool_weights[size_t(c / kLanes) * per_block * kLanes + c % kLanes];
+                weights[0] += scale[c] / float(size);
+                for (int distance = 1; distance <= size / 2; ++distance)
+                    weights[(2 * distance - 1 + above) * kLanes] += scale[c] / float(size);
+                layer.layer_scale2.shift[c] += shift[c];
             }
-            for (int c = 0; c < layer.channels; ++c) layer.layer_scale2.shift[c] += shift[c];
-        }
-        layer.tap_weights = Array<float>(weights.size() * round_up(layer.channels, kLanes));
-        for (const auto &[tap, weight] : weights) {
-            for (int c = 0; c < layer.channels; ++c)
-                layer.tap_weights[(c / kLanes * weights.size() + layer.taps.size()) * kLanes + c % kLanes] = weight[c];
-            layer.taps.push_back(tap);
         }
     }
 

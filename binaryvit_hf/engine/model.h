@@ -125,8 +125,7 @@ struct Layer {
     std::vector<Choice> repeated;              // what blocks of fc1 have as their shortcut
     std::vector<int32_t> shortcut_of_block;    // which of them, by block of fc1
     Affine layer_scale2;                       // and all that the pooling branches add to every token
-    std::vector<int32_t> taps;                 // tokens that the pooling branches see, in floats of a map from the own one
-    Array<float> tap_weights;                  // [block of 16 channels][tap][16]
+    Array<float> pool_weights;                 // [block of 16 channels][own token, then by distance those beside, those above][16]
 };
 
 struct PatchEmbeddings {
