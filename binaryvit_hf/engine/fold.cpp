@@ -230,10 +230,9 @@ private:
             std::fill_n(norm.scale.data(), channels, 1.0f);
         }
         Stem stem{Array<float>(size_t(padded) * inputs), Array<float>(size_t(stage.blocks()) * stage.token_block()), {}};
-        for (int i = 0; i < inputs; ++i) {
-            int row = i / config_.patch_width, channel = row / config_.patch_height;
-            stem.pixels.push_back((channel * config_.image_height + row % config_.patch_height) * config_.image_width + i % config_.patch_width);
-        }
+        for (int channel = 0; channel < config_.num_channels; ++channel)
+            for (int row = 0; row < config_.patch_height; ++row)
+                stem.lines.push_back((channel * config_.image_height + row) * config_.image_width);
         for (int c = 0; c < channels; ++c) {
             for (int i = 0; i < inputs; ++i)
                 stem.weight[(size_t(c / kLanes) * inputs + i) * kLanes + c % kLanes] =

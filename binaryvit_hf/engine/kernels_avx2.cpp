@@ -55,6 +55,8 @@ struct Cpu {
     static constexpr int kWordsAtOnce = 15;  // 60 times at most 4 bits fit a byte
     static constexpr int kWordsInByte = 7;   // 2 times 28 times at most 4 bits do
 
+    static constexpr int kFloatBlocks = 1;
+
     /* Where the table of each byte begins. */
     using Bits = uint16_t;
     static constexpr int kBitsOfWord = 4;

@@ -24,6 +24,8 @@ struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
     static constexpr int kBytesAtOnce = 28;  // 28 times at most 8 bits fit a byte; whole words
 
+    static constexpr int kFloatBlocks = 1;
+
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
     static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }

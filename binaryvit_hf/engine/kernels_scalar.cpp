@@ -18,6 +18,8 @@ constexpr int kRegisterBytes = 16;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
 
+    static constexpr int kFloatBlocks = 1;
+
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
     static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }

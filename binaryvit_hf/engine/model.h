@@ -142,7 +142,7 @@ struct PatchEmbeddings {
 struct Stem {
     Array<float> weight;          // [block of 16 outputs][channel][row][column][16], the norm folded in
     Array<float> positions;       // of all tokens, in blocks, bias and norm folded in, of the class token all of it
-    std::vector<int32_t> pixels;  // [channel][row][column] of a patch, in floats of an image from its first
+    std::vector<int32_t> lines;   // [channel][row] of a patch, in floats of an image from its first
 };
 
 struct Stage {

@@ -20,7 +20,7 @@ struct Scratch {
     Array<uint32_t> attended;                       // keys: those whose probabilities are on
     Array<float> exponentials;                      // keys
     Array<float> context_base;                      // channels, of one row: context of a query to which no key is on
-    Array<float> patches;                           // inputs of a convolution, row by row
+    Array<float> patches;                           // inputs of a convolution
     Array<uint32_t> zeros;                          // keys
     int stride;                                     // not a power of two: the cache has few places for such rows
 
