@@ -167,7 +167,7 @@ def compute(
     if folded is None:
         return None
     last, pooled, hidden_states = folded.engine.forward(
-        images.to(torch.float32), torch.get_num_threads(), bool(output_hidden_states)
+        as_floats(images), torch.get_num_threads(), bool(output_hidden_states)
     )
     return BaseModelOutputWithPooling(
         last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(hidden_states) or None
@@ -182,15 +182,20 @@ def compute_logits(model: torch.nn.Module, classifier: torch.nn.Module, images: 
     """
     if type(classifier) is not torch.nn.Linear or classifier._forward_hooks or classifier._forward_pre_hooks:
         return None
-    tensors = (classifier.weight,) if classifier.bias is None else (classifier.weight, classifier.bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return None
-    if not all(tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
-        return None
+    weight, bias = classifier.weight, classifier.bias
+    for tensor in (weight,) if bias is None else (weight, bias):
+        if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return None
     folded = fold_for(model, images)
     if folded is None:
         return None
-    return folded.engine.classify(images.to(torch.float32), *tensors, threads=torch.get_num_threads())
+    return folded.engine.classify(as_floats(images), weight, bias, threads=torch.get_num_threads())
+
+
+def as_floats(images: torch.Tensor) -> torch.Tensor:
+    return images if images.dtype == torch.float32 else images.to(torch.float32)
 
 
 def fold_for(model: torch.nn.Module, images: torch.Tensor) -> Folded | None:
@@ -210,7 +215,7 @@ def is_traced(images: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return True
     try:
-        return images.device.type != "cpu" or (images.numel() > 0 and images.data_ptr() == 0)
+        return not images.is_cpu or (images.data_ptr() == 0 and images.numel() > 0)
     except RuntimeError:  # of vmap and its like
         return True
 

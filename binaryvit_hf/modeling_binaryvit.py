@@ -370,10 +370,9 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
 
     def compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """By the engine, where it can and nobody asked for more."""
-        backbone = self.binaryvit
-        if type(backbone) is not BinaryViTModel or self.config.output_hidden_states or self.config.output_attentions:
+        backbone, settings = self.binaryvit, vars(self.config)  # past its properties, which cost as much as all else here
+        if type(backbone) is not BinaryViTModel or settings["output_hidden_states"] or settings["_output_attentions"]:
             return None
-        backbone.embeddings.check(pixel_values)
         return compute_logits(backbone, self.classifier, pixel_values)
 
 

@@ -216,7 +216,8 @@ class Engine:
             ValueError: images of another shape or dtype.
             MemoryError: too little memory.
         """
-        images, batch = self.check(images), len(images)
+        images = self.check(images)
+        batch = images.shape[0]
         last, pooled = torch.empty(batch, *self.last_shape), torch.empty(batch, self.last_shape[1])
         hidden = [torch.empty(batch, *shape) for shape in self.hidden_shapes] if output_hidden_states else []
         pointers = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden)) if hidden else None
@@ -229,12 +230,13 @@ class Engine:
         return last, pooled, hidden
 
     def check(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape or images.dtype != torch.float32:
+        if images.shape[1:] != self.image_shape:
             raise ValueError(
-                f"The engine takes float32 images of (batch, channels, height, width) {('batch', *self.image_shape)}, not "
-                f"{images.dtype} of {tuple(images.shape)}."
+                f"The model takes images of (channels, height, width) {self.image_shape}, not {tuple(images.shape[1:])}."
             )
-        return images.detach().contiguous()
+        if images.dtype != torch.float32:
+            raise ValueError(f"The engine takes float32 images, not {images.dtype}.")
+        return images.contiguous()
 
     def classify(
         self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, threads: int
@@ -252,7 +254,9 @@ class Engine:
         Raises:
             ValueError, MemoryError: as `forward`.
         """
-        images, batch, num_labels = self.check(images), len(images), len(weight)
+        # Whatever Python does here meets cold caches: a forward fills them with other things.
+        images = self.check(images)
+        batch, num_labels = images.shape[0], weight.shape[0]
         logits = torch.empty(batch, num_labels)
         failed = self.library.binaryvit_classify(
             self.model,
