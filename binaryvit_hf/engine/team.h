@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <functional>
 
 namespace binaryvit {
@@ -16,6 +17,30 @@ private:
     const int size_;
     std::atomic<int> arrived_{0};
     std::atomic<unsigned> round_{0};
+};
+
+/*
+ * Tiles of one thread's share. Whoever has none left takes from the end of another's, so that a core that others slow down
+ * keeps nobody waiting.
+ */
+class Tiles {
+public:
+    void open(int first, int end) { left_.store(pack(first, end), std::memory_order_release); }
+
+    /* The first that is left, for whose share it is, or the last, for others; -1 if there is none. */
+    int take(bool own) {
+        uint64_t left = left_.load(std::memory_order_relaxed);
+        for (;;) {
+            int first = int(uint32_t(left)), end = int(left >> 32);
+            if (first >= end) return -1;
+            uint64_t fewer = own ? pack(first + 1, end) : pack(first, end - 1);
+            if (left_.compare_exchange_weak(left, fewer, std::memory_order_acquire, std::memory_order_relaxed)) return own ? first : end - 1;
+        }
+    }
+
+private:
+    static uint64_t pack(int first, int end) { return uint64_t(end) << 32 | uint32_t(first); }
+    alignas(64) std::atomic<uint64_t> left_{0};
 };
 
 /*

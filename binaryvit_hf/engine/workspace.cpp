@@ -53,7 +53,7 @@ Scratch::Scratch(const Model &model) {
     zeros = Array<uint32_t>(size_t(kRows) * keys / 32);
 }
 
-Workspace::Workspace(const Model &model, int size) : team(size), size(size) {
+Workspace::Workspace(const Model &model, int size) : team(size), size(size), tiles(size_t(size)) {
     size_t tokens_size = 0, shortcuts_size = 0, keys_size = 0, values_size = 0;
     for (const Stage &stage : model.stages) {
         tokens_size = std::max(tokens_size, size_t(stage.blocks()) * stage.token_block());

@@ -32,6 +32,7 @@ struct Workspace {
 
     Barrier team;
     int size;                            // of the team
+    std::vector<Tiles> tiles;            // of every member
     Array<float> tokens, next_tokens;    // in blocks
     std::vector<Array<float>> maps;      // of every stage (Stage::map_row), in blocks, their borders zero
     Array<float> shortcuts;              // of keys, in blocks: keys and values added up
