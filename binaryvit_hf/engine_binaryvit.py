@@ -153,7 +153,7 @@ def is_packed(model: torch.nn.Module) -> bool:
 
 
 def compute(
-    model: torch.nn.Module, images: torch.Tensor, output_hidden_states: bool | None, options: dict
+    model: torch.nn.Module, images: torch.Tensor, output_hidden_states: bool, options: dict
 ) -> BaseModelOutputWithPooling | None:
     """
     A backbone's outputs for `images (batch, channels, height, width)`; none where PyTorch has to compute them.
@@ -167,7 +167,7 @@ def compute(
     if folded is None:
         return None
     last, pooled, hidden_states = folded.engine.forward(
-        as_floats(images), torch.get_num_threads(), bool(output_hidden_states)
+        as_floats(images), torch.get_num_threads(), output_hidden_states
     )
     return BaseModelOutputWithPooling(
         last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(hidden_states) or None
@@ -222,7 +222,7 @@ def is_traced(images: torch.Tensor) -> bool:
 
 def fold(model: torch.nn.Module) -> Folded | None:
     folded = FOLDED.get(model)
-    wanted = wanted_kernels()
+    wanted = os.environ.get(VARIABLE)  # looked at more closely when it is another
     if folded is None or wanted != folded.wanted or folded.changes != folded.count_changes():
         choice = choose_engine(model)
         if choice.name == TORCH:

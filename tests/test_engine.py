@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from binaryvit_hf import BinaryViTConfig, BinaryViTQuantizationConfig, engine
 from binaryvit_hf.configuration_binaryvit import as_pair
@@ -400,6 +401,26 @@ def test_hidden_states_are_those_of_pytorch(monkeypatch):
     assert len(ours.hidden_states) == len(theirs.hidden_states) == 4
     for own, expected in zip(ours.hidden_states, theirs.hidden_states):
         torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize(
+    "option, given", [("output_hidden_states", "hidden_states"), ("output_attentions", "attentions")]
+)
+def test_what_the_config_asks_for_is_given_whenever_it_asks(option, given):
+    model = packed(tiny_config())
+    assert given not in model(tiny_images())
+    setattr(model.config, option, True)
+    assert len(model(tiny_images())[given]) >= 3
+
+
+def test_an_output_of_the_engine_is_as_its_constructor_makes_it():
+    with torch.no_grad():
+        output = packed(tiny_config())(tiny_images())
+    made = ImageClassifierOutput(logits=output.logits)
+    assert list(output.items()) == list(made.items())
+    assert vars(output) == vars(made)
+    assert torch.equal(pickle.loads(pickle.dumps(output)).logits, output.logits)
+    assert torch.utils._pytree.tree_flatten(output)[1] == torch.utils._pytree.tree_flatten(made)[1]
 
 
 def test_copies_and_pickles_of_a_model_fold_for_themselves():
