@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -71,31 +72,38 @@ struct Cpu {
 
     template <int rows>
     static inline void count(const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        __m256i upper_half = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
+        count_rows(std::make_integer_sequence<int, rows>(), bits, tile, words, sums);
+    }
+
+    /* Rows by name: what is picked from an array in a loop, GCC keeps in memory. */
+    template <int... row>
+    static inline void count_rows(std::integer_sequence<int, row...>, const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
+        const __m256i upper_half = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
         for (int begin = 0; begin < words; begin += kWordsAtOnce) {
-            __m256i counts[rows];
-            for (int row = 0; row < rows; ++row) counts[row] = _mm256_setzero_si256();
+            __m256i counts[] = {((void)row, _mm256_setzero_si256())...};
             for (int word = begin; word < std::min(begin + kWordsAtOnce, words); ++word) {
                 const auto *matrix = reinterpret_cast<const __m128i *>(tile + word * kLanes);
                 const Bits *of_word = bits + word * kRows * kBitsOfWord;
-                __m256i nibbles[4];
-                for (int byte = 0; byte < 4; ++byte) {
+                auto nibbles = [&](int byte) {
                     __m256i twice = _mm256_broadcastsi128_si256(_mm_load_si128(matrix + byte));
-                    nibbles[byte] = _mm256_and_si256(_mm256_srlv_epi32(twice, upper_half), _mm256_set1_epi8(15));
-                }
-                for (int row = 0; row < rows; ++row) {
-                    auto differing = [&](int byte) {
-                        const uint8_t *table = kDifferences.counts[0] + of_word[row * kBitsOfWord + byte];
-                        return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i *>(table)), nibbles[byte]);
-                    };
-                    __m256i first = _mm256_add_epi8(differing(0), differing(1)), second = _mm256_add_epi8(differing(2), differing(3));
-                    counts[row] = _mm256_add_epi8(counts[row], _mm256_add_epi8(first, second));
-                }
+                    return _mm256_and_si256(_mm256_srlv_epi32(twice, upper_half), _mm256_set1_epi8(15));
+                };
+                __m256i first = nibbles(0), second = nibbles(1), third = nibbles(2), fourth = nibbles(3);
+                auto differing = [&](const Bits *byte, __m256i nibbles) {
+                    const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[0] + *byte);
+                    return _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles);
+                };
+                auto of_row = [&](const Bits *own) {
+                    return _mm256_add_epi8(_mm256_add_epi8(differing(own, first), differing(own + 1, second)),
+                                           _mm256_add_epi8(differing(own + 2, third), differing(own + 3, fourth)));
+                };
+                ((counts[row] = _mm256_add_epi8(counts[row], of_row(of_word + row * kBitsOfWord))), ...);
             }
-            for (int row = 0; row < rows; ++row) {
-                i32x16 sum = words <= kWordsInByte ? spread_sums_of_bytes(counts[row]) : spread_sums(counts[row]);
-                sums[row] = begin == 0 ? sum : sums[row] + sum;
-            }
+            auto add = [&](i32x16 &sum, __m256i of_row) {
+                i32x16 more = words <= kWordsInByte ? spread_sums_of_bytes(of_row) : spread_sums(of_row);
+                sum = begin == 0 ? more : sum + more;
+            };
+            (add(sums[row], counts[row]), ...);
         }
     }
 
