@@ -376,7 +376,11 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         """By the engine, where it can and nobody asked for more."""
         backbone = self.binaryvit
         settings = vars(self.config)  # past its properties, which take as long as all else here
-        if type(backbone) is not BinaryViTModel or settings["output_hidden_states"] or settings["_output_attentions"]:
+        if (
+            type(backbone) is not BinaryViTModel
+            or settings.get("output_hidden_states")
+            or settings.get("_output_attentions")
+        ):
             return None
         return compute_logits(backbone, self.classifier, pixel_values)
 

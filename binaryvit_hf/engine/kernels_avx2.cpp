@@ -55,7 +55,6 @@ struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
     static constexpr int kWordsAtOnce = 15;  // 60 times at most 4 bits fit a byte
     static constexpr int kWordsInByte = 7;   // 2 times 28 times at most 4 bits do
-
     static constexpr int kFloatBlocks = 1;
 
     /* Where the table of each byte begins. */

@@ -30,7 +30,6 @@ constexpr int kRegisterBytes = 64;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
-
     static constexpr int kFloatBlocks = 2;
 
     using Bits = uint32_t;

@@ -23,7 +23,6 @@ constexpr int kRegisterBytes = 16;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
     static constexpr int kBytesAtOnce = 28;  // 28 times at most 8 bits fit a byte; whole words
-
     static constexpr int kFloatBlocks = 1;
 
     using Bits = uint32_t;

@@ -17,7 +17,6 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
-
     static constexpr int kFloatBlocks = 1;
 
     using Bits = uint32_t;
