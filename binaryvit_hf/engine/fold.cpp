@@ -386,17 +386,11 @@ private:
             if (order[i] >= 0) add_to_shortcut(layer.fc2, size_t(order[i] / expansion), layer.fc1.rest[i] / expansion);
 
         for (size_t first = 0; first < shortcut.size(); first += kLanes) {
-            const int32_t *channels = &shortcut[first];
-            size_t known = 0;
-            while (known < layer.repeated.size() && !std::equal(channels, channels + kLanes, layer.repeated[known].channels)) ++known;
-            if (known == layer.repeated.size()) {
-                Choice choice;
-                std::copy_n(channels, kLanes, choice.channels);
-                choice.first = *std::min_element(channels, channels + kLanes) / 32;
-                choice.last = *std::max_element(channels, channels + kLanes) / 32;
-                layer.repeated.push_back(choice);
-            }
-            layer.shortcut_of_block.push_back(int32_t(known));
+            Choice channels;
+            std::copy_n(&shortcut[first], kLanes, channels.begin());
+            auto known = std::find(layer.repeated.begin(), layer.repeated.end(), channels);
+            layer.shortcut_of_block.push_back(int32_t(known - layer.repeated.begin()));
+            if (known == layer.repeated.end()) layer.repeated.push_back(channels);
         }
     }
 

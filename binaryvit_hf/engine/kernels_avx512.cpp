@@ -67,33 +67,55 @@ struct Cpu {
 
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
 
-    static inline void pick(const float *const *from, int rows, int block, const Choice *choices, int count, float *to) {
-        for (int begin = 0, end = 0; begin < count; begin = end) {
-            while (end < count && choices[end].first == choices[begin].first && choices[end].last == choices[begin].last) ++end;
-            for (int pair = choices[begin].first; pair <= choices[begin].last;) {
-                int left = choices[begin].last - pair + 1, pairs = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                auto pick = pairs == 4 ? pick_of_pairs<4> : pairs == 2 ? pick_of_pairs<2> : pick_of_pairs<1>;
-                for (int row = 0; row < rows; ++row)
-                    pick(from[row], block, pair, choices + begin, choices + end, to + begin * kRows * kLanes + row * kLanes);
-                pair += pairs;
+    static inline void pick(const Layer &layer, const float *const *from, int rows, int block, float *to) {
+        int blocks = layer.channels % kLanes == 0 ? layer.channels / kLanes : 0;
+        if (layer.expansion == 8 && blocks == 4) return pick_runs<8, 4>(layer, from, rows, block, to);
+        if (layer.expansion == 8 && blocks >= 8) return pick_runs<8, 8>(layer, from, rows, block, to);
+        if (layer.expansion == 4 && blocks >= 4) return pick_runs<4, 4>(layer, from, rows, block, to);
+        pick_one_by_one(layer, from, rows, block, to);
+    }
+
+    /*
+     * As many choices at once as a run has channels: each takes one channel in so many, the first of them from the first on, and
+     * all together what lies in as many blocks side by side, `apart` of which are not the same again.
+     */
+    template <int runs, int apart>
+    static void pick_runs(const Layer &layer, const float *const *from, int rows, ptrdiff_t block, float *to) {
+        const int blocks = layer.channels / kLanes;
+        for (size_t choice = 0; choice < layer.repeated.size(); choice += runs, to += runs * kRows * kLanes) {
+            ptrdiff_t places[apart];
+            for (int i = 0; i < apart; ++i) places[i] = (layer.repeated[choice][0] / kLanes + i) % blocks * block;
+            for (int row = 0; row < rows; ++row) {
+                __m512 channels[runs];
+                for (int i = 0; i < apart; ++i) channels[i] = _mm512_loadu_ps(from[row] + places[i]);
+                deal<runs, apart>(channels);
+                for (int run = 0; run < runs; ++run) _mm512_store_ps(to + (run * kRows + row) * kLanes, channels[run]);
             }
         }
     }
 
-    /* What several choices take of the same pairs of blocks of one row. */
-    template <int pairs>
-    static void pick_of_pairs(const float *from, ptrdiff_t block, int first, const Choice *choice, const Choice *end, float *to) {
-        __m512 blocks[2 * pairs];
-        for (int i = 0; i < 2 * pairs; ++i) blocks[i] = _mm512_loadu_ps(from + (2 * first + i) * block);
-        for (; choice != end; ++choice, to += kRows * kLanes) {
-            __m512i channels = _mm512_load_si512(choice->channels);
-            // Of a pair there are those from its first channel on; an index is taken modulo 32: 16 of the one block, 16 of the other.
-            __m512 picked = choice->first == first ? _mm512_setzero_ps() : _mm512_load_ps(to);
-            for (int pair = 0; pair < pairs; ++pair) {
-                __mmask16 from_pair = _mm512_cmpge_epi32_mask(channels, _mm512_set1_epi32(32 * (first + pair)));
-                picked = _mm512_mask_mov_ps(picked, from_pair, _mm512_permutex2var_ps(blocks[2 * pair], channels, blocks[2 * pair + 1]));
+    /*
+     * Deals what `count` registers hold to `parts` of them, in turns, and again from the first number on until they are full:
+     * first what lies in even places and what lies in odd ones, then each of both.
+     */
+    template <int parts, int count>
+    __attribute__((always_inline)) static inline void deal(__m512 *numbers) {
+        if constexpr (parts > 1) {
+            const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+            constexpr int half = (count + 1) / 2;
+            __m512 evens[parts / 2], odds[parts / 2];
+            for (int i = 0; i < half; ++i) {
+                __m512 first = numbers[2 * i % count], second = numbers[(2 * i + 1) % count];
+                evens[i] = _mm512_permutex2var_ps(first, even, second);
+                odds[i] = _mm512_permutex2var_ps(first, odd, second);
             }
-            _mm512_store_ps(to, picked);
+            deal<parts / 2, half>(evens);
+            deal<parts / 2, half>(odds);
+            for (int i = 0; i < parts / 2; ++i) {
+                numbers[2 * i] = evens[i];
+                numbers[2 * i + 1] = odds[i];
+            }
         }
     }
 

@@ -78,8 +78,8 @@ struct Cpu {
 
     static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-    static inline void pick(const float *const *from, int rows, int block, const Choice *choices, int count, float *to) {
-        pick_one_by_one(from, rows, block, choices, count, to);
+    static inline void pick(const Layer &layer, const float *const *from, int rows, int block, float *to) {
+        pick_one_by_one(layer, from, rows, block, to);
     }
 
     using Exponentials = LookedUpExponentials;

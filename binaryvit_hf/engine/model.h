@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -101,10 +102,7 @@ struct Projection {
 using Thresholds = Array<float>;
 
 /* 16 channels of a token. */
-struct Choice {
-    alignas(64) int32_t channels[kLanes];
-    int32_t first, last;  // of the 32 channels side by side, the first and the last among which they are
-};
+using Choice = std::array<int32_t, kLanes>;
 
 struct Layer {
     int stage, channels, heads, head_dim, ratio;
@@ -122,7 +120,7 @@ struct Layer {
     Thresholds fc1_input, fc2_input;
     Projection fc1, fc2;                       // inner channels in the order [block of channels][run][channel of the block]
     int expansion;                             // inner channels for one channel: a run; fc2 is for their sum, not their mean
-    std::vector<Choice> repeated;              // what blocks of fc1 have as their shortcut
+    std::vector<Choice> repeated;              // what blocks of fc1 have as their shortcut, in the order of the blocks
     std::vector<int32_t> shortcut_of_block;    // which of them, by block of fc1
     Affine layer_scale2;                       // and all that the pooling branches add to every token
     Array<float> pool_weights;                 // [block of 16 channels][own token, then by distance those beside, those above][16]
