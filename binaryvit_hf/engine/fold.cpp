@@ -172,6 +172,7 @@ private:
                 if (from >= 0 && bits[from / 8] >> from % 8 & 1) matrix.set(layout_, int(row), int(column));
             }
         }
+        if (model_->kernels->chains) matrix.chain();
         return matrix;
     }
 

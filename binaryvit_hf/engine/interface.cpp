@@ -265,6 +265,7 @@ int32_t binaryvit_count(const char *name, const uint8_t *bits, int32_t rows, con
     for (int output = 0; output < outputs; ++output)
         for (int input = 0; input < inputs; ++input)
             if (matrix[size_t(output) * row_bytes + input / 8] >> input % 8 & 1) tiles.set(kernels->layout, output, input);
+    if (kernels->chains) tiles.chain();
     Array<uint32_t> words(size_t(rows) * tiles.words);
     for (int row = 0; row < rows; ++row)
         std::memcpy(&words[size_t(row) * tiles.words], bits + size_t(row) * row_bytes, size_t(row_bytes));

@@ -9,6 +9,7 @@ namespace binaryvit {
 struct Kernels {
     const char *name;
     Layout layout;
+    bool chains;  // of weights (SignMatrix::chain)
     bool (*runs_here)();
 
     /*

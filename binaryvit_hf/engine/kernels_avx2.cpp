@@ -61,63 +61,66 @@ struct Cpu {
     using Bits = uint16_t;
     static constexpr int kBitsOfWord = 4;
 
-    static const Bits *prepare(const uint32_t *bits, int words, uint16_t *room) {
-        for (int half = 0; half < 2 * words; ++half) {
-            __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(bits) + half);
-            _mm256_store_si256(reinterpret_cast<__m256i *>(room) + half, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 5));
-        }
-        return room;
-    }
-
-    template <int rows>
-    static inline void count(const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        count_rows(std::make_integer_sequence<int, rows>(), bits, tile, words, sums);
-    }
-
-    /* Rows by name: what is picked from an array in a loop, GCC keeps in memory. */
-    template <int... row>
-    static inline void count_rows(std::integer_sequence<int, row...>, const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        const __m256i upper_half = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
-        for (int begin = 0; begin < words; begin += kWordsAtOnce) {
-            __m256i counts[] = {((void)row, _mm256_setzero_si256())...};
-            for (int word = begin; word < std::min(begin + kWordsAtOnce, words); ++word) {
-                const auto *matrix = reinterpret_cast<const __m128i *>(tile + word * kLanes);
-                const Bits *of_word = bits + word * kRows * kBitsOfWord;
-                auto nibbles = [&](int byte) {
-                    __m256i twice = _mm256_broadcastsi128_si256(_mm_load_si128(matrix + byte));
-                    return _mm256_and_si256(_mm256_srlv_epi32(twice, upper_half), _mm256_set1_epi8(15));
-                };
-                __m256i first = nibbles(0), second = nibbles(1), third = nibbles(2), fourth = nibbles(3);
-                auto differing = [&](const Bits *byte, __m256i nibbles) {
-                    const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[0] + *byte);
-                    return _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles);
-                };
-                auto of_row = [&](const Bits *own) {
-                    return _mm256_add_epi8(_mm256_add_epi8(differing(own, first), differing(own + 1, second)),
-                                           _mm256_add_epi8(differing(own + 2, third), differing(own + 3, fourth)));
-                };
-                ((counts[row] = _mm256_add_epi8(counts[row], of_row(of_word + row * kBitsOfWord))), ...);
+    struct Words {
+        static const Bits *prepare(const uint32_t *bits, int words, uint16_t *room) {
+            for (int half = 0; half < 2 * words; ++half) {
+                __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(bits) + half);
+                _mm256_store_si256(reinterpret_cast<__m256i *>(room) + half, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 5));
             }
-            auto add = [&](i32x16 &sum, __m256i of_row) {
-                i32x16 more = words <= kWordsInByte ? spread_sums_of_bytes(of_row) : spread_sums(of_row);
-                sum = begin == 0 ? more : sum + more;
-            };
-            (add(sums[row], counts[row]), ...);
+            return room;
         }
-    }
 
-    static inline i32x16 spread_sums_of_bytes(__m256i counts) {
-        __m128i both = _mm_add_epi8(_mm256_castsi256_si128(counts), _mm256_extracti128_si256(counts, 1));
-        return {reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(both)), reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_srli_si128(both, 8)))};
-    }
+        template <int rows>
+        static inline void count(const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
+            count_rows(std::make_integer_sequence<int, rows>(), bits, tile, words, sums);
+        }
 
-    static inline i32x16 spread_sums(__m256i counts) {
-        __m256i lower = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(counts));
-        __m256i upper = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(counts, 1));
-        __m256i both = _mm256_add_epi16(lower, upper);
-        return {reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(both))),
-                reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(both, 1)))};
-    }
+        /* Rows by name: what is picked from an array in a loop, GCC keeps in memory. */
+        template <int... row>
+        static inline void count_rows(std::integer_sequence<int, row...>, const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
+            const __m256i upper_half = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
+            for (int begin = 0; begin < words; begin += kWordsAtOnce) {
+                __m256i counts[] = {((void)row, _mm256_setzero_si256())...};
+                for (int word = begin; word < std::min(begin + kWordsAtOnce, words); ++word) {
+                    const auto *matrix = reinterpret_cast<const __m128i *>(tile + word * kLanes);
+                    const Bits *of_word = bits + word * kRows * kBitsOfWord;
+                    auto nibbles = [&](int byte) {
+                        __m256i twice = _mm256_broadcastsi128_si256(_mm_load_si128(matrix + byte));
+                        return _mm256_and_si256(_mm256_srlv_epi32(twice, upper_half), _mm256_set1_epi8(15));
+                    };
+                    __m256i first = nibbles(0), second = nibbles(1), third = nibbles(2), fourth = nibbles(3);
+                    auto differing = [&](const Bits *byte, __m256i nibbles) {
+                        const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[0] + *byte);
+                        return _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles);
+                    };
+                    auto of_row = [&](const Bits *own) {
+                        return _mm256_add_epi8(_mm256_add_epi8(differing(own, first), differing(own + 1, second)),
+                                               _mm256_add_epi8(differing(own + 2, third), differing(own + 3, fourth)));
+                    };
+                    ((counts[row] = _mm256_add_epi8(counts[row], of_row(of_word + row * kBitsOfWord))), ...);
+                }
+                auto add = [&](i32x16 &sum, __m256i of_row) {
+                    i32x16 more = words <= kWordsInByte ? spread_sums_of_bytes(of_row) : spread_sums(of_row);
+                    sum = begin == 0 ? more : sum + more;
+                };
+                (add(sums[row], counts[row]), ...);
+            }
+        }
+
+        static inline i32x16 spread_sums_of_bytes(__m256i counts) {
+            __m128i both = _mm_add_epi8(_mm256_castsi256_si128(counts), _mm256_extracti128_si256(counts, 1));
+            return {reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(both)), reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_srli_si128(both, 8)))};
+        }
+
+        static inline i32x16 spread_sums(__m256i counts) {
+            __m256i lower = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(counts));
+            __m256i upper = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(counts, 1));
+            __m256i both = _mm256_add_epi16(lower, upper);
+            return {reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(both))),
+                    reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(both, 1)))};
+        }
+    };
+    using Chains = Words;
 
     template <int comparison>
     static inline uint32_t compare(f32x16 a, f32x16 b) {
@@ -166,7 +169,7 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kAvx2Kernels = {"avx2", Cpu::kLayout, kChains, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -34,24 +35,95 @@ struct Cpu {
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
-    static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
 
-    template <int rows>
-    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        __m512i counts[rows];
-        auto differing = [&](int word, int row) {
-            return _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_load_si512(tile + word * kLanes), _mm512_set1_epi32(int(bits[word * kRows + row]))));
-        };
-        if (words == 2) {  // heads of 64 channels and the first stage, without a loop
-            for (int row = 0; row < rows; ++row)
-                sums[row] = reinterpret_cast<i32x16>(_mm512_add_epi32(differing(0, row), differing(1, row)));
-            return;
+    struct Words {
+        static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
+
+        template <int rows>
+        static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+            __m512i counts[rows];
+            auto differing = [&](int word, int row) {
+                return _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_load_si512(tile + word * kLanes), _mm512_set1_epi32(int(bits[word * kRows + row]))));
+            };
+            if (words == 2) {  // heads of 64 channels and the first stage, without a loop
+                for (int row = 0; row < rows; ++row)
+                    sums[row] = reinterpret_cast<i32x16>(_mm512_add_epi32(differing(0, row), differing(1, row)));
+                return;
+            }
+            for (int row = 0; row < rows; ++row) counts[row] = differing(0, row);
+            for (int word = 1; word < words; ++word)
+                for (int row = 0; row < rows; ++row) counts[row] = _mm512_add_epi32(counts[row], differing(word, row));
+            for (int row = 0; row < rows; ++row) sums[row] = reinterpret_cast<i32x16>(counts[row]);
         }
-        for (int row = 0; row < rows; ++row) counts[row] = differing(0, row);
-        for (int word = 1; word < words; ++word)
-            for (int row = 0; row < rows; ++row) counts[row] = _mm512_add_epi32(counts[row], differing(word, row));
-        for (int row = 0; row < rows; ++row) sums[row] = reinterpret_cast<i32x16>(counts[row]);
-    }
+    };
+
+    /*
+     * Counting of weights in chains (SignMatrix::chain), by full adders. Of every bit there is known whether the words so far
+     * that differ in it are odd in number, and one exclusive or tells the same of two more words. So the adder of these three
+     * has its sum; its carry, 1 where two of them are, is, where the first two are equal, one of them, and else the opposite of
+     * the sum. Bits of carries count twice: one count for two words.
+     */
+    struct Chains {
+        static const Bits *prepare(const uint32_t *bits, int words, uint16_t *room) {
+            static_assert(kRows * sizeof(uint32_t) == sizeof(__m256i), "a word of all rows");
+            const auto *own = reinterpret_cast<const __m256i *>(bits);
+            auto *chained = reinterpret_cast<__m256i *>(room);
+            __m256i odd = own[0];
+            chained[0] = odd;
+            for (int word = 1; word < words; ++word) {
+                odd = _mm256_xor_si256(odd, own[word]);
+                chained[word] = word % 2 == 0 ? odd : own[word];
+            }
+            return reinterpret_cast<const Bits *>(room);
+        }
+
+        template <int rows>
+        INLINE static void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+            count_rows(std::make_integer_sequence<int, rows>(), bits, tile, words, sums);
+        }
+
+        /* Rows by name: what is picked from arrays in a loop, GCC keeps in memory. */
+        template <int... row>
+        INLINE static void count_rows(std::integer_sequence<int, row...>, const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+            __m512i odd[sizeof...(row)], carries[sizeof...(row)];
+            auto word = [&tile](int i) { return _mm512_load_si512(tile + i * kLanes); };
+            (begin(odd[row], carries[row], word(0), word(1), word(2), bits + row), ...);
+            const uint32_t *last = tile + (words - 1) * kLanes;
+            for (tile += 3 * kLanes, bits += 3 * kRows; tile != last; tile += 4 * kLanes, bits += 4 * kRows)
+                (add_four(odd[row], carries[row], word(0), word(1), word(2), word(3), bits + row), ...);
+            ((sums[row] = end(odd[row], carries[row], word(0), bits[row])), ...);
+        }
+
+        INLINE static __m512i differing(__m512i word, uint32_t bits) { return _mm512_xor_si512(word, _mm512_set1_epi32(int(bits))); }
+
+        INLINE static void begin(__m512i &odd, __m512i &carries, __m512i first, __m512i second, __m512i third, const uint32_t *bits) {
+            odd = differing(third, bits[2 * kRows]);
+            carries = _mm512_popcnt_epi32(_mm512_ternarylogic_epi32(differing(first, bits[0]), differing(second, bits[kRows]), odd, 0xd4));
+        }
+
+        INLINE static void add_four(__m512i &odd, __m512i &carries, __m512i first, __m512i second, __m512i third, __m512i fourth,
+                                    const uint32_t *bits) {
+            add_two(odd, carries, first, second, bits);
+            add_two(odd, carries, third, fourth, bits + 2 * kRows);
+        }
+
+        /* Instruction by instruction: of the same in C++, GCC keeps some of a tile's 16 registers in memory. */
+        INLINE static void add_two(__m512i &odd, __m512i &carries, __m512i first, __m512i second, const uint32_t *bits) {
+            __m512i differing, carry = odd;
+            asm("vpxord %[first_bits]%{1to16%}, %[first], %[differing]\n\t"
+                "vpxord %[second_bits]%{1to16%}, %[second], %[odd]\n\t"
+                "vpternlogd $0xd4, %[odd], %[differing], %[carry]\n\t"
+                "vpopcntd %[carry], %[carry]\n\t"
+                "vpaddd %[carry], %[carries], %[carries]"
+                : [odd] "=&v"(odd), [carry] "+v"(carry), [carries] "+v"(carries), [differing] "=&v"(differing)
+                : [first] "v"(first), [second] "v"(second), [first_bits] "m"(bits[0]), [second_bits] "m"(bits[kRows]));
+        }
+
+        INLINE static i32x16 end(__m512i odd, __m512i carries, __m512i last, uint32_t bits) {
+            __m512i ones = _mm512_add_epi32(_mm512_popcnt_epi32(odd), _mm512_popcnt_epi32(differing(last, bits)));
+            return reinterpret_cast<i32x16>(_mm512_add_epi32(ones, _mm512_add_epi32(carries, carries)));
+        }
+    };
 
     static inline uint32_t at_least(f32x16 a, f32x16 b) {
         return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GE_OQ);
@@ -144,7 +216,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kAvx512Kernels = {"avx512", Cpu::kLayout, kChains, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

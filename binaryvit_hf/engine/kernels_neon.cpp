@@ -27,31 +27,35 @@ struct Cpu {
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
-    static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
 
-    template <int rows>
-    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
-        for (int row = 0; row < rows; ++row) {
-            sums[row] = i32x16{};
-        }
-        for (int begin = 0; begin < 4 * words; begin += kBytesAtOnce) {
-            int end = std::min(begin + kBytesAtOnce, 4 * words);
-            uint8x16_t counts[rows];
-            for (int row = 0; row < rows; ++row) counts[row] = vdupq_n_u8(0);
-            for (int byte = begin; byte < end; ++byte) {
-                uint8x16_t column = vld1q_u8(matrix + byte * kLanes);
-                for (int row = 0; row < rows; ++row)
-                    counts[row] = vaddq_u8(counts[row], vcntq_u8(veorq_u8(column, vdupq_n_u8(rows_bytes[(byte / 4 * kRows + row) * 4 + byte % 4]))));
-            }
+    struct Words {
+        static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
+
+        template <int rows>
+        static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+            const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
             for (int row = 0; row < rows; ++row) {
-                uint16x8_t lower = vmovl_u8(vget_low_u8(counts[row])), upper = vmovl_u8(vget_high_u8(counts[row]));
-                i32x16 sum = {{reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(lower))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(lower)))},
-                              {reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(upper))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(upper)))}};
-                sums[row] = sums[row] + sum;
+                sums[row] = i32x16{};
+            }
+            for (int begin = 0; begin < 4 * words; begin += kBytesAtOnce) {
+                int end = std::min(begin + kBytesAtOnce, 4 * words);
+                uint8x16_t counts[rows];
+                for (int row = 0; row < rows; ++row) counts[row] = vdupq_n_u8(0);
+                for (int byte = begin; byte < end; ++byte) {
+                    uint8x16_t column = vld1q_u8(matrix + byte * kLanes);
+                    for (int row = 0; row < rows; ++row)
+                        counts[row] = vaddq_u8(counts[row], vcntq_u8(veorq_u8(column, vdupq_n_u8(rows_bytes[(byte / 4 * kRows + row) * 4 + byte % 4]))));
+                }
+                for (int row = 0; row < rows; ++row) {
+                    uint16x8_t lower = vmovl_u8(vget_low_u8(counts[row])), upper = vmovl_u8(vget_high_u8(counts[row]));
+                    i32x16 sum = {{reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(lower))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(lower)))},
+                                  {reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(upper))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(upper)))}};
+                    sums[row] = sums[row] + sum;
+                }
             }
         }
-    }
+    };
+    using Chains = Words;
 
     /* A bit for every lane of all ones. */
     static inline uint32_t gather_bits(uint32x4_t first, uint32x4_t second, uint32x4_t third, uint32x4_t fourth) {
@@ -91,7 +95,7 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kNeonKernels = {"neon", Cpu::kLayout, kChains, runs_here, run, linear, count};
 
 }  // namespace binaryvit
 

@@ -21,18 +21,22 @@ struct Cpu {
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
-    static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
 
-    template <int rows>
-    static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
-        for (int row = 0; row < rows; ++row) {
-            int32_t sum[kLanes] = {};
-            for (int word = 0; word < words; ++word)
-                for (int lane = 0; lane < kLanes; ++lane)
-                    sum[lane] += __builtin_popcount(bits[word * kRows + row] ^ tile[word * kLanes + lane]);
-            sums[row] = load(sum);
+    struct Words {
+        static const Bits *prepare(const uint32_t *bits, int, uint16_t *) { return bits; }
+
+        template <int rows>
+        static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+            for (int row = 0; row < rows; ++row) {
+                int32_t sum[kLanes] = {};
+                for (int word = 0; word < words; ++word)
+                    for (int lane = 0; lane < kLanes; ++lane)
+                        sum[lane] += __builtin_popcount(bits[word * kRows + row] ^ tile[word * kLanes + lane]);
+                sums[row] = load(sum);
+            }
         }
-    }
+    };
+    using Chains = Words;
 
     static inline uint32_t at_least(f32x16 a, f32x16 b) {
         float left[kLanes], right[kLanes];
@@ -69,6 +73,6 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", Cpu::kLayout, runs_here, run, linear, count};
+const Kernels kScalarKernels = {"scalar", Cpu::kLayout, kChains, runs_here, run, linear, count};
 
 }  // namespace binaryvit

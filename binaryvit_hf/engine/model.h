@@ -76,7 +76,21 @@ struct SignMatrix {
         bytes[tile_byte(layout, row % kLanes, bit / 8)] |= uint8_t(1 << bit % 8);
     }
 
+    /*
+     * For kernels that add up in chains: every other word, from the third on, becomes the exclusive or of all up to it. Of 3
+     * words, some times 4, and one more; others stay as they are.
+     */
+    void chain() {
+        chained = words >= 8 && words % 4 == 0;
+        for (size_t block = 0; chained && block < size_t(blocks); ++block) {
+            uint32_t *word = &tiles[block * words * kLanes];
+            for (int i = 2 * kLanes; i < words * kLanes; ++i)
+                if (i / kLanes % 2 == 0) word[i] ^= word[i - kLanes] ^ word[i - 2 * kLanes];
+        }
+    }
+
     int blocks = 0, words = 0;
+    bool chained = false;
     Array<uint32_t> tiles;
 };
 
