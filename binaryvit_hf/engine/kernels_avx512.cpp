@@ -3,7 +3,7 @@
  *
  * Counting: a register holds a 32-bit word of 16 rows of a matrix (Layout::kWords); the word of the other row is spread over
  * another; exclusive or, a count of each word's bits, an addition, and 16 sums need no adding up of lanes. The word of the
- * matrix stays in its register for all rows of a tile.
+ * matrix stays in its register for all rows of a tile. Long rows of weights need fewer counts (Chains).
  */
 #if defined(__x86_64__)
 
