@@ -1,5 +1,6 @@
 /* The C interface: who computes which image with whom. */
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <exception>
 #include <mutex>
@@ -96,7 +97,7 @@ struct binaryvit_model {
 
 namespace {
 
-/* One call of binaryvit_forward. */
+/* One call of binaryvit_forward; of binaryvit_classify if nobody asks for the last hidden states. */
 struct Call {
     const Model &model;
     const float *images;
@@ -107,7 +108,8 @@ struct Call {
     void run_image(int64_t image, Workspace &workspace, int member) const {
         size_t pixels = size_t(model.image_channels) * model.image_height * model.image_width;
         const Stage &last = model.stages.back();
-        float *last_of_image = last_hidden_state + size_t(image) * last.tokens * last.channels;
+        float *last_of_image = last_hidden_state == nullptr ? workspace.last_hidden_state.data()
+                                                            : last_hidden_state + size_t(image) * last.tokens * last.channels;
         for (const Step &step : model.steps) {
             if (hidden_states != nullptr && (step.kind == StepKind::kLayer || step.kind == StepKind::kNorm))
                 copy_tokens(step, image, workspace, member);
@@ -181,13 +183,14 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
     Call call{*model->network, images, last_hidden_state, pooled, hidden_states};
     threads = std::max(threads, 1);
     int64_t image = 0;
-    // Where there are images enough, one for each thread: nobody waits for anybody.
+    // Where there are images enough, one for each thread: nobody waits for anybody, and who is faster computes more of them.
     if (threads > 1 && batch >= threads) {
         std::vector<std::unique_ptr<Workspace>> workspaces;
         for (int member = 0; member < threads; ++member) workspaces.push_back(model->borrow(1));
         int64_t shared = batch / threads * threads;
+        std::atomic<int64_t> next{0};
         bool ran = run_team(threads, [&](int member) {
-            for (int64_t own = member; own < shared; own += threads) call.run_image(own, *workspaces[size_t(member)], 0);
+            for (int64_t own; (own = next.fetch_add(1)) < shared;) call.run_image(own, *workspaces[size_t(member)], 0);
         });
         for (auto &workspace : workspaces) model->give_back(std::move(workspace));
         if (ran) image = shared;
@@ -214,8 +217,8 @@ int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t 
                            const float *bias, int32_t num_labels, float *logits) try {
     const Model &network = *model->network;
     const Stage &last = network.stages.back();
-    Array<float> tokens(size_t(batch) * last.tokens * last.channels), pooled(size_t(batch) * last.channels);
-    if (binaryvit_forward(model, images, batch, threads, tokens.data(), pooled.data(), nullptr) != 0) return 1;
+    Array<float> pooled(size_t(batch) * last.channels);
+    if (binaryvit_forward(model, images, batch, threads, nullptr, pooled.data(), nullptr) != 0) return 1;
     auto work = [&](int member, int members) {
         int from = int(int64_t(num_labels) * member / members), to = int(int64_t(num_labels) * (member + 1) / members);
         network.kernels->linear(pooled.data(), batch, last.channels, weight, bias, num_labels, from, to, logits);

@@ -69,6 +69,7 @@ Workspace::Workspace(const Model &model, int size) : team(size), size(size), til
     tokens = Array<float>(tokens_size);
     next_tokens = Array<float>(model.stages.size() > 1 ? tokens_size : 0);
     shortcuts = Array<float>(shortcuts_size);
+    last_hidden_state = Array<float>(size_t(model.stages.back().tokens) * model.stages.back().channels);
     keys = Array<uint32_t>(keys_size);
     values = Array<uint32_t>(values_size);
     for (int member = 0; member < size; ++member) scratch.emplace_back(model);

@@ -36,6 +36,7 @@ struct Workspace {
     Array<float> tokens, next_tokens;    // in blocks
     std::vector<Array<float>> maps;      // of every stage (Stage::map_row), in blocks, their borders zero
     Array<float> shortcuts;              // of keys, in blocks: keys and values added up
+    Array<float> last_hidden_state;      // (tokens, channels), for who needs it no longer than a call
     Array<uint32_t> keys, values;        // tiles of every head: (keys, head_dim) and (head_dim, keys)
     std::vector<Scratch> scratch;        // of every member
 };
