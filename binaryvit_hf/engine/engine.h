@@ -62,7 +62,7 @@ void binaryvit_free(binaryvit_model *model);
  * Args:
  *   images: (batch, num_channels, image_height, image_width).
  *   threads: how many work on it, this one among them.
- *   last_hidden_state: (batch, tokens, channels) of the last stage.
+ *   last_hidden_state: null, or (batch, tokens, channels) of the last stage.
  *   pooled: (batch, channels).
  *   hidden_states: null, or for every layer its input, then the output of the last: (batch, tokens, channels) each.
  *

@@ -97,7 +97,7 @@ struct binaryvit_model {
 
 namespace {
 
-/* One call of binaryvit_forward; of binaryvit_classify if nobody asks for the last hidden states. */
+/* One call of binaryvit_forward. */
 struct Call {
     const Model &model;
     const float *images;

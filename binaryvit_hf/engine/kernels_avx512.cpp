@@ -171,7 +171,7 @@ struct Cpu {
      * first what lies in even places and what lies in odd ones, then each of both.
      */
     template <int parts, int count>
-    __attribute__((always_inline)) static inline void deal(__m512 *numbers) {
+    INLINE static void deal(__m512 *numbers) {
         if constexpr (parts > 1) {
             const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
