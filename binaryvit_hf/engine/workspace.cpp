@@ -46,6 +46,7 @@ Scratch::Scratch(const Model &model) {
     head_bits = Array<uint32_t>(size_t(kRows) * words);
     prepared = Array<uint16_t>(size_t(kRows) * 4 * std::max({words, split_words, keys / 32}));
     split_bits = Array<uint32_t>(size_t(kRows) * split_words);
+    of_keys = Array<int32_t>(size_t(stride));
     attended = Array<uint32_t>(size_t(kRows) * keys / 32);
     exponentials = Array<float>(size_t(kRows) * keys);
     context_base = Array<float>(size_t(stride) + kLanes);

@@ -17,6 +17,7 @@ struct Scratch {
     Array<uint32_t> bits, more_bits, head_bits;     // inputs of a projection
     Array<uint16_t> prepared;                       // bytes of any of these bits, as kernels want them
     Array<uint32_t> split_bits;                     // of every head from a word of its own on
+    Array<int32_t> of_keys;                         // channels: signs of eight keys' values, a bit for each
     Array<uint32_t> attended;                       // keys: those whose probabilities are on
     Array<float> exponentials;                      // keys
     Array<float> context_base;                      // channels, of one row: context of a query to which no key is on
