@@ -166,6 +166,7 @@ struct Stage {
     int blocks() const { return round_up(channels, kLanes) / kLanes; }
     int token_block() const { return block_floats(tokens); }
     int key_block() const { return block_floats(keys); }
+    int key_words() const { return round_up(keys, 32) / 32; }
     int map_block() const { return block_floats(map_rows()); }
 };
 

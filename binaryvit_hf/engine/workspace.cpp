@@ -21,7 +21,6 @@ int widest_layer(const Model &model, Measure measure) {
 }
 
 int head_words(const Layer &layer) { return round_up(layer.head_dim, 32) / 32; }
-int key_words(const Stage &stage) { return round_up(stage.keys, 32) / 32; }
 
 }  // namespace
 
@@ -65,7 +64,7 @@ Workspace::Workspace(const Model &model, int size) : team(size), size(size), til
     for (const Layer &layer : model.layers) {
         const Stage &stage = model.stages[layer.stage];
         keys_size = std::max(keys_size, size_t(layer.heads) * head_words(layer) * round_up(stage.keys, kLanes));
-        values_size = std::max(values_size, size_t(layer.heads) * round_up(layer.head_dim, kLanes) * key_words(stage));
+        values_size = std::max(values_size, size_t(layer.heads) * round_up(layer.head_dim, kLanes) * stage.key_words());
     }
     tokens = Array<float>(tokens_size);
     next_tokens = Array<float>(model.stages.size() > 1 ? tokens_size : 0);
