@@ -33,12 +33,13 @@ import binaryvit_hf  # noqa: F401, registers the model
 from binaryvit_hf.arguments import RUN_ARGUMENTS, ModelArguments, Phase, compare_with_recorded, describe, parse_phases
 from binaryvit_hf.augmentation import create_mix
 from binaryvit_hf.checkpoints import last_whole_checkpoint
-from binaryvit_hf.data import Images, add_transforms, check_images, collate_images, load_images
+from binaryvit_hf.data import Images, add_transforms, collate_images, load_images
 from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.doctor import check_engine_variable
 from binaryvit_hf.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, first_sentence
 from binaryvit_hf.host_memory import keep_freed_memory
 from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
+from binaryvit_hf.image_checks import check_images
 from binaryvit_hf.images import create_image_processor
 from binaryvit_hf.metrics import TopKAccuracy
 from binaryvit_hf.ops import CONFIG_CLASSES, count_operations, total
@@ -134,7 +135,7 @@ def prepare(phase: Phase) -> Inputs:
             batch_size = training_arguments.effective_batch_size
             images["train"] = images["train"].of_steps(training_arguments.max_steps, batch_size)
         images |= {split: images[split].counted() for split in ("validation", "test") if split in images}
-    images, broken = check_images(images, data_arguments.skip_broken_images)
+    images, broken = check_images(images, data_arguments.skip_broken_images, data_arguments.background)
     labels = images["validation"].features["label"].names
     config = load_config(model_arguments, labels, training_arguments.do_train)
     if training_arguments.do_train:

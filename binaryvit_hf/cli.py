@@ -1,10 +1,13 @@
 """`binaryvit pack | convert | ops | classify | push | benchmark | ablation | card`: what is done with models besides training them."""
 
 import argparse
+import codecs
 import contextlib
 import importlib
+import io
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -23,13 +26,15 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from .classification import classify_files
 from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
 from .doctor import check_engine_variable, describe_machine
 from .errors import RunError, UploadError, UserError, first_sentence
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
-from .images import create_image_processor, list_images, open_image
+from .images import create_image_processor, list_images
 from .ops import count_operations, format_table, readable, total
 from .packed_files_binaryvit import fits_half
+from .pixels import check_background, describe_transparent
 from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from .resources import shipped_configs, shipped_models
 from .shipping_binaryvit import LATENT, ShippedModel
@@ -38,20 +43,27 @@ from .shipping_binaryvit import LATENT, ShippedModel
 BENCHMARKED_ROW = "binaryvit-small-patch4-224"
 TEACHER_ROW = "deit-small-patch16-224"
 DOCUMENTS = ("learning_curves.png", "run_arguments.json", "all_results.json", "trainer_state.json")
-CLASSIFIED_AT_ONCE = 16
 PLOTS = (".png", ".svg", ".pdf")
+BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
 
 def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()
     options = create_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         check_engine_variable()
-        options.run(options)
+        code = options.run(options) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        return BROKEN_PIPE
     except (UserError, RunError, UploadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    return 0
+    return code
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -97,6 +109,9 @@ def create_parser() -> argparse.ArgumentParser:
     command = add(classify, f"binaryvit classify {next(iter(shipped_models()), 'MODEL')} photos/ cat.jpg 'more/*.png'")
     command.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder of them, or pattern")
+    command.add_argument(
+        "--background", metavar="COLOUR", help="put this colour behind transparent pixels, such as white or '#ffcc00'"
+    )
     command.add_argument("--top-k", type=int, default=5, help="labels to name for each image (default 5)")
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
     add_token(command)
@@ -204,30 +219,39 @@ def ops(options: argparse.Namespace) -> None:
         print(format_table(costs))
 
 
-def classify(options: argparse.Namespace) -> None:
+def classify(options: argparse.Namespace) -> int:
     """Name what images show, with probabilities."""
     if options.top_k < 1:
         raise UserError(f"--top-k is the number of labels to name, 1 or more, not {options.top_k}.")
-    files = list_images(options.images)
+    try:
+        check_background(options.background)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    files, notes = list_images(options.images)
     source, _ = find_model(options.model, options.token, shipped_models())
     model = load_model(options.model, source, options.token)
     try:
         processor = AutoImageProcessor.from_pretrained(source, token=options.token)
     except (OSError, ValueError) as error:
         raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).") from error
+    for note in notes:
+        print(note, file=sys.stderr)
     classifier = pipeline("image-classification", model=model, image_processor=processor)
     answers = []
-    for start in range(0, len(files), CLASSIFIED_AT_ONCE):
-        some = files[start : start + CLASSIFIED_AT_ONCE]
-        predictions = classifier([open_image(file) for file in some], top_k=options.top_k, batch_size=len(some))
-        for file, labels in zip(some, predictions):
-            answers.append({"image": str(file), "labels": labels})
-            if not options.json:
-                print(file)
-                for label in labels:
-                    print(f"  {100 * label['score']:6.2f} %  {label['label']}")
+    for answer in classify_files(classifier, files, options.background, options.top_k):
+        answers.append(answer)
+        if answer.error:
+            print(f"error: {answer.error}", file=sys.stderr)
+        elif not options.json:
+            print(answer.image)
+            for label in answer.labels:
+                print(f"  {100 * label['score']:6.2f} %  {label['label']}", flush=True)
     if options.json:
-        print(json.dumps(answers, indent=2))
+        print(json.dumps([answer.describe() for answer in answers], indent=2))
+    transparent = [answer.image for answer in answers if answer.transparent]
+    if transparent and options.background is None:
+        print(describe_transparent(len(transparent), f"{len(answers)} images", transparent[0]), file=sys.stderr)
+    return 1 if any(answer.error for answer in answers) else 0
 
 
 def push(options: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from transformers import BaseImageProcessor
 from .augmentation import create_train_transform
 from .columns import name_columns, name_labels, read_class_names
 from .data_arguments import HELD_OUT, DataArguments
-from .decoding import CroppingDecoder, decode_image, open_encoded
+from .decoding import CroppingDecoder, decode_image, quote_path
 from .errors import UserError, first_sentence
-from .images import BROKEN_IMAGE_ERRORS
+from .image_checks import describe_fault
+from .images import describe_left_out, find_images
 from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, load_known_splits
 from .sampling import Showing, Streamed, seeded
 from .streaming import ImageStream, told_number
@@ -96,7 +96,7 @@ def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
     return {
         split: Dataset.from_dict(
             {
-                "image": [str(path) for paths in classes.values() for path in paths],
+                "image": [quote_path(str(path)) for paths in classes.values() for path in paths],
                 "label": [names.index(name) for name, paths in classes.items() for _ in paths],
             },
             features=features,
@@ -106,21 +106,34 @@ def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
 
 
 def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
-    """Files of each class, sorted; hidden files are none of the user's images."""
+    """Files of each class, sorted, as `images.find_images` finds them."""
     if not folder.is_dir():
         raise UserError(f"--{split}_dir: there is no folder {str(folder)!r}.")
-    classes = {
-        child.name: sorted(path for path in child.rglob("*") if path.is_file() and not path.name.startswith("."))
-        for child in sorted(folder.iterdir())
-        if child.is_dir() and not child.name.startswith(".")
-    }
+    try:
+        children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"--{split}_dir: the folder {str(folder)!r} cannot be read ({error.strerror}).") from error
+    classes, left_out = {}, []
+    for child in children:
+        if quote_path(str(child)) != str(child):
+            raise UserError(f"--{split}_dir: the name of the class folder {str(child)!r} is not UTF-8; rename it.")
+        found = find_images(child)
+        for error in found.unreadable:
+            raise UserError(f"--{split}_dir: the folder {error.filename!r} cannot be read ({error.strerror}).")
+        classes[child.name] = found.images
+        left_out += found.left_out
     if not any(classes.values()):
         raise UserError(
             f"--{split}_dir: {str(folder)!r} has no images in sub-folders; it needs one sub-folder a class."
         )
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
-        raise UserError(f"--{split}_dir: the class folder {str(folder / empty[0])!r} is empty; fill or remove it.")
+        raise UserError(
+            f"--{split}_dir: the class folder {str(folder / empty[0])!r} is empty (a file without an image's extension, "
+            "such as .jpg, counts for none); fill or remove it."
+        )
+    if left_out:
+        logger.warning("%s", describe_left_out(left_out, folder))
     return classes
 
 
@@ -176,69 +189,15 @@ def hold_out(dataset: Dataset, size: float) -> dict[str, Dataset]:
     return {"train": parts["train"], "validation": parts["test"]}
 
 
-def check_images(images: Images, skip_broken: bool) -> tuple[Images, list[str]]:
-    """
-    Look at every image before training. Without `skip_broken` at the header of each file, which is quick (images inside of
-    a dataset or a stream are left to their turn); with it, decode every image and leave out those that fail.
-
-    Returns:
-        The images, and the names of those left out.
-
-    Raises:
-        UserError: a file that is no image, named; or nothing is left.
-    """
-    check = decode_image if skip_broken else open_header
-    kept, broken = {}, []
-    for split, dataset in images.items():
-        if isinstance(dataset, ImageStream) or (is_embedded(dataset) and not skip_broken):
-            kept[split] = dataset
-            continue
-        with ThreadPoolExecutor() as pool:
-            good = list(pool.map(partial(is_image, dataset, check), range(len(dataset))))
-        names = [image_name(dataset[index]["image"], index) for index, fine in enumerate(good) if not fine]
-        if names and not skip_broken:
-            raise UserError(
-                f"{names[0]!r} is no image ({len(names)} such file(s) in all): remove it, or train without with "
-                "--skip_broken_images."
-            )
-        if len(names) == len(dataset):  # an empty split too
-            raise UserError(f"No image of the {split} split can be read.")
-        broken += names
-        kept[split] = dataset.select([index for index, fine in enumerate(good) if fine]) if names else dataset
-    for name in broken:
-        logger.warning("Left out, as it is no image: %s", name)
-    return kept, broken
-
-
-def is_embedded(dataset: Dataset) -> bool:
-    return len(dataset) > 0 and (dataset[0]["image"] or {}).get("bytes") is not None
-
-
-def is_image(dataset: Dataset, check: Callable, index: int) -> bool:
-    try:
-        check(dataset[index]["image"])
-    except BROKEN_IMAGE_ERRORS:
-        return False
-    return True
-
-
-def open_header(encoded: dict) -> None:
-    open_encoded(encoded).close()
-
-
-def image_name(encoded: dict | None, index: int) -> str:
-    return (encoded or {}).get("path") or f"image {index}"
-
-
 def add_transforms(
     images: Images, processor: BaseImageProcessor, arguments: DataArguments, seed: int
 ) -> dict[str, "TransformedImages"]:
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
     size = (processor.crop_size["height"], processor.crop_size["width"])
-    crop = CroppingDecoder(size, arguments.random_resized_crop_min_scale)
+    crop = CroppingDecoder(size, arguments.random_resized_crop_min_scale, arguments.background)
     augment = create_train_transform(arguments, size, processor.image_mean, processor.image_std)
     steps = {"train": (crop, augment)}
-    evaluate = (decode_image, partial(process_image, processor))
+    evaluate = (partial(decode_image, background=arguments.background), partial(process_image, processor))
     return {split: TransformedImages(dataset, *steps.get(split, evaluate), seed) for split, dataset in images.items()}
 
 
@@ -276,11 +235,9 @@ class TransformedImages(torch.utils.data.Dataset):
         with seeded(self.seed, *showing):
             try:
                 decoded = self.decode(row["image"])
-            except BROKEN_IMAGE_ERRORS as error:
-                remedy = "remove it" if self.stream else "remove it, or train without with --skip_broken_images"
-                raise UserError(
-                    f"{image_name(row['image'], showing.index)!r} cannot be decoded ({first_sentence(error)}): {remedy}."
-                ) from error
+            except Exception as error:  # a damaged file makes Pillow raise anything
+                fault = describe_fault(row["image"], showing.index, error, skip=not self.stream)
+                raise UserError(fault) from error
             return {"pixel_values": self.transform(decoded), "labels": row["label"]}
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from .augmentation import AugmentationArguments
 from .columns import CLASS_NAMES
 from .known_datasets import KNOWN_DATASETS
+from .pixels import check_background
 
 
 HELD_OUT = 0.15
@@ -77,6 +78,13 @@ class DataArguments(AugmentationArguments):
         default=False,
         metadata={"help": "Decode every image before training and leave out those that fail, instead of stopping."},
     )
+    background: str | None = field(
+        default=None,
+        metadata={
+            "help": "Colour to put behind transparent pixels, such as white or #ffcc00. Default: transparency is dropped, as "
+            "transformers' pipelines do, which shows the colours beneath it."
+        },
+    )
     crop_pct: float = field(
         default=0.875,
         metadata={"help": "Evaluation resizes the shorter side to the image size over this, then crops."},
@@ -84,6 +92,7 @@ class DataArguments(AugmentationArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_background(self.background)
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is a share above 0 and at most 1, not {self.crop_pct}.")
         if self.shuffle_buffer_size < 1:

@@ -1,54 +1,106 @@
 """Image files, and how an image becomes the input of a network."""
 
+import functools
 import glob
+import os
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import BaseImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_binaryvit import as_pair
-from .errors import UserError, first_sentence
+from .errors import UserError
 
 
-BROKEN_IMAGE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Pillow opens these formats and decodes no pixels of them, or only with another program.
+UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
-def list_images(names: list[str]) -> list[Path]:
+class FolderFiles(NamedTuple):
+    """What a folder and those below it hold: image files, sorted; what else there is; why folders cannot be read."""
+
+    images: list[Path]
+    left_out: list[Path]
+    unreadable: list[OSError]
+
+
+def find_images(folder: Path) -> FolderFiles:
+    """
+    The images of a folder and of those below it: regular files with an image's extension.
+
+    Left out are
+
+    - hidden files, and hidden folders with all in them,
+    - other files, FIFOs, sockets, devices, and links to nothing,
+    - links to folders, which may lead round in a circle. `folder` itself may be one.
+    """
+    found = FolderFiles([], [], [])
+    for parent, folders, files in os.walk(folder, onerror=found.unreadable.append):
+        for name in sorted(folders):
+            path = Path(parent, name)
+            if name.startswith(".") or path.is_symlink():
+                found.left_out.append(path)
+                folders.remove(name)
+        for name in files:
+            path = Path(parent, name)
+            (found.images if is_image_name(name) and path.is_file() else found.left_out).append(path)
+    found.images.sort()
+    return found
+
+
+def is_image_name(name: str) -> bool:
+    return Path(name).suffix.lower() in image_extensions() and not name.startswith(".")
+
+
+@functools.cache
+def image_extensions() -> set[str]:
+    formats = Image.registered_extensions()  # first, as it loads the plugins that open files
+    decoded = {*Image.OPEN, "MPO"} - UNDECODED_FORMATS  # an MPO is opened as the JPEG that it begins with
+    return {extension for extension, format in formats.items() if format in decoded}
+
+
+def describe_left_out(paths: list[Path], folder: str | Path) -> str:
+    return (
+        f"Left out {len(paths)} file(s) in {str(folder)!r} that are no images by their names: {str(paths[0])!r} first."
+    )
+
+
+class Listed(NamedTuple):
+    """A file to look at, or why there is none of that name."""
+
+    name: str
+    fault: str | None = None
+
+
+def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
     """
     The files that names stand for: each a file, a folder (every image in it and below) or a pattern with `*`, `?`, `[]`.
 
+    Returns:
+        The files in the order of their names, and sentences about what was left out of folders.
+
     Raises:
-        UserError: a name stands for no image.
+        UserError: not one name stands for a file.
     """
-    files = []
+    files, notes = [], []
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if is_image_name(file))
-        elif path.exists():
-            found = [path]
+        if os.path.isdir(name):
+            found = find_images(Path(name))
+            listed = [Listed(str(path)) for path in found.images]
+            listed += [Listed(str(error.filename), f"cannot be read ({error.strerror})") for error in found.unreadable]
+            if found.left_out:
+                notes.append(describe_left_out(found.left_out, name))
+        elif os.path.lexists(name):
+            listed = [Listed(str(Path(name)))]
         else:
-            found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
-        if not found:
-            raise UserError(f"There is no image {name!r}.")
-        files += found
-    return files
-
-
-def is_image_name(path: Path) -> bool:
-    return path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
-
-
-def open_image(path: Path) -> Image.Image:
-    """
-    Raises:
-        UserError: the file is no image, or a broken one.
-    """
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as transformers' pipelines see it
-    except BROKEN_IMAGE_ERRORS as error:
-        raise UserError(f"{str(path)!r} is no image that can be read ({first_sentence(error)}).") from error
+            matches = sorted(map(Path, glob.glob(name, recursive=True)))
+            listed = [Listed(str(match)) for match in matches if match.is_file()]
+        files += listed or [Listed(name, "stands for no image")]
+    if all(listed.fault for listed in files):
+        raise UserError(f"{files[0].name!r} {files[0].fault}.")
+    return files, notes
 
 
 def create_image_processor(config, crop_pct: float, like: BaseImageProcessor | None = None) -> ViTImageProcessor:

@@ -207,7 +207,7 @@ def test_classify_takes_files_folders_and_patterns(latent, photos, capsys):
 
 def test_classify_refuses_what_it_cannot_read(latent, photos, capsys):
     assert_refused(capsys, ["classify", latent, photos / "none.png"], "no image", "none.png")
-    assert_refused(capsys, ["classify", latent, photos / "notes.txt"], "notes.txt", "is no image")
+    assert_refused(capsys, ["classify", latent, photos / "notes.txt"], "notes.txt", "is no image", code=1)
     assert_refused(capsys, ["classify", latent, photos, "--top-k", 0], "--top-k")
     assert_refused(capsys, ["classify", photos, photos], "no model", "config.json")
     assert_refused(capsys, ["classify", "no/model", photos], "no model 'no/model'")

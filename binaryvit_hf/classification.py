@@ -1,0 +1,77 @@
+"""Pictures in files to labels: a batch of tensors at a time, and never more than one picture in memory."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import ImageClassificationPipeline
+
+from .images import Listed
+from .pixels import describe_unreadable, is_transparent, open_picture, to_rgb
+
+
+BATCH_SIZE = 16
+
+
+@dataclass
+class Answer:
+    """Labels with their scores of one file, or why there are none."""
+
+    image: str
+    labels: list[dict] | None = None
+    error: str | None = None
+    transparent: bool = False
+
+    def describe(self) -> dict:
+        return {"image": self.image, **({"error": self.error} if self.error else {"labels": self.labels})}
+
+
+def classify_files(
+    classifier: ImageClassificationPipeline, files: Iterable[Listed], background: str | None, top_k: int
+) -> Iterator[Answer]:
+    """The answers in the order of the files."""
+    waiting: list[Answer] = []
+    inputs: list[dict[str, torch.Tensor]] = []
+    for name, fault in files:
+        answer = Answer(name, error=fault and f"{name!r} {fault}.")
+        if fault is None:
+            try:
+                tensors = preprocess(classifier, answer, background)
+            except Exception as error:  # a damaged file makes Pillow raise anything
+                answer.error = describe_unreadable(name, error)
+            else:
+                if inputs and shapes(tensors) != shapes(inputs[0]):  # of a processor that does not resize
+                    yield from fill_in(classifier, waiting, inputs, top_k)
+                    waiting, inputs = [], []
+                inputs.append(tensors)
+        waiting.append(answer)
+        if len(waiting) == BATCH_SIZE:
+            yield from fill_in(classifier, waiting, inputs, top_k)
+            waiting, inputs = [], []
+    yield from fill_in(classifier, waiting, inputs, top_k)
+
+
+def preprocess(
+    classifier: ImageClassificationPipeline, answer: Answer, background: str | None
+) -> dict[str, torch.Tensor]:
+    """The inputs of the network, and in `answer` whether the picture is transparent. The picture is let go."""
+    with open_picture(answer.image) as picture:
+        answer.transparent = is_transparent(picture)
+        return dict(classifier.preprocess(to_rgb(picture, background)))
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors.values()]
+
+
+def fill_in(
+    classifier: ImageClassificationPipeline, answers: list[Answer], inputs: list[dict[str, torch.Tensor]], top_k: int
+) -> Iterator[Answer]:
+    """The answers, those without an error with the labels of `inputs`, in their order."""
+    if inputs:
+        batch = {name: torch.cat([tensors[name] for tensors in inputs]) for name in inputs[0]}
+        logits = iter(classifier.forward(batch)["logits"])
+    for answer in answers:
+        if answer.error is None:
+            answer.labels = classifier.postprocess({"logits": next(logits)[None]}, top_k=top_k)
+        yield answer

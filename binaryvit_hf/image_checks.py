@@ -1,0 +1,196 @@
+"""What is said of images before training: which are broken, transparent or of one colour."""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from PIL.Image import DecompressionBombError
+
+from .decoding import decode_image, draft, is_jpeg, open_encoded, unquote_path
+from .errors import UserError, first_sentence
+from .pixels import (
+    describe_transparent,
+    describe_unreadable,
+    is_of_one_colour,
+    is_transparent,
+    may_be_transparent,
+    to_rgb,
+)
+from .streaming import ImageStream
+
+
+MOST_EMBEDDED = 100_000  # headers looked at of the images inside of a dataset, whose bytes must be read from the disk
+MOST_PIXELS_LOOKED_AT = 1000  # opaque training images decoded to see whether they show anything
+TOGETHER = 16  # images that a thread reads at once
+
+logger = logging.getLogger(__name__)
+
+
+class Pixels(NamedTuple):
+    transparent: bool
+    one_colour: bool
+
+
+def check_images(
+    images: dict[str, Dataset | ImageStream], skip_broken: bool, background: str | None = None
+) -> tuple[dict[str, Dataset | ImageStream], list[str]]:
+    """
+    Look at the images before training, and warn of those that are transparent or of one colour.
+
+    - Every header is read, of the images inside of a dataset an evenly spread 100,000. With `skip_broken` every image
+      is decoded, and those that fail are left out.
+    - Decoded are also those that may be transparent, and of the other training images an evenly spread 1,000.
+    - Images of a stream are left to their turn.
+
+    Args:
+        background: the colour that the run puts behind transparent images.
+
+    Returns:
+        The images, and the names of those left out.
+
+    Raises:
+        UserError: an image that is broken or too large, named; or nothing is left.
+    """
+    kept, broken = {}, []
+    for split, dataset in images.items():
+        if not isinstance(dataset, ImageStream):
+            dataset, names, transparent = leave_out_broken(dataset, split, skip_broken)
+            warn_of_pixels(dataset, split, transparent, background)
+            broken += names
+        kept[split] = dataset
+    for name in broken:
+        logger.warning("Left out, as it is no image: %s", name)
+    return kept, broken
+
+
+def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[Dataset, list[str], list[int]]:
+    """The dataset without broken images, their names, and the indices of images that may be transparent."""
+    looked_at = range(len(dataset))
+    if is_embedded(dataset) and not skip_broken:
+        looked_at = spread(looked_at, MOST_EMBEDDED)
+    seen = look(dataset, looked_at, see_all if skip_broken else see_header)
+    faults = {index: result for index, result in zip(looked_at, seen) if isinstance(result, Exception)}
+    for index, fault in faults.items():
+        if isinstance(fault, DecompressionBombError) or not skip_broken:
+            more = f"; {len(faults)} such image(s) in all" if len(faults) > 1 else ""
+            raise UserError(describe_fault(dataset[index]["image"], index, fault, "is no image", more))
+    if len(faults) == len(dataset):  # an empty split too
+        raise UserError(f"No image of the {split} split can be read.")
+    names = [image_name(dataset[index]["image"], index) for index in faults]
+    kept = [index for index in looked_at if index not in faults]
+    transparent = [index for index, result in zip(looked_at, seen) if result is True]
+    if faults:
+        dataset = dataset.select(kept)
+        positions = {index: position for position, index in enumerate(kept)}
+        transparent = [positions[index] for index in transparent]
+    return dataset, names, transparent
+
+
+def warn_of_pixels(dataset: Dataset, split: str, transparent: list[int], background: str | None) -> None:
+    """
+    Args:
+        transparent: indices of the images whose headers leave room for transparency.
+    """
+    looked_at = transparent
+    if split == "train":
+        opaque = sorted(set(range(len(dataset))).difference(transparent))
+        looked_at = sorted([*transparent, *spread(opaque, MOST_PIXELS_LOOKED_AT)])
+    elif background is not None:
+        return
+    seen = dict(zip(looked_at, look(dataset, looked_at, partial(see_pixels, background))))
+    for index, result in seen.items():
+        if isinstance(result, Exception):
+            raise UserError(describe_fault(dataset[index]["image"], index, result))
+
+    def first_of(indices: list[int]) -> str:
+        return image_name(dataset[indices[0]]["image"], indices[0])
+
+    see_through = [index for index, pixels in seen.items() if pixels.transparent]
+    if see_through and background is None:
+        logger.warning(
+            "%s", describe_transparent(len(see_through), f"{len(dataset)} {split} images", first_of(see_through))
+        )
+    plain = [index for index, pixels in seen.items() if pixels.one_colour]
+    if plain and split == "train":
+        logger.warning(
+            "%d of the %d training images looked at are of one colour, %r first.",
+            len(plain),
+            len(seen),
+            first_of(plain),
+        )
+
+
+def spread(indices: Sequence[int], most: int) -> Sequence[int]:
+    """At most so many of the indices, evenly spread."""
+    return indices if len(indices) <= most else [indices[number * len(indices) // most] for number in range(most)]
+
+
+def look(dataset: Dataset, indices: Sequence[int], see: Callable) -> list[Any]:
+    """What `see` returns of the encoded images of these indices, or the exception that it raises."""
+
+    def see_some(indices: Sequence[int]) -> list[Any]:
+        return [attempt(see, encoded) for encoded in dataset[indices]["image"]]
+
+    with ThreadPoolExecutor() as pool:
+        starts = range(0, len(indices), TOGETHER)
+        return [
+            one for some in pool.map(see_some, (indices[start : start + TOGETHER] for start in starts)) for one in some
+        ]
+
+
+def attempt(see: Callable, encoded: dict | None) -> Any:
+    try:
+        return see(encoded)
+    except Exception as error:  # a damaged file makes Pillow raise anything
+        return error
+
+
+def see_header(encoded: dict | None) -> bool:
+    """Whether the image may be transparent."""
+    with open_encoded(encoded) as image:
+        return may_be_transparent(image)
+
+
+def see_all(encoded: dict | None) -> bool:
+    """Likewise of an image that is decoded whole."""
+    decode_image(encoded)
+    return see_header(encoded)
+
+
+def see_pixels(background: str | None, encoded: dict | None) -> Pixels:
+    with open_encoded(encoded) as image:
+        if is_jpeg(image):  # an eighth of a JPEG is quick to decode, and settles most of them
+            draft(image, min(8, *image.size))
+            if not is_of_one_colour(to_rgb(image)):
+                return Pixels(transparent=False, one_colour=False)
+    with open_encoded(encoded) as image:
+        transparent = is_transparent(image)
+        return Pixels(transparent, is_of_one_colour(to_rgb(image, background)))
+
+
+def is_embedded(dataset: Dataset) -> bool:
+    return len(dataset) > 0 and (dataset[0]["image"] or {}).get("bytes") is not None
+
+
+def describe_fault(
+    encoded: dict | None,
+    index: int,
+    fault: Exception,
+    what: str = "cannot be decoded",
+    more: str = "",
+    skip: bool = True,
+) -> str:
+    """One sentence about an image that cannot be used."""
+    name = image_name(encoded, index)
+    if isinstance(fault, DecompressionBombError):  # a whole image
+        return describe_unreadable(name, fault)
+    remedy = "remove it, or train without with --skip_broken_images" if skip else "remove it"
+    return f"{name!r} {what} ({first_sentence(fault)}{more}): {remedy}."
+
+
+def image_name(encoded: dict | None, index: int) -> str:
+    path = (encoded or {}).get("path")
+    return unquote_path(path) if path else f"image {index}"

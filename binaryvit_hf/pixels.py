@@ -1,0 +1,178 @@
+"""What a picture means: one reading of every file, for training, evaluation, checks and `binaryvit classify`."""
+
+import os
+import stat
+import threading
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
+
+from .errors import first_sentence
+
+
+# Of EXIF: 1 is upright. As `PIL.ImageOps.exif_transpose` turns them.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow warns of half as many, and decodes up to these
+UNLIMITED = threading.Lock()  # held while Pillow's limit is off
+
+# Pillow warns of large pictures, damaged EXIF and transparent palettes, each of which has its place here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
+    """
+    A picture with its header read and its pixels not yet.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it has more pixels than Pillow decodes; the message says how many.
+        Exception: it is no file, or no picture: whatever Pillow raised.
+    """
+    # Opening a FIFO would wait for somebody to write into it.
+    if isinstance(source, (str, os.PathLike)) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise OSError("it is no regular file")
+    try:
+        picture = Image.open(source)
+    except Image.DecompressionBombError:
+        picture = open_unlimited(source)
+    except UnidentifiedImageError as error:  # which may name a place in memory
+        raise UnidentifiedImageError("it has no format that Pillow knows") from error
+    if picture.width * picture.height > MOST_PIXELS:
+        picture.close()
+        raise Image.DecompressionBombError(
+            f"it has {picture.width} x {picture.height} pixels, more than the {MOST_PIXELS} that Pillow decodes; "
+            "make it smaller"
+        )
+    return picture
+
+
+def open_unlimited(source: str | os.PathLike | BinaryIO) -> Image.Image:
+    with UNLIMITED:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def to_rgb(picture: Image.Image, background: str | None = None) -> Image.Image:
+    """
+    The picture in RGB, 8 bits a channel.
+
+    - It is turned upright as its EXIF says. Damaged EXIF is ignored.
+    - Grey values of 16 bits are divided by 257. Those of 32 bits, and floats, are scaled by their range (see `to_8_bits`).
+    - All else is Pillow's `convert("RGB")`. Transparency is dropped, or composited on `background`.
+
+    transformers' pipelines read a file likewise, but clip values above 255.
+
+    Args:
+        background: a colour, such as `white` or `#ffcc00`.
+
+    Raises:
+        ValueError: the range of 32-bit or float values is unknown.
+        Exception: the file is damaged: whatever Pillow raised.
+    """
+    picture.load()  # a TIFF turns itself when it loads
+    turn = TURNS.get(find_orientation(picture))
+    picture = to_8_bits(picture)
+    if turn is not None:
+        transparency = {name: value for name, value in picture.info.items() if name == "transparency"}
+        picture = picture.transpose(turn)
+        picture.info = transparency  # the orientation is no longer true
+    if background is not None and may_be_transparent(picture):
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def find_orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none, or EXIF is damaged."""
+    try:
+        orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's reader of EXIF raises anything
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def to_8_bits(picture: Image.Image) -> Image.Image:
+    """
+    A picture whose values have more than 8 bits, with 8; any other as it is.
+
+    16-bit values are of 0 to 65535. The range of 32-bit integers is 0 to 255 if they fit, else 0 to 65535; that of floats
+    is 0 to 1 if they fit, else as of integers.
+
+    Raises:
+        ValueError: a value is below 0, above 65535 or not a number.
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        ranges = (65535,)
+    elif picture.mode in ("I", "F"):
+        ranges = (255, 65535) if picture.mode == "I" else (1, 255, 65535)
+    else:
+        return picture
+    values = np.asarray(picture.convert("I") if picture.mode.startswith("I;16") else picture).astype(np.float32)
+    low, high = values.min(), values.max()
+    top = next((top for top in ranges if low >= 0 and high <= top), None)
+    if top is None:
+        raise ValueError(f"its values, {low:g} to {high:g}, have no known range; save it with 8 or 16 bits")
+    grey = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    transparent = picture.info.get("transparency")
+    if transparent is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+
+
+def may_be_transparent(picture: Image.Image) -> bool:
+    """Whether the header, or the palette, leaves room for transparency."""
+    return (
+        picture.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+        or "transparency" in picture.info
+        or (picture.mode == "P" and getattr(picture.palette, "mode", "RGB") == "RGBA")
+    )
+
+
+def is_transparent(picture: Image.Image) -> bool:
+    """Whether any pixel is not opaque. Decodes the picture only where it may be."""
+    if not may_be_transparent(picture):
+        return False
+    picture.load()
+    return to_8_bits(picture).convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def describe_unreadable(name: str, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{name!r} is too large: {first_sentence(error)}."
+    return f"{name!r} is no image that can be read ({first_sentence(error)})."
+
+
+def describe_transparent(number: int, of_what: str, first: str) -> str:
+    return (
+        f"{number} of the {of_what} are transparent in places, {first!r} first. Transparency is dropped, which shows the "
+        "colours beneath it; --background white puts such images on white."
+    )
+
+
+def is_of_one_colour(picture: Image.Image) -> bool:
+    """`picture` is RGB."""
+    return all(low == high for low, high in picture.getextrema())
+
+
+def check_background(colour: str | None) -> None:
+    """
+    Raises:
+        ValueError: no opaque colour that Pillow knows.
+    """
+    try:
+        opaque = colour is None or len(ImageColor.getrgb(colour)) == 3
+    except (AttributeError, TypeError, ValueError):
+        opaque = False
+    if not opaque:
+        raise ValueError(f"--background is an opaque colour such as white or '#ffcc00', not {colour!r}.")
