@@ -19,8 +19,8 @@ import torch
 from accelerate import PartialState
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
@@ -42,6 +42,15 @@ from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
 from binaryvit_hf.image_checks import check_images
 from binaryvit_hf.images import create_image_processor
 from binaryvit_hf.metrics import TopKAccuracy
+from binaryvit_hf.model_inputs import (
+    RGB,
+    adapt_input,
+    check_forward,
+    describe_input,
+    describe_teacher_input,
+    load_image_processor,
+    ordinary_input,
+)
 from binaryvit_hf.ops import CONFIG_CLASSES, count_operations, total
 from binaryvit_hf.report import plot_learning_curves, read_log_history, write_model_card
 from binaryvit_hf.resources import shipped_configs
@@ -114,6 +123,7 @@ class Inputs:
     config: PreTrainedConfig
     checkpoint: str | None
     finished: bool
+    processor: BaseImageProcessor | None
     first_weights: dict[str, torch.Tensor] | None
 
 
@@ -147,10 +157,12 @@ def prepare(phase: Phase) -> Inputs:
             training_arguments.hub_token,
             training_arguments.hub_private_repo,
         )
+    own_folder = training_arguments.output_dir if finished else checkpoint
+    processor = load_processor(model_arguments, data_arguments, config, own_folder)
     first_weights = None
     if model_arguments.init_from and not (checkpoint or finished):
         first_weights = load_first_weights(model_arguments, config, labels)
-    return Inputs(images, broken, config, checkpoint, finished, first_weights)
+    return Inputs(images, broken, config, checkpoint, finished, processor, first_weights)
 
 
 def run(phase: Phase, inputs: Inputs) -> None:
@@ -166,7 +178,17 @@ def run(phase: Phase, inputs: Inputs) -> None:
         add_drop_path(model.vit, model_arguments.drop_path_rate)
     if inputs.first_weights is not None:
         model.load_state_dict(inputs.first_weights, strict=False)  # which of them there must be is checked
-    processor = load_processor(model_arguments, data_arguments, config, teacher_processor)
+    processor = inputs.processor or create_image_processor(
+        config, data_arguments.crop_pct, like=ordinary_input(teacher_processor, config)
+    )
+    student_input = describe_input(processor, "The student")
+    if model_arguments.model_name_or_path:
+        check_forward(model, student_input, f"--model_name_or_path {model_arguments.model_name_or_path!r}")
+    if teacher is not None:
+        flag = f"--teacher_model_name_or_path {model_arguments.teacher_model_name_or_path!r}"
+        teacher_input = describe_teacher_input(teacher, teacher_processor, student_input, flag)
+        check_forward(teacher, teacher_input, flag)
+        adapt_input(teacher, given=student_input, wanted=teacher_input)
     datasets = add_transforms(images, processor, data_arguments, training_arguments.seed)
 
     metric = TopKAccuracy()
@@ -298,11 +320,16 @@ def load_model(arguments: ModelArguments, config: PreTrainedConfig, finished_run
     if finished_run is not None:
         source, subfolder = finished_run, LATENT if (finished_run / LATENT).is_dir() else ""
     if source is None:
-        return AutoModelForImageClassification.from_config(config, trust_remote_code=arguments.trust_remote_code)
+        return AutoModelForImageClassification.from_config(
+            config, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
+        )
+    # Half precision would lose the optimiser's small steps; packed weights have their own types.
+    precision = {} if getattr(config, "quantization_config", None) else {"dtype": torch.float32}
     try:
         return AutoModelForImageClassification.from_pretrained(
             source,
             config=config,
+            **precision,
             subfolder=subfolder,
             ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
             **hub_arguments(arguments),
@@ -323,26 +350,19 @@ def load_first_weights(
 
 
 def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
-    """The teacher and its image processor (`None` where it has none), checked against the student; or twice `None`."""
+    """The teacher of the student's labels and its image processor (`None` where it has none); or twice `None`."""
     name = arguments.teacher_model_name_or_path
     if name is None:
         return None, None
     try:
-        teacher = AutoModelForImageClassification.from_pretrained(name, **hub_arguments(arguments))
+        teacher = AutoModelForImageClassification.from_pretrained(
+            name, dtype=torch.float32, **hub_arguments(arguments)
+        )
     except Exception as error:
         raise UserError(f"--teacher_model_name_or_path {name!r} cannot be loaded: {first_sentence(error)}") from error
     flag = f"--teacher_model_name_or_path {name!r}"
     compare_labels(teacher.config, list(student.id2label.values()), flag, "choose a teacher of these images' labels")
-    if getattr(teacher.config, "image_size", student.image_size) != student.image_size:
-        raise UserError(
-            f"{flag} takes images of {teacher.config.image_size} pixels, the student of {student.image_size}; both see the "
-            "same images, so choose a teacher or a student of the other's size."
-        )
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, **hub_arguments(arguments))
-    except (OSError, ValueError):
-        processor = None
-    return teacher, processor
+    return teacher, load_image_processor(name, **hub_arguments(arguments))
 
 
 def compare_labels(config: PreTrainedConfig, labels: list[str], who: str, remedy: str) -> None:
@@ -363,13 +383,27 @@ def first_synonym(label: str) -> str:
     return "".join(filter(str.isalnum, label.split(",")[0].casefold()))
 
 
-def load_processor(arguments: ModelArguments, data_arguments: DataArguments, config, teacher_processor):
-    if arguments.model_name_or_path:
-        try:
-            return AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **hub_arguments(arguments))
-        except (OSError, ValueError):
-            logger.warning("%r has no image processor; one is made.", arguments.model_name_or_path)
-    return create_image_processor(config, data_arguments.crop_pct, like=teacher_processor)
+def load_processor(
+    arguments: ModelArguments, data_arguments: DataArguments, config: PreTrainedConfig, own_folder: Path | str | None
+) -> BaseImageProcessor | None:
+    """
+    The image processor of the run so far or of the model that it goes on with, or a new one with the first stage's mean and
+    deviation. `None`: the teacher may decide.
+    """
+    for source in (own_folder, arguments.model_name_or_path):
+        if source and (processor := load_image_processor(str(source), **hub_arguments(arguments))):
+            describe_input(processor, str(source))  # refused now, not after the teacher's training
+            return processor
+    if arguments.init_from and (first := load_image_processor(arguments.init_from, **hub_arguments(arguments))):
+        who = f"--init_from {arguments.init_from!r}"
+        like = describe_input(first, who)
+        if like.channels != RGB:
+            raise UserError(f"{who} takes BGR images, a new network RGB images; choose a first stage that takes RGB.")
+        return create_image_processor(config, data_arguments.crop_pct, like)
+    for source in (arguments.model_name_or_path, arguments.init_from):
+        if source:
+            logger.warning("%r has no image processor; one is made.", source)
+    return None
 
 
 def hub_revision(name: str, arguments: ModelArguments) -> str | None:

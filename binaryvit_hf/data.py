@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
+from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from .augmentation import create_train_transform
@@ -18,6 +19,7 @@ from .errors import UserError, first_sentence
 from .image_checks import describe_fault
 from .images import describe_left_out, find_images
 from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, load_known_splits
+from .model_inputs import RGB, describe_input
 from .sampling import Showing, Streamed, seeded
 from .streaming import ImageStream, told_number
 
@@ -193,12 +195,18 @@ def add_transforms(
     images: Images, processor: BaseImageProcessor, arguments: DataArguments, seed: int
 ) -> dict[str, "TransformedImages"]:
     """Decode and transform images as they are read: augmented for training, by the image processor for evaluation."""
-    size = (processor.crop_size["height"], processor.crop_size["width"])
-    crop = CroppingDecoder(size, arguments.random_resized_crop_min_scale, arguments.background)
-    augment = create_train_transform(arguments, size, processor.image_mean, processor.image_std)
+    wanted = describe_input(processor, "The model")
+    crop = CroppingDecoder(wanted.size, arguments.random_resized_crop_min_scale, arguments.background)
+    augment = create_train_transform(arguments, wanted.size, wanted.mean, wanted.std)
+    if wanted.channels != RGB:
+        augment = v2.Compose([augment, partial(reorder_channels, wanted.channels)])
     steps = {"train": (crop, augment)}
     evaluate = (partial(decode_image, background=arguments.background), partial(process_image, processor))
     return {split: TransformedImages(dataset, *steps.get(split, evaluate), seed) for split, dataset in images.items()}
+
+
+def reorder_channels(channels: tuple[int, ...], image: torch.Tensor) -> torch.Tensor:
+    return image[list(channels)]
 
 
 def process_image(processor: BaseImageProcessor, image: PILImage.Image) -> torch.Tensor:

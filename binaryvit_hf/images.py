@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from transformers import BaseImageProcessor, ViTImageProcessor
+from transformers import ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_binaryvit import as_pair
 from .errors import UserError
+from .model_inputs import ModelInput
 
 
 # Pillow opens these formats and decodes no pixels of them, or only with another program.
@@ -103,11 +104,19 @@ def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
     return files, notes
 
 
-def create_image_processor(config, crop_pct: float, like: BaseImageProcessor | None = None) -> ViTImageProcessor:
+def create_image_processor(config, crop_pct: float, like: ModelInput | None = None) -> ViTImageProcessor:
     """
     Resize the shorter side to the image size over `crop_pct` (bicubic), crop the centre, normalise. Mean and deviation
-    are those of `like`, the teacher's processor, whose inputs the student shares; otherwise ImageNet's.
+    are those of `like`, of RGB images; default: ImageNet's.
+
+    Raises:
+        UserError: the config has no image size.
     """
+    if getattr(config, "image_size", None) is None:
+        raise UserError(
+            f"The config of a {config.model_type!r} has no image_size, and there is no image processor to tell it; write "
+            "one beside the model (preprocessor_config.json)."
+        )
     height, width = as_pair(config.image_size)
     resized = [round(side / crop_pct) for side in (height, width)]
     return ViTImageProcessor(
@@ -116,6 +125,6 @@ def create_image_processor(config, crop_pct: float, like: BaseImageProcessor | N
         crop_size={"height": height, "width": width},
         resample=Image.Resampling.BICUBIC,
         do_convert_rgb=True,
-        image_mean=list(getattr(like, "image_mean", None) or IMAGENET_DEFAULT_MEAN),
-        image_std=list(getattr(like, "image_std", None) or IMAGENET_DEFAULT_STD),
+        image_mean=list(like.mean if like else IMAGENET_DEFAULT_MEAN),
+        image_std=list(like.std if like else IMAGENET_DEFAULT_STD),
     )

@@ -68,7 +68,7 @@ def load_first_stage(source: str, **hub_arguments) -> nn.Module:
         if getattr(AutoConfig.from_pretrained(source, **hub_arguments), "quantization_config", None):
             subfolder = LATENT
         model, loading_info = AutoModelForImageClassification.from_pretrained(
-            source, subfolder=subfolder, output_loading_info=True, **hub_arguments
+            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True, **hub_arguments
         )
     except Exception as error:  # the loader raises whatever its network or its files raised
         packed = f" is packed, and its latent weights in {LATENT!r}" if subfolder else ""
