@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 from transformers import ImageClassificationPipeline
 
 from .images import Listed
@@ -55,9 +56,15 @@ def preprocess(
     classifier: ImageClassificationPipeline, answer: Answer, background: str | None
 ) -> dict[str, torch.Tensor]:
     """The inputs of the network, and in `answer` whether the picture is transparent. The picture is let go."""
+    # `classifier.preprocess` does the same, and copies the picture twice before.
+    inputs = classifier.image_processor(images=read(answer, background), return_tensors="pt")
+    return dict(inputs.to(classifier.dtype))
+
+
+def read(answer: Answer, background: str | None) -> Image:
     with open_picture(answer.image) as picture:
         answer.transparent = is_transparent(picture)
-        return dict(classifier.preprocess(to_rgb(picture, background)))
+        return to_rgb(picture, background)
 
 
 def shapes(tensors: dict[str, torch.Tensor]) -> list[torch.Size]:

@@ -69,10 +69,12 @@ class CroppingDecoder(nn.Module):
 
     def forward(self, encoded: dict | None) -> torch.Tensor:
         image = open_encoded(encoded)
+        upright = image
         if not is_jpeg(image):
-            image = to_rgb(image, self.background)
-        width, height = image.size[::-1] if find_orientation(image) > 4 else image.size
-        box = self.crop.make_params([torch.empty(height, width, device="meta")])
+            image = upright = to_rgb(image, self.background)
+        elif find_orientation(image) > 4:
+            upright = torch.empty(image.width, image.height, device="meta")
+        box = self.crop.make_params([upright])
         return self.decode(image, box["top"], box["left"], box["height"], box["width"])
 
     def decode(self, image: Image.Image, top: int, left: int, height: int, width: int) -> torch.Tensor:
@@ -94,11 +96,12 @@ def is_jpeg(image: Image.Image) -> bool:
 def draft(image: Image.Image, most: int) -> float:
     """Have a JPEG decoded smaller, by 8, 4 or 2, which its decoder can, but not by more than `most`; returns by what."""
     width = image.width
-    if width % 8 or image.height % 8:
-        # Turned, the part of a pixel that is left over would come first and shift the box.
-        most = most if find_orientation(image) == 1 else 1
-    drafted = image.draft(None, (width // most, image.height // most)) if most > 1 else None
-    return 1 if drafted is None else width / drafted[1][2]  # None of other files than JPEGs
+    if most <= 1 or not is_jpeg(image):
+        return 1
+    if (width % 8 or image.height % 8) and find_orientation(image) > 1:
+        return 1  # turned, the part of a pixel that is left over would come first and shift the box
+    drafted = image.draft(None, (width // most, image.height // most))
+    return 1 if drafted is None else width / drafted[1][2]
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -87,7 +87,9 @@ def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
     """
     files, notes = [], []
     for name in names:
+        fault = "stands for no image"
         if os.path.isdir(name):
+            fault = "has no files with an image's extension, such as .jpg"
             found = find_images(Path(name))
             listed = [Listed(str(path)) for path in found.images]
             listed += [Listed(str(error.filename), f"cannot be read ({error.strerror})") for error in found.unreadable]
@@ -98,7 +100,7 @@ def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
         else:
             matches = sorted(map(Path, glob.glob(name, recursive=True)))
             listed = [Listed(str(match)) for match in matches if match.is_file()]
-        files += listed or [Listed(name, "stands for no image")]
+        files += listed or [Listed(name, fault)]
     if all(listed.fault for listed in files):
         raise UserError(f"{files[0].name!r} {files[0].fault}.")
     return files, notes

@@ -192,11 +192,12 @@ def test_one_bad_file_does_not_lose_the_rest(wild, model, capsys):
 def test_a_folder_without_images_among_others_is_an_error_and_alone_wrong_usage(model, tmp_path, capsys):
     save(tmp_path / "a.png")
     (tmp_path / "empty.png").mkdir()
+    said = f"error: '{tmp_path / 'empty.png'}' has no files with an image's extension, such as .jpg.\n"
     code, out, err = classify(capsys, model, tmp_path / "empty.png", tmp_path / "a.png")
-    assert (code, err) == (1, f"error: '{tmp_path / 'empty.png'}' stands for no image.\n")
+    assert (code, err) == (1, said)
     assert out.startswith(str(tmp_path / "a.png"))
     code, out, err = classify(capsys, model, tmp_path / "empty.png")
-    assert (code, out, err) == (2, "", f"error: '{tmp_path / 'empty.png'}' stands for no image.\n")
+    assert (code, out, err) == (2, "", said)
 
 
 def test_errors_and_answers_of_many_files_keep_their_order(model, tmp_path, capsys):
