@@ -109,19 +109,19 @@ def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
 
 def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
     """Files of each class, sorted, as `images.find_images` finds them."""
-    if not folder.is_dir():
-        raise UserError(f"--{split}_dir: there is no folder {str(folder)!r}.")
     try:
+        if not folder.is_dir():
+            raise UserError(f"--{split}_dir: there is no folder {str(folder)!r}.")
         children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"--{split}_dir: the folder {str(folder)!r} cannot be read ({error.strerror}).") from error
+        raise UserError(f"--{split}_dir: {str(folder)!r} cannot be read ({error.strerror}).") from error
     classes, left_out = {}, []
     for child in children:
         if quote_path(str(child)) != str(child):
             raise UserError(f"--{split}_dir: the name of the class folder {str(child)!r} is not UTF-8; rename it.")
         found = find_images(child)
         for error in found.unreadable:
-            raise UserError(f"--{split}_dir: the folder {error.filename!r} cannot be read ({error.strerror}).")
+            raise UserError(f"--{split}_dir: {error.filename!r} cannot be read ({error.strerror}).")
         classes[child.name] = found.images
         left_out += found.left_out
     if not any(classes.values()):

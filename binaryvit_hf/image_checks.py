@@ -1,15 +1,17 @@
 """What is said of images before training: which are broken, transparent or of one colour."""
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from PIL.Image import DecompressionBombError
+from PIL.Image import DecompressionBombError, Image
 
-from .decoding import decode_image, draft, is_jpeg, open_encoded, unquote_path
+from .decoding import draft, is_jpeg, open_encoded, unquote_path
 from .errors import UserError, first_sentence
 from .pixels import (
     describe_transparent,
@@ -25,6 +27,9 @@ from .streaming import ImageStream
 MOST_EMBEDDED = 100_000  # headers looked at of the images inside of a dataset, whose bytes must be read from the disk
 MOST_PIXELS_LOOKED_AT = 1000  # opaque training images decoded to see whether they show anything
 TOGETHER = 16  # images that a thread reads at once
+
+LARGE_PIXELS = 2**25
+LARGE = threading.Lock()  # held while an image of more pixels is decoded
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +62,8 @@ def check_images(
     kept, broken = {}, []
     for split, dataset in images.items():
         if not isinstance(dataset, ImageStream):
-            dataset, names, transparent = leave_out_broken(dataset, split, skip_broken)
-            warn_of_pixels(dataset, split, transparent, background)
+            dataset, names, may_be = leave_out_broken(dataset, split, skip_broken)
+            warn_of_pixels(dataset, split, may_be, background)
             broken += names
         kept[split] = dataset
     for name in broken:
@@ -66,8 +71,8 @@ def check_images(
     return kept, broken
 
 
-def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[Dataset, list[str], list[int]]:
-    """The dataset without broken images, their names, and the indices of images that may be transparent."""
+def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[Dataset, list[str], dict[int, bool]]:
+    """The dataset without broken images, their names, and by index whether an image may be transparent, if looked at."""
     looked_at = range(len(dataset))
     if is_embedded(dataset) and not skip_broken:
         looked_at = spread(looked_at, MOST_EMBEDDED)
@@ -80,24 +85,21 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
     if len(faults) == len(dataset):  # an empty split too
         raise UserError(f"No image of the {split} split can be read.")
     names = [image_name(dataset[index]["image"], index) for index in faults]
-    kept = [index for index in looked_at if index not in faults]
-    transparent = [index for index, result in zip(looked_at, seen) if result is True]
+    whole = {index: result for index, result in zip(looked_at, seen) if index not in faults}
     if faults:
-        dataset = dataset.select(kept)
-        positions = {index: position for position, index in enumerate(kept)}
-        transparent = [positions[index] for index in transparent]
-    return dataset, names, transparent
+        dataset, whole = dataset.select(list(whole)), dict(enumerate(whole.values()))
+    return dataset, names, whole
 
 
-def warn_of_pixels(dataset: Dataset, split: str, transparent: list[int], background: str | None) -> None:
+def warn_of_pixels(dataset: Dataset, split: str, may_be: dict[int, bool], background: str | None) -> None:
     """
     Args:
-        transparent: indices of the images whose headers leave room for transparency.
+        may_be: by index whether the header of an image leaves room for transparency.
     """
-    looked_at = transparent
+    looked_at = [index for index, transparent in may_be.items() if transparent]
     if split == "train":
-        opaque = sorted(set(range(len(dataset))).difference(transparent))
-        looked_at = sorted([*transparent, *spread(opaque, MOST_PIXELS_LOOKED_AT)])
+        opaque = [index for index, transparent in may_be.items() if not transparent]
+        looked_at = sorted([*looked_at, *spread(opaque, MOST_PIXELS_LOOKED_AT)])
     elif background is not None:
         return
     seen = dict(zip(looked_at, look(dataset, looked_at, partial(see_pixels, background))))
@@ -111,7 +113,7 @@ def warn_of_pixels(dataset: Dataset, split: str, transparent: list[int], backgro
     see_through = [index for index, pixels in seen.items() if pixels.transparent]
     if see_through and background is None:
         logger.warning(
-            "%s", describe_transparent(len(see_through), f"{len(dataset)} {split} images", first_of(see_through))
+            "%s", describe_transparent(len(see_through), f"{len(may_be)} {split} images", first_of(see_through))
         )
     plain = [index for index, pixels in seen.items() if pixels.one_colour]
     if plain and split == "train":
@@ -156,19 +158,26 @@ def see_header(encoded: dict | None) -> bool:
 
 def see_all(encoded: dict | None) -> bool:
     """Likewise of an image that is decoded whole."""
-    decode_image(encoded)
-    return see_header(encoded)
+    with open_encoded(encoded) as image, one_large_at_a_time(image):
+        transparent = may_be_transparent(image)
+        to_rgb(image)
+        return transparent
 
 
 def see_pixels(background: str | None, encoded: dict | None) -> Pixels:
-    with open_encoded(encoded) as image:
+    with open_encoded(encoded) as image, one_large_at_a_time(image):
         if is_jpeg(image):  # an eighth of a JPEG is quick to decode, and settles most of them
             draft(image, min(8, *image.size))
             if not is_of_one_colour(to_rgb(image)):
                 return Pixels(transparent=False, one_colour=False)
-    with open_encoded(encoded) as image:
+    with open_encoded(encoded) as image, one_large_at_a_time(image):
         transparent = is_transparent(image)
         return Pixels(transparent, is_of_one_colour(to_rgb(image, background)))
+
+
+def one_large_at_a_time(image: Image) -> contextlib.AbstractContextManager:
+    """Threads that each decoded a large image would fill the memory."""
+    return LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext()
 
 
 def is_embedded(dataset: Dataset) -> bool:

@@ -20,7 +20,7 @@ UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 class FolderFiles(NamedTuple):
-    """What a folder and those below it hold: image files, sorted; what else there is; why folders cannot be read."""
+    """What a folder and those below it hold: image files, sorted; what else there is; what cannot be read."""
 
     images: list[Path]
     left_out: list[Path]
@@ -41,12 +41,15 @@ def find_images(folder: Path) -> FolderFiles:
     for parent, folders, files in os.walk(folder, onerror=found.unreadable.append):
         for name in sorted(folders):
             path = Path(parent, name)
-            if name.startswith(".") or path.is_symlink():
+            if name.startswith(".") or os.path.islink(path):
                 found.left_out.append(path)
                 folders.remove(name)
         for name in files:
             path = Path(parent, name)
-            (found.images if is_image_name(name) and path.is_file() else found.left_out).append(path)
+            try:
+                (found.images if is_image_name(name) and path.is_file() else found.left_out).append(path)
+            except OSError as error:
+                found.unreadable.append(error)
     found.images.sort()
     return found
 
@@ -99,7 +102,7 @@ def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
             listed = [Listed(str(Path(name)))]
         else:
             matches = sorted(map(Path, glob.glob(name, recursive=True)))
-            listed = [Listed(str(match)) for match in matches if match.is_file()]
+            listed = [Listed(str(match)) for match in matches if os.path.isfile(match)]
         files += listed or [Listed(name, fault)]
     if all(listed.fault for listed in files):
         raise UserError(f"{files[0].name!r} {files[0].fault}.")

@@ -50,7 +50,7 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
         picture.close()
         raise Image.DecompressionBombError(
             f"it has {picture.width} x {picture.height} pixels, more than the {MOST_PIXELS} that Pillow decodes; "
-            "make it smaller"
+            "make it smaller, or remove it"
         )
     return picture
 
@@ -123,11 +123,10 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     top = next((top for top in ranges if low >= 0 and high <= top), None)
     if top is None:
         raise ValueError(f"its values, {low:g} to {high:g}, have no known range; save it with 8 or 16 bits")
-    grey = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
-    transparent = picture.info.get("transparency")
-    if transparent is None:
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+    opaque = values != picture.info["transparency"] if "transparency" in picture.info else None
+    values *= 255 / top
+    grey = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+    return grey if opaque is None else Image.merge("LA", (grey, Image.fromarray(opaque).convert("L")))
 
 
 def may_be_transparent(picture: Image.Image) -> bool:

@@ -143,9 +143,20 @@ def test_a_folder_that_cannot_be_read_stops_training(tmp_path, monkeypatch, belo
     for name in ("ant", "bee", "bee/more"):
         save(tmp_path / name / "a.png")
     cannot_be_read(monkeypatch, tmp_path / below)
-    with pytest.raises(
-        UserError, match=rf"--train_dir: the folder '{tmp_path / below}' cannot be read \(Permission denied\)"
-    ):
+    with pytest.raises(UserError, match=rf"--train_dir: '{tmp_path / below}' cannot be read \(Permission denied\)"):
+        load_images(DataArguments(train_dir=str(tmp_path)), 0, None, None)
+
+
+def test_a_folder_that_cannot_be_entered_stops_training(tmp_path, monkeypatch):
+    """As `chmod 400` makes it: names can be listed, files cannot be looked at."""
+    for name in ("ant", "bee"):
+        save(tmp_path / name / "a.png")
+
+    def is_file(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(UserError, match=r"'.*ant/a.png' cannot be read \(Permission denied\)"):
         load_images(DataArguments(train_dir=str(tmp_path)), 0, None, None)
 
 
@@ -288,5 +299,5 @@ def test_classify_says_how_large_a_picture_is_too_large(model, tmp_path, capsys)
     assert out.startswith(str(tmp_path / "a.png"))
     assert err == (
         f"error: '{tmp_path / 'large.png'}' is too large: it has 14000 x 14000 pixels, more than the 178956970 that Pillow "
-        "decodes; make it smaller.\n"
+        "decodes; make it smaller, or remove it.\n"
     )
