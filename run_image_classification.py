@@ -6,6 +6,7 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
     python run_image_classification.py --config_name binaryvit-small-patch4-224 --train_dir photos --do_train --do_eval
 """
 
+import copy
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ import binaryvit_hf  # noqa: F401, registers the model
 from binaryvit_hf.arguments import RUN_ARGUMENTS, ModelArguments, Phase, compare_with_recorded, describe, parse_phases
 from binaryvit_hf.augmentation import create_mix
 from binaryvit_hf.checkpoints import last_whole_checkpoint
-from binaryvit_hf.data import Images, add_transforms, collate_images, load_images
+from binaryvit_hf.data import Images, add_transforms, collate_images, load_images, relabel
 from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.doctor import check_engine_variable
 from binaryvit_hf.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, first_sentence
@@ -41,6 +42,7 @@ from binaryvit_hf.host_memory import keep_freed_memory
 from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
 from binaryvit_hf.image_checks import check_images
 from binaryvit_hf.images import create_image_processor
+from binaryvit_hf.label_names import compare_labels, match_labels
 from binaryvit_hf.metrics import TopKAccuracy
 from binaryvit_hf.model_inputs import (
     RGB,
@@ -125,6 +127,7 @@ class Inputs:
     finished: bool
     processor: BaseImageProcessor | None
     first_weights: dict[str, torch.Tensor] | None
+    new_head: bool | None  # None of a model that is not trained
 
 
 def prepare(phase: Phase) -> Inputs:
@@ -147,7 +150,13 @@ def prepare(phase: Phase) -> Inputs:
         images |= {split: images[split].counted() for split in ("validation", "test") if split in images}
     images, broken = check_images(images, data_arguments.skip_broken_images, data_arguments.background)
     labels = images["validation"].features["label"].names
-    config = load_config(model_arguments, labels, training_arguments.do_train)
+    config = load_config(model_arguments, training_arguments.do_train)
+    new_head = None
+    if training_arguments.do_train:
+        new_head = adopt_labels(config, labels, model_arguments)
+    else:
+        who = f"--model_name_or_path {model_arguments.model_name_or_path!r}"
+        images = relabel(images, match_labels(config, labels, who), config.num_labels)
     if training_arguments.do_train:
         training_arguments.check_network(config)
     checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
@@ -162,7 +171,7 @@ def prepare(phase: Phase) -> Inputs:
     first_weights = None
     if model_arguments.init_from and not (checkpoint or finished):
         first_weights = load_first_weights(model_arguments, config, labels)
-    return Inputs(images, broken, config, checkpoint, finished, processor, first_weights)
+    return Inputs(images, broken, config, checkpoint, finished, processor, first_weights, new_head)
 
 
 def run(phase: Phase, inputs: Inputs) -> None:
@@ -173,7 +182,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
     logger.info("%s -> %s", model_arguments.config_name or model_arguments.model_name_or_path, output_dir)
     set_seed(training_arguments.seed)
     teacher, teacher_processor = load_teacher(model_arguments, config)
-    model = load_model(model_arguments, config, output_dir if inputs.finished else None)
+    model = load_model(model_arguments, config, output_dir if inputs.finished else None, inputs.new_head)
     if model_arguments.drop_path_rate and config.model_type == "vit":
         add_drop_path(model.vit, model_arguments.drop_path_rate)
     if inputs.first_weights is not None:
@@ -281,8 +290,8 @@ def check_arguments(phase: Phase) -> None:
         )
 
 
-def load_config(arguments: ModelArguments, labels: list[str], do_train: bool) -> PreTrainedConfig:
-    """The network's config with the labels of the images."""
+def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
+    """The network's config, with the labels that it comes with."""
     name = arguments.config_name or arguments.model_name_or_path
     source = name if Path(name).exists() else str(shipped_configs().get(name, name))
     try:
@@ -301,21 +310,49 @@ def load_config(arguments: ModelArguments, labels: list[str], do_train: bool) ->
         raise UserError(
             f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3."
         )
-    if arguments.model_name_or_path and not arguments.ignore_mismatched_sizes:
-        compare_labels(
-            config, labels, f"--model_name_or_path {name!r}", "start a new head with --ignore_mismatched_sizes"
-        )
     if arguments.drop_path_rate is not None:
         if hasattr(config, "drop_path_rate"):
             config.drop_path_rate = arguments.drop_path_rate
         elif config.model_type != "vit":
             raise UserError(f"--drop_path_rate: {name!r} is a {config.model_type!r}, which has none.")
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
     return config
 
 
-def load_model(arguments: ModelArguments, config: PreTrainedConfig, finished_run: Path | None) -> PreTrainedModel:
+def adopt_labels(config: PreTrainedConfig, labels: list[str], arguments: ModelArguments) -> bool:
+    """
+    Make the images' labels those of a network to train; returns whether its head is for others and begins anew.
+
+    Raises:
+        UserError: the images have one class; or the network is for other labels, and nobody asked for a new head.
+    """
+    if len(labels) < 2:
+        raise UserError(f"The images have one class, {labels[0]!r}: a classifier needs two or more.")
+    new_head = False
+    if arguments.model_name_or_path:
+        remedy = "start a new head with --ignore_mismatched_sizes"
+        try:
+            compare_labels(config, labels, f"--model_name_or_path {arguments.model_name_or_path!r}", remedy)
+        except UserError:
+            if not arguments.ignore_mismatched_sizes:
+                raise
+            new_head = True
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    return new_head
+
+
+def load_model(
+    arguments: ModelArguments, config: PreTrainedConfig, finished_run: Path | None, new_head: bool | None = None
+) -> PreTrainedModel:
+    """
+    The network with its weights, as far as there are any.
+
+    Args:
+        new_head: whether the head begins anew; `None` of a model that is not trained, so needs all of its weights.
+
+    Raises:
+        UserError: it cannot be loaded, or weights that it needs are missing.
+    """
     source, subfolder = arguments.model_name_or_path, arguments.subfolder
     if finished_run is not None:
         source, subfolder = finished_run, LATENT if (finished_run / LATENT).is_dir() else ""
@@ -326,16 +363,45 @@ def load_model(arguments: ModelArguments, config: PreTrainedConfig, finished_run
     # Half precision would lose the optimiser's small steps; packed weights have their own types.
     precision = {} if getattr(config, "quantization_config", None) else {"dtype": torch.float32}
     try:
-        return AutoModelForImageClassification.from_pretrained(
+        model, loading = AutoModelForImageClassification.from_pretrained(
             source,
             config=config,
             **precision,
             subfolder=subfolder,
-            ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
+            ignore_mismatched_sizes=arguments.ignore_mismatched_sizes and new_head is not None,
+            output_loading_info=True,
             **hub_arguments(arguments),
         )
     except Exception as error:
         raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {first_sentence(error)}") from error
+    if new_head is None:
+        check_complete(model, loading, f"--model_name_or_path {str(source)!r}", "train it first")
+    # transformers makes a new head where the number of labels is another, and only there.
+    if new_head and finished_run is None and not loading["mismatched_keys"]:
+        model.load_state_dict(create_head(config, arguments.trust_remote_code), strict=False)
+    return model
+
+
+def check_complete(model: PreTrainedModel, loading: dict, who: str, remedy: str) -> None:
+    """
+    Raises:
+        UserError: the checkpoint lacks weights, which are random now, as those of a head that was never trained.
+    """
+    missing = sorted(loading["missing_keys"] & dict(model.named_parameters()).keys())
+    if missing:
+        raise UserError(f"{who} has no weights {missing[0]!r}, so its answers would be random; {remedy}.")
+
+
+def create_head(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """New weights of every tensor of a network that has a value for each label."""
+    fresh = AutoModelForImageClassification.from_config(
+        config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    ).state_dict()
+    other = copy.deepcopy(config)
+    other.num_labels = config.num_labels + 1
+    with torch.device("meta"):
+        larger = AutoModelForImageClassification.from_config(other, trust_remote_code=trust_remote_code).state_dict()
+    return {name: tensor for name, tensor in fresh.items() if tensor.shape != larger[name].shape}
 
 
 def load_first_weights(
@@ -355,32 +421,15 @@ def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
     if name is None:
         return None, None
     try:
-        teacher = AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, **hub_arguments(arguments)
+        teacher, loading = AutoModelForImageClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **hub_arguments(arguments)
         )
     except Exception as error:
         raise UserError(f"--teacher_model_name_or_path {name!r} cannot be loaded: {first_sentence(error)}") from error
     flag = f"--teacher_model_name_or_path {name!r}"
     compare_labels(teacher.config, list(student.id2label.values()), flag, "choose a teacher of these images' labels")
+    check_complete(teacher, loading, flag, "choose a trained teacher")
     return teacher, load_image_processor(name, **hub_arguments(arguments))
-
-
-def compare_labels(config: PreTrainedConfig, labels: list[str], who: str, remedy: str) -> None:
-    """
-    Raises:
-        UserError: the labels of a model differ from the images' in number or, if it has names for them, in names.
-    """
-    if config.num_labels != len(labels):
-        raise UserError(f"{who} has {config.num_labels} labels, the images have {len(labels)}; {remedy}.")
-    for index, label in enumerate(labels):
-        theirs = config.id2label[index]
-        if theirs != f"LABEL_{index}" and first_synonym(theirs) != first_synonym(label):
-            raise UserError(f"{who} calls label {index} {theirs!r}, the images call it {label!r}; {remedy}.")
-
-
-def first_synonym(label: str) -> str:
-    """Copies of ImageNet's names differ in case, in punctuation and in how many synonyms they give."""
-    return "".join(filter(str.isalnum, label.split(",")[0].casefold()))
 
 
 def load_processor(

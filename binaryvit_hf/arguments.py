@@ -88,7 +88,7 @@ class ModelArguments:
         },
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Begin with a new head where the model's has another number of labels."}
+        default=False, metadata={"help": "Begin with a new head where the model's is for other labels."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     token: str | None = field(default=None, metadata={"help": "Token of the Hub; default: that of the last login."})

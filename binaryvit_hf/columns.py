@@ -1,5 +1,7 @@
 """Which columns of a dataset are its images and labels, and what the labels are called."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
@@ -9,26 +11,39 @@ from .errors import UserError, first_sentence
 
 CLASS_NAMES = "classnames.txt"  # beside the archives of a WebDataset
 DEFAULT_COLUMNS = {"image": "image", "label": "label"}
+STRINGS = ("string", "large_string", "string_view")
+BINARIES = ("binary", "large_binary", "binary_view")
 
 
 def name_columns(
-    dataset: Dataset | IterableDataset, image_column: str, label_column: str
+    dataset: Dataset | IterableDataset, image_column: str, label_column: str, folders: Callable[[], list[Path]]
 ) -> Dataset | IterableDataset:
     """
     Keep the two columns that are wanted as `image` (encoded) and `label`.
 
+    Args:
+        folders: gives the folders of the dataset's own files. Relative paths of images are looked up there first.
+
     Raises:
-        UserError: a column is not there, or holds something else.
+        UserError: a column is not there, or holds something else; or a relative path fits several files.
     """
     features = dataset.features
     if features is None:
         raise UserError("The dataset does not tell its columns, so it cannot be streamed; go without --streaming.")
     image, label = find_column("image", image_column, features), find_column("label", label_column, features)
     dataset = dataset.select_columns([image, label])
+    for column in (image, label):
+        dtype = getattr(features[column], "dtype", None)
+        if dtype in ("string_view", "binary_view"):  # Arrow casts them to little else, and datasets loses their nulls
+            plain = Features(dataset.features | {column: Value(dtype.removesuffix("_view"))})
+            dataset = dataset.cast(plain) if isinstance(dataset, Dataset) else dataset.map(features=plain)
     dataset = dataset.cast_column(image, Image(decode=False))  # before all else, or a stream encodes images anew
-    return dataset.rename_columns(
+    dataset = dataset.rename_columns(
         {theirs: ours for ours, theirs in (("image", image), ("label", label)) if theirs != ours}
     )
+    if holds_paths(features[image]) and (found := folders()):
+        dataset = map_column(dataset, "image", partial(locate_image, found), Image(decode=False))
+    return dataset
 
 
 def find_column(kind: str, wanted: str, features: Features) -> str:
@@ -38,7 +53,7 @@ def find_column(kind: str, wanted: str, features: Features) -> str:
             raise UserError(f"{wanted!r} is no column of {kind}s; say which is with --{kind}_column_name.")
         return wanted
     if kind == "image":
-        candidates = [name for name, feature in features.items() if isinstance(feature, Image)]
+        candidates = [name for name, feature in features.items() if is_image_file(feature)]
     else:  # cls is that of a WebDataset
         candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name == "cls"]
     if wanted == DEFAULT_COLUMNS[kind] and len(candidates) == 1:
@@ -50,14 +65,62 @@ def find_column(kind: str, wanted: str, features: Features) -> str:
 
 
 def may_be_image(feature) -> bool:
-    return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("string", "binary"))
+    return is_image_file(feature) or (isinstance(feature, Value) and feature.dtype in STRINGS + BINARIES)
+
+
+def is_image_file(feature) -> bool:
+    """Whether it is an `Image`, or what is left of one in a file without the feature's metadata."""
+    if isinstance(feature, Image):
+        return True
+    kinds = {"bytes": BINARIES, "path": STRINGS}
+    return (
+        isinstance(feature, dict)
+        and feature != {}
+        and all(getattr(part, "dtype", None) in kinds.get(name, ()) for name, part in feature.items())
+    )
+
+
+def holds_paths(feature) -> bool:
+    """Whether the images lie in files of their own, for certain."""
+    return getattr(feature, "dtype", None) in STRINGS or (isinstance(feature, dict) and "bytes" not in feature)
 
 
 def may_be_label(feature) -> bool:
-    names_or_numbers = ("string", "large_string", "int", "uint")
+    numbers = ("bool", "int", "uint", "float")
     return isinstance(feature, ClassLabel) or (
-        isinstance(feature, Value) and feature.dtype.startswith(names_or_numbers)
+        isinstance(feature, Value) and (feature.dtype in STRINGS or feature.dtype.startswith(numbers))
     )
+
+
+def locate_image(folders: list[Path], encoded: dict | None) -> dict | None:
+    """
+    The image by a path that exists, where it does in one of the folders; otherwise as it is.
+
+    Raises:
+        UserError: it does in several.
+    """
+    path = (encoded or {}).get("path")
+    if path is None or "://" in path or Path(path).is_absolute():
+        return encoded
+    found = [folder / path for folder in folders if (folder / path).is_file()]
+    if len(found) > 1:
+        raise UserError(
+            f"The image {path!r} may be {str(found[0])!r} or {str(found[1])!r}; write its whole path into the dataset."
+        )
+    return encoded | {"path": str(found[0])} if found else encoded
+
+
+def map_column(dataset: Dataset | IterableDataset, column: str, function: Callable, feature):
+    """The dataset with another value in each row of a column; the other columns are not copied."""
+    if isinstance(dataset, Dataset):
+        values = [function(value) for value in dataset[column][:]]
+        return dataset.remove_columns(column).add_column(column, values, feature=feature)
+    features = Features(dataset.features | {column: feature})
+    return dataset.map(partial(map_value, column, function), input_columns=column, features=features)
+
+
+def map_value(column: str, function: Callable, value) -> dict:
+    return {column: function(value)}
 
 
 def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
@@ -67,7 +130,8 @@ def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
     Raises:
         UserError: there is no such file.
     """
-    path = Path(file) if file else Path(dataset_name) / CLASS_NAMES
+    folder = Path(dataset_name).parent if Path(dataset_name).is_file() else Path(dataset_name)
+    path = Path(file) if file else folder / CLASS_NAMES
     if not file and not path.is_file():
         return None
     try:
@@ -83,31 +147,89 @@ def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
 
 def name_labels(splits: dict, names: list[str] | None) -> dict:
     """
-    Splits whose labels are of kind `ClassLabel`: as they are; or else of these names; or else of all values that the first
-    split has, sorted.
+    Splits whose labels are of kind `ClassLabel`, each one a class: of the names that the first split's feature has; or else
+    of these names; or else of all values that the first split has, sorted.
 
     Raises:
         UserError: a label is none of them, or they are not known, as the images are streamed.
     """
     first = next(iter(splits.values()))
-    if isinstance(first.features["label"], ClassLabel):
-        return splits
+    feature = first.features["label"]
+    if isinstance(feature, ClassLabel):
+        names = feature.names
+    elif names is None and isinstance(first, IterableDataset):
+        raise UserError(
+            "The labels have no names, and how many there are is not known before all images were streamed: give "
+            "--class_names with a file of them, one name a line, that of label 0 first."
+        )
+    indices = {key: index for index, name in enumerate(names or ()) for key in (name, index)}
     if names is None:
-        if isinstance(first, IterableDataset):
-            raise UserError(
-                "The labels have no names, and how many there are is not known before all images were streamed: give "
-                "--class_names with a file of them, one name a line, that of label 0 first."
-            )
-        values = first.unique("label")
-        names = [str(value) for value in sorted(value for value in values if value is not None)]
-        splits = {split: dataset.cast_column("label", Value("string")) for split, dataset in splits.items()}
+        values = sorted(value for value in first.unique("label") if not is_null(value))
+        names = [name_label(value) for value in values]
+        indices = {value: index for index, value in enumerate(values)}
+    named = {}
     for split, dataset in splits.items():
-        if isinstance(dataset, Dataset):  # those of a stream are looked at as they come
-            check_labels(dataset.unique("label"), names, split)
-    return {split: dataset.cast_column("label", ClassLabel(names=names)) for split, dataset in splits.items()}
+        own, known = dataset.features["label"], indices
+        if isinstance(own, ClassLabel) and own.names != names:
+            known = {index: indices[name] for index, name in enumerate(own.names) if name in indices}
+        if isinstance(dataset, Dataset):
+            check_labels(dataset, known, len(names), split)
+        done = isinstance(dataset, Dataset) and isinstance(own, ClassLabel) and own.names == names
+        named[split] = dataset if done else index_labels(dataset, known, names, split)
+    return named
 
 
-def check_labels(labels: list[str | int | None], names: list[str], split: str) -> None:
-    for label in labels:
-        if not (label in names if isinstance(label, str) else label is not None and 0 <= label < len(names)):
-            raise UserError(f"The {split} images have the label {label!r}, which is none of the {len(names)} classes.")
+def name_label(value: str | float) -> str:
+    """
+    Raises:
+        UserError: a number with a fraction.
+    """
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise UserError(
+                f"The column of labels holds {value!r}, and classes are names or whole numbers; say which column is with "
+                "--label_column_name."
+            )
+        value = int(value)
+    return str(value)
+
+
+def index_labels(dataset: Dataset | IterableDataset, indices: dict, names: list[str], split: str):
+    """
+    The dataset with `indices[label]` in place of each label, a `ClassLabel` of these names.
+
+    Raises:
+        UserError: a label has no index; of a stream when it comes.
+    """
+    return map_column(dataset, "label", partial(index_label, indices, len(names), split), ClassLabel(names=names))
+
+
+def index_label(indices: dict, num_classes: int, split: str, label) -> int:
+    if label not in indices:
+        if is_null(label) or label == -1:
+            raise UserError(f"One of the {split} images has no label ({label!r}); leave it out.")
+        raise UserError(f"The {split} images have the label {label!r}, which is none of the {num_classes} classes.")
+    return indices[label]
+
+
+def check_labels(dataset: Dataset, indices: dict, num_classes: int, split: str) -> None:
+    unknown = [label for label in dataset.unique("label") if label not in indices]
+    missing = [label for label in unknown if is_null(label) or label == -1]
+    if missing:
+        labels = dataset["label"][:]
+        count = sum(label not in indices for label in labels)
+        raise UserError(
+            f"{count} of the {len(labels)} {split} images have no label ({missing[0]!r}): leave them out, or choose other "
+            "images."
+        )
+    for label in unknown:
+        index_label(indices, num_classes, split, label)
+
+
+def is_null(label) -> bool:
+    return label is None or label != label  # a table of floats has NaN
+
+
+def is_unlabelled(dataset: Dataset) -> bool:
+    """Whether no image has a label, as in the test splits of contests."""
+    return all(is_null(label) or label == -1 for label in dataset.unique("label"))

@@ -1,24 +1,35 @@
 """Images and labels: loaded, checked before training, and made tensors as they are read."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from .augmentation import create_train_transform
-from .columns import name_columns, name_labels, read_class_names
+from .columns import index_labels, is_unlabelled, name_columns, name_labels, read_class_names
 from .data_arguments import HELD_OUT, DataArguments
 from .decoding import CroppingDecoder, decode_image, quote_path
 from .errors import UserError, first_sentence
 from .image_checks import describe_fault
 from .images import describe_left_out, find_images
-from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, load_known_splits
+from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, KNOWN_DATASETS, load_known_splits
 from .model_inputs import RGB, describe_input
 from .sampling import Showing, Streamed, seeded
 from .streaming import ImageStream, told_number
@@ -50,14 +61,16 @@ def load_images(
     else:
         raise UserError("There are no images: give --dataset_name, or --train_dir with a folder a class.")
 
-    names = next(iter(splits.values())).features["label"].names
-    if len(names) < 2:
-        raise UserError(f"The images have one class, {names[0]!r}: a classifier needs two or more.")
     if test and "test" not in splits:
         raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")
     if arguments.streaming:
         return stream_splits(splits, arguments, seed)
     if "validation" not in splits or arguments.train_val_split is not None:
+        if "train" not in splits:
+            raise UserError(
+                "--train_val_split holds out training images, and there are none: give --train_dir or --train_split_name, "
+                "or leave it out."
+            )
         size = HELD_OUT if arguments.train_val_split is None else arguments.train_val_split
         splits |= hold_out(splits["train"], size)
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
@@ -144,22 +157,7 @@ def load_named_splits(
 ) -> dict[str, Dataset]:
     """A dataset of the Hub, of a local path or of this machine, with its columns under our names."""
     name = arguments.dataset_name
-    files = {
-        arguments.train_split_name: arguments.train_files,
-        arguments.validation_split_name or "validation": arguments.validation_files,
-    }
-    files = {split: pattern for split, pattern in files.items() if pattern}
-    try:
-        loaded = load_known_splits(name) or load_dataset(
-            FASHION_MNIST_HUB_ID if name == FASHION_MNIST else name,
-            arguments.dataset_config_name,
-            data_files=files or None,
-            cache_dir=cache_dir,
-            token=token,
-            streaming=arguments.streaming,
-        )
-    except Exception as error:  # the loader raises whatever its file system, network or builder raised
-        raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(error)}") from error
+    loaded = load_named_dataset(arguments, cache_dir, token)
     wanted = {"train": [arguments.train_split_name]}
     if arguments.validation_split_name:
         wanted["validation"] = [arguments.validation_split_name]
@@ -167,12 +165,19 @@ def load_named_splits(
         wanted["validation"] = ["validation", "test"]
     if test:
         wanted["test"] = [arguments.test_split_name]
+    needed = {"train": arguments.train_val_split is not None, "validation": bool(arguments.validation_split_name)}
     splits = {}
     for split, candidates in wanted.items():
-        found = next((candidate for candidate in candidates if candidate in loaded), None)
-        if found is not None:
-            splits[split] = name_columns(loaded[found], arguments.image_column_name, arguments.label_column_name)
-        elif split != "train" and (len(candidates) == 1 or not splits):
+        by_default = len(candidates) > 1 and "train" in splits and not arguments.streaming  # else others are held out
+        for candidate in (candidate for candidate in candidates if candidate in loaded):
+            columns = arguments.image_column_name, arguments.label_column_name
+            dataset = name_columns(loaded[candidate], *columns, partial(data_folders, arguments, candidate))
+            if by_default and is_unlabelled(dataset):
+                logger.warning("The split %r has no labels, so others are evaluated on.", candidate)
+                continue
+            splits[split] = dataset
+            break
+        if split not in splits and (needed.get(split, True) or (split == "validation" and not splits)):
             raise UserError(
                 f"--dataset_name {name!r} has no split {candidates[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Say which with --{split}_split_name."
@@ -180,9 +185,77 @@ def load_named_splits(
     return name_labels(splits, read_class_names(arguments.class_names, name))
 
 
+def load_named_dataset(
+    arguments: DataArguments, cache_dir: str | None, token: str | bool | None
+) -> dict[str, Dataset | IterableDataset]:
+    """All splits of the dataset, by their own names."""
+    name = arguments.dataset_name
+    known = load_known_splits(name)
+    if known is not None:
+        return known
+    source = dataset_source(arguments)
+    try:
+        if is_saved_to_disk(Path(name)) and not arguments.streaming:
+            saved = load_from_disk(name)
+            return saved if isinstance(saved, dict) else {arguments.train_split_name: saved}
+        return load_dataset(**source, cache_dir=cache_dir, token=token, streaming=arguments.streaming)
+    except Exception as error:  # the loader raises whatever its file system, network or builder raised
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(cause)}") from error
+
+
+def dataset_source(arguments: DataArguments) -> dict:
+    """What datasets calls the dataset and the files of each split; a file is a dataset of one split."""
+    name = FASHION_MNIST_HUB_ID if arguments.dataset_name == FASHION_MNIST else arguments.dataset_name
+    patterns = {
+        arguments.train_split_name: arguments.train_files,
+        arguments.validation_split_name or "validation": arguments.validation_files,
+    }
+    patterns = {split: pattern for split, pattern in patterns.items() if pattern}
+    path = Path(name)
+    if path.is_file():
+        if patterns:
+            raise UserError(
+                f"--train_files and --validation_files choose among the files of a folder, and --dataset_name {name!r} is a "
+                "file: name its folder."
+            )
+        name, patterns = str(path.absolute().parent), {arguments.train_split_name: path.name}
+    return {"path": name, "name": arguments.dataset_config_name, "data_files": patterns or None}
+
+
+def data_folders(arguments: DataArguments, split: str) -> list[Path]:
+    """The folders in which a local dataset's files of a split lie; none of a dataset of the Hub or of this machine."""
+    path = Path(arguments.dataset_name)
+    if not path.exists() or arguments.dataset_name in KNOWN_DATASETS:
+        return []
+    if is_saved_to_disk(path):
+        return [path]
+    files = load_dataset_builder(**dataset_source(arguments)).config.data_files
+    return sorted({Path(file).parent for file in files[split]})
+
+
+def is_saved_to_disk(folder: Path) -> bool:
+    """Whether `save_to_disk` of a dataset, or of a dictionary of them, wrote it."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def relabel(images: Images, indices: list[int], num_labels: int) -> Images:
+    """The images with `indices[label]`, one of so many, in place of each label."""
+    if indices == list(range(len(indices))):
+        return images
+    known, names = dict(enumerate(indices)), [str(index) for index in range(num_labels)]
+    return {
+        split: ImageStream(index_labels(part.dataset, known, names, split), part.num_images, part.endless)
+        if isinstance(part, ImageStream)
+        else index_labels(part, known, names, split)
+        for split, part in images.items()
+    }
+
+
 def hold_out(dataset: Dataset, size: float) -> dict[str, Dataset]:
     """Part with a share (below 1) or a number of the images, the same ones whatever the run's seed."""
-    if not 0 < size < len(dataset) or (size >= 1 and size != int(size)):
+    number = math.ceil(size * len(dataset)) if 0 < size < 1 else size
+    if not 0 < number < len(dataset) or (size >= 1 and size != int(size)):
         raise UserError(
             f"--train_val_split is a share between 0 and 1 or a number of images below {len(dataset)}, not {size:g}; or "
             "give images to evaluate on with --validation_dir or --validation_split_name."

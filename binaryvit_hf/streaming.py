@@ -47,8 +47,14 @@ class ImageStream:
         return ImageStream(self.dataset.take(most), most)
 
     def counted(self) -> "ImageStream":
-        """With the number of images, for which those that do not tell it are read through."""
+        """
+        With the number of images, for which those that do not tell it are read through. Of the others the first is read.
+
+        Raises:
+            UserError: reading fails, or an image that is read has no label of the classes.
+        """
         if self.num_images is not None:
+            next(self.read(0))
             return self
         logger.info("Counting the images to evaluate on, as their number is not known.")
         return ImageStream(self.dataset, sum(1 for _ in self.read(0)))
@@ -74,7 +80,7 @@ class ImageStream:
         Epoch, index in the epoch, and the row of every image.
 
         Raises:
-            UserError: reading fails, or there are fewer images than was said.
+            UserError: reading fails, a label is none of the classes, or there are fewer images than was said.
         """
         for current in count(epoch):
             self.dataset.set_epoch(current)
@@ -82,6 +88,8 @@ class ImageStream:
             try:
                 for images, row in enumerate(self.dataset, start=1):
                     yield current, images - 1, row
+            except UserError:
+                raise
             except Exception as error:  # whatever its file system, network, builder or features raised
                 raise UserError(
                     f"The stream of images broke off after {images} images: {first_sentence(error)}"

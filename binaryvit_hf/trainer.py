@@ -195,11 +195,46 @@ class DistillationTrainer(Trainer):
         return output
 
     def evaluate(self, *args, **kwargs):
-        """As in transformers; in the midst of training of what it would leave behind now, and without a trace."""
+        """
+        As in transformers; in the midst of training of what it would leave behind now, and without a trace.
+
+        Raises:
+            NonFiniteLossError: the loss is no number, so it must not choose a best model.
+        """
         if not self.is_in_train:
-            return super().evaluate(*args, **kwargs)
-        with seeded(self.args.seed), self.finished_weights():  # the loader draws a seed for its workers
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        else:
+            with seeded(self.args.seed), self.finished_weights():  # the loader draws a seed for its workers
+                metrics = super().evaluate(*args, **kwargs)
+        for name, value in metrics.items():
+            if name.endswith("_loss") and not math.isfinite(value):
+                if self.is_in_train:
+                    self.stop_at(f"The evaluation loss became {value} at step {self.state.global_step}")
+                raise NonFiniteLossError(
+                    f"The evaluation loss is {value}: the weights are damaged, or training diverged; train again with a lower "
+                    "--learning_rate, or evaluate another checkpoint."
+                )
+        return metrics
+
+    def stop_at(self, fault: str) -> None:
+        """
+        Raises:
+            NonFiniteLossError: always.
+        """
+        last = get_last_checkpoint(self.args.output_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved before"
+        raise NonFiniteLossError(
+            f"{fault}, so training stopped; {kept}. Try a lower --learning_rate, --max_grad_norm, or --bf16 instead of --fp16."
+        )
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        """`--dataloader_drop_last` is for training: evaluation counts every image."""
+        wanted = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = wanted and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = wanted
 
     @contextlib.contextmanager
     def finished_weights(self):
@@ -278,12 +313,7 @@ class DistillationTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):  # before the optimiser spreads it over every weight
-            last = get_last_checkpoint(self.args.output_dir)
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved before"
-            raise NonFiniteLossError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}, so training stopped; {kept}. "
-                "Try a lower --learning_rate, --max_grad_norm, or --bf16 instead of --fp16."
-            )
+            self.stop_at(f"The loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

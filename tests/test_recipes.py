@@ -1,4 +1,4 @@
-"""The paper's recipes: what the schedule, the stochastic depth and the comparison of labels do with them."""
+"""The paper's recipes: what the schedule and the stochastic depth do with them."""
 
 import json
 import math
@@ -10,9 +10,7 @@ from test_training import tiny_teacher, tiny_trainer
 from tiny import tiny_images
 from transformers import ViTConfig
 
-import run_image_classification as script
 from binaryvit_hf.arguments import parse_phases
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.stochastic_depth import add_drop_path
 
 
@@ -85,14 +83,3 @@ def test_drop_path_drops_whole_branches_of_the_deeper_layers_in_training_alone()
         torch.testing.assert_close(model.vit.layers[0](layer_inputs), model.vit.layers[0].eval()(layer_inputs))
         change = (model.vit.layers[1](layer_inputs) - layer_inputs).abs().sum((1, 2))
     assert 0.15 < (change == 0).double().mean() < 0.35  # both branches of an image: a quarter
-
-
-@pytest.mark.parametrize("theirs", ["tench, Tinca tinca", "Tench", "LABEL_0", "tench,Tinca  tinca"])
-def test_copies_of_imagenets_names_are_the_same_labels(theirs):
-    config = ViTConfig(id2label={0: theirs, 1: "T-shirt / top"})
-    script.compare_labels(config, ["tench", "T - shirt / top"], "the teacher", "choose another")
-
-
-def test_labels_in_another_order_are_refused():
-    with pytest.raises(UserError, match="calls label 0 'tench'"):
-        script.compare_labels(ViTConfig(id2label={0: "tench", 1: "goldfish"}), ["goldfish", "tench"], "it", "…")

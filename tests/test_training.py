@@ -132,14 +132,63 @@ def test_a_loss_that_is_no_number_stops_at_its_step(tmp_path):
     assert all(tensor.isfinite().all() for tensor in saved.state_dict().values())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_evaluation_loss_that_is_no_number_stops_before_it_is_the_best(tmp_path, value):
+    trainer = tiny_trainer(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", **EVERY_STEP)
+    whole = trainer.prediction_step
+
+    def broken(*args, **kwargs):
+        loss, *rest = whole(*args, **kwargs)
+        return (loss * value if trainer.state.global_step == 2 else loss, *rest)
+
+    trainer.prediction_step = broken
+    with pytest.raises(
+        NonFiniteLossError, match=r"evaluation loss became \w+ at step 2.*last good checkpoint is .*-1\."
+    ):
+        trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_an_evaluation_loss_that_is_no_number_is_told_of_a_trained_model(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.model.classifier.bias.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="The evaluation loss is nan"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("drop_last, steps", [(False, 3), (True, 2)])
+def test_batches_that_are_not_whole_are_dropped_of_training_alone(tmp_path, drop_last, steps):
+    sizes = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "dataloader_drop_last": drop_last}
+    trainer = tiny_trainer(tmp_path, **sizes)
+    evaluated = [trainer.get_eval_dataloader(), trainer.get_test_dataloader(trainer.eval_dataset)]
+    assert [sum(len(batch["labels"]) for batch in loader) for loader in evaluated] == [8, 8]
+    assert len(trainer.get_train_dataloader()) == steps
+    assert trainer.args.dataloader_drop_last == drop_last
+
+
 def test_metric_counts_first_and_first_five():
     logits = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 4).numpy()
     results = TopKAccuracy().compute(predictions=logits, references=[0, 1, 4, 5])
     assert results == {"accuracy": 0.25, "top5_accuracy": 0.75}
 
 
-def test_metric_of_few_labels_has_no_top_five():
-    assert TopKAccuracy().compute(predictions=[[0.0, 1.0]], references=[1]) == {"accuracy": 1.0}
+@pytest.mark.parametrize(
+    "num_labels, names", [(2, {"accuracy"}), (5, {"accuracy"}), (6, {"accuracy", "top5_accuracy"})]
+)
+def test_metric_of_few_labels_has_no_top_five(num_labels, names):
+    logits = [[1.0, *[0.0] * (num_labels - 1)]]
+    assert TopKAccuracy().compute(predictions=logits, references=[0]) == dict.fromkeys(names, 1.0)
+
+
+@pytest.mark.parametrize("broken", [slice(0, 1), slice(6, 7), slice(0, 7)], ids=["the label's", "another's", "all"])
+def test_metric_counts_an_image_with_a_logit_that_is_nan_as_wrong(broken):
+    logits = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 2)
+    logits[1, broken] = float("nan")
+    assert TopKAccuracy().compute(predictions=logits.numpy(), references=[0, 0]) == {
+        "accuracy": 0.5,
+        "top5_accuracy": 0.5,
+    }
 
 
 def test_metric_gives_nothing_for_indifference():
