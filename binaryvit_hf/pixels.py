@@ -148,7 +148,7 @@ def is_transparent(picture: Image.Image) -> bool:
 
 def describe_unreadable(name: str, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
-        return f"{name!r} is too large: {first_sentence(error)}."
+        return f"{name!r} is too large: {first_sentence(error).rstrip('.')}."
     return f"{name!r} is no image that can be read ({first_sentence(error)})."
 
 

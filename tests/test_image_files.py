@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_config, tiny_model
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, pipeline
 
 from binaryvit_hf import classification
 from binaryvit_hf.cli import main
@@ -209,6 +209,15 @@ def test_a_folder_without_images_among_others_is_an_error_and_alone_wrong_usage(
     assert out.startswith(str(tmp_path / "a.png"))
     code, out, err = classify(capsys, model, tmp_path / "empty.png")
     assert (code, out, err) == (2, "", said)
+
+
+def test_answers_are_those_of_transformers_pipeline(model, tmp_path, capsys):
+    for number in range(19):
+        save(tmp_path / "photos" / f"{number:02d}.png", Image.new("RGB", (40, 30), (7 * number, 99, 0)))
+    files = sorted(map(str, (tmp_path / "photos").iterdir()))
+    _, out, _ = classify(capsys, model, tmp_path / "photos", "--json")
+    expected = pipeline("image-classification", str(model))(files, batch_size=16)
+    assert json.loads(out) == [{"image": file, "labels": labels} for file, labels in zip(files, expected)]
 
 
 def test_errors_and_answers_of_many_files_keep_their_order(model, tmp_path, capsys):
