@@ -95,6 +95,11 @@ def test_the_input_of_a_model_is_what_its_image_processor_makes(processor, expec
         assert measured == expected  # the stated numbers, not what float32 made of them
 
 
+def test_a_teachers_image_processor_that_keeps_the_shape_gets_the_students_crop():
+    keeps_shape = ViTImageProcessor(size={"shortest_edge": 32})
+    assert describe_input(keeps_shape, "it", image_size=(16, 32)).size == (32, 64)
+
+
 class OddProcessor:
     """A tensor `(3, height, width)` of 0 to 1, changed."""
 
