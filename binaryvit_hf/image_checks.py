@@ -81,7 +81,9 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
     for index, fault in faults.items():
         if isinstance(fault, DecompressionBombError) or not skip_broken:
             more = f"; {len(faults)} such image(s) in all" if len(faults) > 1 else ""
-            raise UserError(describe_fault(dataset[index]["image"], index, fault, "is no image", more))
+            raise UserError(
+                describe_fault(dataset[index]["image"], index, fault, "is no image that can be read", more)
+            )
     if len(faults) == len(dataset):  # an empty split too
         raise UserError(f"No image of the {split} split can be read.")
     names = [image_name(dataset[index]["image"], index) for index in faults]

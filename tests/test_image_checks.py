@@ -97,7 +97,7 @@ def test_pictures_inside_of_a_dataset_are_looked_at_too(caplog):
     assert "1 of the 3 training images looked at are of one colour" in caplog.text
     with pytest.raises(
         UserError,
-        match=r"^'1.png' is no image \(it has no format that Pillow knows\): remove it, or .*--skip_broken_images",
+        match=r"^'1.png' is no image that can be read \(it has no format that Pillow knows\): remove it, or .*--skip_broken_images",
     ):
         check_images(embedded(PHOTO, b"no image", PHOTO, names=True), skip_broken=False)
     kept, broken = check_images(embedded(PHOTO, b"no image", SHAPE, names=True), skip_broken=True)
