@@ -17,9 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     pipeline,
@@ -29,15 +28,17 @@ from transformers.utils.logging import disable_progress_bar
 from .classification import classify_files
 from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
 from .doctor import check_engine_variable, describe_machine
-from .errors import RunError, UploadError, UserError, first_sentence
+from .errors import LoadingError, RunError, UploadError, UserError, first_sentence, one_line
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
 from .images import create_image_processor, list_images
+from .loading import load_classifier, load_config, load_image_processor
 from .ops import count_operations, format_table, readable, total
 from .packed_files_binaryvit import fits_half
 from .pixels import check_background, describe_transparent
 from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from .resources import shipped_configs, shipped_models
 from .shipping_binaryvit import LATENT, ShippedModel
+from .writing import check_writable_file, new_folder
 
 
 BENCHMARKED_ROW = "binaryvit-small-patch4-224"
@@ -61,9 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
         return BROKEN_PIPE
     except (UserError, RunError, UploadError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print_error("Interrupted.")
+        return 128 + signal.SIGINT
     return code
+
+
+def print_error(message: str) -> None:
+    print(f"error: {one_line(message)}", file=sys.stderr)
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -171,9 +179,12 @@ def pack(options: argparse.Namespace) -> None:
         latent = getattr(config, "quantization_config", None) is None
         packing = {"quantization_config": BinaryViTQuantizationConfig()} if latent else {}
         model = load_model(options.model, source, options.token, **packing)
+        processor = load_processor(options.model, source, options.token, config)
         model.config.quantization_config.half = options.half
         model.save_pretrained(folder)
-        copy_companions(source, folder, options.token)
+        if processor is not None:  # a network without one is no less a network
+            processor.save_pretrained(folder)
+        copy_companions(source, folder)
         write_card_if_possible(folder, str(options.out))
     print(f"{options.out}: {readable(sum(file.stat().st_size for file in options.out.glob('*.safetensors')), 'B')}")
     if options.half:
@@ -211,7 +222,10 @@ def convert(options: argparse.Namespace) -> None:
 def ops(options: argparse.Namespace) -> None:
     """Count the operations and bytes of a network, for each kind of layer and in all."""
     _, config = find_model(options.model, options.token, shipped_configs() | shipped_models())
-    costs = count_operations(config)
+    try:
+        costs = count_operations(config)
+    except LoadingError as error:
+        raise UserError(f"The operations of {options.model!r} cannot be counted: {error}") from error
     if options.json:
         described = [asdict(cost) | {"ops": cost.ops} for cost in (*costs, total(costs))]
         print(json.dumps({"layers": described[:-1], "total": described[-1]}, indent=2))
@@ -230,10 +244,9 @@ def classify(options: argparse.Namespace) -> int:
     files, notes = list_images(options.images)
     source, _ = find_model(options.model, options.token, shipped_models())
     model = load_model(options.model, source, options.token)
-    try:
-        processor = AutoImageProcessor.from_pretrained(source, token=options.token)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).") from error
+    processor = load_processor(options.model, source, options.token, model.config)
+    if processor is None:
+        raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).")
     for note in notes:
         print(note, file=sys.stderr)
     classifier = pipeline("image-classification", model=model, image_processor=processor)
@@ -241,7 +254,7 @@ def classify(options: argparse.Namespace) -> int:
     for answer in classify_files(classifier, files, options.background, options.top_k):
         answers.append(answer)
         if answer.error:
-            print(f"error: {answer.error}", file=sys.stderr)
+            print_error(answer.error)
         elif not options.json:
             print(answer.image)
             for label in answer.labels:
@@ -272,7 +285,7 @@ def push(options: argparse.Namespace) -> None:
             readme.write_text(text, encoding="utf-8")
         else:
             write_card_if_possible(staged, repository)
-        with told_how_to_resume_upload(folder, repository):
+        with told_how_to_resume_upload(folder, repository, options.revision):
             print(upload_folder(staged, repository, options.token, options.revision, options.message))
 
 
@@ -306,8 +319,7 @@ def check_plot(file: Path) -> None:
         importlib.import_module("matplotlib.figure")
     if file.suffix not in PLOTS:
         raise UserError(f"--plot is a file of the kinds {', '.join(PLOTS)}, not {str(file)!r}.")
-    if not file.parent.is_dir():
-        raise UserError(f"There is no folder {str(file.parent)!r} for --plot.")
+    check_writable_file(file)
 
 
 def benchmark_trainer(options: argparse.Namespace) -> None:
@@ -345,6 +357,7 @@ def card(options: argparse.Namespace) -> None:
     if not (options.folder / "config.json").is_file():
         raise UserError(f"{str(options.folder)!r} is no folder of a model: it has no config.json.")
     out = options.out or options.folder / "README.md"
+    check_writable_file(out)
     write_card(options.folder, options.model_id or str(options.folder), out)
     print(out)
 
@@ -371,26 +384,8 @@ def write_card_if_possible(folder: Path, model_id: str) -> None:
     """A model without a card is a model all the same."""
     try:
         write_card(folder, model_id)
-    except UserError as error:
-        print(f"There is no model card: {error}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """
-    A folder to fill, beside `out`, whose name it takes when all has gone well.
-
-    Raises:
-        UserError: there is something in the way.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{str(out)!r} is there already: choose another name, or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
-        folder = Path(aside) / out.name
-        folder.mkdir()
-        yield folder
-        folder.replace(out)
+    except Exception as error:  # whatever is in the files that a card is made from
+        print(one_line(f"There is no model card: {first_sentence(error)}"), file=sys.stderr)
 
 
 def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[str, PreTrainedConfig]:
@@ -400,27 +395,40 @@ def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[
     Raises:
         UserError: there is none.
     """
-    source = name if Path(name).exists() else str(shipped.get(name, name))
+    source = name if os.path.exists(name) else str(shipped.get(name, name))
     try:
-        return source, AutoConfig.from_pretrained(source, token=token)
-    except Exception as error:  # the loader raises whatever its network or its files raised
+        return source, load_config(source, token=token)
+    except LoadingError as error:
         raise UserError(
-            f"There is no model {name!r} ({first_sentence(error)}); it is a folder with a config.json, an id of the Hub, or "
-            f"one of {', '.join(sorted(shipped))}."
+            f"There is no model {name!r} ({error}); it is a folder with a config.json, an id of the Hub, or one of "
+            f"{', '.join(sorted(shipped))}."
         ) from error
 
 
 def load_model(name: str, source: str, token: str | None, **kwargs) -> PreTrainedModel:
     try:
-        return AutoModelForImageClassification.from_pretrained(source, token=token, **kwargs)
-    except Exception as error:  # likewise
-        raise UserError(f"The weights of {name!r} cannot be loaded: {first_sentence(error)}") from error
+        return load_classifier(source, token=token, **kwargs)
+    except LoadingError as error:
+        raise UserError(f"The weights of {name!r} cannot be loaded: {error}") from error
 
 
-def copy_companions(source: str, folder: Path, token: str | None) -> None:
-    """Image processor and, of a local run, what documents it; latent weights have theirs in the folder above."""
-    with contextlib.suppress(OSError, ValueError):  # a network without one is no less a network
-        AutoImageProcessor.from_pretrained(source, token=token).save_pretrained(folder)
+def load_processor(name: str, source: str, token: str | None, config: PreTrainedConfig) -> BaseImageProcessor | None:
+    """
+    The image processor of a model, `None` if it has none.
+
+    Raises:
+        UserError: it is damaged, or not for a network of this config.
+    """
+    try:
+        return load_image_processor(source, config, token=token)
+    except LoadingError as error:
+        raise UserError(
+            f"The image processor of {name!r} (preprocessor_config.json) cannot be used: {error}"
+        ) from error
+
+
+def copy_companions(source: str, folder: Path) -> None:
+    """What documents a local run; latent weights have it in the folder above."""
     run = Path(source).parent if Path(source).name == LATENT else Path(source)
     for document in DOCUMENTS:
         if (run / document).is_file():

@@ -1,18 +1,46 @@
 """Configuration of BinaryViT: one class for every binary row of the paper's ablation (Le & Li, CVPRW 2023, Table 3)."""
 
+import math
+
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 
 PER_STAGE_FIELDS = ("depths", "num_attention_heads", "intermediate_sizes", "sequence_reduction_ratios")
 BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
+# Bounds are far beyond any network of use. They keep a damaged config from taking all time or memory.
+MAX_LIST_LENGTH = 16  # stages, or kernels
+MAX_LAYERS = 200
+MAX_LABELS = 100_000
+MAX_PARAMETERS = 10**10
+MAX_ACTIVATIONS = 2**32  # of one layer, for one image
+RANGES = {
+    "image_size": (1, 2**14),
+    "patch_size": (1, 2**14),
+    "num_channels": (1, 2**10),
+    "hidden_sizes": (1, 2**16),
+    "depths": (1, MAX_LAYERS),
+    "num_attention_heads": (1, 2**10),
+    "intermediate_sizes": (1, 2**18),
+    "sequence_reduction_ratios": (1, 2**14),
+    "avg_pool_kernel_sizes": (1, 2**10),
+    "layer_scale_init_value": (-1e4, 1e4),
+    "quantization_clip_value": (1e-6, 1e6),
+    "attention_clip_init_value": (1e-6, 1e6),
+    "batch_norm_eps": (1e-30, 1e4),
+    "batch_norm_momentum": (0, 1),
+    "initializer_range": (0, 1e4),
+}
+PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @strict
 class BinaryViTConfig(PreTrainedConfig):
     r"""
     A vision transformer with binary weights and activations, as a pyramid of one or more stages. DeiT is a pyramid of
-    one stage. The defaults are BinaryViT-small at 224 x 224 pixels.
+    one stage. The defaults are BinaryViT-small at 224 x 224 pixels. `RANGES` and the constants above it bound every field.
 
     Args:
         image_size: height and width of the input in pixels, or one number for both.
@@ -74,6 +102,15 @@ class BinaryViTConfig(PreTrainedConfig):
     batch_norm_momentum: float | int = 0.1
     initializer_range: float = 0.02
 
+    def __post_init__(self, **kwargs):
+        # Before transformers makes a label for each of `num_labels`.
+        check_labels(self.id2label, kwargs.get("num_labels"))
+        check_dtype(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
+        packing = kwargs.get("quantization_config")
+        if not (packing is None or isinstance(packing, dict) or hasattr(packing, "quant_method")):
+            raise ValueError(f"quantization_config is an object with a quant_method, not {packing!r}.")
+        super().__post_init__(**kwargs)
+
     @property
     def num_hidden_layers(self) -> int:
         return sum(self.depths)
@@ -85,20 +122,17 @@ class BinaryViTConfig(PreTrainedConfig):
         return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
 
     def validate_architecture(self):
+        self._check_ranges()
         self._check_stages()
         self._check_map()
+        self._check_size()
         for field in ("weight_bits", "input_bits"):
             if getattr(self, field) not in BIT_WIDTHS:
                 raise ValueError(f"{field} is 1, 2 to 8, or 32 (untouched), not {getattr(self, field)}.")
-        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.avg_pool_kernel_sizes):
+        if any(kernel % 2 == 0 for kernel in self.avg_pool_kernel_sizes):
             raise ValueError(
                 f"avg_pool_kernel_sizes={list(self.avg_pool_kernel_sizes)}: the kernels must be odd, to keep the map's size."
             )
-        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} is a probability below 1, not {getattr(self, field)}.")
-        if self.quantization_clip_value <= 0 or self.attention_clip_init_value <= 0:
-            raise ValueError("quantization_clip_value and attention_clip_init_value must be positive.")
         if self.use_class_token and (
             len(self.hidden_sizes) > 1 or self.avg_pool_kernel_sizes or max(self.sequence_reduction_ratios) > 1
         ):
@@ -107,6 +141,18 @@ class BinaryViTConfig(PreTrainedConfig):
                 "a class token has no place on the map that these pool."
             )
 
+    def _check_ranges(self):
+        for field, (least, most) in RANGES.items():
+            value = getattr(self, field)
+            values = [value] if isinstance(value, (int, float)) else value
+            if len(values) > MAX_LIST_LENGTH:
+                raise ValueError(f"{field} has {len(values)} values; {MAX_LIST_LENGTH} are the most.")
+            if not all(least <= number <= most for number in values):  # not a number is in no range
+                raise ValueError(f"{field} must be from {least:g} to {most:g}, not {value}.")
+        for field in PROBABILITIES:
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is a probability below 1, not {getattr(self, field)}.")
+
     def _check_stages(self):
         for field in PER_STAGE_FIELDS:
             if len(getattr(self, field)) != len(self.hidden_sizes):
@@ -114,9 +160,10 @@ class BinaryViTConfig(PreTrainedConfig):
                     f"One value per stage: {field}={list(getattr(self, field))} does not fit "
                     f"hidden_sizes={list(self.hidden_sizes)}."
                 )
-        for field in ("hidden_sizes", *PER_STAGE_FIELDS):
-            if not getattr(self, field) or min(getattr(self, field)) < 1:
-                raise ValueError(f"{field} must be positive numbers, not {list(getattr(self, field))}.")
+        if not self.hidden_sizes:
+            raise ValueError("hidden_sizes is empty: a network has a stage or more.")
+        if sum(self.depths) > MAX_LAYERS:
+            raise ValueError(f"depths={list(self.depths)} are {sum(self.depths)} layers; {MAX_LAYERS} are the most.")
         for stage, channels in enumerate(self.hidden_sizes):
             heads, inner = self.num_attention_heads[stage], self.intermediate_sizes[stage]
             if channels % heads:
@@ -137,8 +184,8 @@ class BinaryViTConfig(PreTrainedConfig):
     def _check_map(self):
         for field in ("image_size", "patch_size"):
             pair = as_pair(getattr(self, field))
-            if len(pair) != 2 or min(pair) < 1:
-                raise ValueError(f"{field} is one positive number or (height, width), not {getattr(self, field)}.")
+            if len(pair) != 2:
+                raise ValueError(f"{field} is one number or (height, width), not {getattr(self, field)}.")
         for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)):
             if size % patch:
                 raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}.")
@@ -154,6 +201,60 @@ class BinaryViTConfig(PreTrainedConfig):
                         f"sequence_reduction_ratios={ratio} does not divide the {tokens} tokens a side of stage {stage} "
                         f"(image_size={self.image_size}, patch_size={self.patch_size})."
                     )
+
+    def _check_size(self):
+        """By arithmetic alone, before there is any module."""
+        inputs = self.num_channels * math.prod(as_pair(self.patch_size))
+        parameters = self.hidden_sizes[-1] * self.num_labels
+        for stage, (height, width) in enumerate(self.grid_sizes):
+            channels, inner = self.hidden_sizes[stage], self.intermediate_sizes[stage]
+            tokens, ratio = height * width, self.sequence_reduction_ratios[stage]
+            projections = 4 if ratio == 1 else 5
+            parameters += channels * (inputs + tokens)
+            parameters += self.depths[stage] * channels * (projections * channels + 2 * inner)
+            inputs = 4 * channels
+            probabilities = self.num_attention_heads[stage] * tokens * (tokens // ratio**2)
+            if max(probabilities, tokens * inner) > MAX_ACTIVATIONS:
+                raise ValueError(
+                    f"Stage {stage} has {tokens} tokens of an image, which are too many for its attention or its MLP; "
+                    "choose a smaller image_size or a larger patch_size."
+                )
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(f"The network has {parameters:.1e} weights; {MAX_PARAMETERS:.0e} are the most.")
+
+
+def check_labels(id2label, num_labels) -> None:
+    """
+    Args:
+        id2label: a label for each of 0, 1, 2, …, the keys whole numbers or, as in JSON, strings of them; or `None`.
+        num_labels: their number, which counts where there is no `id2label`; or `None`.
+
+    Raises:
+        ValueError: they are no labels, or more than `MAX_LABELS`.
+    """
+    if id2label is None:
+        count = 2 if num_labels is None else num_labels
+        if not isinstance(count, int) or not 1 <= count <= MAX_LABELS:
+            raise ValueError(f"num_labels is a whole number from 1 to {MAX_LABELS}, not {count!r}.")
+        return
+    if not isinstance(id2label, dict):
+        raise ValueError(f"id2label maps numbers to labels; it is no {type(id2label).__name__}.")
+    if not 1 <= len(id2label) <= MAX_LABELS:
+        raise ValueError(f"id2label has {len(id2label)} labels; it must have from 1 to {MAX_LABELS}.")
+    if {str(key) for key in id2label} != {str(index) for index in range(len(id2label))}:
+        raise ValueError(f"The keys of id2label are not 0 to {len(id2label) - 1}, one of each.")
+    wrong = next((index for index, label in id2label.items() if not isinstance(label, (str, int))), None)
+    if wrong is not None:
+        raise ValueError(f"id2label has no text for label {wrong}.")
+
+
+def check_dtype(dtype) -> None:
+    """
+    Raises:
+        ValueError: it is neither a floating-point dtype that networks are computed in, nor the name of one, nor `None`.
+    """
+    if dtype is not None and dtype not in (*DTYPES, *(str(known).removeprefix("torch.") for known in DTYPES)):
+        raise ValueError(f"dtype is float32, bfloat16, float16 or float64, not {dtype!r}.")
 
 
 def as_pair(size) -> tuple[int, int]:

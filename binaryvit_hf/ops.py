@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
-from .errors import UserError
+from .errors import LoadingError, UserError, first_sentence
+from .loading import build_classifier
 from .modeling_binaryvit import BinaryViTAttention
 from .packing_binaryvit import expect_packed_layers
 
@@ -85,7 +86,7 @@ def count_operations(config: PreTrainedConfig) -> list[LayerCost]:
         the kinds of layer that the network has, in its order.
 
     Raises:
-        UserError: the config is of another model type.
+        UserError: the config is of another model type, or of no network that takes an image.
     """
     model = build_on_meta(config)
     products = count_products(model)
@@ -139,7 +140,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     config = CONFIG_CLASSES[config.model_type].from_dict(latent)
     with torch.device("meta"):
         # Attention that returns its probabilities, whose shape is counted.
-        return AutoModelForImageClassification.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        return build_classifier(config, dtype=torch.float32, attn_implementation="eager")
 
 
 @torch.no_grad()
@@ -162,7 +163,10 @@ def count_products(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         if isinstance(module, (nn.Linear, nn.Conv2d, *ATTENTION_CLASSES)):
             module.register_forward_hook(functools.partial(record, name))
     config = model.config
-    model.eval()(torch.empty(1, config.num_channels, *as_pair(config.image_size), device="meta"))
+    try:
+        model.eval()(torch.empty(1, config.num_channels, *as_pair(config.image_size), device="meta"))
+    except Exception as error:  # whatever its layers raise
+        raise LoadingError(f"the network of the config takes no image: {first_sentence(error)}") from error
     return products
 
 

@@ -1,19 +1,23 @@
 """What a run leaves for people: learning curves and a model card, made from its own files."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
-from transformers import AutoConfig
 
 from .arguments import DEFAULT_LICENSE, ModelArguments, describe
 from .data_arguments import DataArguments
+from .errors import LoadingError, UserError, first_sentence
 from .known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
+from .loading import load_config
 from .ops import CONFIG_CLASSES, count_operations, readable, total
 from .resources import shipped_folder
 from .shipping_binaryvit import LATENT
 from .trainer import DistillationTrainingArguments
+from .writing import write_file
 
 
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
@@ -43,14 +47,14 @@ def plot_learning_curves(histories: dict[str, list[dict]], path: Path) -> None:
 
 
 def curve(history: list[dict], key: str) -> tuple[list[float], list[float]]:
-    points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
+    points = [(entry["epoch"], entry[key]) for entry in map(numbers, history) if {"epoch", key} <= entry.keys()]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
 def read_log_history(run: Path) -> list[dict]:
     """`log_history` of a finished run, empty if the folder holds none (a model of the Hub)."""
-    state = run / "trainer_state.json"
-    return json.loads(state.read_text())["log_history"] if state.is_file() else []
+    history = read_json(run / "trainer_state.json").get("log_history")
+    return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
 
 
 def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> None:
@@ -63,27 +67,35 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
             they are.
         model_id: what the reader loads the model by: an id of the Hub or a path.
         path: the card, `README.md` of the folder by default.
+
+    Raises:
+        UserError: the config is of no network, a file of the folder holds no JSON object, or the card cannot be written.
     """
-    config = AutoConfig.from_pretrained(folder)
-    results, arguments = read_json(folder / "all_results.json"), read_json(folder / "run_arguments.json")
-    recipe = read_json(folder / "train.json")
-    teacher, dataset = (arguments or recipe).get("teacher_model_name_or_path"), image_source(arguments or recipe)
+    try:
+        config = load_config(folder)
+        cost = total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None
+    except LoadingError as error:
+        raise UserError(f"config.json of {str(folder)!r} is of no network: {error}") from error
+    documents = {name: read_json(folder / f"{name}.json") for name in ("all_results", "run_arguments", "train")}
+    results, arguments, recipe = numbers(documents["all_results"]), documents["run_arguments"], documents["train"]
+    teacher, dataset = text(arguments or recipe, "teacher_model_name_or_path"), image_source(arguments or recipe)
     metrics = {name: results[f"eval_{key}"] for key, name in METRIC_NAMES.items() if f"eval_{key}" in results}
     test_metrics = {name: results[f"test_{key}"] for key, name in METRIC_NAMES.items() if f"test_{key}" in results}
     teacher_metrics = {name: results.get(f"teacher_{key}") for key, name in METRIC_NAMES.items()}
     dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
     # A local path is no dataset of the Hub, and neither are scikit-learn's digits; the metadata must name one of the Hub.
-    on_hub = dataset is not None and dataset != DIGITS and not Path(dataset).exists()
+    on_hub = dataset is not None and dataset != DIGITS and not os.path.exists(dataset)
+    # The Hub's format wants a name, results and the dataset that they are of, and none without the others.
+    measured = (test_metrics or metrics) if dataset else {}
     card_data = ModelCardData(
-        license=arguments.get("license", DEFAULT_LICENSE),
+        license=text(arguments, "license") or DEFAULT_LICENSE,
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["image-classification", "binaryvit_hf", *(["1-bit"] if config.model_type == "binaryvit" else [])],
         datasets=[dataset] if on_hub else None,
-        base_model=teacher if "teacher_revision" in results or not arguments else None,
-        # The Hub's format wants a name with results, and neither without the other.
-        model_name=Path(model_id).name if metrics else None,
-        eval_results=evaluation_results(test_metrics or metrics, dataset, on_hub) or None,
+        base_model=teacher if "teacher_revision" in documents["all_results"] or not arguments else None,
+        model_name=Path(model_id).name if measured else None,
+        eval_results=evaluation_results(measured, dataset, on_hub) or None,
     )
     card = ModelCard.from_template(
         card_data,
@@ -93,6 +105,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         config=config,
         binary=config.model_type == "binaryvit",
         trained=bool(arguments),
+        weights=weight_bytes(folder) > 0,
         dataset=dataset,
         results=results,
         metrics=metrics,
@@ -100,7 +113,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         teacher=teacher,
         teacher_metrics={name: value for name, value in teacher_metrics.items() if value is not None},
         sizes=sizes_on_disk(folder, results),
-        cost=total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None,
+        cost=cost,
         readable=readable,
         carries_code=(folder / "modeling_binaryvit.py").is_file(),
         learning_curves=(folder / "learning_curves.png").is_file(),
@@ -108,7 +121,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         arguments=arguments,
         chosen=chosen_arguments(arguments),
     )
-    (path or folder / "README.md").write_text(str(card), encoding="utf-8")
+    write_file(path or folder / "README.md", str(card))
 
 
 def evaluation_results(metrics: dict[str, float], dataset: str, on_hub: bool) -> list[EvalResult]:
@@ -126,16 +139,42 @@ def evaluation_results(metrics: dict[str, float], dataset: str, on_hub: bool) ->
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """
+    The object in a JSON file, empty if there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is no JSON: {first_sentence(error)}; mend it, or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is no JSON object, but {type(content).__name__}: mend it, or remove it.")
+    return content
+
+
+def numbers(content: dict) -> dict[str, float]:
+    """The entries that are finite numbers."""
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+    }
+
+
+def text(content: dict, name: str) -> str | None:
+    value = content.get(name)
+    return value if isinstance(value, str) else None
 
 
 def image_source(arguments: dict) -> str | None:
-    return arguments.get("dataset_name") or arguments.get("train_dir") or arguments.get("validation_dir")
+    return text(arguments, "dataset_name") or text(arguments, "train_dir") or text(arguments, "validation_dir")
 
 
 def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:
     """Bytes of the weights: of the folder's own, of the latent ones beside them and of the teacher's."""
-    packed = "quantization_config" in read_json(folder / "config.json")
+    packed = bool(read_json(folder / "config.json").get("quantization_config"))
     sizes = {
         "packed, a bit a weight" if packed else "float32": weight_bytes(folder),
         "latent, float32": weight_bytes(folder / LATENT),
@@ -153,6 +192,8 @@ def chosen_arguments(arguments: dict) -> dict:
     if not arguments:
         return {}
     # Elsewhere than on the run's device the arguments would complain.
-    training_arguments = DistillationTrainingArguments(arguments["output_dir"], use_cpu=arguments["use_cpu"])
+    training_arguments = DistillationTrainingArguments(
+        text(arguments, "output_dir") or "output", use_cpu=arguments.get("use_cpu") is True
+    )
     defaults = describe((ModelArguments(), DataArguments(), training_arguments))
     return {name: value for name, value in arguments.items() if value != defaults.get(name)}

@@ -1,0 +1,243 @@
+"""
+Configs, models and image processors from folders and the Hub, for commands: the message of every failure is one sentence,
+sizes are checked before anything of that size is made, and no number that is none gets into a network.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import constants, is_offline_mode
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+
+from .configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
+from .errors import LoadingError, first_sentence
+from .hub import find_cause
+
+
+# Of networks that are not ours, by names that transformers' image classifiers share. BinaryViTConfig has its own bounds.
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "depths": 1000,
+    "hidden_size": 2**16,
+    "hidden_sizes": 2**16,
+    "intermediate_size": 2**18,
+    "num_attention_heads": 2**10,
+    "num_channels": 2**10,
+    "image_size": 2**14,
+    "patch_size": 2**14,
+    "encoder_stride": 2**14,
+    "pooler_output_size": 2**16,
+    "num_classes": MAX_LABELS,
+}
+MAX_RESIZED = 2**14  # pixels of a side, before the crop
+MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised image; an image that is not normalised has values up to 255
+
+
+def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
+    """
+    `AutoConfig.from_pretrained` with bounds.
+
+    Raises:
+        LoadingError: there is no config, or none of a network.
+    """
+
+    def load(source, **arguments):
+        # A copy of the fields first: of `num_labels` transformers makes as many labels.
+        check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
+        return AutoConfig.from_pretrained(source, **arguments)
+
+    return fetch(load, source, **arguments)
+
+
+def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
+    """
+    `AutoModelForImageClassification.from_config`.
+
+    Raises:
+        LoadingError: the config describes no network.
+    """
+    try:
+        return AutoModelForImageClassification.from_config(config, **arguments)
+    except Exception as error:  # the network raises whatever its layers raise
+        raise LoadingError(f"no network can be built from the config: {first_sentence(error)}") from error
+
+
+def load_classifier(source: str | Path, complete: bool = True, **arguments) -> PreTrainedModel:
+    """
+    `AutoModelForImageClassification.from_pretrained`, every number of it finite.
+
+    Args:
+        complete: refuse a checkpoint that lacks tensors, which begin as a new network's otherwise.
+
+    Raises:
+        LoadingError: there is no such model, or it is damaged.
+    """
+
+    def load(source, **arguments):
+        model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **arguments)
+        if complete and info["missing_keys"]:
+            raise LoadingError(f"the checkpoint lacks the tensor {min(info['missing_keys'])!r}.")
+        check_finite(model)
+        return model
+
+    return fetch(load, source, **arguments)
+
+
+def load_image_processor(source: str | Path, config: PreTrainedConfig, **arguments) -> BaseImageProcessor | None:
+    """
+    `AutoImageProcessor.from_pretrained`, tried with a picture; `None` if there is no image processor.
+
+    Args:
+        config: of the network that the processor's images are for.
+
+    Raises:
+        LoadingError: it is damaged, or it makes no images for the network.
+    """
+
+    def load(source, trust_remote_code, **arguments):
+        if cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **arguments) is None:
+            return None
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
+        check_image_processor(processor, config)
+        return processor
+
+    return fetch(load, source, **arguments)
+
+
+def fetch(load: Callable, source: str | Path, **arguments):
+    """
+    `load(source, **arguments)`. What is damaged in the Hub's cache is downloaded again, once.
+
+    Raises:
+        LoadingError: whatever the loader, the network, the files or the config's own checks raised.
+    """
+    arguments = {"trust_remote_code": False} | arguments  # None would ask on the terminal
+    source = str(source)
+    try:
+        try:
+            return load(source, **arguments)
+        except Exception:
+            damaged = damaged_blobs(source, arguments.get("cache_dir"))
+            if not damaged or is_offline_mode():
+                raise
+            for blob in damaged:
+                blob.unlink()
+            return load(source, **arguments)
+    except Exception as error:
+        raise LoadingError(explain_loading(error, source, arguments.get("cache_dir"))) from error
+
+
+def explain_loading(error: Exception, source: str, cache_dir: str | None) -> str:
+    if cause := find_cause(error):
+        return cause
+    cached = cache_folder(source, cache_dir)
+    sentence = first_sentence(error)
+    return sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})"
+
+
+def cache_folder(source: str, cache_dir: str | None) -> Path | None:
+    """Where a repository of the Hub lies in the cache, `None` if it does not or the source is a folder."""
+    name = "--".join(("models", *source.split("/")))
+    folder = os.path.join(cache_dir or constants.HF_HUB_CACHE, name)
+    return Path(folder) if os.path.isdir(folder) and not os.path.exists(source) else None
+
+
+def damaged_blobs(source: str, cache_dir: str | None) -> list[Path]:
+    """Files of a repository in the Hub's cache that are not what their names say, hashes as git's or LFS's."""
+    folder = cache_folder(source, cache_dir)
+    return [] if folder is None else [blob for blob in folder.glob("blobs/*") if is_damaged(blob)]
+
+
+def is_damaged(blob: Path) -> bool:
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) or not blob.is_file():
+        return False
+    in_git = len(blob.name) == 40
+    digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size) if in_git else hashlib.sha256()
+    with open(blob, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest() != blob.name
+
+
+def check_fields(fields: dict) -> None:
+    """
+    Raises:
+        LoadingError: what a config.json holds is no network's config, or that of one beyond all bounds.
+    """
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise LoadingError("config.json is no JSON object with the name of a model type ('model_type').")
+    check_labels(fields.get("id2label"), fields.get("num_labels"))
+    if fields["model_type"] == "binaryvit":
+        return
+    for name, most in LARGEST.items():
+        value = fields.get(name)
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > 1000 or any(isinstance(number, (int, float)) and not number <= most for number in numbers):
+            raise LoadingError(f"{name} of config.json has values above {most}.")
+    layers, width, inner = (fields.get(name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    if all(isinstance(number, int) for number in (layers, width, inner)):
+        parameters = layers * width * (4 * width + 2 * inner)
+        if parameters > MAX_PARAMETERS:
+            raise LoadingError(f"the network has {parameters:.1e} weights; {MAX_PARAMETERS:.0e} are the most.")
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        LoadingError: a tensor has values that are not finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise LoadingError(
+                f"tensor {name!r} has values that are not finite: it is damaged, or its training diverged."
+            )
+
+
+def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
+    """
+    Have a picture processed that is half black, half white.
+
+    Raises:
+        LoadingError: it fails, resizes to absurd sizes, or makes no image of the network's size and of numbers in
+            which black and white differ.
+    """
+    for name in ("size", "crop_size", "pad_size"):
+        value = processor.to_dict().get(name)
+        numbers = value.values() if isinstance(value, dict) else [value]
+        if not all(number is None or (isinstance(number, int) and 1 <= number <= MAX_RESIZED) for number in numbers):
+            raise LoadingError(f"{name} must be from 1 to {MAX_RESIZED}, not {value}.")
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 255, 255), (32, 0, 64, 64))
+    try:
+        images = processor(picture, return_tensors="pt")["pixel_values"]
+    except Exception as error:  # the processor raises whatever its numbers make it raise
+        raise LoadingError(f"it fails: {first_sentence(error)}") from error
+    expected = (
+        1,
+        getattr(config, "num_channels", 3),
+        *as_pair(getattr(config, "image_size", None) or images.shape[-2:]),
+    )
+    if config.model_type in ("binaryvit", "vit") and tuple(images.shape) != expected:
+        raise LoadingError(
+            f"it makes images of (channels, height, width) {tuple(images.shape[1:])}, the network takes "
+            f"{expected[1:]}."
+        )
+    least, most = images.amin((0, 2, 3)), images.amax((0, 2, 3))  # of each channel
+    # NaN is in no range.
+    if not (least >= -MAX_VALUE).all() & (most <= MAX_VALUE).all() & (most - least >= MIN_CONTRAST).all():
+        raise LoadingError(
+            f"it turns black and white into numbers from {least.min():g} to {most.max():g}; see its rescale_factor, "
+            "image_mean and image_std."
+        )
