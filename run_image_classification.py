@@ -323,10 +323,8 @@ def adopt_labels(config: PreTrainedConfig, labels: list[str], arguments: ModelAr
     Make the images' labels those of a network to train; returns whether its head is for others and begins anew.
 
     Raises:
-        UserError: the images have one class; or the network is for other labels, and nobody asked for a new head.
+        UserError: the network is for other labels, and nobody asked for a new head.
     """
-    if len(labels) < 2:
-        raise UserError(f"The images have one class, {labels[0]!r}: a classifier needs two or more.")
     new_head = False
     if arguments.model_name_or_path:
         remedy = "start a new head with --ignore_mismatched_sizes"

@@ -61,6 +61,9 @@ def load_images(
     else:
         raise UserError("There are no images: give --dataset_name, or --train_dir with a folder a class.")
 
+    names = next(iter(splits.values())).features["label"].names
+    if "train" in splits and len(names) < 2:
+        raise UserError(f"The images have one class, {names[0]!r}: a classifier needs two or more.")
     if test and "test" not in splits:
         raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")
     if arguments.streaming:
@@ -70,6 +73,10 @@ def load_images(
             raise UserError(
                 "--train_val_split holds out training images, and there are none: give --train_dir or --train_split_name, "
                 "or leave it out."
+            )
+        if "validation" in splits:
+            logger.warning(
+                "--train_val_split holds out training images, so the other ones to evaluate on are not used."
             )
         size = HELD_OUT if arguments.train_val_split is None else arguments.train_val_split
         splits |= hold_out(splits["train"], size)
@@ -86,7 +93,8 @@ def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, 
             f"--dataset_name {arguments.dataset_name!r} has no split to evaluate on, and of a stream none can be held out; "
             "say which with --validation_split_name."
         )
-    chosen = arguments.train_files or arguments.validation_files  # a dataset tells the numbers of all of its files
+    # A dataset tells the numbers of all of its files.
+    chosen = arguments.train_files or arguments.validation_files or Path(arguments.dataset_name).is_file()
     streams = {
         split: ImageStream(dataset, None if chosen else told_number(dataset)) for split, dataset in splits.items()
     }

@@ -18,8 +18,8 @@ class DataArguments(AugmentationArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or local path of a dataset, a folder of WebDataset archives (.tar) too; or "
-            + ", ".join(f"{name!r} ({what})" for name, what in KNOWN_DATASETS.items())
+            "help": "Hub id or local path of a dataset, a table (.csv, .parquet, …) or a folder of WebDataset archives (.tar) "
+            "too; or " + ", ".join(f"{name!r} ({what})" for name, what in KNOWN_DATASETS.items())
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 from binaryvit_hf.augmentation import AugmentationArguments, create_train_transform
-from binaryvit_hf.data import TransformedImages, collate_images, load_images
+from binaryvit_hf.data import TransformedImages, collate_images, load_images, relabel
 from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.decoding import CroppingDecoder, decode_image
 from binaryvit_hf.errors import UserError
@@ -224,6 +224,12 @@ def test_images_without_labels_are_counted_and_refused(tmp_path, splits, argumen
         load(write_splits(tmp_path / "data", **splits), **arguments)
 
 
+def test_a_label_that_is_no_number_is_missing(tmp_path):
+    labels = pa.array([1, 0, float("nan")])
+    with pytest.raises(UserError, match=r"1 of the 3 train images have no label \(nan\)"):
+        load(write_table(tmp_path / "table", pa.array([encode(0)] * 3), labels))
+
+
 def test_a_number_that_is_missing_in_a_table_is_a_missing_label(tmp_path):
     (tmp_path / "train.csv").write_text("image,label\na.jpg,1\nb.jpg,0\nc.jpg,\n")
     with pytest.raises(UserError, match=r"1 of the 3 train images have no label \(None\)"):
@@ -323,6 +329,15 @@ def test_a_model_is_evaluated_by_its_own_labels(photos, model, tmp_path):
     (whole, count), (without_cat, _), (cat, _) = accuracies
     assert count == 6
     assert whole == pytest.approx((without_cat * 4 + cat * 2) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_a_dataset_become_the_models_own(tmp_path, streaming):
+    folder = write_splits(tmp_path / "data", train=[0, 1, 1], validation=[1, 0])
+    images = relabel(load(folder, streaming=streaming), [4, 2], 5)
+    rows = [row for _, _, row in images["validation"].read(0)] if streaming else images["validation"]
+    assert [row["label"] for row in rows] == [2, 4]
+    assert [row["image"]["bytes"] for row in rows] == [encode(0), encode(1)]
 
 
 def test_images_of_a_class_that_the_model_does_not_know_are_refused_without_advice_to_forget_its_head(
