@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from . import engine
 from .configuration_binaryvit import as_pair
-from .engine_binaryvit import VARIABLE
+from .engine_binaryvit import ENGINE_VARIABLE
 from .errors import UserError
 from .host_memory import measure_growth
 from .ops import align, readable
@@ -222,7 +222,7 @@ def measure(forward: Forward, batch_size: int) -> float:
 
 
 def load_packed(file: Path, threads: int, kernels: str) -> Forward:
-    os.environ[VARIABLE] = kernels
+    os.environ[ENGINE_VARIABLE] = kernels
     return load_in_pytorch(file, threads)
 
 

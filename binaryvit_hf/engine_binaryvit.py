@@ -1,17 +1,21 @@
 """Which models, and which calls of them, the compiled engine computes; PyTorch computes the rest."""
 
+import functools
+import json
 import operator
 import os
-import weakref
+from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging, output_capturing
 
-from .packing_binaryvit import PackedLinear
+from .packed_files_binaryvit import config_fields
+from .packing_binaryvit import PackedLinear, expect_packed_layers
 
 
 try:  # code that came with a checkpoint uses the package where it is installed
@@ -19,9 +23,14 @@ try:  # code that came with a checkpoint uses the package where it is installed
 except ImportError:
     engine = None
 
-VARIABLE = "BINARYVIT_ENGINE"  # of the environment: forces kernels, or PyTorch
+ENGINE_VARIABLE = "BINARYVIT_ENGINE"  # of the environment: forces kernels, or PyTorch
 TORCH = "torch"
-VERSION = operator.attrgetter("_version")  # of a tensor: how often it was changed in place
+TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # exactly; subclasses may compute something else
+# Attributes of a module that no evaluation depends on.
+FOR_TRAINING = {"momentum", "p", "drop_prob", "init_value", "probability_clip_init", "gradient_checkpointing"}
+END = object()
+
+get_version, get_training = operator.attrgetter("_version"), operator.itemgetter("training")
 
 logger = logging.get_logger(__name__)
 
@@ -36,65 +45,75 @@ class EngineChoice(NamedTuple):
         return f"{self.name} ({self.reason})"
 
 
-class Folded:
-    """An engine made of a backbone's tensors as they were; PyTorch counts what changes them in place."""
+class ModelState:
+    """What PyTorch can tell of a model: its modules and tensors, where these lie, how often they changed in place."""
 
-    def __init__(self, model: torch.nn.Module, kernels: str, wanted: str | None):
-        tensors = model.state_dict(keep_vars=True)
-        used = {name: tensor for name, tensor in tensors.items() if tensor.dtype in (torch.float32, torch.uint8)}
-        self.wanted = wanted
-        self.parameters = list(model.parameters())
-        self.hooks = [
-            hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    def __init__(self, model: torch.nn.Module):
+        modules = list(model.modules())
+        self.attributes = [vars(module) for module in modules]
+        self.numbers_of_attributes = list(map(len, self.attributes))
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        holders = ((module._parameters, module._buffers, module._modules) for module in modules)
+        self.holders = [members for members in chain.from_iterable(holders) if members]
+        self.modules, self.types = modules, list(map(type, modules))
+        self.members = list(self.current_members())
+        self.tensors = [
+            member for member in self.members if isinstance(member, torch.Tensor) and member.dtype != torch.int64
         ]
-        self.counted = one_for_each_count([tensor.detach() for tensor in used.values() if not tensor.is_inference()])
-        self.changes = self.count_changes()
-        self.engine = engine.Engine(model.config, used, kernels)
-        self.watched, self.last_hook = True, None
+        # Keeps the memory, or another tensor might come to lie where one of these was.
+        self.memory = [tensor.detach() for tensor in self.tensors]
+        self.addresses, self.versions = self.current_addresses(), self.current_versions()
+        self.parameters = list(model.parameters())
 
-    def count_changes(self) -> int:
-        return sum(map(VERSION, self.counted))
+    def current_members(self) -> Iterator[torch.nn.Module | torch.Tensor | None | object]:
+        return chain(chain.from_iterable(map(dict.values, self.holders)), (END,))
 
-    def is_watched(self) -> bool:
+    def current_addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self.tensors))
+
+    def current_versions(self) -> list[int]:
+        return list(map(get_version, self.tensors))
+
+    def is_current(self) -> bool:
+        """Whether nothing was exchanged or changed since; training mode is a change."""
+        return (
+            all(map(operator.is_, self.current_members(), self.members))
+            and self.current_versions() == self.versions
+            and self.current_addresses() == self.addresses
+            and list(map(type, self.modules)) == self.types
+            and list(map(len, self.attributes)) == self.numbers_of_attributes  # a forward of an instance's own
+            and not any(map(get_training, self.attributes))
+        )
+
+    def has_hooks(self) -> bool:
         """Whether somebody's hook waits for a module to be called; transformers' own wait for nothing here."""
-        # Thousands of modules, which are looked at again only if any hook came since, or one is there that may have gone.
-        last_hook = RemovableHandle.next_id
-        if self.watched or self.last_hook != last_hook:
-            self.watched = any(self.hooks) and any(
-                getattr(hook, "__module__", None) != output_capturing.__name__
-                for hooks in self.hooks
-                for hook in hooks.values()
-            )
-            self.last_hook = last_hook
-        return self.watched
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return True
+        return any(self.hooks) and any(
+            getattr(hook, "__module__", None) != output_capturing.__name__
+            for hooks in self.hooks
+            for hook in hooks.values()
+        )
 
 
-def one_for_each_count(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors whose changes are all there are: of those that are counted together with the first (`count_together`), that one."""
-    before = list(map(VERSION, tensors))
-    if tensors:
-        torch.autograd.graph.increment_version(tensors[0])
-    return tensors[:1] + [tensor for tensor, count in zip(tensors[1:], before[1:]) if tensor._version == count]
+class FoldedModel(NamedTuple):
+    """An engine, and the state of the backbone that it was made of."""
+
+    engine: "engine.Engine"
+    state: ModelState
+    wanted: str | None  # BINARYVIT_ENGINE at that time
 
 
-def count_together(model: torch.nn.Module) -> None:
-    """
-    Make PyTorch count in-place changes of all tensors of a model together, so that one look tells whether there were any:
-    thousands of counters lie all over the memory, and reading them takes as long as a tenth of a forward.
-    """
-    counter = torch.zeros(())
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or tensor.device.type != "cpu" or tensor.is_inference():
-                    continue
-                alias = counter.detach()  # shares its count, and has it still when it has other data
-                alias.data = tensor.data
-                is_parameter = isinstance(tensor, torch.nn.Parameter)
-                tensors[name] = torch.nn.Parameter(alias, tensor.requires_grad) if is_parameter else alias
+class EngineSlot:
+    """Where a backbone keeps its engine. A copy of the model, or a pickle, has an empty one."""
 
+    folded: FoldedModel | None = None
 
-FOLDED: weakref.WeakKeyDictionary[torch.nn.Module, Folded] = weakref.WeakKeyDictionary()
+    def __deepcopy__(self, memo):
+        return EngineSlot()
+
+    def __reduce__(self):
+        return EngineSlot, ()
 
 
 def choose_engine(model: torch.nn.Module) -> EngineChoice:
@@ -105,11 +124,11 @@ def choose_engine(model: torch.nn.Module) -> EngineChoice:
         ValueError: BINARYVIT_ENGINE names what this machine does not have.
     """
     wanted = wanted_kernels()
-    reason = f"{VARIABLE} says so" if wanted == TORCH else describe_obstacle(model)
+    reason = f"{ENGINE_VARIABLE} says so" if wanted == TORCH else describe_obstacle(model)
     if reason:
         return EngineChoice(TORCH, reason)
     if wanted:
-        return EngineChoice(wanted, f"{VARIABLE} says so")
+        return EngineChoice(wanted, f"{ENGINE_VARIABLE} says so")
     return EngineChoice(engine.kernels_here()[0], "the fastest kernels for this CPU")
 
 
@@ -120,12 +139,12 @@ def wanted_kernels() -> str | None:
     Raises:
         ValueError: it is nothing that this machine has.
     """
-    wanted = os.environ.get(VARIABLE) or None
+    wanted = os.environ.get(ENGINE_VARIABLE) or None
     if wanted is None:
         return None
     here = [*(engine.kernels_here() if engine else []), TORCH]
     if wanted not in here:
-        raise ValueError(f"{VARIABLE} is {wanted!r}, but this machine has {', '.join(here)}.")
+        raise ValueError(f"{ENGINE_VARIABLE} is {wanted!r}, but this machine has {', '.join(here)}.")
     return wanted
 
 
@@ -134,22 +153,77 @@ def describe_obstacle(model: torch.nn.Module) -> str | None:
     config = model.config
     if (config.weight_bits, config.input_bits) != (1, 1):
         return f"the engine multiplies single bits, not {config.weight_bits} by {config.input_bits}"
-    if not is_packed(model):
+    if not any(isinstance(module, PackedLinear) for module in model.modules()):
         return "its weights are not packed"
     if model.training:
         return "it is in training mode"
-    for tensor in model.state_dict().values():
-        if tensor.device.type != "cpu":
-            return f"it is on the device {tensor.device}"
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            return f"it computes in {str(tensor.dtype).removeprefix('torch.')}"
     if engine is None:
         return "binaryvit_hf is not installed"
-    return engine.problem()
+    return engine.problem() or describe_difference(model)
 
 
-def is_packed(model: torch.nn.Module) -> bool:
-    return isinstance(model.stages[0].layers[0].attention.query.linear, PackedLinear)
+def describe_difference(model: torch.nn.Module) -> str | None:
+    """In what a packed backbone is not the network of its config, with plain tensors on the CPU; none where it is."""
+    expected = expected_network(model.backbone_class, json.dumps(config_fields(model.config)))
+    modules, expected_modules = dict(model.named_modules()), dict(expected.named_modules())
+    for name in modules | expected_modules:
+        module, expected_module = modules.get(name), expected_modules.get(name)
+        if type(module) is not type(expected_module):
+            return f"its module {name!r} is not that of its config"
+        if "forward" in vars(module):
+            return f"its module {name!r} has a forward of its own"
+        if module is model:
+            continue  # where it was loaded from, and the like
+        for attribute, value in plain_attributes(expected_module).items():
+            if getattr(module, attribute, None) != value:
+                return f"{attribute} of its module {name!r} is {getattr(module, attribute, None)}, not {value}"
+    tensors, expected_tensors = model.state_dict(keep_vars=True), expected.state_dict()
+    for name in tensors | expected_tensors:
+        if name not in tensors or name not in expected_tensors:
+            return f"its tensor {name!r} is not there, or not of its config"
+        if reason := describe_tensor(tensors[name], expected_tensors[name]):
+            return f"its tensor {name!r} {reason}"
+    return None
+
+
+def describe_tensor(tensor: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Why the engine cannot read a tensor; none where it can."""
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device}"
+    if type(tensor) not in TENSOR_TYPES or tensor.layout != torch.strided or not has_memory(tensor):
+        return "is no plain tensor"
+    if tensor.is_inference():
+        return "was made in inference mode, where PyTorch does not count its changes"
+    if tensor.shape != expected.shape:
+        return f"has the shape {tuple(tensor.shape)}, not {tuple(expected.shape)}"
+    dtype = torch.float32 if expected.is_floating_point() else expected.dtype
+    return None if tensor.dtype == dtype else f"is {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # of vmap and its like
+        return False
+    return True
+
+
+def plain_attributes(module: torch.nn.Module) -> dict:
+    """Settings of a module that decide what it computes in evaluation."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in FOR_TRAINING and isinstance(value, (int, float, str, tuple))
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def expected_network(model_class: type, fields: str) -> torch.nn.Module:
+    """The packed backbone of a config, without memory. The config is one of the fields that decide what it computes."""
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**json.loads(fields)))
+    expect_packed_layers(model)
+    return model.eval()
 
 
 def compute(
@@ -163,12 +237,10 @@ def compute(
     """
     if options.get("output_attentions", getattr(model.config, "output_attentions", False)):
         return None
-    folded = fold_for(model, images)
-    if folded is None:
+    usable = usable_engine(model, images)
+    if usable is None:
         return None
-    last, pooled, hidden_states = folded.engine.forward(
-        as_floats(images), torch.get_num_threads(), output_hidden_states
-    )
+    last, pooled, hidden_states = usable.forward(as_floats(images), torch.get_num_threads(), output_hidden_states)
     return BaseModelOutputWithPooling(
         last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(hidden_states) or None
     )
@@ -180,60 +252,60 @@ def compute_logits(model: torch.nn.Module, classifier: torch.nn.Module, images: 
     called. What lies around two calls, and PyTorch's reading of a classifier's weight for one image, take as long as a tenth
     of a forward on two threads.
     """
-    if type(classifier) is not torch.nn.Linear or classifier._forward_hooks or classifier._forward_pre_hooks:
+    if type(classifier) is not torch.nn.Linear or "forward" in vars(classifier):
+        return None
+    if classifier._forward_hooks or classifier._forward_pre_hooks:
         return None
     weight, bias = classifier.weight, classifier.bias
     for tensor in (weight,) if bias is None else (weight, bias):
-        if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+        if type(tensor) not in TENSOR_TYPES or tensor.dtype != torch.float32:
             return None
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if not tensor.is_cpu or not tensor.is_contiguous() or (tensor.requires_grad and torch.is_grad_enabled()):
             return None
-    folded = fold_for(model, images)
-    if folded is None:
+    if weight.shape[1] != model.config.hidden_sizes[-1] or (bias is not None and len(bias) != len(weight)):
         return None
-    return folded.engine.classify(as_floats(images), weight, bias, threads=torch.get_num_threads())
+    usable = usable_engine(model, images)
+    if usable is None:
+        return None
+    return usable.classify(as_floats(images), weight, bias, threads=torch.get_num_threads())
 
 
 def as_floats(images: torch.Tensor) -> torch.Tensor:
     return images if images.dtype == torch.float32 else images.to(torch.float32)
 
 
-def fold_for(model: torch.nn.Module, images: torch.Tensor) -> Folded | None:
+def usable_engine(model: torch.nn.Module, images: torch.Tensor) -> "engine.Engine | None":
     """The engine of a backbone, if it can compute these images."""
     if model.training or is_traced(images):
         return None
-    folded = fold(model)
-    if folded is None or folded.is_watched():
+    folded = current_engine(model)
+    if folded is None or folded.state.has_hooks():
         return None
-    if torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in folded.parameters)):
+    if torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in folded.state.parameters)):
         return None
-    return folded
+    return folded.engine
 
 
 def is_traced(images: torch.Tensor) -> bool:
     """Whether somebody follows PyTorch's operations (torch.compile, torch.export, tracing), or there are no numbers."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return True
-    try:
-        return not images.is_cpu or (images.data_ptr() == 0 and images.numel() > 0)
-    except RuntimeError:  # of vmap and its like
-        return True
+    return not images.is_cpu or not has_memory(images) or (images.data_ptr() == 0 and images.numel() > 0)
 
 
-def fold(model: torch.nn.Module) -> Folded | None:
-    folded = FOLDED.get(model)
-    wanted = os.environ.get(VARIABLE)  # looked at more closely when it is another
-    if folded is None or wanted != folded.wanted or folded.changes != folded.count_changes():
-        choice = choose_engine(model)
-        if choice.name == TORCH:
-            FOLDED.pop(model, None)
-            if engine is not None and choice.reason == engine.problem():
-                logger.warning_once(f"Packed models run in PyTorch, slower than they could: {choice.reason}.")
-            return None
-        folded = FOLDED[model] = Folded(model, choice.name, wanted)
-    return folded
-
-
-def forget(model: torch.nn.Module) -> None:
-    """To be called where tensors of a model are exchanged for others."""
-    FOLDED.pop(model, None)
+def current_engine(model: torch.nn.Module) -> FoldedModel | None:
+    """The engine of a backbone as it is now, folded anew where anything has changed."""
+    slot, wanted = model.engine_slot, os.environ.get(ENGINE_VARIABLE)
+    folded = slot.folded
+    if folded is not None and folded.wanted == wanted and folded.state.is_current():
+        return folded
+    slot.folded = None
+    choice = choose_engine(model)
+    if choice.name == TORCH:
+        if engine is not None and choice.reason == engine.problem():
+            logger.warning_once(f"Packed models run in PyTorch, slower than they could: {choice.reason}.")
+        return None
+    state = ModelState(model)  # before its tensors are read: a change meanwhile is seen at the next call
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype != torch.int64}
+    slot.folded = FoldedModel(engine.Engine(model.config, tensors, choice.name), state, wanted)
+    return slot.folded

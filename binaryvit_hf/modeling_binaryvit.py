@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
-from .engine_binaryvit import EngineChoice, choose_engine, compute, compute_logits, forget
+from .engine_binaryvit import EngineChoice, choose_engine, compute, compute_logits
 from .fused_binaryvit import BinaryAttentionProducts, merge_heads
 from .layers_binaryvit import (
     AvgPoolBranch,
@@ -230,10 +230,10 @@ class BinaryViTPreTrainedModel(PackableModel):
         """What computes this model in evaluation, by its `name`, and the `reason`."""
         return choose_engine(self.base_model)
 
-    def _apply(self, *args, **kwargs):
-        for module in self.modules():
-            forget(module)
-        return super()._apply(*args, **kwargs)
+    @property
+    def backbone_class(self) -> type:
+        """The class that the engine stands for; its subclasses run in PyTorch."""
+        return BinaryViTModel
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -361,10 +361,8 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         Returns:
             `logits` `(batch, num_labels)`, `loss` if there are labels, hidden states and attentions as the backbone.
         """
-        logits = self.compute_logits(pixel_values) if not kwargs else None
+        logits = self.logits_by_engine(pixel_values) if not kwargs else None
         hidden_states = attentions = None
-        if logits is not None and labels is None:
-            return output_of_logits(logits)
         if logits is None:
             outputs = self.binaryvit(pixel_values, **kwargs)
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
@@ -372,28 +370,13 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
 
-    def compute_logits(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        """By the engine, where it can and nobody asked for more."""
-        backbone = self.binaryvit
-        settings = vars(self.config)  # past its properties, which take as long as all else here
-        if (
-            type(backbone) is not BinaryViTModel
-            or settings.get("output_hidden_states")
-            or settings.get("_output_attentions")
-        ):
+    def logits_by_engine(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """`(batch, num_labels)`; none where the engine cannot, or the config asks for more."""
+        if type(self.binaryvit) is not BinaryViTModel:
             return None
-        return compute_logits(backbone, self.classifier, pixel_values)
-
-
-NO_OUTPUT = ImageClassifierOutput()
-
-
-def output_of_logits(logits: torch.Tensor) -> ImageClassifierOutput:
-    """`ImageClassifierOutput(logits=logits)`, past its constructor, which takes 2 % of a forward of the engine."""
-    output = ImageClassifierOutput.__new__(ImageClassifierOutput)
-    vars(output).update(vars(NO_OUTPUT), logits=logits)
-    super(ModelOutput, output).__setitem__("logits", logits)
-    return output
+        if self.config.output_hidden_states or self.config.output_attentions:
+            return None
+        return compute_logits(self.binaryvit, self.classifier, pixel_values)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .engine_binaryvit import count_together
+from .engine_binaryvit import EngineSlot
 from .packed_files_binaryvit import check_packed_files, packed_state_dict
 from .packing_binaryvit import PackedLinear, binary_layers, expect_packed_layers, pack_layers, unpack_layers
 from .quantization_binaryvit import QUANT_METHOD
@@ -28,8 +28,10 @@ class PackableModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         check_quantization_config(getattr(config, "quantization_config", None))
         super().__init__(config, *args, **kwargs)
+        self.engine_slot = EngineSlot()
 
     @classmethod
+    @torch.inference_mode(False)  # or PyTorch would not count the changes of what is loaded
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
         As in transformers, but never random weights in the place of packed ones.
@@ -48,8 +50,6 @@ class PackableModel(PreTrainedModel):
             # A gradient is nothing to expect of bits; what asks for one has PyTorch compute it.
             model.base_model.requires_grad_(False)
         align_weights(model)
-        if model.is_packed:
-            count_together(model.base_model)
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
@@ -76,6 +76,13 @@ class PackableModel(PreTrainedModel):
                 "not kept. Train the latent checkpoint that they were packed from, or a copy with .dequantize()."
             )
         return super().train(mode)
+
+    def refresh_engine(self) -> None:
+        """
+        Have the engine read the model anew at the next call. Needed only after changes that PyTorch does not count: through
+        `.data` or `.numpy()` in place (`weight.data.add_(1)`), and to plain attributes of modules (`norm.eps = 1e-3`).
+        """
+        self.base_model.engine_slot.folded = None
 
     @property
     def is_packed(self) -> bool:
