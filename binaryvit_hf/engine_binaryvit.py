@@ -1,11 +1,11 @@
 """Which models, and which calls of them, the compiled engine computes; PyTorch computes the rest."""
 
 import functools
+import gc
 import json
 import operator
 import os
-from collections.abc import Iterator
-from itertools import chain
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -28,8 +28,6 @@ TORCH = "torch"
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # exactly; subclasses may compute something else
 # Attributes of a module that no evaluation depends on.
 FOR_TRAINING = {"momentum", "p", "drop_prob", "init_value", "probability_clip_init", "gradient_checkpointing"}
-END = object()
-
 get_version, get_training = operator.attrgetter("_version"), operator.itemgetter("training")
 
 logger = logging.get_logger(__name__)
@@ -49,35 +47,36 @@ class ModelState:
     """What PyTorch can tell of a model: its modules and tensors, where these lie, how often they changed in place."""
 
     def __init__(self, model: torch.nn.Module):
-        modules = list(model.modules())
+        self.modules = list(model.modules())[1:]  # without the model itself, which holds this
+        modules = [model, *self.modules]
+        self.types = list(map(type, self.modules))
         self.attributes = [vars(module) for module in modules]
         self.numbers_of_attributes = list(map(len, self.attributes))
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        holders = ((module._parameters, module._buffers, module._modules) for module in modules)
-        self.holders = [members for members in chain.from_iterable(holders) if members]
-        self.modules, self.types = modules, list(map(type, modules))
-        self.members = list(self.current_members())
+        dictionaries = [vars(module)[kind] for module in modules for kind in ("_parameters", "_buffers", "_modules")]
+        self.dictionaries = tuple(filter(None, dictionaries))
+        self.members = gc.get_referents(*self.dictionaries)
         self.tensors = [
             member for member in self.members if isinstance(member, torch.Tensor) and member.dtype != torch.int64
         ]
         # Keeps the memory, or another tensor might come to lie where one of these was.
         self.memory = [tensor.detach() for tensor in self.tensors]
+        self.counted = one_for_each_counter(self.tensors)
         self.addresses, self.versions = self.current_addresses(), self.current_versions()
         self.parameters = list(model.parameters())
-
-    def current_members(self) -> Iterator[torch.nn.Module | torch.Tensor | None | object]:
-        return chain(chain.from_iterable(map(dict.values, self.holders)), (END,))
 
     def current_addresses(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self.tensors))
 
     def current_versions(self) -> list[int]:
-        return list(map(get_version, self.tensors))
+        return list(map(get_version, self.counted))
 
     def is_current(self) -> bool:
         """Whether nothing was exchanged or changed since; training mode is a change."""
+        members = gc.get_referents(*self.dictionaries)  # the values of thousands of dictionaries, in one call
         return (
-            all(map(operator.is_, self.current_members(), self.members))
+            len(members) == len(self.members)
+            and all(map(operator.is_, members, self.members))
             and self.current_versions() == self.versions
             and self.current_addresses() == self.addresses
             and list(map(type, self.modules)) == self.types
@@ -94,6 +93,20 @@ class ModelState:
             for hooks in self.hooks
             for hook in hooks.values()
         )
+
+
+def one_for_each_counter(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors whose version counters are all there are: views of one buffer share its counter (`lay_in_one_buffer`)."""
+    by_buffer = defaultdict(list)
+    for tensor in tensors:
+        by_buffer[tensor.untyped_storage().data_ptr()].append(tensor)
+    counted = []
+    for first, *others in by_buffer.values():
+        before = list(map(get_version, others))
+        if others:
+            torch.autograd.graph.increment_version(first)
+        counted += [first, *(other for other, version in zip(others, before) if other._version == version)]
+    return counted
 
 
 class FoldedModel(NamedTuple):

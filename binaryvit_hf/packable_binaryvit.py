@@ -1,5 +1,7 @@
 """What a network of ours can do besides computing: be packed, saved with its code, loaded with care, and uploaded."""
 
+from collections import defaultdict
+
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -49,6 +51,7 @@ class PackableModel(PreTrainedModel):
         if model.is_packed:
             # A gradient is nothing to expect of bits; what asks for one has PyTorch compute it.
             model.base_model.requires_grad_(False)
+            lay_in_one_buffer(model.base_model)
         align_weights(model)
         return (model, loading_info) if output_loading_info else model
 
@@ -154,6 +157,27 @@ def check_loading(model: PackableModel, loading_info: dict) -> None:
             f"Tensor {min(packed)!r} is packed, but config.json has no quantization_config that says so: they do not "
             "belong together."
         )
+
+
+def lay_in_one_buffer(model: nn.Module) -> None:
+    """
+    Make all tensors of a dtype views of one buffer. PyTorch counts the changes of a buffer and of its views together, so the
+    engine looks at one counter a dtype; thousands of them, all over the memory, would take a tenth of a forward.
+    """
+    by_dtype = defaultdict(list)
+    for module in model.modules():
+        for members in (module._parameters, module._buffers):
+            for name, tensor in members.items():
+                if tensor is not None and tensor.device.type == "cpu":
+                    by_dtype[tensor.dtype].append((members, name, tensor))
+    for dtype, places in by_dtype.items():
+        step = ALIGNMENT // dtype.itemsize
+        sizes = [-(-tensor.numel() // step) * step for *_, tensor in places]
+        buffer = torch.empty(sum(sizes), dtype=dtype)
+        for (members, name, tensor), part in zip(places, buffer.split(sizes)):
+            view = part[: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
+            is_parameter = isinstance(tensor, nn.Parameter)
+            members[name] = nn.Parameter(view, tensor.requires_grad) if is_parameter else view
 
 
 def align_weights(model: nn.Module) -> None:
