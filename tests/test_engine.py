@@ -16,9 +16,9 @@ from golden_data import CONFIGS, ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 
-from binaryvit_hf import BinaryViTConfig, BinaryViTQuantizationConfig, engine
+from binaryvit_hf import BinaryViTConfig, engine
 from binaryvit_hf.configuration_binaryvit import as_pair
 from binaryvit_hf.engine import library
 from binaryvit_hf.engine.library import Engine, count_differing_bits
