@@ -1,5 +1,6 @@
 """Which columns of a dataset are its images and labels, and what the labels are called."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ def name_columns(
         folders: gives the folders of the dataset's own files. Relative paths of images are looked up there first.
 
     Raises:
-        UserError: a column is not there, or holds something else; or a relative path fits several files.
+        UserError: a column is not there, or holds something else; or which file a relative path means is not clear.
     """
     features = dataset.features
     if features is None:
@@ -94,18 +95,19 @@ def may_be_label(feature) -> bool:
 
 def locate_image(folders: list[Path], encoded: dict | None) -> dict | None:
     """
-    The image by a path that exists, where it does in one of the folders; otherwise as it is.
+    The image by its path in the folder of the dataset's files, where it is there; otherwise as it is.
 
     Raises:
-        UserError: it does in several.
+        UserError: the files lie in several folders, and which of them names the image is not known.
     """
     path = (encoded or {}).get("path")
     if path is None or "://" in path or Path(path).is_absolute():
         return encoded
-    found = [folder / path for folder in folders if (folder / path).is_file()]
-    if len(found) > 1:
+    found = [folder / path for folder in folders if os.path.isfile(folder / path)]  # False too of what is no path
+    if found and len(folders) > 1:
         raise UserError(
-            f"The image {path!r} may be {str(found[0])!r} or {str(found[1])!r}; write its whole path into the dataset."
+            f"The image {path!r} may be of {str(folders[0])!r} or of {str(folders[1])!r}, where the dataset's tables lie; write "
+            "its whole path into them."
         )
     return encoded | {"path": str(found[0])} if found else encoded
 

@@ -181,7 +181,7 @@ def load_named_splits(
             columns = arguments.image_column_name, arguments.label_column_name
             dataset = name_columns(loaded[candidate], *columns, partial(data_folders, arguments, candidate))
             if by_default and is_unlabelled(dataset):
-                logger.warning("The split %r has no labels, so others are evaluated on.", candidate)
+                logger.warning("The split %r has no labels, so it is not evaluated on.", candidate)
                 continue
             splits[split] = dataset
             break
@@ -197,16 +197,17 @@ def load_named_dataset(
     arguments: DataArguments, cache_dir: str | None, token: str | bool | None
 ) -> dict[str, Dataset | IterableDataset]:
     """All splits of the dataset, by their own names."""
-    name = arguments.dataset_name
-    known = load_known_splits(name)
-    if known is not None:
-        return known
+    name, saved = arguments.dataset_name, is_saved_to_disk(Path(arguments.dataset_name))
+    if saved and arguments.streaming:
+        raise UserError(f"--dataset_name {name!r} was saved to disk, and such a dataset is not streamed: go without.")
     source = dataset_source(arguments)
     try:
-        if is_saved_to_disk(Path(name)) and not arguments.streaming:
-            saved = load_from_disk(name)
-            return saved if isinstance(saved, dict) else {arguments.train_split_name: saved}
-        return load_dataset(**source, cache_dir=cache_dir, token=token, streaming=arguments.streaming)
+        if saved:
+            loaded = load_from_disk(name)
+            return loaded if isinstance(loaded, dict) else {arguments.train_split_name: loaded}
+        return load_known_splits(name) or load_dataset(
+            **source, cache_dir=cache_dir, token=token, streaming=arguments.streaming
+        )
     except Exception as error:  # the loader raises whatever its file system, network or builder raised
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(cause)}") from error

@@ -37,20 +37,19 @@ def match_labels(config: PreTrainedConfig, labels: list[str], who: str) -> list[
     theirs = label_names(config)
     if len(theirs) == len(labels) and first_difference(theirs, labels) is None:
         return list(range(len(labels)))
-    own = set(labels)
-    indices = []
+    own, firsts = set(labels), list(map(first_synonym, theirs))
+    indices: list[int] = []
     for label in labels:
         found = [index for index, name in enumerate(theirs) if name == label]
-        if not found and first_synonym(label):
-            alike = [index for index, name in enumerate(theirs) if first_synonym(name) == first_synonym(label)]
-            found = [index for index in alike if theirs[index] not in own]
+        if not found and (wanted := first_synonym(label)):
+            found = [index for index, first in enumerate(firsts) if first == wanted and theirs[index] not in own]
         if not found:
             raise UserError(
                 f"{who} has no class {label!r}, which the images have; evaluate it on images of its own classes."
             )
         if len(found) > 1 or found[0] in indices:
             raise UserError(
-                f"{who} has several classes for the images' {label!r} or one for several; rename the images'."
+                f"{who}: which of its classes the images' {label!r} is, is not clear; give the images the model's own names."
             )
         indices += found
     return indices

@@ -153,20 +153,25 @@ def test_paths_of_a_table_are_relative_to_it(pictures, tmp_path, suffix, file, m
     assert found == {str(base / f"{k}.jpg"): 1 - k % 2 for k in range(3)} | {str(tmp_path / "data/more/3.jpg"): 0}
 
 
-def test_a_path_that_fits_two_files_is_refused_and_one_that_fits_none_is_left(pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
+@pytest.mark.parametrize("missing", ["", "one", "two"])
+def test_a_path_that_is_relative_to_one_of_several_tables_is_refused(pictures, tmp_path, missing):
     for name in ("one", "two"):
-        shutil.copytree("pictures", f"data/{name}/pictures")
-        Path(f"data/{name}/train-{name}.csv").write_text(
-            f"image,label\npictures/0.jpg,{name}\npictures/9.jpg,{name}\n"
-        )
-    with pytest.raises(UserError, match=r"'pictures/0.jpg' may be .*one/pictures/0.jpg' or .*write its whole path"):
-        load("data", train_files="*/train-*.csv")
-    (tmp_path / "data" / "two" / "pictures" / "0.jpg").unlink()
-    images = load("data", train_files="*/train-*.csv", train_val_split=1)
-    paths = {row["image"]["path"] for part in images.values() for row in part}
-    assert paths == {str(tmp_path / "data/one/pictures/0.jpg"), "pictures/9.jpg"}
+        shutil.copytree(tmp_path / "pictures", tmp_path / "data" / name / "pictures")
+        table = tmp_path / "data" / name / f"train-{name}.csv"
+        table.write_text(f"image,label\npictures/0.jpg,{name}\npictures/1.jpg,{name}\n")
+    if missing:
+        shutil.rmtree(tmp_path / "data" / missing / "pictures")
+    with pytest.raises(UserError, match=r"'pictures/0.jpg' may be of .*one' or of .*two'.*write its whole path"):
+        load(tmp_path / "data", train_files="*/train-*.csv")
+
+
+def test_a_path_that_is_in_no_folder_is_left(pictures, tmp_path):
+    names = ["pictures/9.jpg", f"{9:0300d}.jpg", "https://example.org/9.jpg"]  # the second longer than a name may be
+    (tmp_path / "train.csv").write_text(
+        "image,label\n" + "".join(f"{name},{index}\n" for index, name in enumerate(names))
+    )
+    images = load(tmp_path / "train.csv", train_val_split=1)
+    assert sorted(row["image"]["path"] for part in images.values() for row in part) == sorted(names)
 
 
 def test_files_are_chosen_in_a_folder_alone(pictures, tmp_path):
@@ -183,6 +188,8 @@ def test_a_dataset_that_was_saved_to_disk_is_loaded(tmp_path, many):
     assert images["train"].features["label"].names == ["ant", "bee"]
     assert len(images["validation"]) == 1
     assert len(images["train"]) == (4 if many else 3)
+    with pytest.raises(UserError, match="saved to disk, and such a dataset is not streamed"):
+        load(tmp_path / "saved", streaming=True)
 
 
 def labelled(labels: list[int | None]) -> Dataset:
