@@ -324,7 +324,7 @@ def test_holding_out_without_training_images_is_refused(photos, model, tmp_path,
 
 def test_a_model_is_evaluated_by_its_own_labels(photos, model, tmp_path):
     """Of images without one of its classes, in another order, and of one class alone: as of all, image by image."""
-    accuracies = []
+    losses = []
     for missing in ((), ("cat",), ("ant", "bee")):
         part = shutil.copytree(photos, tmp_path / f"without-{'-'.join(missing)}")
         for name in missing:
@@ -332,8 +332,9 @@ def test_a_model_is_evaluated_by_its_own_labels(photos, model, tmp_path):
         flags = ["--do_eval", "--per_device_eval_batch_size=2", "--dataloader_drop_last", "--validation_dir", part]
         assert run(tmp_path, "--model_name_or_path", model, *flags) == 0
         results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-        accuracies.append((results["eval_loss"], results["eval_samples"]))
-    (whole, count), (without_cat, _), (cat, _) = accuracies
+        assert "eval_top5_accuracy" not in results  # of four classes
+        losses.append((results["eval_loss"], results["eval_samples"]))
+    (whole, count), (without_cat, _), (cat, _) = losses
     assert count == 6
     assert whole == pytest.approx((without_cat * 4 + cat * 2) / 6, rel=1e-5)
 
@@ -387,6 +388,23 @@ def test_a_new_head_begins_for_other_labels_however_many_there_are(photos, tmp_p
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("num_classes", [5, 6])
+def test_top_five_is_told_of_six_classes_or_more_wherever_accuracy_is(tmp_path, num_classes):
+    for name in map(str, range(num_classes)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        PILImage.new("RGB", (32, 16), (40 * int(name), 0, 0)).save(tmp_path / "photos" / name / "0.png")
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    common = ["--do_train", "--do_eval", "--train_dir", tmp_path / "photos", "--validation_dir", tmp_path / "photos"]
+    common += ["--max_steps=1", "--config_name", tmp_path / "tiny", "--save_packed=False", "--save_strategy=no"]
+    teacher = tiny_model(tiny_config(num_labels=num_classes, id2label={k: str(k) for k in range(num_classes)}))
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert run(tmp_path, *common, "--teacher_model_name_or_path", tmp_path / "teacher") == 0
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    told = {name for name in results if "top5" in name}
+    assert told == ({"eval_top5_accuracy", "teacher_top5_accuracy"} if num_classes > 5 else set())
+    assert ("top-5" in (tmp_path / "out" / "README.md").read_text()) == (num_classes > 5)
 
 
 def test_a_head_is_every_tensor_with_a_value_for_each_label():
