@@ -31,9 +31,19 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 import binaryvit_hf  # noqa: F401, registers the model
-from binaryvit_hf.arguments import RUN_ARGUMENTS, ModelArguments, Phase, compare_with_recorded, describe, parse_phases
+from binaryvit_hf.argument_checks import check_supported
+from binaryvit_hf.arguments import (
+    ModelArguments,
+    Phase,
+    compare_with_recorded,
+    is_finished,
+    parse_phases,
+    record_beginning,
+    record_end,
+)
 from binaryvit_hf.augmentation import create_mix
-from binaryvit_hf.checkpoints import last_whole_checkpoint
+from binaryvit_hf.batch_checks import check_batches
+from binaryvit_hf.checkpoints import describe_damage, last_whole_checkpoint
 from binaryvit_hf.data import Images, add_transforms, collate_images, load_images, relabel
 from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.doctor import check_engine_variable
@@ -54,12 +64,14 @@ from binaryvit_hf.model_inputs import (
     ordinary_input,
 )
 from binaryvit_hf.ops import CONFIG_CLASSES, count_operations, total
+from binaryvit_hf.ranks import leave, rank, show_error, shown_error_code
 from binaryvit_hf.report import plot_learning_curves, read_log_history, write_model_card
 from binaryvit_hf.resources import shipped_configs
 from binaryvit_hf.shipping_binaryvit import LATENT
 from binaryvit_hf.stochastic_depth import add_drop_path
 from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments
 from binaryvit_hf.two_stage import first_stage_weights, load_first_stage, override_config
+from binaryvit_hf.unused_arguments import warn_of_unused
 
 
 TEACHER_METRICS = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
@@ -68,41 +80,45 @@ logger = logging.getLogger("run_image_classification")
 
 
 def main(arguments: list[str]) -> int:
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate start
+    first = rank() == 0
     logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.ERROR)
     keep_freed_memory()
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
-        check_engine_variable()
-        phases = parse_phases(arguments)
-        for phase in phases:
-            check_arguments(phase)
-        # All of them first: what is wrong with the student must not wait for its teacher's training.
-        prepared = [prepare(phase) for phase in phases]
-        for phase, inputs in zip(phases, prepared):
-            run(phase, inputs)
-        end_together()
+        phases = train_and_evaluate(arguments)
     except UserError as error:
-        if first:
-            # A worker of the data loader puts its stack trace before the message.
-            print_error(str(error).strip().splitlines()[-1].removeprefix("binaryvit_hf.errors.UserError: "))
-        return 2
+        # A worker of the data loader puts its stack trace before the message.
+        message = str(error).strip().splitlines()[-1].removeprefix("binaryvit_hf.errors.UserError: ")
+        return leave(show_error(message, 2))
     except (NonFiniteLossError, UploadError) as error:
-        if first:
-            print_error(str(error))
-        return 1
+        return leave(show_error(str(error), 1))
     except TerminatedError as error:
-        if first:
-            print_error(str(error))
-        return 128 + signal.SIGTERM
+        return leave(show_error(str(error), 128 + signal.SIGTERM))
     except KeyboardInterrupt:
-        if first:
-            print_error("Interrupted; the same command goes on from the last checkpoint, if there is one.")
-        return 128 + signal.SIGINT
+        message = "Interrupted; the same command goes on from the last checkpoint, if there is one."
+        return leave(show_error(message, 128 + signal.SIGINT))
+    except Exception:
+        if (code := shown_error_code()) is None:
+            raise
+        return leave(code)  # another process failed, said why, and left this one waiting for it
     if first and phases[-1][2].do_train:
         print_next_steps(phases[-1][2])
     return 0
+
+
+def train_and_evaluate(arguments: list[str]) -> list[Phase]:
+    check_engine_variable()
+    phases = parse_phases(arguments)
+    for phase in phases:
+        check_arguments(phase)
+    # All of them first: what is wrong with the student must not wait for its teacher's training.
+    prepared = [prepare(phase) for phase in phases]
+    for phase, inputs in zip(phases, prepared):
+        PartialState().wait_for_everyone()  # for the first process writes what the others read in the next phase
+        run(phase, inputs)
+    end_together()
+    return phases
 
 
 def end_together() -> None:
@@ -110,10 +126,6 @@ def end_together() -> None:
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
-
-
-def print_error(message: str) -> None:
-    print(f"\nerror: {message}", file=sys.stderr)  # a progress bar may stand on the line
 
 
 @dataclass
@@ -132,6 +144,10 @@ class Inputs:
 
 def prepare(phase: Phase) -> Inputs:
     model_arguments, data_arguments, training_arguments = phase
+    config = load_config(model_arguments, training_arguments.do_train)
+    if training_arguments.do_train:
+        training_arguments.check_network(config)
+        network = build_meta_network(model_arguments, config)
     images = load_images(
         data_arguments,
         training_arguments.seed,
@@ -150,15 +166,13 @@ def prepare(phase: Phase) -> Inputs:
         images |= {split: images[split].counted() for split in ("validation", "test") if split in images}
     images, broken = check_images(images, data_arguments.skip_broken_images, data_arguments.background)
     labels = images["validation"].features["label"].names
-    config = load_config(model_arguments, training_arguments.do_train)
     new_head = None
     if training_arguments.do_train:
         new_head = adopt_labels(config, labels, model_arguments)
+        check_batches(network, len(images["train"]), training_arguments)
     else:
         who = f"--model_name_or_path {model_arguments.model_name_or_path!r}"
         images = relabel(images, match_labels(config, labels, who), config.num_labels)
-    if training_arguments.do_train:
-        training_arguments.check_network(config)
     checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
@@ -222,17 +236,23 @@ def run(phase: Phase, inputs: Inputs) -> None:
     trainer = create_trainer(model, teacher)
     if training_arguments.do_train and not inputs.finished:
         if trainer.is_world_process_zero():
-            output_dir.mkdir(parents=True, exist_ok=True)
+            make_output_dir(output_dir)
             log_batch(training_arguments)
             if data_arguments.streaming:
                 logger.info("Streaming: %s", images["train"])
-            (output_dir / RUN_ARGUMENTS).write_text(json.dumps(describe(phase), indent=2) + "\n")
+            record_beginning(output_dir, phase)
         result = trainer.train(resume_from_checkpoint=inputs.checkpoint)
         if trainer.termination.terminated:
-            raise TerminatedError(
-                f"Told to end (SIGTERM), training stopped after step {trainer.state.global_step} and saved a checkpoint; "
-                "the same command goes on from it."
+            saved = (
+                "the weights alone (--save_only_model); the same command begins anew."
+                if training_arguments.save_only_model
+                else "a checkpoint; the same command goes on from it."
             )
+            raise TerminatedError(
+                f"Told to end (SIGTERM), training stopped after step {trainer.state.global_step} and saved {saved}"
+            )
+        if trainer.is_world_process_zero():
+            record_end(output_dir)
         trainer.save_model(_internal_call=True)  # called otherwise it uploads, before there is a card
         trainer.save_state()
         trainer.save_metrics("train", {**result.metrics, "train_samples": len(images["train"])})
@@ -288,6 +308,10 @@ def check_arguments(phase: Phase) -> None:
         raise UserError(
             "--config_name is a network without weights: evaluate one with --model_name_or_path, or --do_train."
         )
+    check_supported(training_arguments)
+    if training_arguments.do_train:
+        training_arguments.check_optimization()
+    warn_of_unused(phase)
 
 
 def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
@@ -309,6 +333,11 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
     if getattr(config, "num_channels", 3) != 3:
         raise UserError(
             f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3."
+        )
+    if arguments.config_name and getattr(config, "image_size", None) is None:
+        raise UserError(
+            f"--config_name {name!r} is a {config.model_type!r} without an image_size, which this script cannot begin; give "
+            "a trained one as --model_name_or_path."
         )
     if arguments.drop_path_rate is not None:
         if hasattr(config, "drop_path_rate"):
@@ -337,6 +366,16 @@ def adopt_labels(config: PreTrainedConfig, labels: list[str], arguments: ModelAr
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     return new_head
+
+
+def build_meta_network(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The network on the meta device, where it takes no memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageClassification.from_config(config, trust_remote_code=arguments.trust_remote_code)
+    except Exception as error:  # of configs that are no image classifier's, or have no network
+        name = arguments.config_name or arguments.model_name_or_path
+        raise UserError(f"{name!r} is no image classifier to train: {first_sentence(error)}") from error
 
 
 def load_model(
@@ -478,8 +517,11 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
         UserError: it holds another model's run, or a run of other arguments.
     """
     training_arguments = phase[2]
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {str(output_dir)!r} is a file.")
+    existing = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {str(output_dir)!r}: {str(existing)!r} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {str(output_dir)!r} cannot be written to; choose another one.")
     remedy = "choose another --output_dir, or remove this one"
     last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
     last = None if last is None else str(last)
@@ -498,18 +540,29 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     if str(explicit).lower() == "true":
         explicit = last
         if last is None:
-            raise UserError(f"--resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint.")
+            raise UserError(f"--resume_from_checkpoint: {str(output_dir)!r} holds no checkpoint to go on from.")
     if not training_arguments.do_train or explicit:
         if explicit and not Path(explicit).is_dir():
             raise UserError(f"--resume_from_checkpoint: there is no folder {explicit!r}.")
+        sharded = training_arguments.deepspeed or training_arguments.fsdp  # into files of other names
+        damage = describe_damage(Path(explicit), training_arguments.checkpoint_files) if explicit else None
+        if damage and not sharded:
+            raise UserError(f"--resume_from_checkpoint: training cannot go on from {explicit!r}: {damage}.")
         return explicit, False
     compare_with_recorded(output_dir, phase)
-    if (output_dir / "train_results.json").is_file():
+    if is_finished(output_dir):
         logger.info("%s is trained already; it is evaluated again.", output_dir)
         return None, True
     if last:
         logger.info("Going on from %s.", last)
     return last, False
+
+
+def make_output_dir(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # of a file system that takes no new folders
+        raise UserError(f"--output_dir {str(output_dir)!r} cannot be made: {error.strerror}.") from error
 
 
 def log_batch(arguments: DistillationTrainingArguments) -> None:

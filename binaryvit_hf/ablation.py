@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 from .arguments import compare_with_recorded, parse_phases
+from .arguments import is_finished as is_trained
 from .errors import RunError, UserError
 from .ops import LayerCost, count_operations, readable, total
 from .report import read_json, weight_bytes
@@ -133,7 +134,7 @@ def is_finished(arguments: list[str]) -> bool:
     """
     folder = output_dir(arguments)
     compare_with_recorded(folder, parse_phases(arguments)[-1])
-    return "test_accuracy" in read_json(folder / "all_results.json")
+    return is_trained(folder) and "test_accuracy" in read_json(folder / "all_results.json")
 
 
 def output_dir(arguments: list[str]) -> Path:

@@ -2,20 +2,24 @@
 
 import difflib
 import json
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from .argument_checks import check_ranges, convert
 from .data_arguments import DataArguments
-from .errors import UserError
+from .errors import UserError, first_sentence
 from .options import TrainingOptions
 from .trainer import DistillationTrainingArguments
 
 
-RUN_ARGUMENTS = "run_arguments.json"  # of a run's output directory
+RUN_ARGUMENTS = "run_arguments.json"  # of the weights in a run's output directory
+UNFINISHED_RUN_ARGUMENTS = "unfinished_run_arguments.json"  # of a run that goes on from a finished one
+RESULTS = ("train_results.json", "eval_results.json", "test_results.json", "all_results.json")
 TEACHER_PREFIX = "teacher."
 DEFAULT_LICENSE = "apache-2.0"
 # What the student's command line says about the student alone.
@@ -43,6 +47,58 @@ PASSING = {
     "push_to_hub",
     "logging_dir",
     "local_rank",
+}
+# What may differ, too, but is recorded: none of them can change a weight.
+NOT_TRAINED = {
+    # A finished run is evaluated again with others.
+    "do_eval",
+    "do_predict",
+    # Images are evaluated one by one, whatever the batch.
+    "per_device_eval_batch_size",
+    "eval_accumulation_steps",
+    "eval_use_gather_object",
+    # An image's random numbers are its own (`sampling.Showing`), whoever loads it.
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_multiprocessing_context",
+    # What is told of the run, to whom, and where it is uploaded.
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "disable_tqdm",
+    "skip_memory_metrics",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "hub_always_push",
+    "hub_revision",
+    # The checkpoints that are kept; the best one always is.
+    "save_total_limit",
+    # How long processes wait for each other.
+    "ddp_timeout",
+}
+PATHS = {
+    "model_name_or_path",
+    "config_name",
+    "init_from",
+    "teacher_model_name_or_path",
+    "output_dir",
+    "dataset_name",
+    "train_dir",
+    "validation_dir",
+    "class_names",
 }
 
 
@@ -98,11 +154,12 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.drop_path_rate is not None and not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate is a probability below 1, not {self.drop_path_rate}.")
+        check_ranges(self)
 
 
+PARTS = (ModelArguments, DataArguments, DistillationTrainingArguments)
 Phase = tuple[ModelArguments, DataArguments, DistillationTrainingArguments]
+Flags = list[tuple[str, list[str]]]
 
 
 def parse_phases(arguments: list[str]) -> list[Phase]:
@@ -136,7 +193,8 @@ def parse_phases(arguments: list[str]) -> list[Phase]:
     if model_arguments.teacher_model_name_or_path:
         return [student]  # another teacher was named, so there is none to train
     shared = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
-    shared_flags = [(name, rest) for name, rest in flags if name not in STUDENT_ONLY and name not in teacher_values]
+    own = STUDENT_ONLY | teacher_values.keys()
+    shared_flags = [(name, rest) for name, rest in flags if name.removeprefix("no_") not in own and name not in own]
     teacher_dir = f"{training_arguments.output_dir}-teacher"
     teacher = parse({**shared, "output_dir": teacher_dir, **teacher_values}, shared_flags + teacher_flags)
     model_arguments.teacher_model_name_or_path = teacher[2].output_dir
@@ -148,17 +206,38 @@ def read_argument_file(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no file of arguments {str(path)!r}.")
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        values = json.loads(text, object_pairs_hook=unique) if path.suffix.lower() == ".json" else read_yaml(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{str(path)!r} cannot be read: its values are nested too deeply.") from error
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} must hold an object of arguments.")
     return values
 
 
-def group_flags(arguments: list[str]) -> list[tuple[str, list[str]]]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON file, of which Python's own reader drops what stands there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return values
+
+
+def read_yaml(text: str) -> Any:
+    return yaml.load(text, UniqueKeyLoader)
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        unique([(key.value, None) for key, _ in node.value if isinstance(key.value, str)])
+        return super().construct_mapping(node, deep)
+
+
+def group_flags(arguments: list[str]) -> Flags:
     """`--name value …` as `(name, [value, …])`; `--name=value` likewise."""
-    groups: list[tuple[str, list[str]]] = []
+    groups: Flags = []
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
@@ -174,26 +253,31 @@ def group_flags(arguments: list[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def parse(values: dict[str, Any], flags: list[tuple[str, list[str]]]) -> Phase:
+def parse(values: dict[str, Any], flags: Flags) -> Phase:
     """One run: `values` of a file, overridden by `flags`."""
     # Abbreviations would let a typo pass for another argument.
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, DistillationTrainingArguments), allow_abbrev=False, description=__doc__
-    )
+    parser = HfArgumentParser(PARTS, allow_abbrev=False, description=__doc__)
     parser.error = raise_user_error
-    known = {action.dest for action in parser._actions}
-    for name in [*values, *(name for name, _ in flags)]:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"Unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+    actions = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
+    fields_by_name = {action.dest: action for action in reversed(parser._actions)}
+    for names, known in ((values, fields_by_name), ([name for name, _ in flags], actions)):
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                raise UserError(f"Unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
     parser.set_defaults(**values)
     line = [part for name, rest in flags for part in (f"--{name}", *rest)]
+    hints = {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
     try:
-        return parser.parse_args_into_dataclasses(line)
+        parsed = vars(parser.parse_args(line))
+        for name in {*values, *(actions[name].dest for name, _ in flags)}:
+            action = fields_by_name[name]
+            parsed[name] = convert(name, parsed[name], hints[name], action.choices, action.const)
+        return parser.parse_dict(parsed)
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # the dataclasses check themselves
-        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:  # the dataclasses check themselves, and raise what they like
+        raise UserError(" ".join(first_sentence(error).split())) from error
 
 
 def describe(phase: Phase) -> dict:
@@ -209,20 +293,60 @@ def compare_with_recorded(output_dir: Path, phase: Phase) -> None:
     Raises:
         UserError: the output directory holds a run of other arguments.
     """
-    recorded = output_dir / RUN_ARGUMENTS
+    unfinished = output_dir / UNFINISHED_RUN_ARGUMENTS
+    recorded = unfinished if unfinished.is_file() else output_dir / RUN_ARGUMENTS
     if not recorded.is_file():
         return
-    theirs, ours = json.loads(recorded.read_text()), describe(phase)
+    theirs, ours = read_recorded(recorded), describe(phase)
     # An argument that was not there yet had no other value than what is now its default.
     defaults = {field.name: field.default for part in phase for field in fields(part) if field.default is not MISSING}
     theirs = {name: default for name, default in defaults.items() if name in ours} | theirs
-    different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    names = sorted((theirs.keys() | ours.keys()) - NOT_TRAINED)
+    different = [name for name in names if comparable(name, theirs.get(name)) != comparable(name, ours.get(name))]
     if different:
         raise UserError(
             f"--output_dir {str(output_dir)!r} holds a run of other arguments ({different[0]} was "
             f"{theirs.get(different[0])}, not {ours.get(different[0])}); choose another --output_dir, or remove this one, "
             "or go on from it with --resume_from_checkpoint."
         )
+
+
+def read_recorded(path: Path) -> dict:
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is damaged ({first_sentence(error)}); remove it or its folder.") from error
+    if not isinstance(recorded, dict):
+        raise UserError(f"{str(path)!r} is damaged: it holds no object; remove it or its folder.")
+    return recorded
+
+
+def comparable(name: str, value: Any) -> Any:
+    """`photos`, `photos/` and `./photos` are one folder."""
+    return os.path.abspath(value) if name in PATHS and isinstance(value, str) else value
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether a run ended in this folder; `train_results.json` is the last that it writes of its training."""
+    return (output_dir / RESULTS[0]).is_file() and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
+
+
+def record_beginning(output_dir: Path, phase: Phase) -> None:
+    """Write the arguments of a run that begins. Those of finished weights that lie there stay with them for now."""
+    going_on = any((output_dir / name).is_file() for name in (RESULTS[0], UNFINISHED_RUN_ARGUMENTS))
+    name = UNFINISHED_RUN_ARGUMENTS if going_on else RUN_ARGUMENTS
+    written = output_dir / f"{name}.writing"
+    written.write_text(json.dumps(describe(phase), indent=2) + "\n", encoding="utf-8")
+    written.replace(output_dir / name)
+
+
+def record_end(output_dir: Path) -> None:
+    """Before the weights are replaced: what is told of those that lie there goes, and the run's own arguments stay."""
+    if not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file():
+        return
+    for name in RESULTS:
+        (output_dir / name).unlink(missing_ok=True)
+    (output_dir / UNFINISHED_RUN_ARGUMENTS).replace(output_dir / RUN_ARGUMENTS)
 
 
 def raise_user_error(message: str):

@@ -7,6 +7,8 @@ import torch
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
+from .argument_checks import check_ranges
+
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of Zhong et al., AAAI 2020, as timm has them
 
@@ -41,17 +43,7 @@ class AugmentationArguments:
     )
 
     def __post_init__(self):
-        if not 0 < self.random_resized_crop_min_scale <= 1:
-            raise ValueError(
-                "random_resized_crop_min_scale is a share above 0 and at most 1, not "
-                f"{self.random_resized_crop_min_scale}."
-            )
-        for name in ("horizontal_flip_prob", "random_erasing_prob", "mixup_prob", "mixup_switch_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability from 0 to 1, not {getattr(self, name)}.")
-        for name in ("color_jitter", "mixup_alpha", "cutmix_alpha"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is 0 or positive, not {getattr(self, name)}.")
+        check_ranges(self)
         if self.rand_augment is not None:
             create_rand_augment(self.rand_augment, (224, 224), (0.5, 0.5, 0.5))
 

@@ -45,8 +45,13 @@ def batch_statistics(
     Mean and (biased) variance of each channel over the rows of all `blocks (rows, channels)` of all processes, and the
     number of these rows, a tensor where there are several processes; the running statistics of `norm` are updated.
     `unpack` makes rows of each block.
+
+    Raises:
+        ValueError: there is one row, which has no unbiased variance.
     """
     count = sum(block.shape[0] for block in blocks)
+    if count == 1 and not is_distributed():
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {blocks[0].shape}")
     if len(blocks) == 1 and not is_distributed():
         running = norm.running_mean, norm.running_var
         return *torch.batch_norm_update_stats(unpack(blocks[0]), *running, norm.momentum), count

@@ -26,11 +26,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     Raises:
         UserError: there is no batch normalisation.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        raise UserError(
-            "--batch_norm_reestimation_batches is for networks with batch normalisation, which this is not."
-        )
+    norms = find_batch_norms(model)
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.eval()
     for norm in norms:
@@ -45,6 +41,32 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     model.eval()
 
 
+def find_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """
+    Raises:
+        UserError: there are none.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise UserError(
+            "--batch_norm_reestimation_batches is for networks with batch normalisation, which this is not."
+        )
+    return norms
+
+
+def count_whole_batches(num_images: int, batch_size: int) -> int:
+    """
+    Raises:
+        UserError: there is none.
+    """
+    if num_images < batch_size:
+        raise UserError(
+            f"--batch_norm_reestimation_batches: {num_images} images make no whole batch of {batch_size}; give a smaller "
+            "--per_device_train_batch_size."
+        )
+    return num_images // batch_size
+
+
 def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iterator[torch.Tensor]:
     """
     The images of the first `count` batches that a training by `args` of any length begins with, those of this process;
@@ -54,11 +76,7 @@ def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iter
         UserError: it has none.
     """
     batch, processes, rank = args.train_batch_size, args.world_size, args.process_index
-    count = min(count, len(dataset) // (batch * processes))
-    if count == 0:
-        raise UserError(
-            f"--batch_norm_reestimation_batches: {len(dataset)} images make no whole batch of {batch * processes}."
-        )
+    count = min(count, count_whole_batches(len(dataset), batch * processes))
     sampler = create_train_sampler(dataset, 1, batch, processes, args.sampling_seed)
     showings = list(itertools.islice(sampler, count * batch * processes))
     own = [showings[start : start + batch] for start in range(rank * batch, len(showings), batch * processes)]

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from .batch_norm_binaryvit import is_distributed
-from .errors import UserError
+from .errors import UserError, first_sentence
 
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,17 @@ def last_whole_checkpoint(folder: Path, more_files: Iterable[str] = ()) -> Path 
         damage = describe_damage(path, more_files)
         if damage is None:
             return path
-        logger.warning("%s is damaged (%s), so the one before it is gone on from.", path, damage)
+        if is_model_alone(path):
+            logger.warning("%s %s, so training cannot go on from it.", path, damage)
+        else:
+            logger.warning("%s is damaged (%s), so the one before it is gone on from.", path, damage)
     return None
 
 
 def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | None:
-    """What a checkpoint lacks or cannot be read of it; `None` where it is whole."""
+    """Why training cannot go on from a checkpoint: what it lacks or cannot be read of it; `None` where it is whole."""
+    if is_model_alone(checkpoint):
+        return "holds the weights alone (--save_only_model)"
     weights = sorted(checkpoint.glob("model*.safetensors"))
     names = (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *more_files)
     needed = [checkpoint / name for name in names]
@@ -63,9 +68,15 @@ def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | N
                     broken = archive.testzip()
                 if broken is not None:
                     return f"{file.name} is broken"
-        except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            return f"{file.name}: {error}"
+        except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{file.name}: {first_sentence(error)}"
     return None
+
+
+def is_model_alone(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved without all that training alone needs."""
+    saved = [(checkpoint / name).is_file() for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)]
+    return saved == [True, False, False] and not any(checkpoint.glob("rng_state*.pth"))
 
 
 def flush(folder: Path) -> None:
@@ -146,5 +157,9 @@ class SaveOnTermination(TrainerCallback):
         return bool(requested)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
         if self.handler_before is not None:
             signal.signal(signal.SIGTERM, self.handler_before)
+            self.handler_before = None

@@ -93,13 +93,6 @@ class DataArguments(AugmentationArguments):
     def __post_init__(self):
         super().__post_init__()
         check_background(self.background)
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is a share above 0 and at most 1, not {self.crop_pct}.")
-        if self.shuffle_buffer_size < 1:
-            raise ValueError(f"shuffle_buffer_size is 1 or more, not {self.shuffle_buffer_size}.")
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
         if (self.train_files or self.validation_files) and (
             not self.dataset_name or self.dataset_name in KNOWN_DATASETS
         ):

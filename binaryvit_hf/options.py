@@ -55,21 +55,10 @@ class TrainingOptions:
     def check_options(self) -> None:
         """
         Raises:
-            ValueError: an option has no meaning.
+            UserError: an option has no meaning.
         """
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay is between 0 and 1, not {self.ema_decay}.")
-        if self.weight_regularization < 0:
-            raise ValueError(f"weight_regularization is 0 or more, not {self.weight_regularization}.")
         if self.sign_gradient not in SIGN_GRADIENTS:
-            raise ValueError(f"sign_gradient is one of {', '.join(SIGN_GRADIENTS)}, not {self.sign_gradient!r}.")
-        if self.batch_norm_reestimation_batches < 0:
-            raise ValueError(
-                f"batch_norm_reestimation_batches is 0 or more, not {self.batch_norm_reestimation_batches}."
-            )
-        threshold = self.oscillation_freezing_threshold
-        if threshold is not None and not 0 < threshold < 1:
-            raise ValueError(f"oscillation_freezing_threshold is between 0 and 1, not {threshold}.")
+            raise UserError(f"--sign_gradient must be one of {', '.join(SIGN_GRADIENTS)}, not {self.sign_gradient!r}.")
 
     def check_network(self, config: PreTrainedConfig) -> None:
         """

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -22,10 +23,11 @@ from transformers.trainer_utils import (
 )
 from transformers.utils.hub import PushInProgress
 
+from .argument_checks import check_ranges, check_reporting
 from .averaging import WeightAverage
 from .batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .checkpoints import CheckpointedCallback, SaveOnTermination, flush
-from .errors import NonFiniteLossError
+from .errors import NonFiniteLossError, UserError, first_sentence
 from .latent import distance_from_one, one_bit_layers
 from .options import TrainingOptions
 from .positive_clips import PositiveClips
@@ -86,32 +88,64 @@ class DistillationTrainingArguments(TrainingOptions, TrainingArguments):
         default=True,
         metadata={
             "help": "Save a trained network of binary weights packed, a bit a weight, with the float weights that training "
-            "goes on from in the folder 'latent'; --save_packed False saves these alone."
+            "goes on from in the folder 'latent'; --no_save_packed saves these alone."
         },
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Off: images are decoded and transformed as they are read."}
     )
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint, or, alone or with 'true', from the last one in --output_dir, with arguments "
+            "that may differ from those it was trained with.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+
     def __post_init__(self):
+        check_ranges(self)
         super().__post_init__()
+        self.output_dir = os.path.normpath(self.output_dir)
+        check_reporting(self.report_to)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter is used, so the search is for nothing
         # Without an accelerator PyTorch warns of every loader that pins its memory.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        if self.label_loss_weight is not None and not 0 <= self.label_loss_weight <= 1:
-            raise ValueError(f"label_loss_weight is a share from 0 to 1, not {self.label_loss_weight}.")
-        if self.distillation_temperature <= 0:
-            raise ValueError(f"distillation_temperature must be positive, not {self.distillation_temperature}.")
         if self.lr_schedule_per_epoch and (self.max_steps > 0 or self.lr_scheduler_type not in LAMBDA_SCHEDULES):
             raise ValueError(
                 "lr_schedule_per_epoch needs num_train_epochs, not max_steps, and an lr_scheduler_type that is a function of "
                 f"the step: {', '.join(LAMBDA_SCHEDULES)}."
             )
-        for name in ("learning_rate_batch_size", "repeated_augmentations"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is 1 or more, not {getattr(self, name)}.")
+        if self.auto_find_batch_size and self.learning_rate_batch_size is not None:
+            raise UserError(
+                "--auto_find_batch_size changes the batch, to which --learning_rate_batch_size scales the learning rate "
+                "before: leave one of them out."
+            )
         self.check_options()
+
+    def check_optimization(self) -> None:
+        """
+        Make the optimiser and the schedule, of one weight.
+
+        Raises:
+            UserError: one of them is not installed, or does not take its arguments.
+        """
+        try:
+            weight, steps = nn.Parameter(torch.zeros(1, 1, device=self.device)), 100
+            if self.optim_target_modules is not None:  # for a whole model
+                return
+            optimizer_class, kwargs = DistillationTrainer.get_optimizer_cls_and_kwargs(self)
+            optimizer = optimizer_class([weight], **kwargs)
+            warmup = self.get_warmup_steps(steps)
+            get_scheduler(self.lr_scheduler_type, optimizer, warmup, steps, self.lr_scheduler_kwargs)
+        except Exception as error:  # of any optimiser and schedule
+            raise UserError(
+                f"--optim {self.optim.value} with --lr_scheduler_type {self.lr_scheduler_type.value}, --optim_args and "
+                f"--lr_scheduler_kwargs as given: {first_sentence(error)}"
+            ) from error
 
     @property
     def effective_batch_size(self) -> int:
@@ -189,10 +223,24 @@ class DistillationTrainer(Trainer):
         self.args.check_network(self.plain_model.config)
         for callback in self.checkpointed:
             callback.checkpoint = None
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.termination.restore()
+        if (
+            self.state.global_step == self._initial_global_step
+        ):  # all steps were done, so there was no loss to take the mean of
+            output.metrics.pop("train_loss", None)
         if not self.termination.terminated:
             self.finish_weights()
         return output
+
+    def _run_epoch(self, *args, **kwargs):
+        """The Trainer looks after a step whether it was the last, so it would take one more where all are done."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         """

@@ -36,11 +36,14 @@ def refusal(capsys, *arguments) -> str:
         ([], "There is nothing to do"),
         (["--do_train"], "Give either --config_name"),
         (["--do_eval", "--config_name", "x"], "is a network without weights"),
-        (["--do_train", "--config_name", "x"], "There are no images"),
-        (["--do_train", "--config_name", "x", "--crop_pct", "0"], "crop_pct is a share above 0"),
-        (["--do_train", "--config_name", "x", "--label_loss_weight", "2"], "label_loss_weight is a share"),
+        (["--do_train", "--config_name", "binaryvit-digits"], "There are no images"),
+        (["--do_train", "--config_name", "x", "--crop_pct", "0"], "--crop_pct must be above 0 and at most 1"),
         (
-            ["--do_train", "--config_name", "x", "--dataset_name", "no/where"],
+            ["--do_train", "--config_name", "x", "--label_loss_weight", "2"],
+            "--label_loss_weight must be 0 or more and at most 1",
+        ),
+        (
+            ["--do_train", "--config_name", "binaryvit-digits", "--dataset_name", "no/where"],
             "--dataset_name 'no/where' cannot be loaded",
         ),
         (

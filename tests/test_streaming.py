@@ -188,8 +188,8 @@ def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path):
     [
         (["--skip_broken_images"], ["--skip_broken_images", "--streaming"]),
         (["--train_val_split=0.5"], ["--train_val_split", "--streaming"]),
-        (["--shuffle_buffer_size=0"], ["shuffle_buffer_size is 1 or more"]),
-        (["--max_train_samples=0"], ["max_train_samples is 1 or more"]),
+        (["--shuffle_buffer_size=0"], ["--shuffle_buffer_size must be 1 or more"]),
+        (["--max_train_samples=0"], ["--max_train_samples must be 1 or more"]),
         (["--dataset_name=sklearn-digits"], ["--streaming is for a --dataset_name"]),
         (["--validation_split_name=dev"], ["no split 'dev'", "'validation'"]),
         (["--label_column_name=json"], ["'json'", "no column of labels"]),

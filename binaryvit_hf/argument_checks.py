@@ -1,0 +1,235 @@
+"""The type and the range of every argument, checked before anything is loaded."""
+
+import math
+from dataclasses import fields
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from .errors import UserError
+
+
+LONGEST_VALUE = 60  # characters of a wrong value that a message shows
+LARGEST_COUNT = 2**31 - 1
+
+
+class Range(NamedTuple):
+    """The numbers from `low` to `high`; `low` and `high` themselves unless they are left out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    without_low: bool = False
+    without_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.without_low else value >= self.low
+        below = value < self.high if self.without_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.without_low else f"{self.low} or more"
+        high = f"below {self.high}" if self.without_high else f"at most {self.high}"
+        bounds = [low] * (self.low > -math.inf) + [high] * (self.high < math.inf)
+        return " and ".join(bounds)
+
+
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, without_low=True)
+SHARE = Range(0, 1)
+POSITIVE_SHARE = Range(0, 1, without_low=True)
+SHARE_BELOW_ONE = Range(0, 1, without_high=True)
+INSIDE_OF_SHARE = Range(0, 1, without_low=True, without_high=True)
+COUNT = Range(1, LARGEST_COUNT)
+COUNT_OR_NONE = Range(0, LARGEST_COUNT)
+SEED = Range(0, 2**32 - 1)  # numpy's
+
+# Of every argument that is a number; those that are not here are of any finite one.
+RANGES = {
+    # the network
+    "drop_path_rate": SHARE_BELOW_ONE,
+    # images
+    "crop_pct": POSITIVE_SHARE,
+    "shuffle_buffer_size": COUNT,
+    "train_val_split": POSITIVE,
+    "max_train_samples": COUNT,
+    "max_eval_samples": COUNT,
+    "random_resized_crop_min_scale": POSITIVE_SHARE,
+    "horizontal_flip_prob": SHARE,
+    "color_jitter": NOT_NEGATIVE,
+    "random_erasing_prob": SHARE,
+    "mixup_alpha": NOT_NEGATIVE,
+    "cutmix_alpha": NOT_NEGATIVE,
+    "mixup_prob": SHARE,
+    "mixup_switch_prob": SHARE,
+    # the loss and the options of training
+    "label_loss_weight": SHARE,
+    "distillation_temperature": POSITIVE,
+    "learning_rate_batch_size": COUNT,
+    "repeated_augmentations": COUNT,
+    "ema_decay": INSIDE_OF_SHARE,
+    "weight_regularization": NOT_NEGATIVE,
+    "batch_norm_reestimation_batches": COUNT_OR_NONE,
+    "oscillation_freezing_threshold": INSIDE_OF_SHARE,
+    # those of transformers, which does not check them itself or not with their names
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range(-1, LARGEST_COUNT),
+    "learning_rate": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": SHARE_BELOW_ONE,
+    "adam_beta2": SHARE_BELOW_ONE,
+    "adam_epsilon": NOT_NEGATIVE,
+    "gradient_accumulation_steps": COUNT,
+    "max_grad_norm": NOT_NEGATIVE,
+    "label_smoothing_factor": SHARE,
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "torch_empty_cache_steps": COUNT,
+    "logging_steps": NOT_NEGATIVE,
+    "eval_steps": NOT_NEGATIVE,
+    "save_steps": NOT_NEGATIVE,
+    "eval_delay": NOT_NEGATIVE,
+    "eval_accumulation_steps": COUNT,
+    "save_total_limit": Range(-1, LARGEST_COUNT),  # below 1 all checkpoints are kept
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": COUNT_OR_NONE,
+    "dataloader_prefetch_factor": COUNT,
+    "ddp_bucket_cap_mb": COUNT,
+    "ddp_timeout": COUNT,
+    "local_rank": Range(-1, LARGEST_COUNT),
+}
+FINITE = Range()
+
+# Arguments of transformers' Trainer that the script cannot follow, by the values that would ask for it.
+UNSUPPORTED = {
+    "use_liger_kernel": (True, "it is for language models"),
+    "batch_eval_metrics": (True, "metrics are of all images together"),
+    "eval_do_concat_batches": (False, "metrics are of all images together"),
+}
+BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
+
+
+def check_ranges(arguments: Any) -> None:
+    """
+    Check every number among the fields of a dataclass.
+
+    Raises:
+        UserError: a number is not finite or out of its range.
+    """
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{field.name} must be a finite number, not {value}.")
+        allowed = RANGES.get(field.name, FINITE)
+        if value not in allowed:
+            raise UserError(f"--{field.name} must be {allowed}, not {value}.")
+
+
+def check_reporting(integrations: list[str]) -> None:
+    """
+    Raises:
+        UserError: `--report_to` names what transformers does not know or what is not installed.
+    """
+    for name in integrations:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"--report_to must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, not {name}."
+            )
+        if name not in [*get_available_reporting_integrations(), "flyte"]:  # flyte alone is not looked for there
+            raise UserError(f"--report_to {name}: its package is not installed; install it, or give --report_to none.")
+
+
+def check_supported(arguments: Any) -> None:
+    """
+    Raises:
+        UserError: the training arguments ask for what the script does not do.
+    """
+    for name, (value, reason) in UNSUPPORTED.items():
+        if getattr(arguments, name, None) is value:
+            raise UserError(f"--{name} {value} is not supported: {reason}.")
+    if arguments.neftune_noise_alpha is not None:
+        raise UserError("--neftune_noise_alpha is not supported: it is for embeddings of words.")
+    if arguments.dataloader_persistent_workers and arguments.dataloader_num_workers == 0:
+        raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
+    metric = arguments.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in BEST_METRICS:
+        raise UserError(f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, not {metric!r}.")
+
+
+def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = None) -> Any:
+    """
+    A value of a file or a flag as the type of its field.
+
+    Args:
+        hint: the type of the field.
+        choices: the values that it may have, `None` where it may have any.
+        bare: what the flag without a value stands for, which `true` stands for in a file.
+
+    Raises:
+        UserError: the value is of another type or none of the choices.
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is True and bare is not None:
+        return bare
+    if value is None and NoneType in kinds:
+        return None
+    names = [member.value for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for member in kind]
+    choices = names or choices
+    if choices is not None:
+        if value in list(choices):
+            return value
+        raise UserError(f"--{name} must be one of {', '.join(map(str, choices))}, not {shorten(value)}.")
+    for kind in kinds:
+        converted = convert_to(kind, value)
+        if converted is not None:
+            return converted
+    wanted = " or ".join(dict.fromkeys(describe_type(kind) for kind in kinds if kind is not NoneType))
+    raise UserError(f"--{name} must be {wanted}, not {shorten(value)}.")
+
+
+def convert_to(kind: Any, value: Any) -> Any:
+    """The value as a type of a field, or `None`."""
+    origin, whole = get_origin(kind) or kind, isinstance(value, int) and not isinstance(value, bool)
+    if origin is bool:
+        return bool(value) if value in (0, 1) and isinstance(value, int) else None
+    if origin is int:
+        whole = whole or (isinstance(value, float) and value.is_integer())
+        return int(value) if whole else None
+    if origin is float:
+        try:
+            return float(value) if whole or isinstance(value, float) else None
+        except OverflowError:
+            return math.inf
+    if origin is Literal:
+        return value if any(value is choice for choice in get_args(kind)) else None
+    if origin is list:
+        item = (get_args(kind) or (object,))[0]
+        if not isinstance(value, list):
+            return None
+        known = [member.value for member in item] if issubclass(item, Enum) else value
+        return value if all(isinstance(element, str) and element in known for element in value) else None
+    return value if origin is not NoneType and isinstance(value, origin) else None
+
+
+def describe_type(kind: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    origin = get_origin(kind) or kind
+    return names.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def shorten(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
