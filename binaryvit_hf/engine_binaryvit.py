@@ -177,14 +177,17 @@ def describe_obstacle(model: torch.nn.Module) -> str | None:
 
 def describe_difference(model: torch.nn.Module) -> str | None:
     """In what a packed backbone is not the network of its config, with plain tensors on the CPU; none where it is."""
-    expected = expected_network(model.backbone_class, json.dumps(config_fields(model.config)))
+    try:
+        expected = expected_network(model.backbone_class, json.dumps(config_fields(model.config)))
+    except Exception as error:  # the checks of a config raise errors of several kinds
+        return f"its config was edited and describes no network ({type(error).__name__})"
     modules, expected_modules = dict(model.named_modules()), dict(expected.named_modules())
     for name in modules | expected_modules:
         module, expected_module = modules.get(name), expected_modules.get(name)
         if type(module) is not type(expected_module):
-            return f"its module {name!r} is not that of its config"
+            return f"its module {name or 'binaryvit'!r} is not that of its config"
         if "forward" in vars(module):
-            return f"its module {name!r} has a forward of its own"
+            return f"its module {name or 'binaryvit'!r} has a forward of its own"
         if module is model:
             continue  # where it was loaded from, and the like
         for attribute, value in plain_attributes(expected_module).items():

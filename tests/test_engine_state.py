@@ -317,6 +317,18 @@ def test_a_subclass_with_other_parts_runs_in_pytorch():
     assert own.engine.name == "torch"
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("num_attention_heads", [3, 4]), ("num_attention_heads", [4, 4]), ("avg_pool_kernel_sizes", [5, 7])],
+)
+def test_a_config_that_was_edited_does_not_change_what_the_modules_compute(field, value):
+    model = packed_model()
+    expected = logits_of(model)
+    setattr(model.config, field, value)
+    model.refresh_engine()
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_hooks_for_all_modules_are_called():
     model, calls = packed_model(), []
     logits_of(model)
