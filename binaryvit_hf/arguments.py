@@ -18,7 +18,7 @@ from .trainer import DistillationTrainingArguments
 
 
 RUN_ARGUMENTS = "run_arguments.json"  # of the weights in a run's output directory
-UNFINISHED_RUN_ARGUMENTS = "unfinished_run_arguments.json"  # of a run that goes on from a finished one
+UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # of a run that goes on from a finished one; not uploaded
 RESULTS = ("train_results.json", "eval_results.json", "test_results.json", "all_results.json")
 TEACHER_PREFIX = "teacher."
 DEFAULT_LICENSE = "apache-2.0"
