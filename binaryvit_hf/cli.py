@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from transformers import (
-    AutoModelForImageClassification,
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,13 +25,13 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from .classification import classify_files
-from .convert import convert_name, convert_original_state_dict, load_original_checkpoint
+from .convert import convert_name, convert_original_state_dict, count_labels, load_original_checkpoint
 from .doctor import check_engine_variable, describe_machine
 from .errors import LoadingError, RunError, UploadError, UserError, first_sentence, one_line
 from .hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
 from .images import create_image_processor, list_images
-from .loading import load_classifier, load_config, load_image_processor
-from .ops import count_operations, format_table, readable, total
+from .loading import build_classifier, check_finite, load_classifier, load_config, load_image_processor
+from .ops import CONFIG_CLASSES, count_operations, format_table, readable, total
 from .packed_files_binaryvit import fits_half
 from .pixels import check_background, describe_transparent
 from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
@@ -205,13 +204,16 @@ def convert(options: argparse.Namespace) -> None:
     with new_folder(options.out) as folder:
         _, config = find_model(options.config or TEACHER_ROW, None, shipped_configs())
         state_dict = load_original_checkpoint(options.checkpoint)
-        config.num_labels = len(state_dict.get("classifier.bias", range(config.num_labels)))
+        if config.model_type not in CONFIG_CLASSES:
+            raise UserError(f"--config {options.config!r} is a {config.model_type!r}, which that code does not train.")
+        config.num_labels = count_labels(state_dict, otherwise=config.num_labels)
         try:
             converted = convert_original_state_dict(state_dict, config)
+            model = build_classifier(config)
+            model.load_state_dict(converted)
+            check_finite(model)
         except ValueError as error:
             raise UserError(f"{str(options.checkpoint)!r} does not fit the config: {error}") from error
-        model = AutoModelForImageClassification.from_config(config)
-        model.load_state_dict(converted)
         model.save_pretrained(folder)
         create_image_processor(config, crop_pct=0.875).save_pretrained(folder)
     for name, tensor in state_dict.items():

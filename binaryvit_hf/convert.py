@@ -1,15 +1,19 @@
 """From the tensor names of the paper's public training code to ours."""
 
 import argparse
+import mmap
 import pathlib
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from .configuration_binaryvit import MAX_LABELS
 from .errors import UserError, first_sentence
+from .loading import build_classifier
 
 
 PATH_CLASSES = [pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath]
@@ -92,14 +96,18 @@ def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     The network's tensors in a file of the public code, `{"model": …, "optimizer": …, "args": …}`, or of tensors alone.
 
     Raises:
-        UserError: there is no such file, it is damaged, it holds no network, or it would run code.
+        UserError: there is no such file, it is damaged, it holds no network, or it would run code or take memory beyond its
+            size.
     """
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}.")
     try:
+        check_memory(path)
         # The arguments of a run and paths among them are data; anything else that is no tensor could run code.
         with torch.serialization.safe_globals([argparse.Namespace, *PATH_CLASSES]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"{refused[1]!r}, which could run code" if refused else "what is no tensor"
@@ -107,9 +115,46 @@ def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises whatever its zip reader and its unpickler raise
         raise UserError(f"{str(path)!r} is no checkpoint, or a damaged one: {first_sentence(error)}") from error
     state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
-    if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
-        raise UserError(f"{str(path)!r} holds no network: it has no 'model' of named tensors.")
+    if not isinstance(state_dict, dict) or not state_dict or not all(map(is_named_tensor, state_dict.items())):
+        raise UserError(f"{str(path)!r} holds no network: it has no 'model' of named, dense tensors of numbers.")
     return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}  # of DistributedDataParallel
+
+
+def check_memory(path: Path) -> None:
+    """
+    Raises:
+        UserError: opening the file would take far more memory than its size.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # PyTorch takes this type of Python's as harmless, which is as long as the file says.
+        if content.find(b"bytearray") >= 0:
+            raise UserError(f"{str(path)!r} holds a 'bytearray', which is no tensor: it is not opened.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        # PyTorch does not compress, so more than the file's size is a trap.
+        if unpacked > path.stat().st_size:
+            raise UserError(
+                f"{str(path)!r} of {path.stat().st_size} bytes would unpack to {unpacked} bytes, as no checkpoint of PyTorch "
+                "does: it is not opened."
+            )
+
+
+def is_named_tensor(item: tuple) -> bool:
+    name, tensor = item
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_complex())
+    )
+
+
+def count_labels(state_dict: dict[str, torch.Tensor], otherwise: int) -> int:
+    """The number of labels of the network that the public code's tensors are of."""
+    bias = state_dict.get("classifier.bias")
+    return len(bias) if bias is not None and bias.ndim == 1 and 1 <= len(bias) <= MAX_LABELS else otherwise
 
 
 def convert_original_state_dict(
@@ -127,12 +172,12 @@ def convert_original_state_dict(
         A new dictionary of the same tensors, but for shapes that differ by dimensions of 1.
 
     Raises:
-        ValueError: a tensor that the config's network does not have, one that it misses, or one of another shape; the
-            message names it.
+        ValueError: a tensor that the config's network does not have, one that it misses, or one of another shape or kind of
+            number; the message names it.
     """
     # Only names and shapes are wanted, so no memory is spent on weights.
     with torch.device("meta"):
-        expected = AutoModelForImageClassification.from_config(config).state_dict()
+        expected = build_classifier(config).state_dict()
     converted = {}
     for original, tensor in state_dict.items():
         name = convert_name(original, config)
@@ -143,6 +188,8 @@ def convert_original_state_dict(
                 f"Tensor {original!r} has shape {tuple(tensor.shape)}, but {name!r} of this config has "
                 f"{tuple(expected[name].shape)}."
             )
+        if expected[name].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"Tensor {original!r} is of {tensor.dtype}, but {name!r} is of {expected[name].dtype}.")
         converted[name] = tensor.reshape(expected[name].shape)
     missing = [name for name in expected if name not in converted]
     if missing:

@@ -110,6 +110,9 @@ def try_to_write(folder: Path) -> None:
 def parents_of(path: Path) -> Iterator[None]:
     """The folders above a path are there; those that were made stay only if all goes well."""
     missing = [folder for folder in path.parents if not folder.exists()]
+    above = path.parents[len(missing)]
+    if not above.is_dir():
+        raise UserError(f"{str(path)!r} cannot be written: {str(above)!r} is a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

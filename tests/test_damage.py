@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import zipfile
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
@@ -192,3 +194,60 @@ def test_a_card_is_written_of_what_is_recorded_and_valid(results, arguments, lat
     assert main(["pack", str(latent), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == ""
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+ROW = "binaryvit-small-patch4-224"
+
+
+def convert(tmp_path, *options: str) -> list:
+    return ["convert", tmp_path / "file.pth", tmp_path / "out", "--config", ROW, *options]
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_not_opened(tmp_path, capsys):
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "file.pth")
+    with zipfile.ZipFile(tmp_path / "file.pth", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("file/data/1", bytes(10**7))
+    assert_refused(capsys, convert(tmp_path), "file.pth", "unpack", "not opened")
+
+
+class Long:
+    def __reduce__(self):
+        return bytearray, (10**12,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_asks_for_memory_is_not_opened(zipped, tmp_path, capsys):
+    torch.save({"model": {"a": Long()}}, tmp_path / "file.pth", _use_new_zipfile_serialization=zipped)
+    assert_refused(capsys, convert(tmp_path), "'bytearray'", "not opened")
+
+
+TENSORS = {
+    "numbered": {0: torch.zeros(1)},
+    "sparse": {"a": torch.eye(2).to_sparse()},
+    "without content": {"a": torch.zeros(2, device="meta")},
+    "complex": {"a": torch.zeros(2, dtype=torch.complex64)},
+    "no tensor": {"a": [1.0]},
+    "a list": [torch.zeros(1)],
+}
+
+
+@pytest.mark.parametrize("tensors", TENSORS.values(), ids=TENSORS)
+def test_a_file_of_other_tensors_holds_no_network(tensors, tmp_path, capsys):
+    torch.save({"model": tensors}, tmp_path / "file.pth")
+    assert_refused(capsys, convert(tmp_path), "file.pth", "holds no network")
+
+
+@pytest.mark.parametrize(
+    "name, tensor, words",
+    [
+        ("classifier.bias", torch.zeros(1).expand(10**9), "(1000000000,)"),
+        ("classifier.bias", torch.tensor(1.0), "classifier.bias"),
+        ("classifier.bias", torch.zeros(1000, dtype=torch.int64), "torch.int64"),
+        ("classifier.weight", torch.zeros(1).expand(10**5, 10**7), "(100000, 10000000)"),
+        ("\x1b[31m" + 10**6 * "x", torch.zeros(1), r"\x1b[31m"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_kind_is_refused_by_name(name, tensor, words, tmp_path, capsys):
+    torch.save({"model": {name: tensor}}, tmp_path / "file.pth")
+    assert_refused(capsys, convert(tmp_path), "does not fit the config", words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.pth"]

@@ -1,0 +1,150 @@
+"""Commands leave a whole result or nothing, and tell of a place where nothing can be written before they work."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_config, tiny_model
+
+import binaryvit_hf
+from binaryvit_hf.cli import main
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.writing import check_writable, check_writable_file, new_folder, write_file
+
+
+resource = pytest.importorskip("resource")  # of Unix
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shelf") / "model"
+    tiny_model(tiny_config()).save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """A disk that is full: every file of this process ends at `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def assert_refused(capsys, arguments, *words: str) -> None:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+IMPOSSIBLE = {
+    "below a file": ("file/out", "is a file"),
+    "name too long": (f"{'x' * 300}", "File name too long"),
+    "of the kernel": ("/proc/out", "cannot be written"),
+    "a loop": ("loop/out", "cannot be written"),
+    "a file": ("file", "choose another name, or remove"),
+}
+
+
+@pytest.mark.parametrize("out, words", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_place_where_nothing_can_be_written_is_told_first(out, words, latent, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    assert_refused(capsys, ["pack", "no/model", out], words)
+    assert_refused(capsys, ["convert", "none.pth", out, "--teacher"], words)
+    if out != "file":
+        assert_refused(capsys, ["card", latent, "--out", f"{out}/card.md"], "cannot be written")
+        assert_refused(capsys, ["benchmark", "--plot", f"{out}/plot.png"], "cannot be written")
+    with pytest.raises(UserError, match=words):
+        check_writable(tmp_path / out)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_is_write_protected_is_told_first(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    for check in (check_writable, check_writable_file):
+        with pytest.raises(UserError, match="Permission denied"):
+            check(tmp_path / "out")
+
+
+def test_to_check_a_folder_leaves_it_as_it_was(tmp_path):
+    check_writable(tmp_path / "new" / "out")
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000, 30_000])
+def test_a_full_disk_leaves_nothing_behind(size, latent, tmp_path, capsys):
+    with files_up_to(size):
+        assert_refused(capsys, ["pack", latent, tmp_path / "new" / "out"], "cannot be written", "File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_is_written_whole_or_the_old_one_stays(latent, tmp_path, capsys):
+    (tmp_path / "card.md").write_text("old")
+    with files_up_to(100):
+        assert_refused(capsys, ["card", latent, "--out", tmp_path / "card.md"], "cannot be written", "File too large")
+    assert (tmp_path / "card.md").read_text() == "old"
+    write_file(tmp_path / "card.md", "größer")
+    assert (tmp_path / "card.md").read_text(encoding="utf-8") == "größer"
+    assert [path.name for path in tmp_path.iterdir()] == ["card.md"]
+
+
+WAIT = """
+import sys, time, types
+from pathlib import Path
+
+# The package without what it imports, which takes seconds.
+sys.modules["binaryvit_hf"] = types.ModuleType("binaryvit_hf")
+sys.modules["binaryvit_hf"].__path__ = [sys.argv[2]]
+from binaryvit_hf.writing import new_folder
+
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "weights").touch()
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+PACKAGE = os.path.dirname(binaryvit_hf.__file__)
+
+
+@contextlib.contextmanager
+def waiting(out):
+    """A process that is writing `out`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WAIT, str(out), PACKAGE], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_what_a_process_leaves_behind_goes_with_a_signal_or_when_it_is_written_again(tmp_path):
+    mine = tmp_path / ".out.unfinished-notes"  # no folder of ours
+    mine.touch()
+    with waiting(tmp_path / "out") as killed, waiting(tmp_path / "out") as alive:
+        killed.kill()
+        killed.wait()
+        assert len(list(tmp_path.iterdir())) == 3
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "weights").touch()
+        # That of the living process stays.
+        assert len(list(tmp_path.glob(".out.unfinished-*/out"))) == 1
+        alive.send_signal(signal.SIGTERM)
+        assert alive.wait() == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "out"]
