@@ -9,7 +9,6 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
 import copy
 import json
 import logging
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
     EvalPrediction,
@@ -30,7 +28,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-import binaryvit_hf  # noqa: F401, registers the model
+from binaryvit_hf import loading
 from binaryvit_hf.argument_checks import check_supported
 from binaryvit_hf.arguments import (
     ModelArguments,
@@ -47,7 +45,14 @@ from binaryvit_hf.checkpoints import describe_damage, last_whole_checkpoint
 from binaryvit_hf.data import Images, add_transforms, collate_images, load_images, relabel
 from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.doctor import check_engine_variable
-from binaryvit_hf.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, first_sentence
+from binaryvit_hf.errors import (
+    LoadingError,
+    NonFiniteLossError,
+    TerminatedError,
+    UploadError,
+    UserError,
+    first_sentence,
+)
 from binaryvit_hf.host_memory import keep_freed_memory
 from binaryvit_hf.hub import create_repository, told_how_to_resume_upload
 from binaryvit_hf.image_checks import check_images
@@ -72,6 +77,7 @@ from binaryvit_hf.stochastic_depth import add_drop_path
 from binaryvit_hf.trainer import DistillationTrainer, DistillationTrainingArguments
 from binaryvit_hf.two_stage import first_stage_weights, load_first_stage, override_config
 from binaryvit_hf.unused_arguments import warn_of_unused
+from binaryvit_hf.writing import check_writable, describe_full_disk
 
 
 TEACHER_METRICS = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
@@ -98,7 +104,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         message = "Interrupted; the same command goes on from the last checkpoint, if there is one."
         return leave(show_error(message, 128 + signal.SIGINT))
-    except Exception:
+    except Exception as error:
+        if failure := describe_full_disk(error):
+            return leave(show_error(f"The run can write no more to its output directory: {failure}.", 1))
         if (code := shown_error_code()) is None:
             raise
         return leave(code)  # another process failed, said why, and left this one waiting for it
@@ -319,10 +327,9 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
     name = arguments.config_name or arguments.model_name_or_path
     source = name if Path(name).exists() else str(shipped_configs().get(name, name))
     try:
-        config = AutoConfig.from_pretrained(source, subfolder=arguments.subfolder, **hub_arguments(arguments))
-    except Exception as error:  # the loader raises whatever its network, its files or the config's own checks raised
-        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        raise UserError(f"The config of {name!r} cannot be loaded: {first_sentence(cause)}") from error
+        config = loading.load_config(source, subfolder=arguments.subfolder, **hub_arguments(arguments))
+    except LoadingError as error:
+        raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
     if arguments.config_overrides:
         config = override_config(config, arguments.config_overrides)
     if do_train and getattr(config, "quantization_config", None):
@@ -394,37 +401,34 @@ def load_model(
     if finished_run is not None:
         source, subfolder = finished_run, LATENT if (finished_run / LATENT).is_dir() else ""
     if source is None:
-        return AutoModelForImageClassification.from_config(
-            config, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
-        )
+        return loading.build_classifier(config, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code)
     # Half precision would lose the optimiser's small steps; packed weights have their own types.
     precision = {} if getattr(config, "quantization_config", None) else {"dtype": torch.float32}
     try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
+        model, info = loading.fetch_classifier(
             source,
             config=config,
             **precision,
             subfolder=subfolder,
             ignore_mismatched_sizes=arguments.ignore_mismatched_sizes and new_head is not None,
-            output_loading_info=True,
             **hub_arguments(arguments),
         )
-    except Exception as error:
-        raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {first_sentence(error)}") from error
+    except LoadingError as error:
+        raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {error}") from error
     if new_head is None:
-        check_complete(model, loading, f"--model_name_or_path {str(source)!r}", "train it first")
+        check_complete(model, info, f"--model_name_or_path {str(source)!r}", "train it first")
     # transformers makes a new head where the number of labels is another, and only there.
-    if new_head and finished_run is None and not loading["mismatched_keys"]:
+    if new_head and finished_run is None and not info["mismatched_keys"]:
         model.load_state_dict(create_head(config, arguments.trust_remote_code), strict=False)
     return model
 
 
-def check_complete(model: PreTrainedModel, loading: dict, who: str, remedy: str) -> None:
+def check_complete(model: PreTrainedModel, info: dict, who: str, remedy: str) -> None:
     """
     Raises:
         UserError: the checkpoint lacks weights, which are random now, as those of a head that was never trained.
     """
-    missing = sorted(loading["missing_keys"] & dict(model.named_parameters()).keys())
+    missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
     if missing:
         raise UserError(f"{who} has no weights {missing[0]!r}, so its answers would be random; {remedy}.")
 
@@ -458,14 +462,12 @@ def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
     if name is None:
         return None, None
     try:
-        teacher, loading = AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **hub_arguments(arguments)
-        )
-    except Exception as error:
-        raise UserError(f"--teacher_model_name_or_path {name!r} cannot be loaded: {first_sentence(error)}") from error
+        teacher, info = loading.fetch_classifier(name, dtype=torch.float32, **hub_arguments(arguments))
+    except LoadingError as error:
+        raise UserError(f"--teacher_model_name_or_path {name!r} cannot be loaded: {error}") from error
     flag = f"--teacher_model_name_or_path {name!r}"
     compare_labels(teacher.config, list(student.id2label.values()), flag, "choose a teacher of these images' labels")
-    check_complete(teacher, loading, flag, "choose a trained teacher")
+    check_complete(teacher, info, flag, "choose a trained teacher")
     return teacher, load_image_processor(name, **hub_arguments(arguments))
 
 
@@ -517,11 +519,8 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
         UserError: it holds another model's run, or a run of other arguments.
     """
     training_arguments = phase[2]
-    existing = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {str(output_dir)!r}: {str(existing)!r} is a file.")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {str(output_dir)!r} cannot be written to; choose another one.")
+    if training_arguments.process_index == 0:
+        check_writable(output_dir)
     remedy = "choose another --output_dir, or remove this one"
     last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
     last = None if last is None else str(last)

@@ -27,6 +27,7 @@ from .columns import index_labels, is_unlabelled, name_columns, name_labels, rea
 from .data_arguments import HELD_OUT, DataArguments
 from .decoding import CroppingDecoder, decode_image, quote_path
 from .errors import UserError, first_sentence
+from .hub import find_cause
 from .image_checks import describe_fault
 from .images import describe_left_out, find_images
 from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, KNOWN_DATASETS, load_known_splits
@@ -210,7 +211,9 @@ def load_named_dataset(
         )
     except Exception as error:  # the loader raises whatever its file system, network or builder raised
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        raise UserError(f"--dataset_name {name!r} cannot be loaded: {first_sentence(cause)}") from error
+        raise UserError(
+            f"--dataset_name {name!r} cannot be loaded: {find_cause(error) or first_sentence(cause)}"
+        ) from error
 
 
 def dataset_source(arguments: DataArguments) -> dict:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from .configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .errors import LoadingError, first_sentence
@@ -53,10 +53,10 @@ def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
         LoadingError: there is no config, or none of a network.
     """
 
-    def load(source, **arguments):
-        # A copy of the fields first: of `num_labels` transformers makes as many labels.
+    def load(source, trust_remote_code, **arguments):
+        # The fields first: of `num_labels` transformers makes as many labels.
         check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
-        return AutoConfig.from_pretrained(source, **arguments)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
 
     return fetch(load, source, **arguments)
 
@@ -74,12 +74,22 @@ def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
         raise LoadingError(f"no network can be built from the config: {first_sentence(error)}") from error
 
 
-def load_classifier(source: str | Path, complete: bool = True, **arguments) -> PreTrainedModel:
+def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
     """
-    `AutoModelForImageClassification.from_pretrained`, every number of it finite.
+    `AutoModelForImageClassification.from_pretrained`, with every tensor from the checkpoint and every number finite.
 
-    Args:
-        complete: refuse a checkpoint that lacks tensors, which begin as a new network's otherwise.
+    Raises:
+        LoadingError: there is no such model, or it is damaged or incomplete.
+    """
+    model, info = fetch_classifier(source, **arguments)
+    if info["missing_keys"]:
+        raise LoadingError(f"the checkpoint lacks the tensor {min(info['missing_keys'])!r}.")
+    return model
+
+
+def fetch_classifier(source: str | Path, **arguments) -> tuple[PreTrainedModel, dict]:
+    """
+    The same of a checkpoint that may lack tensors, which are random then, and transformers' `loading_info`.
 
     Raises:
         LoadingError: there is no such model, or it is damaged.
@@ -87,10 +97,8 @@ def load_classifier(source: str | Path, complete: bool = True, **arguments) -> P
 
     def load(source, **arguments):
         model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **arguments)
-        if complete and info["missing_keys"]:
-            raise LoadingError(f"the checkpoint lacks the tensor {min(info['missing_keys'])!r}.")
         check_finite(model)
-        return model
+        return model, info
 
     return fetch(load, source, **arguments)
 
@@ -107,7 +115,11 @@ def load_image_processor(source: str | Path, config: PreTrainedConfig, **argumen
     """
 
     def load(source, trust_remote_code, **arguments):
-        if cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False, **arguments) is None:
+        names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
+        if all(
+            cached_file(source, name, _raise_exceptions_for_missing_entries=False, **arguments) is None
+            for name in names
+        ):
             return None
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
         check_image_processor(processor, config)

@@ -12,7 +12,8 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
 from .configuration_binaryvit import as_pair
-from .errors import UserError, first_sentence
+from .errors import LoadingError, UserError, first_sentence
+from .loading import fetch
 
 
 BLACK, WHITE, COLOR = (0, 0, 0), (255, 255, 255), (51, 102, 204)
@@ -126,10 +127,10 @@ def load_image_processor(name: str, **hub_arguments) -> BaseImageProcessor | Non
         UserError: it has one that cannot be loaded.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name, **hub_arguments)
-    except Exception as error:  # the loader raises whatever its network or its files raised
+        return fetch(AutoImageProcessor.from_pretrained, name, **hub_arguments)
+    except LoadingError as error:
         if any(has_file(name, file, hub_arguments) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
-            raise UserError(f"The image processor of {name!r} cannot be loaded: {first_sentence(error)}") from error
+            raise UserError(f"The image processor of {name!r} cannot be loaded: {error}") from error
         return None
 
 

@@ -6,6 +6,8 @@ import time
 
 import torch.distributed as dist
 
+from .errors import one_line
+
 
 ERROR = "binaryvit_hf/error"
 FIRST_RANK_SPEAKS_FIRST = 3.0  # seconds, as most errors meet all ranks at about the same time
@@ -60,7 +62,7 @@ def show_error(message: str, code: int) -> int:
     """Print an error, prefixed with its rank where that is not 0, unless another process has; returns `code`."""
     if claim_error(code):
         where = f"rank {rank()}: " if rank() else ""
-        print(f"\nerror: {where}{message}", file=sys.stderr)  # a progress bar may stand on the line
+        print(f"\nerror: {where}{one_line(message)}", file=sys.stderr)  # a progress bar may stand on the line
     return code
 
 

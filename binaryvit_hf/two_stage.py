@@ -11,9 +11,10 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from .errors import UserError, first_sentence
+from .errors import LoadingError, UserError, first_sentence
+from .loading import fetch_classifier, load_config
 from .shipping_binaryvit import LATENT
 
 
@@ -51,8 +52,7 @@ def override_config(config: PreTrainedConfig, overrides: str) -> PreTrainedConfi
     try:
         return type(config).from_dict(config.to_dict() | fields)
     except Exception as error:  # the checks of each config raise what they like
-        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-        raise UserError(f"--config_overrides {overrides!r}: {first_sentence(cause)}") from error
+        raise UserError(f"--config_overrides {overrides!r}: {first_sentence(error)}") from error
 
 
 def load_first_stage(source: str, **hub_arguments) -> nn.Module:
@@ -65,14 +65,12 @@ def load_first_stage(source: str, **hub_arguments) -> nn.Module:
     """
     subfolder = ""
     try:
-        if getattr(AutoConfig.from_pretrained(source, **hub_arguments), "quantization_config", None):
+        if getattr(load_config(source, **hub_arguments), "quantization_config", None):
             subfolder = LATENT
-        model, loading_info = AutoModelForImageClassification.from_pretrained(
-            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True, **hub_arguments
-        )
-    except Exception as error:  # the loader raises whatever its network or its files raised
+        model, loading_info = fetch_classifier(source, subfolder=subfolder, dtype=torch.float32, **hub_arguments)
+    except LoadingError as error:
         packed = f" is packed, and its latent weights in {LATENT!r}" if subfolder else ""
-        raise UserError(f"--init_from {source!r}{packed} cannot be loaded: {first_sentence(error)}") from error
+        raise UserError(f"--init_from {source!r}{packed} cannot be loaded: {error}") from error
     if missing := loading_info["missing_keys"]:
         raise UserError(f"--init_from {source!r} lacks the tensor {min(missing)!r} of its own network.")
     return model

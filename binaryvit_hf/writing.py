@@ -1,6 +1,7 @@
 """Where commands write: folders and files that are whole or not there, and what is wrong with a place, before any work."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ try:
 except ImportError:  # Windows, where nothing is known of other processes and their folders stay
     fcntl = None
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 UNFINISHED = ".unfinished-"
 
 
@@ -148,6 +150,13 @@ def describe_write_failure(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container|Symlink loop", message):
         return first_sentence(error).rstrip(".")
     return None
+
+
+def describe_full_disk(error: Exception) -> str | None:
+    """The same of errors that only a disk raises to which a run has written before; not of missing files, say."""
+    if isinstance(error, OSError) and error.errno not in FULL:
+        return None
+    return describe_write_failure(error)
 
 
 @contextlib.contextmanager
