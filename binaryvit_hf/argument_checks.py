@@ -1,5 +1,6 @@
 """The type and the range of every argument, checked before anything is loaded."""
 
+import json
 import math
 from dataclasses import fields
 from enum import Enum
@@ -8,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from .errors import UserError
+from .errors import UserError, first_sentence
 
 
 LONGEST_VALUE = 60  # characters of a wrong value that a message shows
@@ -185,12 +186,21 @@ def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = N
         if value in list(choices):
             return value
         raise UserError(f"--{name} must be one of {', '.join(map(str, choices))}, not {shorten(value)}.")
+    if isinstance(value, str) and value.startswith("{") and any((get_origin(kind) or kind) is dict for kind in kinds):
+        check_json(name, value)
     for kind in kinds:
         converted = convert_to(kind, value)
         if converted is not None:
             return converted
     wanted = " or ".join(dict.fromkeys(describe_type(kind) for kind in kinds if kind is not NoneType))
     raise UserError(f"--{name} must be {wanted}, not {shorten(value)}.")
+
+
+def check_json(name: str, text: str) -> None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--{name} {shorten(text)} is no JSON: {first_sentence(error)}.") from error
 
 
 def convert_to(kind: Any, value: Any) -> Any:

@@ -107,6 +107,8 @@ class DistillationTrainingArguments(TrainingOptions, TrainingArguments):
 
     def __post_init__(self):
         check_ranges(self)
+        if self.output_dir == "":
+            raise UserError("--output_dir is empty; name a folder.")
         super().__post_init__()
         self.output_dir = os.path.normpath(self.output_dir)
         check_reporting(self.report_to)
