@@ -7,6 +7,7 @@ import torch
 from PIL.Image import Image
 from transformers import ImageClassificationPipeline
 
+from .errors import UserError
 from .images import Listed
 from .pixels import describe_unreadable, is_transparent, open_picture, to_rgb
 
@@ -74,10 +75,21 @@ def shapes(tensors: dict[str, torch.Tensor]) -> list[torch.Size]:
 def fill_in(
     classifier: ImageClassificationPipeline, answers: list[Answer], inputs: list[dict[str, torch.Tensor]], top_k: int
 ) -> Iterator[Answer]:
-    """The answers, those without an error with the labels of `inputs`, in their order."""
+    """
+    The answers, those without an error with the labels of `inputs`, in their order.
+
+    Raises:
+        UserError: the network's answers are no numbers.
+    """
     if inputs:
         batch = {name: torch.cat([tensors[name] for tensors in inputs]) for name in inputs[0]}
-        logits = iter(classifier.forward(batch)["logits"])
+        logits = classifier.forward(batch)["logits"]
+        if not logits.isfinite().all():
+            name = classifier.model.name_or_path
+            raise UserError(
+                f"The model {name!r} answers with numbers that are not finite: it is damaged, or diverged."
+            )
+        logits = iter(logits)
     for answer in answers:
         if answer.error is None:
             answer.labels = classifier.postprocess({"logits": next(logits)[None]}, top_k=top_k)

@@ -9,8 +9,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from huggingface_hub import constants, is_offline_mode
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,11 +21,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .errors import LoadingError, first_sentence
-from .hub import find_cause
+from .hub import explain, find_cause
 
 
 # Of networks that are not ours, by names that transformers' image classifiers share. BinaryViTConfig has its own bounds.
@@ -81,9 +83,16 @@ def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
     Raises:
         LoadingError: there is no such model, or it is damaged or incomplete.
     """
-    model, info = fetch_classifier(source, **arguments)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers would print a line for each tensor that does not fit
+    try:
+        model, info = fetch_classifier(source, **arguments)
+    finally:
+        logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise LoadingError(f"the checkpoint lacks the tensor {min(info['missing_keys'])!r}.")
+    if info["unexpected_keys"] and model.config.model_type == "binaryvit":
+        raise LoadingError(f"the network of the config has no tensor {min(info['unexpected_keys'])!r}.")
     return model
 
 
@@ -96,6 +105,8 @@ def fetch_classifier(source: str | Path, **arguments) -> tuple[PreTrainedModel, 
     """
 
     def load(source, **arguments):
+        if not arguments.get("ignore_mismatched_sizes"):
+            check_shapes(source, **arguments)
         model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **arguments)
         check_finite(model)
         return model, info
@@ -137,18 +148,21 @@ def fetch(load: Callable, source: str | Path, **arguments):
     """
     arguments = {"trust_remote_code": False} | arguments  # None would ask on the terminal
     source = str(source)
+    cache_dir = arguments.get("cache_dir")
     try:
-        try:
-            return load(source, **arguments)
-        except Exception:
-            damaged = damaged_blobs(source, arguments.get("cache_dir"))
-            if not damaged or is_offline_mode():
-                raise
-            for blob in damaged:
-                blob.unlink()
-            return load(source, **arguments)
+        return load(source, **arguments)
     except Exception as error:
-        raise LoadingError(explain_loading(error, source, arguments.get("cache_dir"))) from error
+        damaged = damaged_blobs(source, cache_dir)
+        if not damaged or is_offline_mode():
+            raise LoadingError(explain_loading(error, source, cache_dir)) from error
+    for blob in damaged:
+        blob.unlink()
+    try:
+        return load(source, **arguments)
+    except Exception as error:
+        raise LoadingError(
+            f"{str(damaged[0])!r} was damaged and could not be downloaded again: {explain(error)}"
+        ) from error
 
 
 def explain_loading(error: Exception, source: str, cache_dir: str | None) -> str:
@@ -203,6 +217,34 @@ def check_fields(fields: dict) -> None:
         parameters = layers * width * (4 * width + 2 * inner)
         if parameters > MAX_PARAMETERS:
             raise LoadingError(f"the network has {parameters:.1e} weights; {MAX_PARAMETERS:.0e} are the most.")
+
+
+def check_shapes(source: str, config: PreTrainedConfig | None = None, **arguments) -> None:
+    """
+    Compare float weights of ours with the config, before there is memory for the network.
+
+    Raises:
+        LoadingError: a tensor of the file has another shape in the network of the config.
+    """
+    where = {name: arguments[name] for name in ("cache_dir", "token", "subfolder") if name in arguments}
+    config = config or AutoConfig.from_pretrained(source, trust_remote_code=arguments["trust_remote_code"], **where)
+    if config.model_type != "binaryvit" or getattr(config, "quantization_config", None):
+        return  # of packed weights the model itself looks at everything
+    file = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    if file is None:  # several files, or another format
+        return
+    with torch.device("meta"):
+        expected = build_classifier(config).state_dict()
+    try:
+        with safe_open(file, framework="pt") as stored:
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise LoadingError(f"{SAFE_WEIGHTS_NAME} is damaged: {first_sentence(error)}") from error
+    for name, shape in shapes.items():
+        if name in expected and shape != list(expected[name].shape):
+            raise LoadingError(
+                f"tensor {name!r} has the shape {shape}, the network of the config has {list(expected[name].shape)}."
+            )
 
 
 def check_finite(model: PreTrainedModel) -> None:

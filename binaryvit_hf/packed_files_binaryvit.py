@@ -143,8 +143,10 @@ def read_checkpoint(files: list[Path]) -> PackedCheckpoint:
             )
     try:
         config, shapes = json.loads(metadata["binaryvit_config"]), json.loads(metadata["binaryvit_shapes"])
+        if not isinstance(config, dict) or not isinstance(shapes, dict):
+            raise ValueError("binaryvit_config and binaryvit_shapes are objects")
         return PackedCheckpoint(tensors, origin, config, shapes, metadata["binaryvit_crc32"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"The metadata of {files[-1].name!r} is damaged ({error}): download it again.") from error
 
 
@@ -189,11 +191,11 @@ def check_tensors(checkpoint: PackedCheckpoint, model: torch.nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
             stored = stored_name(f"{name}.packed_weight", checkpoint.tensors, model)
-            packed_from = tuple(checkpoint.shapes.get(stored, ()))
-            if packed_from != layer.weight_shape:
+            packed_from = checkpoint.shapes.get(stored)
+            if packed_from != list(layer.weight_shape):
                 raise ValueError(
                     f"Tensor {stored!r} of {checkpoint.origin[stored]!r} was packed from the shape {packed_from}, the "
-                    f"model of this config has {layer.weight_shape}."
+                    f"model of this config has {list(layer.weight_shape)}."
                 )
 
 

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 
@@ -144,10 +145,46 @@ def test_weights_that_are_no_numbers_are_refused_by_name(name, value, latent, sh
     assert_refused(capsys, ["pack", latent, tmp_path / "out"], repr(name), "not finite")
 
 
+def test_answers_that_are_no_numbers_are_none(latent, shelf, capsys):
+    spoil(latent, lambda tensors: tensors["binaryvit.norm.batch_norm.running_var"].fill_(-1.0))
+    assert_refused(capsys, ["classify", latent, shelf / "a.png"], str(latent), "not finite")
+
+
 def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_up_with_random_numbers(latent, shelf, tmp_path, capsys):
     spoil(latent, lambda tensors: tensors.pop("binaryvit.norm.batch_norm.weight"))
     for arguments in (["classify", latent, shelf / "a.png"], ["pack", latent, tmp_path / "out"]):
         assert_refused(capsys, arguments, "lacks the tensor 'binaryvit.norm.batch_norm.weight'")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_sizes": [4096, 8192], "intermediate_sizes": [4096, 8192]}, "has the shape [8"),
+        ({"depths": [1, 1]}, "has no tensor 'binaryvit.stages.0.layers.1."),
+        ({"depths": [3, 1]}, "lacks the tensor 'binaryvit.stages.0.layers.2."),
+    ],
+)
+def test_weights_of_another_config_are_refused_in_a_sentence(changes, words, latent, shelf, tmp_path, capsys):
+    edit_json(latent / "config.json", **changes)
+    assert_refused(capsys, ["classify", latent, shelf / "a.png"], words)
+    assert_refused(capsys, ["pack", latent, tmp_path / "out"], words)
+
+
+def test_metadata_of_a_packed_file_may_say_anything(packed, shelf, capsys):
+    file = packed / "model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    for name, value in [
+        ("binaryvit_format", "x" * 10**6),
+        ("binaryvit_config", "[]"),
+        ("binaryvit_shapes", "3"),
+        ("binaryvit_shapes", "[" * 100_000),
+        ("binaryvit_shapes", json.dumps(dict.fromkeys(json.loads(metadata["binaryvit_shapes"]), 5))),
+        ("binaryvit_crc32", "\x1b[31m"),
+    ]:
+        save_file(tensors, file, metadata={**metadata, name: value})
+        assert_refused(capsys, ["classify", packed, shelf / "a.png"], "model.safetensors")
 
 
 DOCUMENTS = {

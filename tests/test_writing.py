@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from tiny import tiny_config, tiny_model
 
 import binaryvit_hf
+import run_image_classification
 from binaryvit_hf.cli import main
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.writing import check_writable, check_writable_file, new_folder, write_file
@@ -101,6 +103,20 @@ def test_a_card_is_written_whole_or_the_old_one_stays(latent, tmp_path, capsys):
     write_file(tmp_path / "card.md", "größer")
     assert (tmp_path / "card.md").read_text(encoding="utf-8") == "größer"
     assert [path.name for path in tmp_path.iterdir()] == ["card.md"]
+
+
+@pytest.mark.parametrize("size", [5000, 60_000], ids=["at the start", "at the checkpoint"])
+def test_a_run_on_a_full_disk_ends_with_a_sentence(size, latent, tmp_path, capsys):
+    arguments = ["--config_name", latent, "--train_dir", tmp_path / "images", "--output_dir", tmp_path / "run"]
+    arguments += ["--train_val_split", "0.5", "--do_train", "--max_steps", "1", "--use_cpu", "--report_to", "none"]
+    for label in ("ant", "bee", "cat"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 16), (9 * number, 99, 30)).save(tmp_path / "images" / label / f"{number}.png")
+    with files_up_to(size):
+        assert run_image_classification.main([str(argument) for argument in arguments]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error == ["error: The run can write no more to its output directory: File too large."]
 
 
 WAIT = """
