@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,17 @@ from transformers.utils import CONFIG_NAME
 from .batch_norm_binaryvit import is_distributed
 from .errors import UserError, first_sentence
 
+
+STATE_KINDS = {
+    "epoch": (int, float),
+    "global_step": int,
+    "max_steps": int,
+    "total_flos": (int, float),
+    "log_history": list,
+    "best_metric": (int, float, type(None)),
+    "best_model_checkpoint": (str, type(None)),
+    "stateful_callbacks": dict,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +72,9 @@ def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | N
     for file in sorted(checkpoint.iterdir()):
         try:
             if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
+                content = json.loads(file.read_text(encoding="utf-8"))
+                if file.name == TRAINER_STATE_NAME:
+                    check_state(content, checkpoint)
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):  # compares the length with the header
                     pass
@@ -71,6 +86,19 @@ def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | N
         except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{file.name}: {first_sentence(error)}"
     return None
+
+
+def check_state(state: Any, checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: it is not what the Trainer writes into this checkpoint.
+    """
+    for name, kinds in STATE_KINDS.items():
+        value = state.get(name, ()) if isinstance(state, dict) else ()
+        if not isinstance(value, kinds) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} is missing or of another kind")
+    if checkpoint.name != f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}":
+        raise ValueError(f"global_step is {state['global_step']}")
 
 
 def is_model_alone(checkpoint: Path) -> bool:

@@ -7,7 +7,7 @@ import torch
 from PIL.Image import Image
 from transformers import ImageClassificationPipeline
 
-from .errors import UserError
+from .errors import UserError, first_sentence
 from .images import Listed
 from .pixels import describe_unreadable, is_transparent, open_picture, to_rgb
 
@@ -81,16 +81,26 @@ def fill_in(
     Raises:
         UserError: the network's answers are no numbers.
     """
-    if inputs:
-        batch = {name: torch.cat([tensors[name] for tensors in inputs]) for name in inputs[0]}
-        logits = classifier.forward(batch)["logits"]
-        if not logits.isfinite().all():
-            name = classifier.model.name_or_path
-            raise UserError(
-                f"The model {name!r} answers with numbers that are not finite: it is damaged, or diverged."
-            )
-        logits = iter(logits)
-    for answer in answers:
-        if answer.error is None:
-            answer.labels = classifier.postprocess({"logits": next(logits)[None]}, top_k=top_k)
-        yield answer
+    readable = [answer for answer in answers if answer.error is None]
+    try:
+        for answer, labels in zip(readable, compute_labels(classifier, inputs, top_k)):
+            answer.labels = labels
+    except UserError:
+        raise
+    except Exception as error:  # a network raises whatever its layers raise
+        for answer in readable:
+            answer.error = f"{answer.image!r} cannot be classified: the network fails ({first_sentence(error)})."
+    yield from answers
+
+
+def compute_labels(
+    classifier: ImageClassificationPipeline, inputs: list[dict[str, torch.Tensor]], top_k: int
+) -> list[list[dict]]:
+    if not inputs:
+        return []
+    batch = {name: torch.cat([tensors[name] for tensors in inputs]) for name in inputs[0]}
+    logits = classifier.forward(batch)["logits"]
+    if not logits.isfinite().all():
+        name = classifier.model.name_or_path
+        raise UserError(f"The model {name!r} answers with numbers that are not finite: it is damaged, or diverged.")
+    return [classifier.postprocess({"logits": row[None]}, top_k=top_k) for row in logits]

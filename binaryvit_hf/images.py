@@ -3,6 +3,7 @@
 import functools
 import glob
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,12 +102,25 @@ def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
         elif os.path.lexists(name):
             listed = [Listed(str(Path(name)))]
         else:
-            matches = sorted(map(Path, glob.glob(name, recursive=True)))
+            matches = sorted(map(Path, find_matches(name)))
             listed = [Listed(str(match)) for match in matches if os.path.isfile(match)]
         files += listed or [Listed(name, fault)]
     if all(listed.fault for listed in files):
         raise UserError(f"{files[0].name!r} {files[0].fault}.")
     return files, notes
+
+
+def find_matches(pattern: str) -> set[str]:
+    """What `glob` finds; but `**` does not follow links to folders, which may lead round in a circle."""
+    stars = re.search(rf"(^|[/{re.escape(os.sep)}])\*\*([/{re.escape(os.sep)}]|$)", pattern)
+    if stars is None:
+        return set(glob.glob(pattern))
+    found = set()
+    for top in glob.glob(pattern[: stars.end(1)]) if stars.end(1) else [os.curdir]:
+        for parent, folders, _ in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found |= find_matches(os.path.join(glob.escape(parent), pattern[stars.end() :] or "*"))
+    return found
 
 
 def create_image_processor(config, crop_pct: float, like: ModelInput | None = None) -> ViTImageProcessor:

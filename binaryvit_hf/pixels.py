@@ -22,7 +22,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow warns of half as many, and decodes up to these
+MOST_ELONGATED = 1000  # the longer side over the shorter: resized by the shorter, longer pictures fill the memory
+MOST_PIXELS = 2**27  # their decoding and resizing takes 2 GB; Pillow refuses 4/3 as many
 UNLIMITED = threading.Lock()  # held while Pillow's limit is off
 
 # Pillow warns of large pictures, damaged EXIF and transparent palettes, each of which has its place here.
@@ -34,7 +35,8 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
     A picture with its header read and its pixels not yet.
 
     Raises:
-        PIL.Image.DecompressionBombError: it has more pixels than Pillow decodes; the message says how many.
+        PIL.Image.DecompressionBombError: it has more than `MOST_PIXELS`, or is much longer than wide; the message
+            says how many.
         Exception: it is no file, or no picture: whatever Pillow raised.
     """
     # Opening a FIFO would wait for somebody to write into it.
@@ -46,12 +48,14 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
         picture = open_unlimited(source)
     except UnidentifiedImageError as error:  # which may name a place in memory
         raise UnidentifiedImageError("it has no format that Pillow knows") from error
+    fault = None
     if picture.width * picture.height > MOST_PIXELS:
+        fault = f"more than {MOST_PIXELS}; make it smaller, or remove it"
+    elif max(picture.size) > MOST_ELONGATED * min(picture.size):
+        fault = f"one side more than {MOST_ELONGATED} times the other; cut it, or remove it"
+    if fault is not None:
         picture.close()
-        raise Image.DecompressionBombError(
-            f"it has {picture.width} x {picture.height} pixels, more than the {MOST_PIXELS} that Pillow decodes; "
-            "make it smaller, or remove it"
-        )
+        raise Image.DecompressionBombError(f"it has {picture.width} x {picture.height} pixels, {fault}")
     return picture
 
 

@@ -20,6 +20,7 @@ from .trainer import DistillationTrainingArguments
 from .writing import write_file
 
 
+MOST_DRAWN = 1e30  # matplotlib finds no ticks for larger numbers
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
 
 
@@ -48,6 +49,7 @@ def plot_learning_curves(histories: dict[str, list[dict]], path: Path) -> None:
 
 def curve(history: list[dict], key: str) -> tuple[list[float], list[float]]:
     points = [(entry["epoch"], entry[key]) for entry in map(numbers, history) if {"epoch", key} <= entry.keys()]
+    points = [point for point in points if max(map(abs, point)) < MOST_DRAWN]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 

@@ -59,3 +59,15 @@ def test_the_best_checkpoint_is_known_by_its_own_name(tmp_path):
     assert best in {str(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3)}
     saved = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == best
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("global_step", 2), ("epoch", float("nan")), ("best_model_checkpoint", 0.5), ("log_history", None)],
+)
+def test_a_checkpoint_of_another_state_is_passed_over_for_the_one_before(run, tmp_path, field, value):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    file = copy / "checkpoint-3" / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    assert last_whole_checkpoint(copy) == copy / "checkpoint-2"
+    assert field in describe_damage(copy / "checkpoint-3")

@@ -1,7 +1,9 @@
 """Folders and files as they are in the wild: which count as images, and what is said of those that do not."""
 
+import glob
 import json
 import os
+import shutil
 import socket
 import sys
 import weakref
@@ -19,7 +21,7 @@ from binaryvit_hf.data import load_images
 from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.decoding import decode_image
 from binaryvit_hf.errors import UserError
-from binaryvit_hf.images import create_image_processor, find_images, is_image_name
+from binaryvit_hf.images import create_image_processor, find_images, find_matches, is_image_name
 
 
 NOT_UTF8 = os.fsdecode(b"gr\xfcn.png")
@@ -211,6 +213,40 @@ def test_a_folder_without_images_among_others_is_an_error_and_alone_wrong_usage(
     assert (code, out, err) == (2, "", said)
 
 
+def test_patterns_find_what_glob_finds(wild, monkeypatch):
+    (wild / "more" / "[x]" / "deep").mkdir(parents=True)
+    save(wild / "more" / "[x]" / "deep" / "c.png")
+    monkeypatch.chdir(wild)
+    (wild / "loop").unlink()
+    for pattern in ("**", "**/*", "**/*.png", "more/**", "m*/**/deep/*", "**/deep/**", "*.png", ".hidden/**", "**/.*"):
+        for top in ("", f"{wild}/"):
+            expected = {Path(name) for name in glob.glob(top + pattern, recursive=True) if os.path.isfile(name)}
+            assert {Path(name) for name in find_matches(top + pattern) if os.path.isfile(name)} == expected, pattern
+
+
+def test_a_pattern_does_not_follow_links_round_in_circles(model, tmp_path, capsys):
+    save(tmp_path / "photos" / "more" / "a.png")
+    for name in ("again", "once_more"):
+        (tmp_path / "photos" / "more" / name).symlink_to(tmp_path / "photos")
+    code, out, _ = classify(capsys, model, f"{tmp_path}/photos/**", "--json")
+    assert code == 0
+    assert [answer["image"] for answer in json.loads(out)] == [str(tmp_path / "photos" / "more" / "a.png")]
+
+
+def test_a_network_that_fails_is_named_with_each_image(model, tmp_path, capsys):
+    settings = json.loads((model / "config.json").read_text())
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "config.json").write_text(json.dumps({**settings, "return_dict": False}))
+    names = [tmp_path / "a.png", tmp_path / "none.png", tmp_path / "b.png"]
+    save(names[0])
+    save(names[2])
+    code, out, err = classify(capsys, broken, *names, "--json")
+    assert code == 1
+    assert [list(answer) for answer in json.loads(out)] == [["image", "error"]] * 3
+    for name, line in zip(names[::2], err.splitlines()[::2], strict=True):
+        assert line.startswith(f"error: {str(name)!r} cannot be classified: the network fails (")
+
+
 def test_answers_are_those_of_transformers_pipeline(model, tmp_path, capsys):
     for number in range(19):
         save(tmp_path / "photos" / f"{number:02d}.png", Image.new("RGB", (40, 30), (7 * number, 99, 0)))
@@ -307,6 +343,6 @@ def test_classify_says_how_large_a_picture_is_too_large(model, tmp_path, capsys)
     assert code == 1
     assert out.startswith(str(tmp_path / "a.png"))
     assert err == (
-        f"error: '{tmp_path / 'large.png'}' is too large: it has 14000 x 14000 pixels, more than the 178956970 that Pillow "
-        "decodes; make it smaller, or remove it.\n"
+        f"error: '{tmp_path / 'large.png'}' is too large: it has 14000 x 14000 pixels, more than 134217728; make it "
+        "smaller, or remove it.\n"
     )

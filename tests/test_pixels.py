@@ -212,13 +212,26 @@ def test_a_picture_above_pillows_limit_says_its_size_and_the_limit(tmp_path, mon
     Image.new("1", (14000, 14000)).save(tmp_path / "large.png")
     limit = Image.MAX_IMAGE_PIXELS
     with pytest.raises(
-        Image.DecompressionBombError, match=r"14000 x 14000 pixels, more than the 178956970 .* smaller"
+        Image.DecompressionBombError, match=r"14000 x 14000 pixels, more than 134217728; make it smaller"
     ):
         open_picture(tmp_path / "large.png")
     assert limit == Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as another thread may have it for a moment
     with pytest.raises(Image.DecompressionBombError, match="14000 x 14000"):
         open_picture(tmp_path / "large.png")
+
+
+def test_a_picture_is_at_most_a_thousand_times_as_long_as_wide(tmp_path):
+    """Resized until its shorter side is 256, a picture of 1 x 60,000 pixels takes 12 GB."""
+    for size in ((1, 1000), (1000, 1), (2, 2000)):
+        Image.new("1", size).save(tmp_path / "long.png")
+        assert open_picture(tmp_path / "long.png").size == size
+    for size in ((1, 1001), (2001, 2)):
+        Image.new("1", size).save(tmp_path / "long.png")
+        with pytest.raises(
+            Image.DecompressionBombError, match=f"it has {size[0]} x {size[1]} pixels, one side more than 1000 times"
+        ):
+            open_picture(tmp_path / "long.png")
 
 
 def test_pillows_warnings_of_single_pictures_stay_off_the_terminal(tmp_path):

@@ -1,0 +1,116 @@
+"""Whole files for attacks: models, pictures and folders, all tiny."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from harness import Said, Wrong, run
+from PIL import Image
+from tiny import tiny_config, tiny_model
+from transformers import pipeline
+
+from binaryvit_hf.classification import classify_files
+from binaryvit_hf.cli import main
+from binaryvit_hf.data import process_image
+from binaryvit_hf.decoding import CroppingDecoder, decode_image
+from binaryvit_hf.errors import LINE_LENGTH
+from binaryvit_hf.image_checks import check_images
+from binaryvit_hf.images import Listed, create_image_processor
+from binaryvit_hf.loading import load_classifier, load_image_processor
+from binaryvit_hf.pixels import describe_unreadable
+
+
+LABELS = {0: "ant", 1: "bee", 2: "cat"}
+
+
+def fill_shelf(root: Path) -> Path:
+    """`latent` and `packed` of the same model, `photos` of its three classes, and `a.png`."""
+    model = tiny_model(tiny_config(id2label=LABELS))
+    model.save_pretrained(root / "latent")
+    create_image_processor(model.config, crop_pct=1.0).save_pretrained(root / "latent")
+    (root / "latent" / "all_results.json").write_text(json.dumps({"eval_accuracy": 0.9, "eval_samples": 9}))
+    assert main(["pack", str(root / "latent"), str(root / "packed")]) == 0
+    rng = np.random.default_rng(0)
+    for name in LABELS.values():
+        (root / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 255, (20, 40, 3)).astype("uint8")
+            Image.fromarray(pixels).save(root / "photos" / name / f"{number}.png")
+    shutil.copy(root / "photos" / "ant" / "0.png", root / "a.png")
+    return root
+
+
+def classify(model: Path, *images: object) -> Said:
+    return run(main, "classify", model, *images, "--json", "--top-k=3")
+
+
+def read_scores(said: Said) -> list[list[float]]:
+    """
+    Of each image that was classified, largest first.
+
+    Raises:
+        Wrong: they are no probabilities.
+    """
+    scores = [[label["score"] for label in answer["labels"]] for answer in json.loads(said.out) if "labels" in answer]
+    for some in scores:
+        if not (all(0 <= score <= 1 for score in some) and abs(sum(some) - 1) < 1e-3):
+            raise Wrong(f"scores {some}")
+    return scores
+
+
+def training_arguments(shelf: Path, out: Path) -> list[str]:
+    """Of a training of a moment: four steps, a checkpoint after each second."""
+    return [
+        *["--config_name", str(shelf / "latent"), "--train_dir", str(shelf / "photos"), "--output_dir", str(out)],
+        *["--do_train", "--do_eval", "--use_cpu", "--report_to=none", "--crop_pct=1.0", "--disable_tqdm=true"],
+        *["--per_device_train_batch_size=4", "--max_steps=4", "--save_steps=2", "--save_strategy=steps"],
+        *["--dataloader_num_workers=0"],
+    ]
+
+
+def assert_whole(model: Path, shelf: Path) -> None:
+    """
+    Raises:
+        Wrong: the folder holds no model that classifies.
+    """
+    said = classify(model, shelf / "a.png")
+    if said.code != 0:
+        raise Wrong(f"{model.name} is not whole: {said.err}")
+    read_scores(said)
+
+
+def create_look(model: Path) -> Callable[[Path], str]:
+    network = load_classifier(model)
+    processor = load_image_processor(model, network.config)
+    classifier = pipeline("image-classification", model=network, image_processor=processor)
+    crop = CroppingDecoder((16, 32), 0.08)
+
+    def look(file: Path) -> str:
+        """
+        Raises:
+            Wrong: training, checks and classify do not agree on whether it is a picture.
+        """
+        (answer,) = classify_files(classifier, [Listed(str(file))], None, 3)
+        row = {"image": [{"bytes": None, "path": str(file)}], "label": [0]}
+        features = Features({"image": ImageFeature(decode=False), "label": ClassLabel(names=["ant"])})
+        refusals = {"classify": answer.error}
+        for what, look_in in (
+            ("checks", lambda: check_images({"train": Dataset.from_dict(row, features=features)}, skip_broken=False)),
+            ("evaluation", lambda: process_image(processor, decode_image(row["image"][0]))),
+            ("training", lambda: crop(row["image"][0])),
+        ):
+            try:
+                look_in()
+            except Exception as error:
+                refusals[what] = describe_unreadable(str(file), error)
+        for what, refusal in refusals.items():
+            assert len(refusal or "") < LINE_LENGTH, (what, refusal)
+        if (answer.error is None) != ("evaluation" not in refusals):
+            raise Wrong(f"classify and evaluation do not agree: {refusals}")
+        return "refused" if answer.error else "answered"
+
+    return look
