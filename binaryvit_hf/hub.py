@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from .errors import UploadError, UserError, first_sentence
 
 
-# Names of checkpoints to resume from, hidden files, and pickles, which may hold a token.
-NOT_UPLOADED = ["checkpoint-*", ".*", "training_args.bin", "__pycache__"]
+# Checkpoints to resume from, hidden files, what a run has not finished, and pickles, which may hold a token.
+NOT_UPLOADED = ["checkpoint-*", ".*", "_*", "training_args.bin"]
 LOG_IN = "log in with `hf auth login`, or give a token that may"
 CAUSES = {
     GatedRepoError: "the repository is gated: ask for access on its page, then log in with `hf auth login`",

@@ -272,6 +272,7 @@ def test_push_takes_a_packed_folder_as_it_is(server, latent, tmp_path):
     (tmp_path / "packed" / "checkpoint-1").mkdir()
     (tmp_path / "packed" / "checkpoint-1" / "optimizer.pt").write_bytes(b"large")
     (tmp_path / "packed" / ".secret").write_text("hidden")
+    (tmp_path / "packed" / "_unfinished_run_arguments.json").write_text("{}")
     result = push(server, tmp_path, ALICE, tmp_path / "packed", "alice/pyramid")
     assert result.returncode == 0, result.stderr
     files = server.files("alice/pyramid")
@@ -279,5 +280,7 @@ def test_push_takes_a_packed_folder_as_it_is(server, latent, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert "modeling_binaryvit.py" in files
-    assert not [name for name in files if "latent" in name or "checkpoint" in name or "secret" in name]
+    assert not [
+        name for name in files if "latent" in name or "checkpoint" in name or "secret" in name or name[0] == "_"
+    ]
     assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "binaryvit"
