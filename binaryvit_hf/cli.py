@@ -37,7 +37,7 @@ from .pixels import check_background, describe_transparent
 from .quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from .resources import shipped_configs, shipped_models
 from .shipping_binaryvit import LATENT, ShippedModel
-from .writing import check_writable_file, new_folder
+from .writing import check_writable_file, describe_full_disk, new_folder
 
 
 BENCHMARKED_ROW = "binaryvit-small-patch4-224"
@@ -66,6 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("Interrupted.")
         return 128 + signal.SIGINT
+    except Exception as error:
+        if (failure := describe_full_disk(error)) is None:
+            raise
+        print_error(f"Nothing more can be written: {failure}.")
+        return 1
     return code
 
 
@@ -275,6 +280,7 @@ def push(options: argparse.Namespace) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} is no folder of a model: it has no config.json.")
     model = load_model(str(folder), str(folder), options.token)  # what does not load is not published
+    load_processor(str(folder), str(folder), options.token, model.config)  # likewise
     repository = create_repository(options.repository, options.token, options.private)
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging) / "model"

@@ -5,11 +5,12 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants, is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -55,6 +56,8 @@ def find_cause(error: BaseException) -> str | None:
             if status >= 500:
                 return f"the Hub has a fault of its own ({status}): try again later"
             return STATUSES.get(status, f"the Hub refuses it ({status}): {first_sentence(error)}")
+    if is_offline_mode() and any(isinstance(error, LocalEntryNotFoundError) for error in seen):
+        return CAUSES[OfflineModeIsEnabled]
     for error in seen:
         if type(error).__module__.split(".")[0] in TRANSPORT or isinstance(error, (ConnectionError, TimeoutError)):
             return f"no answer from the Hub at {constants.ENDPOINT} ({type(error).__name__}): check the connection"

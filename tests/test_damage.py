@@ -103,6 +103,10 @@ def test_a_bad_config_is_told_by_every_command_that_reads_it(command, content, w
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_model_that_is_not_in_the_cache_is_missing_offline(capsys):
+    assert_refused(capsys, ["ops", "no/model"], "'no/model'", "not in the cache", "HF_HUB_OFFLINE")
+
+
 @pytest.mark.parametrize("field, value", [("depths", [10**9, 1]), ("id2label", 5), ("quantization_config", 3)])
 def test_pack_and_classify_tell_of_a_bad_config(field, value, latent, shelf, tmp_path, capsys):
     edit_json(latent / "config.json", **{field: value})
@@ -128,6 +132,7 @@ def test_a_bad_image_processor_is_told_before_any_image_is_read(changes, words, 
     edit_json(packed / "preprocessor_config.json", **changes)
     assert_refused(capsys, ["classify", packed, shelf / "a.png"], "preprocessor_config.json", words)
     assert_refused(capsys, ["pack", packed, tmp_path / "out"], "preprocessor_config.json", words)
+    assert_refused(capsys, ["push", packed, "me/model"], "preprocessor_config.json", words)
     assert not (tmp_path / "out").exists()
 
 
