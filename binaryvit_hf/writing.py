@@ -38,14 +38,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         target = out.resolve()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise UserError(f"{str(out)!r} is there already: choose another name, or remove it.")
-        prefix = f".{target.name[:100]}{UNFINISHED}"
-        with parents_of(target), ended_by_signal():
-            remove_leftovers(target.parent, prefix)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as aside, locked(Path(aside)):
-                folder = Path(aside) / target.name
-                folder.mkdir()
-                yield folder
-                folder.replace(target)
+        with parents_of(target), room_beside(target) as room:
+            folder = room / target.name
+            folder.mkdir()
+            yield folder
+            folder.replace(target)
 
 
 def check_writable(folder: Path) -> None:
@@ -88,10 +85,10 @@ def write_file(file: Path, text: str) -> None:
         if is_stream(file):
             file.write_text(text, encoding="utf-8")
             return
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name[:100]}{UNFINISHED}") as aside:
-            whole = Path(aside) / file.name
-            whole.write_text(text, encoding="utf-8")
-            whole.replace(file.resolve())
+        target = file.resolve()
+        with room_beside(target) as room:
+            (room / target.name).write_text(text, encoding="utf-8")
+            (room / target.name).replace(target)
 
 
 def is_stream(file: Path) -> bool:
@@ -157,6 +154,16 @@ def describe_full_disk(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno not in FULL:
         return None
     return describe_write_failure(error)
+
+
+@contextlib.contextmanager
+def room_beside(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for what is unfinished, removed in the end; so is that of a process that was killed."""
+    prefix = f".{target.name[:100]}{UNFINISHED}"
+    with ended_by_signal():
+        remove_leftovers(target.parent, prefix)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as room, locked(Path(room)):
+            yield Path(room)
 
 
 @contextlib.contextmanager

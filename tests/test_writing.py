@@ -164,3 +164,11 @@ def test_what_a_process_leaves_behind_goes_with_a_signal_or_when_it_is_written_a
         alive.send_signal(signal.SIGTERM)
         assert alive.wait() == 128 + signal.SIGTERM
     assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "out"]
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_path):
+    (tmp_path / ".README.md.unfinished-abc").mkdir()
+    (tmp_path / ".README.md.unfinished-abc" / "README.md").write_text("half of")
+    write_file(tmp_path / "README.md", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "whole"

@@ -4,14 +4,13 @@
 `ATTACK_SEED=N` runs the case of that seed alone, `ATTACK_CASES=N` so many cases of each sweep.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import BAD, Attack, count, format_table, judge, run, sweep
+from harness import BAD, Attack, Ended, choose_seeds, count, format_table, judge, run, sweep
 from shelf import create_look, fill_shelf, training_arguments
 
 from run_image_classification import main as train
@@ -28,20 +27,28 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def assert_withstood(request, tmp_path_factory):
-    """Run a sweep and put it into the table. It fails on what was thrown, wrong, too slow or too big, and names the seeds."""
+def assert_all_well(request):
+    """Put a sweep into the table. It fails on what was thrown, wrong, too slow or too big, and names the seeds."""
 
-    def run(attack: Attack, cases: int, what: str, apart: bool = False) -> None:
-        seeds = range(int(os.environ.get("ATTACK_CASES", cases)))
-        if "ATTACK_SEED" in os.environ:
-            seeds = [int(os.environ["ATTACK_SEED"])]
-        ended = sweep(attack, seeds, tmp_path_factory.mktemp("sweep"), apart)
+    def check(ended: list[Ended], what: str) -> None:
         request.node.user_properties.append((COUNTED, [what, count(ended)]))
         bad = [one for one in ended if one.ending in BAD]
-        path = request.node.path.relative_to(request.config.rootpath)
-        report = [f"{one.ending}: ATTACK_SEED={one.seed} {one.detail}" for one in bad]
-        again = f"repeat one: ATTACK_SEED={bad[0].seed if bad else 0} pytest -n 0 -m '' '{path}::{request.node.name}'"
-        assert not bad, "\n".join([f"{len(bad)} of {len(ended)} cases of {what!r}", *report, again])
+        if bad:
+            lines = [f"{one.ending}: ATTACK_SEED={one.seed} {one.detail}" for one in bad]
+            test = f"{request.node.path.relative_to(request.config.rootpath)}::{request.node.name}"
+            again = f"repeat one: ATTACK_SEED={bad[0].seed} pytest -n 0 -m '' '{test}'"
+            pytest.fail("\n".join([f"{len(bad)} of {len(ended)} cases of {what!r}", *lines, again]), pytrace=False)
+
+    return check
+
+
+@pytest.fixture
+def assert_withstood(assert_all_well, tmp_path_factory):
+    """Run a sweep of so many cases. `apart`: each has a process of its own."""
+
+    def run(attack: Attack, cases: int, what: str, apart: bool = False) -> None:
+        ended = sweep(attack, choose_seeds(cases), tmp_path_factory.mktemp("sweep"), apart)
+        assert_all_well(ended, what)
 
     return run
 
@@ -73,17 +80,23 @@ def look_at(shelf) -> Callable[[Path], str]:
 
 
 @pytest.fixture(scope="session")
-def interrupted(shelf, tmp_path_factory) -> Path:
-    """The folder of a run that was killed after its second checkpoint."""
-    out = tmp_path_factory.mktemp("interrupted") / "out"
+def trained(shelf, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("trained") / "out"
 
     def attack(rng, folder):
         return judge(run(train, *training_arguments(shelf, out)))
 
     (ended,) = sweep(attack, [0], tmp_path_factory.mktemp("training"))
     assert ended.ending == "answered", ended
-    for path in out.iterdir():
-        if path.name != "run_arguments.json" and not path.name.startswith("checkpoint-"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(out / "checkpoint-4")
+    return out
+
+
+@pytest.fixture(scope="session")
+def interrupted(trained, tmp_path_factory) -> Path:
+    """The folder of a run that was killed after its first checkpoint."""
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    shutil.copytree(trained / "checkpoint-2", out / "checkpoint-2")
+    record = (trained / "run_arguments.json").read_text()
+    (out / "run_arguments.json").write_text(record.replace(str(trained), str(out)))
     return out

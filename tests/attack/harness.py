@@ -40,6 +40,13 @@ def few_or_many(few: int, many: int):
     )
 
 
+def choose_seeds(cases: int) -> list[int]:
+    """So many, but for what the environment says: `ATTACK_SEED`, the only one, or `ATTACK_CASES`, the number."""
+    if "ATTACK_SEED" in os.environ:
+        return [int(os.environ["ATTACK_SEED"])]
+    return list(range(int(os.environ.get("ATTACK_CASES", cases))))
+
+
 class Wrong(AssertionError):
     """An answer that is not right, or something left behind that must not be."""
 

@@ -1,17 +1,19 @@
 """Whole files for attacks: models, pictures and folders, all tiny."""
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from harness import Said, Wrong, run
 from PIL import Image
 from tiny import tiny_config, tiny_model
-from transformers import pipeline
+from transformers import ViTConfig, ViTForImageClassification, pipeline
 
 from binaryvit_hf.classification import classify_files
 from binaryvit_hf.cli import main
@@ -42,6 +44,29 @@ def fill_shelf(root: Path) -> Path:
             Image.fromarray(pixels).save(root / "photos" / name / f"{number}.png")
     shutil.copy(root / "photos" / "ant" / "0.png", root / "a.png")
     return root
+
+
+def write_pth(folder: Path) -> dict[str, torch.Tensor]:
+    """
+    `whole.pth` of a full-precision network of the public code, and its config in `vit`.
+
+    Returns:
+        Its tensors, under transformers' former names of a ViT's.
+    """
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    network = ViTForImageClassification(ViTConfig(image_size=[16, 32], patch_size=8, id2label=LABELS, **fields))
+    network.config.save_pretrained(folder / "vit")
+    former = {"layers.": "encoder.layer.", "attention.o_proj": "attention.output.dense"}
+    former |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    former |= {f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")}
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        for ours, theirs in former.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = tensor
+    arguments = argparse.Namespace(lr=1.0, out=Path("x"))
+    torch.save({"model": tensors, "args": arguments, "epoch": 3}, folder / "whole.pth")
+    return tensors
 
 
 def classify(model: Path, *images: object) -> Said:

@@ -172,7 +172,7 @@ def other(rng: Random) -> bytes:
 PICTURES = [ordinary, ordinary, ordinary, cut, cut, animated, weird_chunks, weird_chunks, bomb, other]
 
 
-@few_or_many(20, 350)
+@few_or_many(10, 400)
 def test_hostile_pictures(cases, assert_withstood, look_at):
     def attack(rng: Random, folder: Path) -> str:
         file = folder / f"a{rng.choice(EXTENSIONS)}"
@@ -223,7 +223,7 @@ NAMES = [
 ]
 
 
-@few_or_many(15, 250)
+@few_or_many(3, 250)
 def test_hostile_folders(cases, assert_withstood, shelf):
     good = (shelf / "a.png").read_bytes()
 
