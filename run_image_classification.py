@@ -65,7 +65,6 @@ from binaryvit_hf.model_inputs import (
     check_forward,
     describe_input,
     describe_teacher_input,
-    load_image_processor,
     ordinary_input,
 )
 from binaryvit_hf.ops import CONFIG_CLASSES, count_operations, total
@@ -468,7 +467,7 @@ def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
     flag = f"--teacher_model_name_or_path {name!r}"
     compare_labels(teacher.config, list(student.id2label.values()), flag, "choose a teacher of these images' labels")
     check_complete(teacher, info, flag, "choose a trained teacher")
-    return teacher, load_image_processor(name, **hub_arguments(arguments))
+    return teacher, load_image_processor(name, arguments)
 
 
 def load_processor(
@@ -479,10 +478,10 @@ def load_processor(
     deviation. `None`: the teacher may decide.
     """
     for source in (own_folder, arguments.model_name_or_path):
-        if source and (processor := load_image_processor(str(source), **hub_arguments(arguments))):
+        if source and (processor := load_image_processor(str(source), arguments)):
             describe_input(processor, str(source))  # refused now, not after the teacher's training
             return processor
-    if arguments.init_from and (first := load_image_processor(arguments.init_from, **hub_arguments(arguments))):
+    if arguments.init_from and (first := load_image_processor(arguments.init_from, arguments)):
         who = f"--init_from {arguments.init_from!r}"
         like = describe_input(first, who)
         if like.channels != RGB:
@@ -492,6 +491,13 @@ def load_processor(
         if source:
             logger.warning("%r has no image processor; one is made.", source)
     return None
+
+
+def load_image_processor(source: str, arguments: ModelArguments) -> BaseImageProcessor | None:
+    try:
+        return loading.load_image_processor(source, **hub_arguments(arguments))
+    except LoadingError as error:
+        raise UserError(f"The image processor of {source!r} cannot be loaded: {error}") from error
 
 
 def hub_revision(name: str, arguments: ModelArguments) -> str | None:

@@ -114,29 +114,39 @@ def fetch_classifier(source: str | Path, **arguments) -> tuple[PreTrainedModel, 
     return fetch(load, source, **arguments)
 
 
-def load_image_processor(source: str | Path, config: PreTrainedConfig, **arguments) -> BaseImageProcessor | None:
+def load_image_processor(
+    source: str | Path, config: PreTrainedConfig | None = None, **arguments
+) -> BaseImageProcessor | None:
     """
-    `AutoImageProcessor.from_pretrained`, tried with a picture; `None` if there is no image processor.
+    `AutoImageProcessor.from_pretrained`, its sizes checked; `None` if there is no image processor.
 
     Args:
-        config: of the network that the processor's images are for.
+        config: of the network that its images are for. The processor is tried with a picture then.
 
     Raises:
         LoadingError: it is damaged, or it makes no images for the network.
     """
 
     def load(source, trust_remote_code, **arguments):
-        names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
-        if all(
-            cached_file(source, name, _raise_exceptions_for_missing_entries=False, **arguments) is None
-            for name in names
-        ):
+        try:
+            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
+        except Exception:  # there is none, or it is damaged
+            if any(has_file(source, name, arguments) for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
+                raise
             return None
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
-        check_image_processor(processor, config)
+        check_sizes(processor)
+        if config is not None:
+            check_image_processor(processor, config)
         return processor
 
     return fetch(load, source, **arguments)
+
+
+def has_file(source: str, name: str, arguments: dict) -> bool:
+    try:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **arguments) is not None
+    except OSError:  # nobody knows, and a guess would be a wrong input
+        return True
 
 
 def fetch(load: Callable, source: str | Path, **arguments):
@@ -259,19 +269,25 @@ def check_finite(model: PreTrainedModel) -> None:
             )
 
 
-def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
+def check_sizes(processor: BaseImageProcessor) -> None:
     """
-    Have a picture processed that is half black, half white.
-
     Raises:
-        LoadingError: it fails, resizes to absurd sizes, or makes no image of the network's size and of numbers in
-            which black and white differ.
+        LoadingError: it resizes to absurd sizes.
     """
     for name in ("size", "crop_size", "pad_size"):
         value = processor.to_dict().get(name)
         numbers = value.values() if isinstance(value, dict) else [value]
         if not all(number is None or (isinstance(number, int) and 1 <= number <= MAX_RESIZED) for number in numbers):
             raise LoadingError(f"{name} must be from 1 to {MAX_RESIZED}, not {value}.")
+
+
+def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
+    """
+    Have a picture processed that is half black, half white.
+
+    Raises:
+        LoadingError: it fails, or makes no image of the network's size and of numbers in which black and white differ.
+    """
     picture = Image.new("RGB", (64, 64))
     picture.paste((255, 255, 255), (32, 0, 64, 64))
     try:

@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
-from transformers.utils.hub import cached_file
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from .configuration_binaryvit import as_pair
-from .errors import LoadingError, UserError, first_sentence
-from .loading import fetch
+from .errors import UserError, first_sentence
 
 
 BLACK, WHITE, COLOR = (0, 0, 0), (255, 255, 255), (51, 102, 204)
@@ -117,29 +114,6 @@ def as_stated(measured: list[float], stated) -> tuple[float, ...]:
 
 def equal(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def load_image_processor(name: str, **hub_arguments) -> BaseImageProcessor | None:
-    """
-    The image processor of a model, or `None` where it has none.
-
-    Raises:
-        UserError: it has one that cannot be loaded.
-    """
-    try:
-        return fetch(AutoImageProcessor.from_pretrained, name, **hub_arguments)
-    except LoadingError as error:
-        if any(has_file(name, file, hub_arguments) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
-            raise UserError(f"The image processor of {name!r} cannot be loaded: {error}") from error
-        return None
-
-
-def has_file(name: str, file: str, hub_arguments: dict) -> bool:
-    where = {key: value for key, value in hub_arguments.items() if key in ("cache_dir", "token")}
-    try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where) is not None
-    except OSError:  # nobody knows, and a guess would be a wrong input
-        return True
 
 
 class InputAdapter(nn.Module):

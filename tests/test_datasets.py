@@ -267,7 +267,7 @@ def test_a_stream_without_labels_is_refused_before_training_or_as_it_comes(tmp_p
         ({"train": [0, 1]}, {"test": True}, "no split 'test'"),
         ({"train": [0]}, {}, "--train_val_split is a share between 0 and 1"),
         ({"train": [0, 1]}, {"train_val_split": 0.9}, "--train_val_split is a share"),
-        ({"train": [0, 1]}, {"train_val_split": float("nan")}, "--train_val_split is a share"),
+        ({"train": [0, 1]}, {"train_val_split": float("nan")}, "--train_val_split must be a finite number"),
     ],
 )
 def test_splits_that_are_missing_or_too_small_are_refused_in_one_sentence(tmp_path, splits, arguments, message):

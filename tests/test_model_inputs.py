@@ -33,6 +33,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 import run_image_classification as script
 from binaryvit_hf.arguments import ModelArguments
+from binaryvit_hf.cli import main as binaryvit
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.images import create_image_processor
 from binaryvit_hf.model_inputs import (
@@ -42,7 +43,6 @@ from binaryvit_hf.model_inputs import (
     check_forward,
     describe_input,
     describe_teacher_input,
-    load_image_processor,
     ordinary_input,
 )
 from binaryvit_hf.trainer import distillation_loss
@@ -232,10 +232,10 @@ def test_a_new_student_shares_the_mean_of_a_teacher_of_ordinary_images(processor
 
 def test_an_image_processor_that_cannot_be_loaded_is_not_taken_for_none(tmp_path):
     ViTConfig(**VIT).save_pretrained(tmp_path)
-    assert load_image_processor(str(tmp_path)) is None
+    assert script.load_image_processor(str(tmp_path), ModelArguments()) is None
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match=r"^The image processor of '.*' cannot be loaded"):
-        load_image_processor(str(tmp_path))
+        script.load_image_processor(str(tmp_path), ModelArguments())
 
 
 class NeedsMore(ViTForImageClassification):
@@ -408,3 +408,10 @@ def test_a_model_whose_image_processor_is_of_another_size_is_refused(capsys, pho
     folders = ["--validation_dir", str(photos), "--output_dir", str(tmp_path / "out")]
     assert script.main([*arguments, *folders, "--do_eval", "--use_cpu", "--report_to=none"]) == 2
     assert f"error: {who} '{tmp_path / 'bad'}' cannot classify images of 24 x 24 pixels" in capsys.readouterr().err
+
+
+def test_classify_finds_the_image_processor_that_timm_keeps_in_the_config(tmp_path, capsys):
+    timm_model(tmp_path / "timm")
+    Image.new("RGB", (40, 30), COLORS["ant"][0]).save(tmp_path / "ant.png")
+    assert binaryvit(["classify", str(tmp_path / "timm"), str(tmp_path / "ant.png")]) == 0
+    assert "%" in capsys.readouterr().out
