@@ -44,7 +44,7 @@ class EngineChoice(NamedTuple):
 
 
 class ModelState:
-    """What PyTorch can tell of a model: its modules and tensors, where these lie, how often they changed in place."""
+    """A model's modules and tensors, the addresses of their memory and their version counters, at one moment."""
 
     def __init__(self, model: torch.nn.Module):
         self.modules = list(model.modules())[1:]  # without the model itself, which holds this
@@ -72,7 +72,7 @@ class ModelState:
         return list(map(get_version, self.counted))
 
     def is_current(self) -> bool:
-        """Whether nothing was exchanged or changed since; training mode is a change."""
+        """Whether nothing was exchanged or changed since. A module in training mode is a change."""
         members = gc.get_referents(*self.dictionaries)  # the values of thousands of dictionaries, in one call
         return (
             len(members) == len(self.members)
@@ -96,7 +96,7 @@ class ModelState:
 
 
 def one_for_each_counter(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors whose version counters are all there are: views of one buffer share its counter (`lay_in_one_buffer`)."""
+    """One tensor for each version counter. The views of a buffer share one (`packable_binaryvit.lay_in_one_buffer`)."""
     by_buffer = defaultdict(list)
     for tensor in tensors:
         by_buffer[tensor.untyped_storage().data_ptr()].append(tensor)
@@ -176,7 +176,7 @@ def describe_obstacle(model: torch.nn.Module) -> str | None:
 
 
 def describe_difference(model: torch.nn.Module) -> str | None:
-    """In what a packed backbone is not the network of its config, with plain tensors on the CPU; none where it is."""
+    """How a packed backbone differs from the network of its config with plain tensors on the CPU, or `None`."""
     try:
         expected = expected_network(model.backbone_class, json.dumps(config_fields(model.config)))
     except Exception as error:  # the checks of a config raise errors of several kinds
@@ -225,7 +225,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def plain_attributes(module: torch.nn.Module) -> dict:
-    """Settings of a module that decide what it computes in evaluation."""
+    """Settings that decide what a module computes in evaluation, such as `eps` and `num_heads`."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -235,7 +235,7 @@ def plain_attributes(module: torch.nn.Module) -> dict:
 
 @functools.lru_cache(maxsize=8)
 def expected_network(model_class: type, fields: str) -> torch.nn.Module:
-    """The packed backbone of a config, without memory. The config is one of the fields that decide what it computes."""
+    """The packed backbone of a config on the meta device. `fields`: JSON of `config_fields`."""
     with torch.device("meta"):
         model = model_class(model_class.config_class(**json.loads(fields)))
     expect_packed_layers(model)
