@@ -144,7 +144,9 @@ def describe_write_failure(error: Exception) -> str | None:
     message = str(error)
     if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", message)):
         return os.strerror(int(code[1]))
-    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container|Symlink loop", message):
+    if isinstance(error, RuntimeError) and re.search(
+        "PytorchStreamWriter|inline_container|iostream error|Symlink loop", message
+    ):
         return first_sentence(error).rstrip(".")
     return None
 

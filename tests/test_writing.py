@@ -8,13 +8,20 @@ import sys
 
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 from tiny import tiny_config, tiny_model
 
 import binaryvit_hf
 import run_image_classification
 from binaryvit_hf.cli import main
 from binaryvit_hf.errors import UserError
-from binaryvit_hf.writing import check_writable, check_writable_file, new_folder, write_file
+from binaryvit_hf.writing import (
+    check_writable,
+    check_writable_file,
+    describe_write_failure,
+    new_folder,
+    write_file,
+)
 
 
 resource = pytest.importorskip("resource")  # of Unix
@@ -172,3 +179,23 @@ def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_
     write_file(tmp_path / "README.md", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    "error, described",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device", "a"), "No space left on device ('a')"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "File too large"),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed."),
+            "PytorchStreamWriter failed",
+        ),
+        (RuntimeError("basic_ios::clear: iostream error"), "basic_ios::clear: iostream error"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (OSError("no number"), None),
+    ],
+)
+def test_failures_of_the_file_system_are_told_from_others(error, described):
+    failure = describe_write_failure(error)
+    assert failure is None if described is None else failure.startswith(described)

@@ -41,7 +41,9 @@ class Known:
         Raises:
             Wrong: other answers.
         """
-        chosen = rng.sample(range(len(IMAGES)), rng.randrange(1, len(IMAGES) + 1))
+        start = rng.randrange(len(IMAGES))
+        # A slice computes nothing, while PyTorch's own kernels hang in a process that was forked after they had two threads.
+        chosen = slice(start, rng.randrange(start, len(IMAGES)) + 1)
         with torch.no_grad():
             logits = (model or self.model)(IMAGES[chosen]).logits
         if not torch.allclose(logits, self.logits[chosen], rtol=1e-3, atol=1e-4):
@@ -107,7 +109,7 @@ def test_threads(cases, assert_withstood, known):
 
 @few_or_many(5, 200)
 def test_forks_after_a_forward(cases, assert_withstood, known):
-    # GCC's OpenMP, with which PyTorch computes the others, hangs in a process that was forked after two threads computed.
+    # PyTorch computes the others.
     known = [one for one in known if describe_obstacle(one.model.base_model) is None]
     assert len(known) == 4
 
