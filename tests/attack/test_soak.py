@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from harness import Wrong, few_or_many, resident
+from harness import HANGS, Wrong, few_or_many, resident
 from shelf import LABELS
 from tiny import class_token_config, tiny_config, tiny_model
 from transformers import AutoModelForImageClassification
@@ -53,7 +53,7 @@ class Known:
 @pytest.fixture(scope="module")
 def known(tmp_path_factory) -> list[Known]:
     models = []
-    configs = [{}, {"use_layer_scale": False}, {"avg_pool_kernel_sizes": []}, {"weight_bits": 2}, {"input_bits": 2}]
+    configs = [{}, {"use_layer_scale": False}, {"weight_bits": 2}]
     for number, config in enumerate(
         [*(tiny_config(id2label=LABELS, **changes) for changes in configs), class_token_config()]
     ):
@@ -111,7 +111,7 @@ def test_threads(cases, assert_withstood, known):
 def test_forks_after_a_forward(cases, assert_withstood, known):
     # PyTorch computes the others.
     known = [one for one in known if describe_obstacle(one.model.base_model) is None]
-    assert len(known) == 4
+    assert len(known) == 3
 
     def attack(rng: Random, folder: Path) -> str:
         torch.set_num_threads(rng.choice([1, 2]))
@@ -127,7 +127,7 @@ def test_forks_after_a_forward(cases, assert_withstood, known):
             finally:
                 os._exit(code)
         one.check(rng)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANGS
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > deadline:
                 os.kill(child, 9)
