@@ -401,14 +401,16 @@ def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[
     Where the model that a user names is loaded from, and its config: a folder, what is shipped by that name, or the Hub.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its config is damaged.
     """
     source = name if os.path.exists(name) else str(shipped.get(name, name))
     try:
         return source, load_config(source, token=token)
     except LoadingError as error:
+        if os.path.isfile(os.path.join(source, "config.json")):
+            raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
         raise UserError(
-            f"There is no model {name!r} ({error}); it is a folder with a config.json, an id of the Hub, or one of "
+            f"There is no model {name!r} ({str(error).rstrip('.')}); it is a folder with a config.json, an id of the Hub, or one of "
             f"{', '.join(sorted(shipped))}."
         ) from error
 

@@ -227,15 +227,14 @@ def check_labels(id2label, num_labels) -> None:
     """
     Args:
         id2label: a label for each of 0, 1, 2, …, the keys whole numbers or, as in JSON, strings of them; or `None`.
-        num_labels: their number, which counts where there is no `id2label`; or `None`.
+        num_labels: their number; or `None`. Where it is another than that of `id2label`, transformers makes new labels.
 
     Raises:
         ValueError: they are no labels, or more than `MAX_LABELS`.
     """
+    if num_labels is not None and not (isinstance(num_labels, int) and 1 <= num_labels <= MAX_LABELS):
+        raise ValueError(f"num_labels is a whole number from 1 to {MAX_LABELS}, not {num_labels!r}.")
     if id2label is None:
-        count = 2 if num_labels is None else num_labels
-        if not isinstance(count, int) or not 1 <= count <= MAX_LABELS:
-            raise ValueError(f"num_labels is a whole number from 1 to {MAX_LABELS}, not {count!r}.")
         return
     if not isinstance(id2label, dict):
         raise ValueError(f"id2label maps numbers to labels; it is no {type(id2label).__name__}.")

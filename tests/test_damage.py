@@ -83,6 +83,10 @@ CONFIGS = {
     "code of its own": ('{"model_type": "zzz", "auto_map": {"AutoConfig": "code.Config"}}', "custom code"),
     "layers beyond memory": ('{"model_type": "vit", "num_hidden_layers": 1000000000}', "num_hidden_layers"),
     "labels beyond memory": ('{"model_type": "vit", "num_labels": 1000000000}', "num_labels"),
+    "more labels than names": (
+        '{"model_type": "vit", "num_labels": 1000000000, "id2label": {"0": "ant"}}',
+        "num_labels",
+    ),
     "weights beyond memory": (
         '{"model_type": "vit", "num_hidden_layers": 1000, "hidden_size": 65536, "intermediate_size": 65536}',
         "weights",
