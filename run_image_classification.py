@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -69,7 +70,7 @@ from binaryvit_hf.model_inputs import (
 )
 from binaryvit_hf.ops import CONFIG_CLASSES, count_operations, total
 from binaryvit_hf.ranks import leave, rank, show_error, shown_error_code
-from binaryvit_hf.report import plot_learning_curves, read_log_history, write_model_card
+from binaryvit_hf.report import plot_learning_curves, read_json, read_log_history, write_model_card
 from binaryvit_hf.resources import shipped_configs
 from binaryvit_hf.shipping_binaryvit import LATENT
 from binaryvit_hf.stochastic_depth import add_drop_path
@@ -179,7 +180,9 @@ def prepare(phase: Phase) -> Inputs:
         check_batches(network, len(images["train"]), training_arguments)
     else:
         who = f"--model_name_or_path {model_arguments.model_name_or_path!r}"
-        images = relabel(images, match_labels(config, labels, who), config.num_labels)
+        indices = match_labels(config, labels, who)
+        warn_of_absent_labels(config, indices)
+        images = relabel(images, indices, config.num_labels)
     checkpoint, finished = check_output_dir(Path(training_arguments.output_dir), config, phase)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
@@ -248,6 +251,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
             if data_arguments.streaming:
                 logger.info("Streaming: %s", images["train"])
             record_beginning(output_dir, phase)
+        metrics_before = read_json(output_dir / "train_results.json")
         result = trainer.train(resume_from_checkpoint=inputs.checkpoint)
         if trainer.termination.terminated:
             saved = (
@@ -262,7 +266,12 @@ def run(phase: Phase, inputs: Inputs) -> None:
             record_end(output_dir)
         trainer.save_model(_internal_call=True)  # called otherwise it uploads, before there is a card
         trainer.save_state()
-        trainer.save_metrics("train", {**result.metrics, "train_samples": len(images["train"])})
+        metrics = {**result.metrics, "train_samples": len(images["train"])}
+        if "train_loss" not in metrics:  # all steps were done before
+            metrics = metrics_before or metrics
+        trainer.save_metrics("train", metrics)
+    elif inputs.finished:
+        trainer.state.epoch = read_json(output_dir / TRAINER_STATE_NAME).get("epoch")  # to be told with the results
     if training_arguments.do_eval:
         metrics = trainer.evaluate()
         metrics["eval_samples"] = len(images["validation"])
@@ -372,6 +381,21 @@ def adopt_labels(config: PreTrainedConfig, labels: list[str], arguments: ModelAr
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     return new_head
+
+
+def warn_of_absent_labels(config: PreTrainedConfig, indices: list[int]) -> None:
+    """
+    Args:
+        indices: of the model's labels that images have.
+    """
+    absent = [label for index, label in config.id2label.items() if index not in indices]
+    if absent:
+        logger.warning(
+            "%d of the model's %d classes are not among the images', %r first.",
+            len(absent),
+            config.num_labels,
+            absent[0],
+        )
 
 
 def build_meta_network(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
@@ -605,7 +629,8 @@ def write_report(phase: Phase, model_id: str) -> None:
 
 def print_next_steps(training_arguments: DistillationTrainingArguments) -> None:
     folder = Path(training_arguments.output_dir)
-    print(f"load it:     import binaryvit_hf; AutoModelForImageClassification.from_pretrained('{folder}')")
+    print("load it:     import binaryvit_hf; from transformers import AutoModelForImageClassification")
+    print(f"             AutoModelForImageClassification.from_pretrained('{folder}')")
     print(f"classify:    binaryvit classify {folder} IMAGE")
     print(f"publish:     binaryvit push {folder} REPOSITORY")
     print(f"its card:    {folder / 'README.md'}")

@@ -196,7 +196,10 @@ def parse_phases(arguments: list[str]) -> list[Phase]:
     own = STUDENT_ONLY | teacher_values.keys()
     shared_flags = [(name, rest) for name, rest in flags if name.removeprefix("no_") not in own and name not in own]
     teacher_dir = f"{training_arguments.output_dir}-teacher"
-    teacher = parse({**shared, "output_dir": teacher_dir, **teacher_values}, shared_flags + teacher_flags)
+    try:
+        teacher = parse({**shared, "output_dir": teacher_dir, **teacher_values}, shared_flags + teacher_flags)
+    except UserError as error:
+        raise UserError(f"teacher: {error}") from error
     model_arguments.teacher_model_name_or_path = teacher[2].output_dir
     return [teacher, student]
 

@@ -175,6 +175,11 @@ class SaveOnTermination(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested_of_any(args.device):
             self.terminated = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # who sends a SIGTERM waits for seconds, not for an evaluation
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.terminated:
+            control.should_evaluate = control.should_save = False  # it is saved
 
     def requested_of_any(self, device: torch.device) -> bool:
         """The processes get the signal at different steps, but must end at the same."""

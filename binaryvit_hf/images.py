@@ -68,7 +68,8 @@ def image_extensions() -> set[str]:
 
 def describe_left_out(paths: list[Path], folder: str | Path) -> str:
     return (
-        f"Left out {len(paths)} file(s) in {str(folder)!r} that are no images by their names: {str(paths[0])!r} first."
+        f"Left out {len(paths)} file(s) in {str(folder)!r} that are hidden or have no image's extension: "
+        f"{str(paths[0])!r} first."
     )
 
 
@@ -91,7 +92,7 @@ def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
     """
     files, notes = [], []
     for name in names:
-        fault = "stands for no image"
+        fault = "matches no file" if glob.has_magic(name) else "does not exist"
         if os.path.isdir(name):
             fault = "has no files with an image's extension, such as .jpg"
             found = find_images(Path(name))

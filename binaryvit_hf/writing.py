@@ -140,7 +140,8 @@ def told_what_cannot_be_written(path: Path) -> Iterator[None]:
 def describe_write_failure(error: Exception) -> str | None:
     """What the file system says, "No space left on device"; `None` of an error that is not of it."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f" ({str(error.filename)!r})" if error.filename else "")
+        ours = error.filename is None or UNFINISHED in str(error.filename)  # a name that says nothing to the user
+        return error.strerror + ("" if ours else f" ({str(error.filename)!r})")
     message = str(error)
     if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", message)):
         return os.strerror(int(code[1]))

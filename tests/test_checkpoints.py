@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 from test_training import EVERY_STEP, tiny_trainer
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from binaryvit_hf.checkpoints import describe_damage, last_whole_checkpoint
+from binaryvit_hf.checkpoints import SaveOnTermination, describe_damage, last_whole_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,16 @@ def test_a_checkpoint_of_another_state_is_passed_over_for_the_one_before(run, tm
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     assert last_whole_checkpoint(copy) == copy / "checkpoint-2"
     assert field in describe_damage(copy / "checkpoint-3")
+
+
+def test_a_run_that_is_told_to_end_saves_and_does_not_evaluate_first():
+    callback, control = SaveOnTermination(), TrainerControl(should_evaluate=True)
+    args, state = TrainingArguments(use_cpu=True), TrainerState()
+    callback.on_step_end(args, state, control)
+    assert (control.should_evaluate, control.should_save, control.should_training_stop) == (True, False, False)
+    callback.request(15, None)
+    callback.on_step_end(args, state, control)
+    assert (control.should_evaluate, control.should_save, control.should_training_stop) == (False, True, True)
+    control.should_save, control.should_evaluate = False, True  # the epoch ends with the training
+    callback.on_epoch_end(args, state, control)
+    assert (control.should_evaluate, control.should_save) == (False, False)

@@ -113,7 +113,7 @@ def test_training_and_classify_see_the_same_files(wild, model, tmp_path, capsys,
     code, out, err = classify(capsys, model, folder, "--json")
     assert code == 0
     assert [Path(answer["image"]) for answer in json.loads(out)] == expected
-    assert err.startswith(f"Left out 17 file(s) in {folder!r} that are no images by their names: ")
+    assert err.startswith(f"Left out 17 file(s) in {folder!r} that are hidden or have no image's extension: ")
 
 
 def test_a_name_that_is_not_utf8_is_written_as_it_is(model, tmp_path, monkeypatch):

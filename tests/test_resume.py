@@ -182,3 +182,11 @@ def test_statistics_of_one_row_are_refused_as_by_pytorch():
     rows = torch.randn(1, norm.num_features)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         batch_statistics([rows], norm)
+
+
+def test_a_run_that_is_gone_on_from_its_end_keeps_what_its_training_took(command, tmp_path):
+    command = [*command, "--max_steps=2", "--save_strategy=steps", "--save_steps=1", "--report_to=none"]
+    assert script.main(command) == 0
+    took = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    assert script.main([*command, "--resume_from_checkpoint"]) == 0
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text()) == took

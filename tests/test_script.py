@@ -115,6 +115,7 @@ def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(ph
     again = run_script("--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN)
     assert again.returncode == 0, again.stderr
     assert "is trained already" in again.stderr
+    assert json.loads((output / "all_results.json").read_text())["epoch"] == results["epoch"] > 0
     assert (output / "model.safetensors").read_bytes() == weights
     evaluated = run_script(
         "--model_name_or_path",
