@@ -173,7 +173,7 @@ def lay_in_one_buffer(model: nn.Module) -> None:
     for dtype, places in by_dtype.items():
         step = ALIGNMENT // dtype.itemsize
         sizes = [-(-tensor.numel() // step) * step for *_, tensor in places]
-        buffer = torch.empty(sum(sizes), dtype=dtype)
+        buffer = torch.empty(sum(sizes), dtype=dtype, device="cpu")
         for (members, name, tensor), part in zip(places, buffer.split(sizes)):
             view = part[: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
             is_parameter = isinstance(tensor, nn.Parameter)
