@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batch_norm_reestimation import count_whole_batches, find_batch_norms
+from .configuration_binaryvit import as_pair
 from .errors import UserError
 
 
@@ -54,7 +55,7 @@ def trains_on_one_image(network: nn.Module) -> bool:
     size = getattr(network.config, "image_size", None)
     if size is None:
         return True
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = as_pair(size)
     try:
         with MetaBatchNorm():
             network.train()(pixel_values=torch.empty(1, 3, height, width, device="meta"))

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging, output_capturing
 
 from .packed_files_binaryvit import config_fields
-from .packing_binaryvit import PackedLinear, expect_packed_layers
+from .packing_binaryvit import expect_packed_layers
 
 
 try:  # code that came with a checkpoint uses the package where it is installed
@@ -166,7 +166,7 @@ def describe_obstacle(model: torch.nn.Module) -> str | None:
     config = model.config
     if (config.weight_bits, config.input_bits) != (1, 1):
         return f"the engine multiplies single bits, not {config.weight_bits} by {config.input_bits}"
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+    if not model.is_packed:
         return "its weights are not packed"
     if model.training:
         return "it is in training mode"

@@ -229,9 +229,8 @@ class DistillationTrainer(Trainer):
             output = super().train(*args, **kwargs)
         finally:
             self.termination.restore()
-        if (
-            self.state.global_step == self._initial_global_step
-        ):  # all steps were done, so there was no loss to take the mean of
+        # Where all steps were done before, there was no loss to take the mean of.
+        if self.state.global_step == self._initial_global_step:
             output.metrics.pop("train_loss", None)
         if not self.termination.terminated:
             self.finish_weights()

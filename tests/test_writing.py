@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from full_disk import files_up_to
 from PIL import Image
 from safetensors import SafetensorError
 from tiny import tiny_config, tiny_model
@@ -24,25 +25,11 @@ from binaryvit_hf.writing import (
 )
 
 
-resource = pytest.importorskip("resource")  # of Unix
-
-
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shelf") / "model"
     tiny_model(tiny_config()).save_pretrained(folder)
     return folder
-
-
-@contextlib.contextmanager
-def files_up_to(size: int):
-    """A disk that is full: every file of this process ends at `size` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def assert_refused(capsys, arguments, *words: str) -> None:

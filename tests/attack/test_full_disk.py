@@ -7,25 +7,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from full_disk import files_up_to
 from harness import Said, Wrong, few_or_many, judge, run
 from shelf import assert_whole, training_arguments, write_pth
 
 from binaryvit_hf.cli import main
 from run_image_classification import main as train
-
-
-resource = pytest.importorskip("resource")  # of Unix
-
-
-@contextlib.contextmanager
-def no_file_larger(size: int) -> Iterator[None]:
-    """Whoever writes beyond is told EFBIG; Python ignores the signal."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @contextlib.contextmanager
@@ -55,7 +42,7 @@ def mounts(tmp_path_factory) -> bool:
 def fill(rng: Random, folder: Path, mounts: bool, largest: int, command: Callable[[], Said]) -> Said:
     """What a command says that has so little room."""
     size = int(2 ** rng.uniform(0, largest.bit_length()))
-    with disk_of(folder, max(4096, 2 * size)) if mounts and rng.random() < 0.5 else no_file_larger(size):
+    with disk_of(folder, max(4096, 2 * size)) if mounts and rng.random() < 0.5 else files_up_to(size):
         return command()
 
 

@@ -51,21 +51,26 @@ def check_names(folder: Path, *names: str) -> None:
         raise Wrong(f"the folder holds {found}")
 
 
+def kill_until_whole(rng: Random, command, folder: Path, shelf: Path, seconds: float, times: int = 1) -> str:
+    """Kill a command that writes `folder/out`, then let it finish: `out` is whole wherever it is there."""
+    for _ in range(times):
+        kill(rng, command, seconds)
+        if (folder / "out").exists():
+            assert_whole(folder / "out", shelf)
+            return "answered"
+    succeed(command)
+    assert_whole(folder / "out", shelf)
+    check_names(folder, "out")
+    return "answered"
+
+
 @few_or_many(2, 200)
 def test_kills_of_pack(cases, assert_withstood, shelf):
     def attack(rng: Random, folder: Path) -> str:
         def command() -> Said:
             return run(main, "pack", shelf / "latent", folder / "out")
 
-        for _ in range(rng.choice([1, 3])):
-            kill(rng, command, 0.2)
-            if (folder / "out").exists():
-                assert_whole(folder / "out", shelf)
-                return "answered"
-        succeed(command)
-        assert_whole(folder / "out", shelf)
-        check_names(folder, "out")
-        return "answered"
+        return kill_until_whole(rng, command, folder, shelf, 0.2, times=rng.choice([1, 3]))
 
     assert_withstood(attack, cases, "kills of pack")
 
@@ -78,14 +83,7 @@ def test_kills_of_convert(cases, assert_withstood, shelf, tmp_path):
         def command() -> Said:
             return run(main, "convert", tmp_path / "whole.pth", folder / "out", "--config", tmp_path / "vit")
 
-        kill(rng, command, 0.15)
-        if (folder / "out").exists():
-            assert_whole(folder / "out", shelf)
-            return "answered"
-        succeed(command)
-        assert_whole(folder / "out", shelf)
-        check_names(folder, "out")
-        return "answered"
+        return kill_until_whole(rng, command, folder, shelf, 0.15)
 
     assert_withstood(attack, cases, "kills of convert")
 

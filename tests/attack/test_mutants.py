@@ -14,7 +14,7 @@ from random import Random
 import pytest
 import torch
 import yaml
-from harness import Wrong, few_or_many, judge, run
+from harness import Said, Wrong, few_or_many, judge, run
 from mutations import mutate_bytes, mutate_json, mutate_safetensors
 from PIL import Image
 from shelf import LABELS, assert_whole, classify, read_scores, training_arguments, write_pth
@@ -45,6 +45,14 @@ def mutant_of(source: Path, folder: Path, name: str, mutate: Callable[[bytes], b
     return model
 
 
+def judge_scores(said: Said) -> str:
+    """The ending of a `classify`; one that answers has finite scores."""
+    ending = judge(said)
+    if ending == "answered":
+        read_scores(said)
+    return ending
+
+
 @few_or_many(15, 1000)
 def test_mutants_of_packed_weights(cases, assert_withstood, shelf, expected):
     donor = (shelf / "latent" / "model.safetensors").read_bytes()
@@ -72,11 +80,7 @@ def test_mutants_of_latent_weights(cases, assert_withstood, shelf):
         )
         if rng.random() < 0.3:
             return judge(run(main, "pack", model, folder / "out"))
-        said = classify(model, shelf / "a.png")
-        ending = judge(said)
-        if ending == "answered":
-            read_scores(said)
-        return ending
+        return judge_scores(classify(model, shelf / "a.png"))
 
     assert_withstood(attack, cases, "latent weights")
 
@@ -111,11 +115,7 @@ def test_mutants_of_preprocessor_config_json(cases, assert_withstood, shelf):
         )
         if rng.random() < 0.2:
             return judge(run(main, "pack", model, folder / "out"))
-        said = classify(model, shelf / "a.png")
-        ending = judge(said)
-        if ending == "answered":
-            read_scores(said)
-        return ending
+        return judge_scores(classify(model, shelf / "a.png"))
 
     assert_withstood(attack, cases, "preprocessor_config.json")
 
