@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -25,6 +26,7 @@ from .streaming import ImageStream
 
 
 MOST_EMBEDDED = 100_000  # headers looked at of the images inside of a dataset, whose bytes must be read from the disk
+MOST_STREAMED = 100  # evaluation images of a stream decoded, which are downloaded for it
 MOST_PIXELS_LOOKED_AT = 1000  # opaque training images decoded to see whether they show anything
 TOGETHER = 16  # images that a thread reads at once
 
@@ -48,7 +50,7 @@ def check_images(
     - Every header is read, of the images inside of a dataset an evenly spread 100,000. With `skip_broken` every image
       is decoded, and those that fail are left out.
     - Decoded are also those that may be transparent, and of the other training images an evenly spread 1,000.
-    - Images of a stream are left to their turn.
+    - Of a stream the first 100 evaluation images are decoded; the others are left to their turn.
 
     Args:
         background: the colour that the run puts behind transparent images.
@@ -61,7 +63,10 @@ def check_images(
     """
     kept, broken = {}, []
     for split, dataset in images.items():
-        if not isinstance(dataset, ImageStream):
+        if isinstance(dataset, ImageStream):
+            if split != "train" and background is None:
+                warn_of_transparent_stream(dataset, split)
+        else:
             dataset, names, may_be = leave_out_broken(dataset, split, skip_broken)
             warn_of_pixels(dataset, split, may_be, background)
             broken += names
@@ -125,6 +130,21 @@ def warn_of_pixels(dataset: Dataset, split: str, may_be: dict[int, bool], backgr
             len(seen),
             first_of(plain),
         )
+
+
+def warn_of_transparent_stream(stream: ImageStream, split: str) -> None:
+    rows = [row["image"] for _, _, row in islice(stream.read(0), MOST_STREAMED)]
+    see_through = []
+    for index, encoded in enumerate(rows):
+        try:
+            with open_encoded(encoded) as image:
+                if is_transparent(image):
+                    see_through.append(image_name(encoded, index))
+        except Exception as error:  # a damaged file makes Pillow raise anything
+            raise UserError(describe_fault(encoded, index, error, skip=False)) from error
+    if see_through:
+        of_what = f"first {len(rows)} {split} images"
+        logger.warning("%s", describe_transparent(len(see_through), of_what, see_through[0]))
 
 
 def spread(indices: Sequence[int], most: int) -> Sequence[int]:

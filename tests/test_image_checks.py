@@ -17,6 +17,7 @@ from binaryvit_hf.data import load_images
 from binaryvit_hf.data_arguments import DataArguments
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.image_checks import check_images, spread
+from binaryvit_hf.streaming import ImageStream
 from run_image_classification import main
 
 
@@ -103,6 +104,21 @@ def test_pictures_inside_of_a_dataset_are_looked_at_too(caplog):
     kept, broken = check_images(embedded(PHOTO, b"no image", SHAPE, names=True), skip_broken=True)
     assert (len(kept["train"]), broken) == (2, ["1.png"])
     assert "1 of the 2 train images are transparent in places, '2.png' first." in caplog.text
+
+
+def test_of_a_stream_the_first_evaluation_pictures_are_looked_at(caplog, monkeypatch):
+    monkeypatch.setattr(image_checks, "MOST_STREAMED", 3)
+    pictures = embedded(PHOTO, SHAPE, PHOTO, SHAPE, b"no image")["train"].to_iterable_dataset()
+    streams = {"train": ImageStream(pictures, None), "validation": ImageStream(pictures, None)}
+    check_images(streams, skip_broken=False)
+    (message,) = caplog.messages
+    assert message.startswith("1 of the first 3 validation images are transparent in places, 'image 1' first.")
+    caplog.clear()
+    check_images(streams, skip_broken=False, background="white")
+    assert caplog.text == ""
+    monkeypatch.setattr(image_checks, "MOST_STREAMED", 5)
+    with pytest.raises(UserError, match=r"^'image 4' cannot be decoded \(it has no format .*\): remove it\.$"):
+        check_images(streams, skip_broken=False)
 
 
 def test_of_many_pictures_an_evenly_spread_number_is_decoded(photos, monkeypatch, caplog):
