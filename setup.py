@@ -1,13 +1,24 @@
-"""The compiled part of the package, binaryvit_hf/engine; everything else is in setup.cfg."""
+"""What setup.cfg cannot say: the compiled engine, and two folders outside of the package that are installed inside of it."""
 
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 
 ENGINE = Path("binaryvit_hf", "engine")
 
+
+class BuildWithConfigs(build_py):
+    """Installs `configs` and `model_cards` as well, which `packages = find:` does not see."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.packages = [*self.packages, "binaryvit_hf.configs", "binaryvit_hf.model_cards"]
+
+
 setup(
+    cmdclass={"build_py": BuildWithConfigs},
     ext_modules=[
         Extension(
             "binaryvit_hf.engine.kernels",
@@ -19,5 +30,5 @@ setup(
             extra_link_args=["-pthread"],
             optional=True,  # without a C++ compiler models run in PyTorch
         )
-    ]
+    ],
 )

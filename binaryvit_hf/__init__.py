@@ -2,9 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from .configuration_binaryvit import BinaryViTConfig
-from .modeling_binaryvit import BinaryViTForImageClassification, BinaryViTModel, BinaryViTPreTrainedModel
-from .quantization_binaryvit import BinaryViTQuantizationConfig
+from .network.configuration_binaryvit import BinaryViTConfig
+from .network.modeling_binaryvit import BinaryViTForImageClassification, BinaryViTModel, BinaryViTPreTrainedModel
+from .network.quantization_binaryvit import BinaryViTQuantizationConfig
 
 
 AutoConfig.register("binaryvit", BinaryViTConfig)

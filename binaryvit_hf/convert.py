@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from .configuration_binaryvit import MAX_LABELS
 from .errors import UserError, first_sentence
 from .loading import build_classifier
+from .network.configuration_binaryvit import MAX_LABELS
 
 
 PATH_CLASSES = [pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath]

@@ -6,8 +6,8 @@ import platform
 import torch
 
 from . import engine
-from .engine_binaryvit import TORCH, wanted_kernels
 from .errors import UserError
+from .network.engine_binaryvit import TORCH, wanted_kernels
 
 
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets", "timm")

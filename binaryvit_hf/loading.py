@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
-from .configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .errors import LoadingError, first_sentence
 from .hub import explain, find_cause
+from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 
 
 # Of networks that are not ours, by names that transformers' image classifiers share. BinaryViTConfig has its own bounds.

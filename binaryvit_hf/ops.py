@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from .configuration_binaryvit import BinaryViTConfig, as_pair
 from .errors import LoadingError, UserError, first_sentence
 from .loading import build_classifier
-from .modeling_binaryvit import BinaryViTAttention
-from .packing_binaryvit import expect_packed_layers
+from .network.configuration_binaryvit import BinaryViTConfig, as_pair
+from .network.modeling_binaryvit import BinaryViTAttention
+from .network.quantization_binaryvit import expect_packed_layers
 
 
 CONFIG_CLASSES = {"binaryvit": BinaryViTConfig, "vit": ViTConfig}
@@ -48,7 +48,7 @@ class LayerCost:
         bops: bit operations: multiply-accumulates, times the bits of both operands.
         flops: multiply-accumulates with an operand in full precision.
         parameters: learned numbers, whatever their width.
-        packed_bytes: tensors of a packed checkpoint whose floats are float32 (`packing_binaryvit` has the format).
+        packed_bytes: tensors of a packed checkpoint whose floats are float32 (`quantization_binaryvit` has the format).
         float_bytes: tensors of the latent checkpoint in float32.
     """
 

@@ -10,8 +10,8 @@ from hub_server import HubServer, client_environment
 from PIL import Image
 from tiny import tiny_config, tiny_model
 
+from binaryvit_hf.data.image_files import create_image_processor
 from binaryvit_hf.errors import LINE_LENGTH
-from binaryvit_hf.images import create_image_processor
 
 
 ALICE, BOB = "token-of-alice", "token-of-bob"
@@ -35,7 +35,7 @@ os.environ["HF_ENDPOINT"] = server.url
 time.sleep = lambda seconds: None
 
 from binaryvit_hf.cli import main
-import run_image_classification
+from binaryvit_hf.training import run as training_run
 
 
 def say(name, *arguments, run=main):
@@ -67,7 +67,7 @@ with server.down():
     say("upload down", "push", folder, "alice/model", "--token", "token-of-alice")
 server.fail_next(20, on="head", how=403)
 say("teacher", "--teacher_model_name_or_path", "bob/model", "--config_name", folder, "--dataset_name", "sklearn-digits",
-    "--output_dir", folder.parent / "run", "--do_train", "--use_cpu", run=run_image_classification.main)
+    "--output_dir", folder.parent / "run", "--do_train", "--use_cpu", run=training_run.main)
 server.faults.clear()
 
 server.fail_next(1, on="commit", how=501)
@@ -104,7 +104,7 @@ def said(tmp_path_factory) -> dict[str, dict]:
     with HubServer(users={}) as server:  # for the names of the environment alone
         environment = client_environment(server, root / "home")
     tests = Path(__file__).parent
-    command = [sys.executable, "-c", SCRIPT, str(tests), str(root / "model")]
+    command = [sys.executable, "-c", SCRIPT, str(tests / "support"), str(root / "model")]
     result = subprocess.run(
         command, env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=300, check=False
     )

@@ -13,8 +13,8 @@ from transformers import set_seed
 from transformers.image_utils import load_image
 
 from binaryvit_hf import pixels
-from binaryvit_hf.data_arguments import DataArguments
-from binaryvit_hf.decoding import CroppingDecoder, decode_image
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
 from binaryvit_hf.pixels import check_background, find_orientation, is_transparent, open_picture, to_rgb
 
 
@@ -85,7 +85,9 @@ def test_crops_are_those_of_the_upright_picture(orientation, size, crop):
 def test_a_jpeg_that_is_turned_is_decoded_smaller_too(monkeypatch):
     file = encode(Image.fromarray(COLOURS), "JPEG", exif=exif(6))
     sizes = []
-    monkeypatch.setattr("binaryvit_hf.decoding.to_rgb", lambda image, _: sizes.append(image.size) or to_rgb(image))
+    monkeypatch.setattr(
+        "binaryvit_hf.data.decoding.to_rgb", lambda image, _: sizes.append(image.size) or to_rgb(image)
+    )
     CroppingDecoder((40, 24), 1.0).decode(Image.open(file), 0, 0, 320, 192)
     assert sizes == [(40, 24)]
 

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from tiny import tiny_config, tiny_model
 
 import binaryvit_hf
-import run_image_classification
 from binaryvit_hf.cli import main
 from binaryvit_hf.errors import UserError
+from binaryvit_hf.training import run as training_run
 from binaryvit_hf.writing import (
     check_writable,
     check_writable_file,
@@ -108,7 +108,7 @@ def test_a_run_on_a_full_disk_ends_with_a_sentence(size, latent, tmp_path, capsy
         for number in range(4):
             Image.new("RGB", (32, 16), (9 * number, 99, 30)).save(tmp_path / "images" / label / f"{number}.png")
     with files_up_to(size):
-        assert run_image_classification.main([str(argument) for argument in arguments]) == 1
+        assert training_run.main([str(argument) for argument in arguments]) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: The run can write no more to its output directory: File too large")
 

@@ -13,7 +13,7 @@ import pytest
 from harness import BAD, Attack, Ended, choose_seeds, count, format_table, judge, run, sweep
 from shelf import create_look, fill_shelf, training_arguments
 
-from run_image_classification import main as train
+from binaryvit_hf.training.run import main as train
 
 
 COUNTED = "attack"  # the property of a test's report that holds its line of the table

@@ -14,7 +14,8 @@ from pathlib import Path
 from random import Random
 
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:3]]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(folder) for folder in (HERE, HERE.parent / "support", HERE.parents[1])]
 
 from hub_server import ROUTES, HubServer  # noqa: E402
 

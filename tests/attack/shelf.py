@@ -15,13 +15,13 @@ from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, pipeline
 
-from binaryvit_hf.classification import classify_files
 from binaryvit_hf.cli import main
-from binaryvit_hf.data import process_image
-from binaryvit_hf.decoding import CroppingDecoder, decode_image
+from binaryvit_hf.cli.classification import classify_files
+from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
+from binaryvit_hf.data.image_checks import check_images
+from binaryvit_hf.data.image_files import Listed, create_image_processor
+from binaryvit_hf.data.loading import process_image
 from binaryvit_hf.errors import LINE_LENGTH
-from binaryvit_hf.image_checks import check_images
-from binaryvit_hf.images import Listed, create_image_processor
 from binaryvit_hf.loading import load_classifier, load_image_processor
 from binaryvit_hf.pixels import describe_unreadable
 

@@ -12,7 +12,7 @@ from harness import Said, Wrong, few_or_many, judge, run
 from shelf import assert_whole, training_arguments, write_pth
 
 from binaryvit_hf.cli import main
-from run_image_classification import main as train
+from binaryvit_hf.training.run import main as train
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from PIL import Image
 from shelf import read_scores
 
 from binaryvit_hf.cli import main
-from binaryvit_hf.data import load_images
-from binaryvit_hf.data_arguments import DataArguments
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.errors import UserError
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from shelf import assert_whole, classify, read_scores, training_arguments, write_pth
 
 from binaryvit_hf.cli import main
-from run_image_classification import main as train
+from binaryvit_hf.training.run import main as train
 
 
 def kill(rng: Random, command: Callable[[], Said], longest: float) -> None:

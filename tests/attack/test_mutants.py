@@ -20,12 +20,12 @@ from PIL import Image
 from shelf import LABELS, assert_whole, classify, read_scores, training_arguments, write_pth
 
 from binaryvit_hf.cli import main
-from binaryvit_hf.data import load_images
-from binaryvit_hf.data_arguments import DataArguments
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.image_checks import check_images
+from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.errors import LINE_LENGTH, UserError
-from binaryvit_hf.image_checks import check_images
-from binaryvit_hf.report import plot_learning_curves, read_log_history
-from run_image_classification import main as train
+from binaryvit_hf.training.report import plot_learning_curves, read_log_history
+from binaryvit_hf.training.run import main as train
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tiny import class_token_config, tiny_config, tiny_model
 from transformers import AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTQuantizationConfig
-from binaryvit_hf.engine_binaryvit import describe_obstacle
+from binaryvit_hf.network.engine_binaryvit import describe_obstacle
 
 
 THREADS = 8

@@ -1,0 +1,112 @@
+"""What training does to its images: to each as it is read, and to whole batches on the device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import v2
+
+from ..argument_checks import check_ranges
+
+
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of Zhong et al., AAAI 2020, as timm has them
+
+
+@dataclass
+class AugmentationArguments:
+    """How training images are cut, distorted and mixed. The defaults are those of the paper's students."""
+
+    random_resized_crop_min_scale: float = field(
+        default=0.08, metadata={"help": "Training crops at least this share of the image's area; 1 does not crop."}
+    )
+    horizontal_flip_prob: float = field(default=0.5, metadata={"help": "Probability to mirror a training image."})
+    rand_augment: str | None = field(
+        default=None,
+        metadata={"help": "RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1. Default: none."},
+    )
+    color_jitter: float = field(
+        default=0.0,
+        metadata={
+            "help": "Change brightness, contrast and saturation by up to this share. Without effect beside --rand_augment, "
+            "which changes colours by itself (so in DeiT's recipe)."
+        },
+    )
+    random_erasing_prob: float = field(
+        default=0.0, metadata={"help": "Probability to fill a rectangle of a training image with noise."}
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup: Beta(alpha, alpha) of the shares; 0 is off."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix: Beta(alpha, alpha) of the areas; 0 is off."})
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability to mix a batch, where mixing is on."})
+    mixup_switch_prob: float = field(
+        default=0.5, metadata={"help": "Probability of CutMix instead of mixup, where both are on."}
+    )
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.rand_augment is not None:
+            create_rand_augment(self.rand_augment, (224, 224), (0.5, 0.5, 0.5))
+
+
+def create_rand_augment(policy: str, size: tuple[int, int], mean: tuple[float, ...]) -> Callable:
+    """
+    RandAugment (Cubuk et al., NeurIPS 2020 workshops) of PIL images.
+
+    Raises:
+        ValueError: no policy in timm's notation.
+    """
+    # What moves out of the picture leaves the mean colour; shifts are at most 45 % of the shorter side, as in timm.
+    fill = tuple(min(255, round(255 * channel)) for channel in mean)
+    try:
+        return rand_augment_transform(policy, {"translate_const": int(min(size) * 0.45), "img_mean": fill})
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"rand_augment: {policy!r} is no policy such as 'rand-m9-mstd0.5-inc1'.") from error
+
+
+def create_train_transform(
+    arguments: AugmentationArguments, size: tuple[int, int], mean: list[float], std: list[float]
+) -> v2.Compose:
+    """A crop `uint8 (3, height, width)` to a normalised float tensor of the same shape, another one each time."""
+    distort = []
+    if arguments.rand_augment is not None:
+        distort.append(create_rand_augment(arguments.rand_augment, size, tuple(mean)))
+    elif arguments.color_jitter > 0:
+        distort.append(v2.ColorJitter(*3 * [arguments.color_jitter]))
+    if distort:
+        distort = [v2.ToPILImage(), *distort, v2.PILToTensor()]
+    erase = []
+    if arguments.random_erasing_prob > 0:
+        erase.append(v2.RandomErasing(arguments.random_erasing_prob, ERASED_AREA, ERASED_ASPECT, value="random"))
+    return v2.Compose(
+        [v2.RandomHorizontalFlip(arguments.horizontal_flip_prob), *distort, Normalize(mean, std), *erase]
+    )
+
+
+class Normalize:
+    """`uint8` pixels `(3, height, width)` over 255, less `mean`, over `std`: two passes where torchvision takes four."""
+
+    def __init__(self, mean: list[float], std: list[float]):
+        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.mul_(self.scale).add_(self.shift)
+
+
+def create_mix(arguments: AugmentationArguments, num_labels: int) -> Callable | None:
+    """
+    Mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019) of a batch, or `None` where both are off.
+
+    Takes `pixel_values (batch, channels, height, width)` and class indices `(batch,)`; gives the mixed images and the
+    shares of their labels `(batch, num_labels)`, or, where a batch is left as it is, both as they were.
+    """
+    kinds = []
+    if arguments.cutmix_alpha > 0:
+        kinds.append((v2.CutMix(alpha=arguments.cutmix_alpha, num_classes=num_labels), arguments.mixup_switch_prob))
+    if arguments.mixup_alpha > 0:
+        kinds.append((v2.MixUp(alpha=arguments.mixup_alpha, num_classes=num_labels), 1 - arguments.mixup_switch_prob))
+    if not kinds:
+        return None
+    mix = kinds[0][0] if len(kinds) == 1 else v2.RandomChoice(*map(list, zip(*kinds)))
+    return v2.RandomApply([mix], p=arguments.mixup_prob)

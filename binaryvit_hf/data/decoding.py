@@ -1,0 +1,109 @@
+"""Encoded images to pixels: whole for evaluation, a random crop for training, no finer than it will be seen."""
+
+import io
+import os
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from ..pixels import find_orientation, open_picture, to_rgb
+
+
+QUOTED = "\0"  # begins the path of a file whose name is not UTF-8; no other path has it
+
+
+def open_encoded(encoded: dict | None) -> Image.Image:
+    """The image of a dataset's `{"bytes", "path"}`, its header read and its pixels not yet."""
+    encoded = encoded or {}
+    if encoded.get("bytes") is not None:
+        return open_picture(io.BytesIO(encoded["bytes"]))
+    if encoded.get("path") is None:
+        raise ValueError("there is none")
+    if "://" in encoded["path"]:  # of a stream, on the Hub
+        with fsspec.open(encoded["path"]) as file:
+            return open_picture(io.BytesIO(file.read()))
+    return open_picture(unquote_path(encoded["path"]))
+
+
+def quote_path(path: str) -> str:
+    """A path that a dataset can hold: its strings are UTF-8, and names of files may be any bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return QUOTED + quote_from_bytes(os.fsencode(path))
+    return path
+
+
+def unquote_path(path: str) -> str:
+    return os.fsdecode(unquote_to_bytes(path[len(QUOTED) :])) if path.startswith(QUOTED) else path
+
+
+def decode_image(encoded: dict | None, background: str | None = None) -> Image.Image:
+    """The whole image in RGB, as `pixels.to_rgb` reads it."""
+    return to_rgb(open_encoded(encoded), background)
+
+
+class CroppingDecoder(nn.Module):
+    """
+    A random crop of an encoded image as `uint8 (3, height, width)`: boxes as `v2.RandomResizedCrop` draws them, bicubic.
+
+    The box is drawn by the size of the upright image. A JPEG of which the box is large is decoded at half, a quarter or an
+    eighth of its size, as long as the box keeps the pixels of the crop. Where it is not, torch resizes, several times as
+    fast as Pillow and to the same values but for one step of 255 here and there.
+
+    Args:
+        size: height and width of the crop.
+        min_scale: smallest share of the image's area.
+        background: the colour behind transparent pixels.
+    """
+
+    def __init__(self, size: tuple[int, int], min_scale: float, background: str | None = None):
+        super().__init__()
+        self.size, self.background = size, background
+        self.crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))
+
+    def forward(self, encoded: dict | None) -> torch.Tensor:
+        image = open_encoded(encoded)
+        upright = image
+        if not is_jpeg(image):
+            image = upright = to_rgb(image, self.background)
+        elif find_orientation(image) > 4:
+            upright = torch.empty(image.width, image.height, device="meta")
+        box = self.crop.make_params([upright])
+        return self.decode(image, box["top"], box["left"], box["height"], box["width"])
+
+    def decode(self, image: Image.Image, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        """The box is one of the upright image."""
+        scale = draft(image, min(width // self.size[1], height // self.size[0]))
+        image = to_rgb(image, self.background)
+        if scale == 1:
+            cropped = to_tensor(image.crop((left, top, left + width, top + height)))
+            return nn.functional.interpolate(cropped[None], self.size, mode="bicubic", antialias=True)[0]
+        # The box falls between the pixels, which Pillow's resize takes.
+        box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+        return to_tensor(image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box))
+
+
+def is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO")
+
+
+def draft(image: Image.Image, most: int) -> float:
+    """Have a JPEG decoded smaller, by 8, 4 or 2, which its decoder can, but not by more than `most`; returns by what."""
+    width = image.width
+    if most <= 1 or not is_jpeg(image):
+        return 1
+    if (width % 8 or image.height % 8) and find_orientation(image) > 1:
+        return 1  # turned, the part of a pixel that is left over would come first and shift the box
+    drafted = image.draft(None, (width // most, image.height // most))
+    return 1 if drafted is None else width / drafted[1][2]
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """`uint8 (3, height, width)` of an RGB image, channels last in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

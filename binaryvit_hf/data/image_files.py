@@ -1,0 +1,150 @@
+"""Image files, and how an image becomes the input of a network."""
+
+import functools
+import glob
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from transformers import ViTImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..errors import UserError
+from ..network.configuration_binaryvit import as_pair
+from .model_inputs import ModelInput
+
+
+# Pillow opens these formats and decodes no pixels of them, or only with another program.
+UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+class FolderFiles(NamedTuple):
+    """What a folder and those below it hold: image files, sorted; what else there is; what cannot be read."""
+
+    images: list[Path]
+    left_out: list[Path]
+    unreadable: list[OSError]
+
+
+def find_images(folder: Path) -> FolderFiles:
+    """
+    The images of a folder and of those below it: regular files with an image's extension.
+
+    Left out are
+
+    - hidden files, and hidden folders with all in them,
+    - other files, FIFOs, sockets, devices, and links to nothing,
+    - links to folders, which may lead round in a circle. `folder` itself may be one.
+    """
+    found = FolderFiles([], [], [])
+    for parent, folders, files in os.walk(folder, onerror=found.unreadable.append):
+        for name in sorted(folders):
+            path = Path(parent, name)
+            if name.startswith(".") or os.path.islink(path):
+                found.left_out.append(path)
+                folders.remove(name)
+        for name in files:
+            path = Path(parent, name)
+            try:
+                (found.images if is_image_name(name) and path.is_file() else found.left_out).append(path)
+            except OSError as error:
+                found.unreadable.append(error)
+    found.images.sort()
+    return found
+
+
+def is_image_name(name: str) -> bool:
+    return Path(name).suffix.lower() in image_extensions() and not name.startswith(".")
+
+
+@functools.cache
+def image_extensions() -> set[str]:
+    formats = Image.registered_extensions()  # first, as it loads the plugins that open files
+    decoded = {*Image.OPEN, "MPO"} - UNDECODED_FORMATS  # an MPO is opened as the JPEG that it begins with
+    return {extension for extension, format in formats.items() if format in decoded}
+
+
+def describe_left_out(paths: list[Path], folder: str | Path) -> str:
+    return (
+        f"Left out {len(paths)} file(s) in {str(folder)!r} that are hidden or have no image's extension: "
+        f"{str(paths[0])!r} first."
+    )
+
+
+class Listed(NamedTuple):
+    """A file to look at, or why there is none of that name."""
+
+    name: str
+    fault: str | None = None
+
+
+def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
+    """
+    The files that names stand for: each a file, a folder (every image in it and below) or a pattern with `*`, `?`, `[]`.
+
+    Returns:
+        The files in the order of their names, and sentences about what was left out of folders.
+
+    Raises:
+        UserError: not one name stands for a file.
+    """
+    files, notes = [], []
+    for name in names:
+        fault = "matches no file" if glob.has_magic(name) else "does not exist"
+        if os.path.isdir(name):
+            fault = "has no files with an image's extension, such as .jpg"
+            found = find_images(Path(name))
+            listed = [Listed(str(path)) for path in found.images]
+            listed += [Listed(str(error.filename), f"cannot be read ({error.strerror})") for error in found.unreadable]
+            if found.left_out:
+                notes.append(describe_left_out(found.left_out, name))
+        elif os.path.lexists(name):
+            listed = [Listed(str(Path(name)))]
+        else:
+            matches = sorted(map(Path, find_matches(name)))
+            listed = [Listed(str(match)) for match in matches if os.path.isfile(match)]
+        files += listed or [Listed(name, fault)]
+    if all(listed.fault for listed in files):
+        raise UserError(f"{files[0].name!r} {files[0].fault}.")
+    return files, notes
+
+
+def find_matches(pattern: str) -> set[str]:
+    """What `glob` finds; but `**` does not follow links to folders, which may lead round in a circle."""
+    stars = re.search(rf"(^|[/{re.escape(os.sep)}])\*\*([/{re.escape(os.sep)}]|$)", pattern)
+    if stars is None:
+        return set(glob.glob(pattern))
+    found = set()
+    for top in glob.glob(pattern[: stars.end(1)]) if stars.end(1) else [os.curdir]:
+        for parent, folders, _ in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found |= find_matches(os.path.join(glob.escape(parent), pattern[stars.end() :] or "*"))
+    return found
+
+
+def create_image_processor(config, crop_pct: float, like: ModelInput | None = None) -> ViTImageProcessor:
+    """
+    Resize the shorter side to the image size over `crop_pct` (bicubic), crop the centre, normalise. Mean and deviation
+    are those of `like`, of RGB images; default: ImageNet's.
+
+    Raises:
+        UserError: the config has no image size.
+    """
+    if getattr(config, "image_size", None) is None:
+        raise UserError(
+            f"The config of a {config.model_type!r} has no image_size, and there is no image processor to tell it; write "
+            "one beside the model (preprocessor_config.json)."
+        )
+    height, width = as_pair(config.image_size)
+    resized = [round(side / crop_pct) for side in (height, width)]
+    return ViTImageProcessor(
+        size={"shortest_edge": resized[0]} if height == width else {"height": resized[0], "width": resized[1]},
+        do_center_crop=True,
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling.BICUBIC,
+        do_convert_rgb=True,
+        image_mean=list(like.mean if like else IMAGENET_DEFAULT_MEAN),
+        image_std=list(like.std if like else IMAGENET_DEFAULT_STD),
+    )

@@ -1,0 +1,259 @@
+"""The parts of a binary block. Activations are tokens, `(batch, height * width, channels)`, unless said otherwise."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from .functional_binaryvit import (
+    AddAvgPools,
+    BinaryMLPProducts,
+    NormShortcutRPReLU,
+    SignLinear,
+    SyncedBatchNorm,
+    approx_sign_slope,
+    batch_statistics,
+    is_distributed,
+    quantize_input,
+    quantize_weight,
+)
+
+
+class BinaryLinear(nn.Linear):
+    """
+    Linear layer of quantised weight and input, without bias: `(..., in_features) -> (..., out_features)`.
+
+    Its input is shifted per channel before the sign is taken (ReActNet, eq. 1).
+    """
+
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; a training may set another
+
+    def __init__(self, config, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.shift = nn.Parameter(torch.zeros(in_features))
+        self.weight_bits, self.input_bits = config.weight_bits, config.input_bits
+        self.clip_value = config.quantization_clip_value
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        bits = self.weight_bits, self.input_bits
+        return quantized_linear(
+            hidden_states, self.shift, self.quantized_weight(), *bits, self.clip_value, self.sign_slope
+        )
+
+    def quantized_weight(self) -> torch.Tensor:
+        return quantize_weight(self.weight, self.weight_bits, self.clip_value, center=True)
+
+
+class BinaryPatchConv(nn.Conv2d):
+    """
+    2 x 2 convolution of stride 2 with quantised weight and input, as the linear layer over four neighbours that it is.
+
+    Takes the neighbours of `gather_patches`, `(batch, tokens, in_channels * 4)`, and gives
+    `(batch, tokens, out_channels)`.
+    """
+
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; a training may set another
+
+    def __init__(self, config, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
+        self.shift = nn.Parameter(torch.zeros(in_channels))
+        self.weight_bits, self.input_bits = config.weight_bits, config.input_bits
+        self.clip_value = config.quantization_clip_value
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        weight = quantize_weight(self.weight, self.weight_bits, self.clip_value, center=False).flatten(1)
+        shift, bits = self.shift.repeat_interleave(4), (self.weight_bits, self.input_bits)
+        return quantized_linear(patches, shift, weight, *bits, self.clip_value, self.sign_slope)
+
+
+def quantized_linear(x, shift, weight, weight_bits, input_bits, clip_value, sign_slope=approx_sign_slope):
+    """`quantize(x + shift) @ weight.T` of a weight that is quantised already, `(..., in) -> (..., out)`."""
+    if input_bits == 1:
+        product = SignLinear.apply(x.flatten(0, -2), shift, weight, weight_bits, sign_slope)
+        return product.unflatten(0, x.shape[:-1])
+    return nn.functional.linear(quantize_input(x, shift, input_bits, clip_value), weight)
+
+
+class TokenBatchNorm(nn.Module):
+    """Batch normalisation of each channel over all tokens of the batch, of all processes in training: `(..., channels)`."""
+
+    def __init__(self, config, num_channels: int):
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(num_channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows, norm = hidden_states.flatten(0, -2), self.batch_norm
+        if norm.training and is_distributed():
+            statistics = self.statistics([rows])
+            normed = SyncedBatchNorm.apply(rows, *statistics, norm.eps, norm.weight, norm.bias)
+        else:
+            normed = norm(rows)
+        return normed.view(hidden_states.shape)
+
+    def statistics(
+        self, blocks: Sequence[torch.Tensor], unpack: Callable = torch.Tensor.detach
+    ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+        """
+        Mean and variance to normalise all `blocks (rows, channels)` with, and how many rows they are of
+        (`batch_statistics`): 0 for the running ones, which training updates and evaluation uses.
+        """
+        norm = self.batch_norm
+        if not norm.training:
+            return norm.running_mean, norm.running_var, 0
+        norm.num_batches_tracked.add_(1)
+        return batch_statistics(blocks, norm, unpack)
+
+
+class RPReLU(nn.Module):
+    """`PReLU(x - shift_in) + shift_out`, shifts and slope per channel (ReActNet, eq. 2); applied by `NormActivation`."""
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.shift_in = nn.Parameter(torch.zeros(num_channels))
+        self.slope = nn.Parameter(torch.full((num_channels,), 0.25))
+        self.shift_out = nn.Parameter(torch.zeros(num_channels))
+
+
+class NormActivation(nn.Module):
+    """`RPReLU(BN(x) + shortcut)`: `(..., channels)`, the shortcut's channels repeated or averaged to fit."""
+
+    def __init__(self, config, num_channels: int):
+        super().__init__()
+        self.norm = TokenBatchNorm(config, num_channels)
+        self.activation = RPReLU(num_channels)
+
+    def forward(self, hidden_states: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        rows, norm, activation = hidden_states.flatten(0, -2), self.norm.batch_norm, self.activation
+        activated = NormShortcutRPReLU.apply(
+            rows,
+            shortcut.flatten(0, -2),
+            *self.norm.statistics([rows]),
+            norm.eps,
+            norm.weight,
+            norm.bias,
+            activation.shift_in,
+            activation.slope,
+            activation.shift_out,
+        )
+        return activated.view(hidden_states.shape)
+
+
+class LayerScale(nn.Module):
+    """`scale * x + shift` per channel. The shift is the paper's; CaiT's LayerScale has none."""
+
+    def __init__(self, num_channels: int, init_value: float):
+        super().__init__()
+        self.init_value = init_value
+        self.scale = nn.Parameter(torch.full((num_channels,), float(init_value)))
+        self.shift = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.shift, hidden_states, self.scale)
+
+
+class BinaryProjection(nn.Module):
+    """
+    Binary linear layer, normalisation, shortcut, activation: `RPReLU(BN(Lin_b(x + shift)) + shortcut(x))`.
+
+    Query, key, value, reduction, output and both layers of the MLP are this. `(..., in) -> (..., out)`, one a multiple
+    of the other.
+    """
+
+    def __init__(self, config, in_features: int, out_features: int):
+        super().__init__()
+        self.linear = BinaryLinear(config, in_features, out_features)
+        self.norm_activation = NormActivation(config, out_features)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm_activation(self.linear(hidden_states), hidden_states)
+
+
+def binary_mlp_products(
+    fc1: BinaryProjection, linear2: BinaryLinear, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `linear2(fc1(hidden_states))`, and `fc1(hidden_states)` averaged over runs of neighbours to the channels that
+    `hidden_states` `(..., channels)` has, as both results have; in one step, for 1-bit inputs.
+    """
+    norm, activation = fc1.norm_activation.norm, fc1.norm_activation.activation
+    products = BinaryMLPProducts.apply(
+        hidden_states.flatten(0, -2),
+        fc1.linear.shift,
+        fc1.linear.quantized_weight(),
+        norm.statistics,
+        norm.batch_norm.eps,
+        norm.batch_norm.weight,
+        norm.batch_norm.bias,
+        activation.shift_in,
+        activation.slope,
+        activation.shift_out,
+        linear2.shift,
+        linear2.quantized_weight(),
+        fc1.linear.sign_slope,
+        linear2.sign_slope,
+    )
+    return tuple(product.view(hidden_states.shape) for product in products)
+
+
+class AvgPoolBranch(nn.Module):
+    """LayerScale of the mean over `kernel_size` (height, width) tokens around each; applied by `AvgPoolBranches`."""
+
+    def __init__(self, num_channels: int, kernel_size: tuple[int, int]):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.layer_scale = LayerScale(num_channels, init_value=0.0)
+
+
+class AvgPoolBranches(nn.ModuleList):
+    """Adds the branches of `pooled (batch, height * width, channels)` to `hidden_states`, of the same shape."""
+
+    def forward(self, hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        if not self:
+            return hidden_states
+        scales, shifts = zip(*((branch.layer_scale.scale, branch.layer_scale.shift) for branch in self))
+        kernel_sizes = [branch.kernel_size for branch in self]
+        return AddAvgPools.apply(hidden_states, pooled, sum(shifts), grid_size, kernel_sizes, *scales)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops the whole branch of an image with probability `drop_prob` (Huang et al., 2016)."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0 or not self.training:
+            return hidden_states
+        keep_prob = 1 - self.drop_prob
+        mask = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_prob)
+        return hidden_states * mask / keep_prob
+
+
+def drop_path_rates(drop_path_rate: float, layers: int) -> list[float]:
+    """Probability of each layer's branches to be dropped, growing linearly from 0 to `drop_path_rate`."""
+    return [drop_path_rate * layer / max(layers - 1, 1) for layer in range(layers)]
+
+
+def pool_tokens(hidden_states: torch.Tensor, grid_size: tuple[int, int], ratio: int) -> torch.Tensor:
+    """Mean over squares of `ratio` tokens: `(batch, height * width, C) -> (batch, height * width / ratio**2, C)`."""
+    return split_squares(hidden_states, grid_size, ratio).mean((2, 4)).flatten(1, 2)
+
+
+def upsample_tokens(hidden_states: torch.Tensor, grid_size: tuple[int, int], ratio: int) -> torch.Tensor:
+    """Nearest upsampling to `grid_size`: `(batch, height * width / ratio**2, C) -> (batch, height * width, C)`."""
+    height, width = grid_size
+    squares = hidden_states.unflatten(1, (height // ratio, 1, width // ratio, 1))
+    return squares.expand(-1, -1, ratio, -1, ratio, -1).flatten(1, 4)
+
+
+def gather_patches(hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Four neighbours side by side: `(batch, height * width, C) -> (batch, height * width / 4, C, 4)`, row-major."""
+    squares = split_squares(hidden_states, grid_size, 2)
+    return squares.permute(0, 1, 3, 5, 2, 4).flatten(1, 2).flatten(-2)
+
+
+def split_squares(hidden_states: torch.Tensor, grid_size: tuple[int, int], ratio: int) -> torch.Tensor:
+    """`(batch, height * width, C) -> (batch, height / ratio, ratio, width / ratio, ratio, C)`, a view."""
+    height, width = grid_size
+    return hidden_states.unflatten(1, (height // ratio, ratio, width // ratio, ratio))

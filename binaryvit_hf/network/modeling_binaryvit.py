@@ -1,0 +1,420 @@
+"""BinaryViT: a pyramid vision transformer of one-bit weights and activations (Le & Li, CVPRW 2023, arXiv 2306.16678)."""
+
+import contextlib
+import functools
+import math
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_binaryvit import BinaryViTConfig, as_pair
+from .engine_binaryvit import EngineChoice, EngineSlot, choose_engine, compute, compute_logits
+from .functional_binaryvit import (
+    BinaryAttentionProducts,
+    approx_sign_slope,
+    merge_heads,
+    quantize_input,
+    quantize_probability,
+)
+from .layers_binaryvit import (
+    AvgPoolBranch,
+    AvgPoolBranches,
+    BinaryLinear,
+    BinaryPatchConv,
+    BinaryProjection,
+    DropPath,
+    LayerScale,
+    NormActivation,
+    RPReLU,
+    TokenBatchNorm,
+    binary_mlp_products,
+    drop_path_rates,
+    gather_patches,
+    pool_tokens,
+    upsample_tokens,
+)
+from .quantization_binaryvit import PackableModel
+
+
+class BinaryViTEmbeddings(nn.Module):
+    """The stem, in full precision: image `(batch, channels, height, width)` to tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.image_size = as_pair(config.image_size)
+        self.num_channels = config.num_channels
+        patch_size, hidden_size = as_pair(config.patch_size), config.hidden_sizes[0]
+        num_positions = math.prod(config.grid_sizes[0]) + config.use_class_token
+
+        self.projection = nn.Conv2d(config.num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.norm = TokenBatchNorm(config, hidden_size) if config.use_stem_norm else nn.Identity()
+        self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if config.use_class_token else None
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def check(self, pixel_values: torch.Tensor) -> None:
+        expected = (self.num_channels, *self.image_size)
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"The model takes images of (channels, height, width) {expected}, not {tuple(pixel_values.shape[1:])}."
+            )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        hidden_states = self.norm(hidden_states)
+        if self.class_token is not None:
+            class_token = self.class_token.expand(hidden_states.shape[0], -1, -1)
+            hidden_states = torch.cat((class_token, hidden_states), dim=1)
+        return self.dropout(hidden_states + self.position_embeddings)
+
+
+class BinaryPatchEmbeddings(nn.Module):
+    """Between two stages: halves the map and widens the channels, `(batch, height * width, in) -> (batch, .../4, out)`."""
+
+    def __init__(self, config, stage: int):
+        super().__init__()
+        in_channels, out_channels = config.hidden_sizes[stage - 1], config.hidden_sizes[stage]
+        self.norm1 = TokenBatchNorm(config, in_channels)
+        self.projection = BinaryPatchConv(config, in_channels, out_channels)
+        self.norm_activation = NormActivation(config, out_channels)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_sizes[stage]), out_channels))
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        patches = gather_patches(self.norm1(hidden_states), grid_size)
+        hidden_states = self.norm_activation(self.projection(patches.flatten(2)), patches.mean(-1))
+        return hidden_states + self.position_embeddings
+
+
+class FullPrecisionPatchEmbeddings(nn.Module):
+    """The same in full precision, without shortcut and activation."""
+
+    def __init__(self, config, stage: int):
+        super().__init__()
+        in_channels, out_channels = config.hidden_sizes[stage - 1], config.hidden_sizes[stage]
+        self.norm1 = TokenBatchNorm(config, in_channels)
+        self.projection = nn.Conv2d(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
+        self.norm2 = TokenBatchNorm(config, out_channels)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_sizes[stage]), out_channels))
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        token_map = self.norm1(hidden_states).unflatten(1, grid_size).permute(0, 3, 1, 2)
+        hidden_states = self.projection(token_map).flatten(2).transpose(1, 2)
+        return self.norm2(hidden_states) + self.position_embeddings
+
+
+class BinaryViTAttention(nn.Module):
+    """Attention of binary query, key, value and probabilities, each with its shortcut; the map of keys may be reduced."""
+
+    sign_slope = staticmethod(approx_sign_slope)  # as of BinaryLinear
+
+    def __init__(self, config, stage: int):
+        super().__init__()
+        hidden_size = config.hidden_sizes[stage]
+        self.num_heads = config.num_attention_heads[stage]
+        self.head_dim = hidden_size // self.num_heads
+        self.reduction_ratio = config.sequence_reduction_ratios[stage]
+        self.input_bits, self.clip_value = config.input_bits, config.quantization_clip_value
+
+        self.reduction = BinaryProjection(config, hidden_size, hidden_size) if self.reduction_ratio > 1 else None
+        self.query = BinaryProjection(config, hidden_size, hidden_size)
+        self.key = BinaryProjection(config, hidden_size, hidden_size)
+        self.value = BinaryProjection(config, hidden_size, hidden_size)
+        self.query_shift = nn.Parameter(torch.zeros(hidden_size))
+        self.key_shift = nn.Parameter(torch.zeros(hidden_size))
+        self.value_shift = nn.Parameter(torch.zeros(hidden_size))
+        self.probability_clip_init = float(config.attention_clip_init_value)
+        clip = nn.Parameter(torch.tensor(self.probability_clip_init)) if self.input_bits < 32 else None
+        self.register_parameter("probability_clip", clip)  # none untouched: a parameter without use stops DDP
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.norm_activation = NormActivation(config, hidden_size)
+        self.output = BinaryProjection(config, hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        query = self.query(hidden_states)
+        if self.reduction is not None:
+            hidden_states = self.reduction(pool_tokens(hidden_states, grid_size, self.reduction_ratio))
+        key, value = self.key(hidden_states), self.value(hidden_states)
+
+        context, probabilities = self.attend(query, key, value)
+        shortcut = key + value
+        if self.reduction is not None:
+            shortcut = upsample_tokens(shortcut, grid_size, self.reduction_ratio)
+        return self.output(self.norm_activation(context, query + shortcut)), probabilities
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each query takes from the values, `(batch, queries, channels)`, and the probabilities it takes it by."""
+        if self.training and self.input_bits == 1 and self.dropout.p == 0:
+            shifts = self.query_shift, self.key_shift, self.value_shift
+            return BinaryAttentionProducts.apply(
+                query, key, value, *shifts, self.probability_clip, self.num_heads, self.sign_slope
+            )
+        # (batch, heads, queries, head_dim) x (batch, heads, head_dim, keys)
+        scores = self.to_heads(query, self.query_shift) @ self.to_heads(key, self.key_shift).transpose(-1, -2)
+        probabilities = nn.functional.softmax(scores * self.head_dim**-0.5, dim=-1)
+        probabilities = self.dropout(quantize_probability(probabilities, self.probability_clip, self.input_bits))
+        return merge_heads(probabilities @ self.to_heads(value, self.value_shift)), probabilities
+
+    def to_heads(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Quantised, with a scale per head and token where there are scales."""
+        heads = hidden_states.unflatten(-1, (self.num_heads, self.head_dim))
+        shift = shift.view(self.num_heads, self.head_dim)
+        heads = quantize_input(heads, shift, self.input_bits, self.clip_value, self.sign_slope)
+        return heads.transpose(1, 2)
+
+
+class BinaryViTMLP(nn.Module):
+    def __init__(self, config, stage: int):
+        super().__init__()
+        hidden_size, intermediate_size = config.hidden_sizes[stage], config.intermediate_sizes[stage]
+        self.bits = (config.weight_bits, config.input_bits)
+        self.fc1 = BinaryProjection(config, hidden_size, intermediate_size)
+        self.fc2 = BinaryProjection(config, intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training and self.bits == (1, 1):
+            product, pooled = binary_mlp_products(self.fc1, self.fc2.linear, hidden_states)
+            return self.fc2.norm_activation(product, pooled)
+        return self.fc2(self.fc1(hidden_states))
+
+
+class BinaryViTLayer(GradientCheckpointingLayer):
+    def __init__(self, config, stage: int, drop_path_rate: float):
+        super().__init__()
+        hidden_size = config.hidden_sizes[stage]
+        self.norm1 = TokenBatchNorm(config, hidden_size)
+        self.attention = BinaryViTAttention(config, stage)
+        self.norm2 = TokenBatchNorm(config, hidden_size)
+        self.mlp = BinaryViTMLP(config, stage)
+        self.layer_scale1, self.layer_scale2 = (
+            LayerScale(hidden_size, config.layer_scale_init_value) if config.use_layer_scale else nn.Identity()
+            for _ in range(2)
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rate)
+        kernels = [shape for size in config.avg_pool_kernel_sizes for shape in ((size, 1), (1, size))]
+        self.avg_pool_branches = AvgPoolBranches(AvgPoolBranch(hidden_size, kernel) for kernel in kernels)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), grid_size)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        normed = self.norm2(hidden_states)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.dropout(self.mlp(normed))))
+        # full-precision detail that the 1-bit MLP discards
+        return self.avg_pool_branches(hidden_states, normed, grid_size)
+
+
+class BinaryViTStage(nn.Module):
+    """Patch embeddings (but for the first stage, which the stem feeds), then layers of one width on one map."""
+
+    def __init__(self, config, stage: int, rates: list[float]):
+        super().__init__()
+        embeddings = BinaryPatchEmbeddings if config.binarize_patch_embeddings else FullPrecisionPatchEmbeddings
+        self.patch_embeddings = embeddings(config, stage) if stage > 0 else None
+        self.layers = nn.ModuleList([BinaryViTLayer(config, stage, rate) for rate in rates])
+
+
+class BinaryViTPreTrainedModel(PackableModel):
+    config: BinaryViTConfig
+    config_class = BinaryViTConfig
+    base_model_prefix = "binaryvit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BinaryViTEmbeddings", "BinaryViTLayer"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"attentions": BinaryViTAttention}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.engine_slot = EngineSlot()
+
+    def refresh_engine(self) -> None:
+        """
+        Let the engine read the model anew at the next call.
+
+        Needed only after changes that PyTorch does not count: in place through `.data` or `.numpy()`
+        (`weight.data.add_(1)`), and to plain attributes of modules (`norm.eps = 1e-3`).
+        """
+        self.base_model.engine_slot.folded = None
+
+    @property
+    def engine(self) -> EngineChoice:
+        """What computes this model in evaluation, by its `name`, and the `reason`."""
+        return choose_engine(self.base_model)
+
+    @property
+    def backbone_class(self) -> type:
+        """The class that the engine stands for; its subclasses run in PyTorch."""
+        return BinaryViTModel
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Linear and convolution layers as PyTorch does, embeddings truncated normal, the rest constants."""
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+            if isinstance(module, (BinaryLinear, BinaryPatchConv)):
+                init.zeros_(module.shift)
+        elif isinstance(module, RPReLU):
+            init.constant_(module.slope, 0.25)
+            init.zeros_(module.shift_in)
+            init.zeros_(module.shift_out)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.scale, module.init_value)
+            init.zeros_(module.shift)
+        elif isinstance(module, BinaryViTAttention):
+            if module.probability_clip is not None:
+                init.constant_(module.probability_clip, module.probability_clip_init)
+            for shift in (module.query_shift, module.key_shift, module.value_shift):
+                init.zeros_(shift)
+        elif isinstance(module, (BinaryViTEmbeddings, BinaryPatchEmbeddings, FullPrecisionPatchEmbeddings)):
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            if getattr(module, "class_token", None) is not None:
+                init.trunc_normal_(module.class_token, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """Batch normalisation must see each batch once: the second forward pass leaves its statistics alone."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "BinaryViT needs gradient checkpointing with use_reentrant=False: the reentrant kind would count every "
+                "batch twice in the statistics of batch normalisation."
+            )
+        checkpoint_once = functools.partial(
+            gradient_checkpointing_func, context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self))
+        )
+        super()._set_gradient_checkpointing(enable, checkpoint_once, **kwargs)
+
+
+class BinaryViTModel(BinaryViTPreTrainedModel):
+    """The network without its classifier."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
+
+    def __init__(self, config: BinaryViTConfig):
+        super().__init__(config)
+        rates = iter(drop_path_rates(config.drop_path_rate, config.num_hidden_layers))
+        self.embeddings = BinaryViTEmbeddings(config)
+        self.stages = nn.ModuleList(
+            [
+                BinaryViTStage(config, stage, [next(rates) for _ in range(depth)])
+                for stage, depth in enumerate(config.depths)
+            ]
+        )
+        self.norm = TokenBatchNorm(config, config.hidden_sizes[-1])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised.
+            output_hidden_states: also return the input of every layer and the output of the last. Where a stage ends,
+                that is after the patch embeddings that follow. Default: the config's.
+
+        Returns:
+            `last_hidden_state` `(batch, tokens, channels)` after the last normalisation; `pooler_output`
+            `(batch, channels)`, its class token or mean over tokens; `attentions`, quantised,
+            `(batch, heads, queries, keys)` of every layer if `output_attentions`.
+
+        Raises:
+            ValueError: if the images have not the size and channels of the config.
+        """
+        self.embeddings.check(pixel_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = compute(self, pixel_values, output_hidden_states, kwargs)
+        if outputs is not None:
+            return outputs
+        hidden_states = self.embeddings(pixel_values)
+        layer_inputs = []
+        for stage, grid_size in zip(self.stages, self.config.grid_sizes):
+            if stage.patch_embeddings is not None:
+                height, width = grid_size
+                hidden_states = stage.patch_embeddings(hidden_states, (2 * height, 2 * width))
+            for layer in stage.layers:
+                layer_inputs.append(hidden_states)
+                hidden_states = layer(hidden_states, grid_size)
+
+        last_hidden_state = self.norm(hidden_states)
+        pooled = last_hidden_state[:, 0] if self.config.use_class_token else last_hidden_state.mean(1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=(*layer_inputs, hidden_states) if output_hidden_states else None,
+        )
+
+
+class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
+    """BinaryViT with a full-precision linear classifier."""
+
+    def __init__(self, config: BinaryViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.binaryvit = BinaryViTModel(config)
+        self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised.
+            labels: `(batch,)` class indices; gives the loss.
+
+        Returns:
+            `logits` `(batch, num_labels)`, `loss` if there are labels, hidden states and attentions as the backbone.
+        """
+        logits = self.logits_by_engine(pixel_values) if not kwargs else None
+        hidden_states = attentions = None
+        if logits is None:
+            outputs = self.binaryvit(pixel_values, **kwargs)
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
+            logits = self.classifier(outputs.pooler_output)
+        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
+
+    def logits_by_engine(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """`(batch, num_labels)`; none where the engine cannot, or the config asks for more."""
+        if type(self.binaryvit) is not BinaryViTModel:
+            return None
+        if self.config.output_hidden_states or self.config.output_attentions:
+            return None
+        return compute_logits(self.binaryvit, self.classifier, pixel_values)
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module):
+    """Batch normalisation neither updates nor counts inside of this; in training it uses the batch as ever."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+# Saved models carry their code, for machines without this package (trust_remote_code=True).
+BinaryViTModel.register_for_auto_class("AutoModel")
+BinaryViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = ["BinaryViTForImageClassification", "BinaryViTModel", "BinaryViTPreTrainedModel"]

@@ -1,0 +1,76 @@
+"""Whether the batches of a training are such that its network can be trained with them, before it is."""
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import UserError
+from ..network.configuration_binaryvit import as_pair
+from .callbacks.batch_norm_reestimation import count_whole_batches, find_batch_norms
+
+
+ONE_VALUE = "more than 1 value per channel"  # of PyTorch's own message
+
+
+def check_batches(network: nn.Module, num_images: int, args) -> None:
+    """
+    Args:
+        network: on the meta device; it is not changed but for its mode.
+        num_images: of one epoch.
+        args: the `DistillationTrainingArguments`.
+
+    Raises:
+        UserError: there is no batch, or one of which batch normalisation has no statistics.
+    """
+    batch_size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_images < batch_size:
+        raise UserError(
+            f"--dataloader_drop_last leaves nothing to train on: {num_images} images make no whole batch of {batch_size}; "
+            "leave it out, or give a smaller --per_device_train_batch_size."
+        )
+    if args.batch_norm_reestimation_batches:
+        find_batch_norms(network)
+        count_whole_batches(num_images, batch_size)
+    if has_batch_of_one(num_images, args) and not trains_on_one_image(network):
+        remedy = "or give --dataloader_drop_last" if batch_size > 1 else "it is 1"
+        raise UserError(
+            f"A batch of one image, the last of {num_images} images in batches of {batch_size}, has no statistics for the "
+            f"batch normalisation of this network: change --per_device_train_batch_size ({remedy})."
+        )
+
+
+def has_batch_of_one(num_images: int, args) -> bool:
+    """Whether training normalises over one image; several processes fill up their last batches."""
+    if args.world_size > 1:
+        return False
+    if args.train_batch_size == 1:
+        return True
+    whole = num_images // args.train_batch_size
+    ends_before = 0 < args.max_steps * args.gradient_accumulation_steps <= whole
+    return num_images % args.train_batch_size == 1 and not args.dataloader_drop_last and not ends_before
+
+
+def trains_on_one_image(network: nn.Module) -> bool:
+    """A forward in training mode on the meta device, which has shapes alone."""
+    size = getattr(network.config, "image_size", None)
+    if size is None:
+        return True
+    height, width = as_pair(size)
+    try:
+        with MetaBatchNorm():
+            network.train()(pixel_values=torch.empty(1, 3, height, width, device="meta"))
+    except ValueError as error:
+        return ONE_VALUE not in str(error)
+    except (RuntimeError, NotImplementedError):  # of networks that need more than shapes nothing is known
+        return True
+    return True
+
+
+class MetaBatchNorm(TorchDispatchMode):
+    """Gives the statistics of rows their shape: PyTorch has no meta kernel for them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.batch_norm_update_stats.default:
+            return function(*args, **(kwargs or {}))
+        rows = args[0]
+        return rows.new_empty(rows.shape[1]), rows.new_empty(rows.shape[1])

@@ -1,0 +1,86 @@
+"""
+Statistics of batch normalisation as they are, not as they were: the running ones lag behind weights whose signs flip, and
+of averaged weights they never were.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ...data.sampling import create_train_sampler, seeded
+from ...errors import UserError
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """
+    Make the running statistics of a model the mean of those of `batches` of images, `(batch, channels, height, width)`.
+
+    Each batch is normalised by its own statistics, of all processes, as in training; all else is as in evaluation, and the
+    model is left in that mode. Batches of training stay the only ones counted. ("precise BN", Wu & Johnson, 2021; for
+    quantised weights Nagel et al., ICML 2022).
+
+    Raises:
+        UserError: there is no batch normalisation.
+    """
+    norms = find_batch_norms(model)
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+    for number, images in enumerate(batches, start=1):
+        for norm in norms:
+            norm.momentum = 1 / number
+        model(pixel_values=images)
+    for norm, (momentum, count) in zip(norms, kept):
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(count)
+    model.eval()
+
+
+def find_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """
+    Raises:
+        UserError: there are none.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise UserError(
+            "--batch_norm_reestimation_batches is for networks with batch normalisation, which this is not."
+        )
+    return norms
+
+
+def count_whole_batches(num_images: int, batch_size: int) -> int:
+    """
+    Raises:
+        UserError: there is none.
+    """
+    if num_images < batch_size:
+        raise UserError(
+            f"--batch_norm_reestimation_batches: {num_images} images make no whole batch of {batch_size}; give a smaller "
+            "--per_device_train_batch_size."
+        )
+    return num_images // batch_size
+
+
+def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iterator[torch.Tensor]:
+    """
+    The images of the first `count` batches that a training by `args` of any length begins with, those of this process;
+    fewer where the data set has no more whole ones. Random numbers of the training are not touched.
+
+    Raises:
+        UserError: it has none.
+    """
+    batch, processes, rank = args.train_batch_size, args.world_size, args.process_index
+    count = min(count, count_whole_batches(len(dataset), batch * processes))
+    sampler = create_train_sampler(dataset, 1, batch, processes, args.sampling_seed)
+    showings = list(itertools.islice(sampler, count * batch * processes))
+    own = [showings[start : start + batch] for start in range(rank * batch, len(showings), batch * processes)]
+    loader = DataLoader(dataset, batch_sampler=own, collate_fn=collate, num_workers=args.dataloader_num_workers)
+    with seeded(args.sampling_seed):  # the loader draws a seed for its workers
+        for inputs in loader:
+            yield inputs["pixel_values"].to(args.device)

@@ -1,0 +1,210 @@
+"""The models and image processors of a run: student, teacher and first stage, from a folder, the Hub or a config."""
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .. import loading
+from ..data.arguments import DataArguments
+from ..data.image_files import create_image_processor
+from ..data.label_names import compare_labels
+from ..data.model_inputs import (
+    RGB,
+    describe_input,
+)
+from ..errors import (
+    LoadingError,
+    UserError,
+    first_sentence,
+)
+from ..network.quantization_binaryvit import LATENT
+from ..resources import shipped_configs
+from .arguments import (
+    ModelArguments,
+)
+from .two_stage import first_stage_weights, load_first_stage, override_config
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
+    """The network's config, with the labels that it comes with."""
+    name = arguments.config_name or arguments.model_name_or_path
+    source = name if Path(name).exists() else str(shipped_configs().get(name, name))
+    try:
+        config = loading.load_config(source, subfolder=arguments.subfolder, **hub_arguments(arguments))
+    except LoadingError as error:
+        raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
+    if arguments.config_overrides:
+        config = override_config(config, arguments.config_overrides)
+    if do_train and getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train the latent weights that it "
+            f"was packed from; where they lie beside it, with --subfolder {LATENT}."
+        )
+    if getattr(config, "num_channels", 3) != 3:
+        raise UserError(
+            f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3."
+        )
+    if arguments.config_name and getattr(config, "image_size", None) is None:
+        raise UserError(
+            f"--config_name {name!r} is a {config.model_type!r} without an image_size, which this script cannot begin; give "
+            "a trained one as --model_name_or_path."
+        )
+    if arguments.drop_path_rate is not None:
+        if hasattr(config, "drop_path_rate"):
+            config.drop_path_rate = arguments.drop_path_rate
+        elif config.model_type != "vit":
+            raise UserError(f"--drop_path_rate: {name!r} is a {config.model_type!r}, which has none.")
+    return config
+
+
+def build_meta_network(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The network on the meta device, where it takes no memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageClassification.from_config(config, trust_remote_code=arguments.trust_remote_code)
+    except Exception as error:  # of configs that are no image classifier's, or have no network
+        name = arguments.config_name or arguments.model_name_or_path
+        raise UserError(f"{name!r} is no image classifier to train: {first_sentence(error)}") from error
+
+
+def load_model(
+    arguments: ModelArguments, config: PreTrainedConfig, finished_run: Path | None, new_head: bool | None = None
+) -> PreTrainedModel:
+    """
+    The network with its weights, as far as there are any.
+
+    Args:
+        new_head: whether the head begins anew; `None` of a model that is not trained, so needs all of its weights.
+
+    Raises:
+        UserError: it cannot be loaded, or weights that it needs are missing.
+    """
+    source, subfolder = arguments.model_name_or_path, arguments.subfolder
+    if finished_run is not None:
+        source, subfolder = finished_run, LATENT if (finished_run / LATENT).is_dir() else ""
+    if source is None:
+        return loading.build_classifier(config, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code)
+    # Half precision would lose the optimiser's small steps; packed weights have their own types.
+    precision = {} if getattr(config, "quantization_config", None) else {"dtype": torch.float32}
+    try:
+        model, info = loading.fetch_classifier(
+            source,
+            config=config,
+            **precision,
+            subfolder=subfolder,
+            ignore_mismatched_sizes=arguments.ignore_mismatched_sizes and new_head is not None,
+            **hub_arguments(arguments),
+        )
+    except LoadingError as error:
+        raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {error}") from error
+    if new_head is None:
+        check_complete(model, info, f"--model_name_or_path {str(source)!r}", "train it first")
+    # transformers makes a new head where the number of labels is another, and only there.
+    if new_head and finished_run is None and not info["mismatched_keys"]:
+        model.load_state_dict(create_head(config, arguments.trust_remote_code), strict=False)
+    return model
+
+
+def check_complete(model: PreTrainedModel, info: dict, who: str, remedy: str) -> None:
+    """
+    Raises:
+        UserError: the checkpoint lacks weights, which are random now, as those of a head that was never trained.
+    """
+    missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
+    if missing:
+        raise UserError(f"{who} has no weights {missing[0]!r}, so its answers would be random; {remedy}.")
+
+
+def create_head(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """New weights of every tensor of a network that has a value for each label."""
+    fresh = AutoModelForImageClassification.from_config(
+        config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    ).state_dict()
+    other = copy.deepcopy(config)
+    other.num_labels = config.num_labels + 1
+    with torch.device("meta"):
+        larger = AutoModelForImageClassification.from_config(other, trust_remote_code=trust_remote_code).state_dict()
+    return {name: tensor for name, tensor in fresh.items() if tensor.shape != larger[name].shape}
+
+
+def load_first_weights(
+    arguments: ModelArguments, config: PreTrainedConfig, labels: list[str]
+) -> dict[str, torch.Tensor]:
+    """What the network takes over from --init_from, checked against it."""
+    first = load_first_stage(arguments.init_from, **hub_arguments(arguments))
+    compare_labels(first.config, labels, f"--init_from {arguments.init_from!r}", "choose a model of these labels")
+    with torch.device("meta"):
+        network = load_model(arguments, config, None)
+    return first_stage_weights(first, network, arguments.init_from)
+
+
+def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
+    """The teacher of the student's labels and its image processor (`None` where it has none); or twice `None`."""
+    name = arguments.teacher_model_name_or_path
+    if name is None:
+        return None, None
+    try:
+        teacher, info = loading.fetch_classifier(name, dtype=torch.float32, **hub_arguments(arguments))
+    except LoadingError as error:
+        raise UserError(f"--teacher_model_name_or_path {name!r} cannot be loaded: {error}") from error
+    flag = f"--teacher_model_name_or_path {name!r}"
+    compare_labels(teacher.config, list(student.id2label.values()), flag, "choose a teacher of these images' labels")
+    check_complete(teacher, info, flag, "choose a trained teacher")
+    return teacher, load_image_processor(name, arguments)
+
+
+def load_processor(
+    arguments: ModelArguments, data_arguments: DataArguments, config: PreTrainedConfig, own_folder: Path | str | None
+) -> BaseImageProcessor | None:
+    """
+    The image processor of the run so far or of the model that it goes on with, or a new one with the first stage's mean and
+    deviation. `None`: the teacher may decide.
+    """
+    for source in (own_folder, arguments.model_name_or_path):
+        if source and (processor := load_image_processor(str(source), arguments)):
+            describe_input(processor, str(source))  # refused now, not after the teacher's training
+            return processor
+    if arguments.init_from and (first := load_image_processor(arguments.init_from, arguments)):
+        who = f"--init_from {arguments.init_from!r}"
+        like = describe_input(first, who)
+        if like.channels != RGB:
+            raise UserError(f"{who} takes BGR images, a new network RGB images; choose a first stage that takes RGB.")
+        return create_image_processor(config, data_arguments.crop_pct, like)
+    for source in (arguments.model_name_or_path, arguments.init_from):
+        if source:
+            logger.warning("%r has no image processor; one is made.", source)
+    return None
+
+
+def load_image_processor(source: str, arguments: ModelArguments) -> BaseImageProcessor | None:
+    try:
+        return loading.load_image_processor(source, **hub_arguments(arguments))
+    except LoadingError as error:
+        raise UserError(f"The image processor of {source!r} cannot be loaded: {error}") from error
+
+
+def hub_revision(name: str, arguments: ModelArguments) -> str | None:
+    """The commit that a model of the Hub was loaded from; `None` of a local one."""
+    file = cached_file(name, CONFIG_NAME, cache_dir=arguments.cache_dir, token=arguments.token)
+    return extract_commit_hash(file, None)
+
+
+def hub_arguments(arguments: ModelArguments) -> dict:
+    return {
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }

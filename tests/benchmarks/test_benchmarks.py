@@ -1,0 +1,141 @@
+"""The peers of benchmarks are what they say they are, and the benchmarks run."""
+
+import dataclasses
+import json
+import logging
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import assert_refused, run
+from PIL import Image
+from tiny import tiny_config, tiny_images, tiny_model
+
+from binaryvit_hf import engine
+from binaryvit_hf.benchmarks import inference as benchmark_inference
+from binaryvit_hf.benchmarks import onnx_peers as benchmark_onnx
+from binaryvit_hf.benchmarks.simulation import simulate
+from binaryvit_hf.errors import UserError
+
+
+@pytest.mark.parametrize("changes", [{}, {"sequence_reduction_ratios": [1, 1], "use_layer_scale": False}])
+def test_simulation_has_the_networks_outputs_and_gradients(changes):
+    config = tiny_config(**changes)
+    results = []
+    for prepare in (lambda model: model, simulate):
+        model = prepare(tiny_model(config).double()).train()
+        logits = model(tiny_images().double()).logits
+        names, parameters = zip(*model.named_parameters())
+        results.append((logits, dict(zip(names, torch.autograd.grad(logits.square().sum(), parameters)))))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_networks_of_more_bits_are_not_simulated():
+    with pytest.raises(ValueError, match="1-bit"):
+        simulate(tiny_model(tiny_config(weight_bits=2)))
+
+
+def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
+    arguments = ("benchmark", "--train", "--model", "binaryvit-digits", "--batch-size", 2, "--steps", 2)
+    measured = json.loads(run(capsys, *arguments, "--json"))
+    names = [result["contestant"] for result in measured["results"]]
+    assert names == ["deit-small-patch16-224", "binaryvit-digits", "binaryvit-digits, simulated"]
+    peer, ours, _ = measured["results"]
+    assert (peer["ratio"], ours["ratio"]) == (1, ours["seconds"] / peer["seconds"])
+    assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"])
+    assert 10**8 < ours["peak_bytes"] < peer["peak_bytes"]
+
+
+def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_inference, "PEER", "vit-digits")
+    monkeypatch.setattr(benchmark_onnx, "NETWORKS", {"resnet10t": True})
+    plot = tmp_path / "latency.png"
+    arguments = ("--model", "binaryvit-digits", "--threads", 1, "--batch-size", 1, 2, "--steps", 2, "--plot", plot)
+    measured = json.loads(run(capsys, "benchmark", *arguments, "--json"))
+    kernels = engine.kernels_here()
+    contestants = [
+        *(("binaryvit-digits", name) for name in (*kernels, "PyTorch, simulated")),
+        *(("vit-digits", name) for name in ("PyTorch float32", "PyTorch bfloat16", "torch.compile")),
+        *(("resnet10t", name) for name in ("onnxruntime float32", "onnxruntime int8")),
+    ]
+    results = measured["results"]
+    assert [(row["model"], row["engine"]) for row in results] == 2 * contestants
+    assert [row["batch_size"] for row in results] == [1] * len(contestants) + [2] * len(contestants)
+    for row in results:
+        of_peer = ("PyTorch float32", row["batch_size"])
+        peer = next(other for other in results if (other["engine"], other["batch_size"]) == of_peer)
+        assert row["ratio"] == peer["seconds"] / row["seconds"]
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds"])
+        assert row["seconds_10_90"][0] <= row["seconds"] <= row["seconds_10_90"][1]
+    *ours, latent, floats, half, _, onnx_floats, onnx_bytes = [row["file_bytes"] for row in results][
+        : len(contestants)
+    ]
+    assert set(ours) == {ours[0]}
+    assert ours[0] < latent / 5
+    assert floats == pytest.approx(2 * half, rel=0.05)
+    assert onnx_floats == pytest.approx(4 * onnx_bytes, rel=0.05)
+    assert [(first["model"], first["engine"]) for first in measured["starts"]] == contestants
+    assert all(first["seconds"] > 0 for first in measured["starts"])
+    assert Image.open(plot).size[0] > 1000
+    printed = benchmark_inference.format_forwards(measured).splitlines()
+    assert len(printed) == 1 + len(results) + 1 + len(kernels)
+    assert printed[1].split()[:4] == ["binaryvit-digits", kernels[0], "1", "1"]
+
+
+def load_quick(file: Path, threads: int):
+    return lambda batch_size: batch_size
+
+
+def load_broken(file: Path, threads: int):
+    raise OSError("There is no compiler.")
+
+
+def compete(*competitors: benchmark_inference.Competitor) -> tuple[list[dict], list[dict]]:
+    return benchmark_inference.compete(list(competitors), batch_sizes=[1, 2], threads=1, turns=2)
+
+
+def test_who_cannot_run_is_left_out_but_for_the_peer_of_all(tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"12345")
+    peer = benchmark_inference.Competitor(
+        benchmark_inference.PEER, benchmark_inference.PEER_ENGINE, tmp_path / "file", load_quick
+    )
+    broken = dataclasses.replace(peer, engine="torch.compile", load=load_broken)
+    with caplog.at_level(logging.INFO):
+        results, starts = compete(broken, peer)
+    assert "left out: deit-small-patch16-224 on torch.compile failed: There is no compiler." in caplog.text
+    assert [result["engine"] for result in results] == 2 * ["PyTorch float32"]
+    assert [result["file_bytes"] for result in results] == [5, 5]
+    assert len(starts) == 1
+    with pytest.raises(UserError, match=r"on PyTorch float32 failed: There is no compiler\.$"):
+        compete(dataclasses.replace(peer, load=load_broken))
+
+
+def test_wrong_benchmarks_are_refused(tmp_path, capsys):
+    assert_refused(capsys, ["benchmark", "--train", "--model", "no-such-row"], "no row 'no-such-row'")
+    assert_refused(capsys, ["benchmark", "--train", "--steps", 1], "2 or more")
+    assert_refused(capsys, ["benchmark", "--model", "no-such-row"], "no binary row 'no-such-row'")
+    assert_refused(capsys, ["benchmark", "--model", "vit-digits"], "no binary row 'vit-digits'")
+    assert_refused(capsys, ["benchmark", "--threads", 0], "1 or more")
+    assert_refused(capsys, ["benchmark", "--plot", tmp_path / "latency.txt"], "not")
+    assert_refused(capsys, ["benchmark", "--plot", tmp_path / "nowhere" / "latency.png"], "no folder")
+    assert_refused(capsys, ["benchmark", "--train", "--threads", 1], "of forwards")
+    assert_refused(capsys, ["benchmark", "--loader", "--batch-size", 1, 8], "of forwards")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_stays_with_the_process():
+    program = """
+import torch
+from binaryvit_hf.host_memory import keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+assert keep_freed_memory()
+before = resident()
+torch.ones(2**26, dtype=torch.uint8)
+print(resident() - before)
+"""
+    kept = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(kept.stdout) > 0.9 * 2**26

@@ -1,0 +1,208 @@
+"""The commands, called as their entry point calls them, and what they say to wrong input."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+from command_line import assert_refused, run
+from golden_data import CONFIGS, golden_expectations, original_state_dict
+from PIL import Image
+from tiny import tiny_config, tiny_images, tiny_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from binaryvit_hf import engine
+from binaryvit_hf.cli import main
+from binaryvit_hf.data.image_files import create_image_processor
+
+
+@pytest.fixture
+def latent(tmp_path):
+    model = tiny_model(tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}))
+    model.save_pretrained(tmp_path / "latent")
+    create_image_processor(model.config, crop_pct=1.0).save_pretrained(tmp_path / "latent")
+    return tmp_path / "latent"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name, mode in (("a.png", "RGBA"), ("b.jpg", "L"), ("more/c.gif", "P")):
+        Image.new(mode, (40, 30), 99).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    return tmp_path / "photos"
+
+
+def logits(folder) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForImageClassification.from_pretrained(folder)(tiny_images()).logits
+
+
+def test_the_command_is_installed():
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="binaryvit")
+    assert command.load() is main
+
+
+@pytest.mark.parametrize("command", ["pack", "convert", "ops", "classify", "push", "card"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"example:\n  binaryvit {command} " in capsys.readouterr().out
+
+
+def test_doctor_says_what_computes_packed_models_here(capsys, monkeypatch):
+    monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
+    rows = dict(line.split("  ", 1) for line in run(capsys, "doctor").splitlines())
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert torch.__version__.startswith(rows["torch"].split("+")[0])
+    assert rows["kernels this CPU runs"] == (", ".join(engine.kernels_here()) or "none")
+    assert rows["on threads of"] == ("PyTorch's OpenMP runtime" if engine.openmp_of_torch() else "their own")
+    assert rows["packed models run on"].startswith(engine.kernels_here()[0] if engine.kernels_here() else "torch")
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    assert "torch (BINARYVIT_ENGINE says so)" in run(capsys, "doctor")
+
+
+def test_an_engine_that_is_not_here_is_refused_before_anything_else(capsys, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "abacus")
+    assert_refused(capsys, ["ops", "binaryvit-small-patch4-224"], "'abacus'", "torch")
+
+
+def test_pack_writes_a_whole_model_of_bits(latent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")  # whose numbers are equal to the last bit
+    printed = run(capsys, "pack", latent, tmp_path / "packed")
+    assert str(tmp_path / "packed") in printed
+    assert torch.equal(logits(tmp_path / "packed"), logits(latent))
+    assert AutoImageProcessor.from_pretrained(tmp_path / "packed").crop_size == {"height": 16, "width": 32}
+    assert (tmp_path / "packed" / "README.md").is_file()
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"] == {
+        "half": False,
+        "quant_method": "binaryvit",
+    }
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (latent, tmp_path / "packed")]
+    assert sizes[1] < sizes[0]
+
+
+def test_pack_takes_packed_weights_to_half_precision_and_says_what_stays(latent, tmp_path, capsys):
+    model = AutoModelForImageClassification.from_pretrained(latent)
+    with torch.no_grad():
+        model.classifier.bias[0] = 1e5
+    model.save_pretrained(latent)
+    run(capsys, "pack", latent, tmp_path / "packed")
+    printed = run(capsys, "pack", tmp_path / "packed", tmp_path / "half", "--half")
+    assert "1 of " in printed
+    assert "classifier.bias" in printed
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("packed", "half")]
+    assert sizes[1] < sizes[0]
+
+
+def test_pack_refuses_what_it_cannot_pack_and_leaves_nothing_behind(latent, tmp_path, capsys):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert_refused(capsys, ["pack", tmp_path / "vit", tmp_path / "out"], "'vit'", "binary")
+    tensors = tmp_path / "latent" / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    assert_refused(capsys, ["pack", latent, tmp_path / "out"], "cannot be loaded")
+    assert_refused(capsys, ["pack", latent, tmp_path / "vit"], "is there already")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("row", ["binaryvit-small-patch4-224", "deit-small-patch16-224"])
+def test_convert_reads_the_public_codes_file_and_reports_every_tensor(row, tmp_path, capsys):
+    state_dict = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in original_state_dict(row, golden_expectations(row)).items()
+    }
+    run_arguments = argparse.Namespace(lr=5e-4, output_dir=pathlib.Path("runs"))
+    file = {"model": state_dict, "optimizer": {"state": {}}, "epoch": 299, "args": run_arguments}
+    torch.save(file, tmp_path / "checkpoint.pth")
+    which = ["--teacher"] if row.startswith("deit") else ["--config", row]
+    printed = run(capsys, "convert", tmp_path / "checkpoint.pth", tmp_path / "out", *which).splitlines()
+    assert [line.split(" -> ")[0] for line in printed[:-1]] == list(state_dict)
+    ours = AutoModelForImageClassification.from_pretrained(tmp_path / "out").state_dict()
+    mapped = dict(line.rpartition(" [")[0].split(" -> ") for line in printed[:-1])
+    assert set(mapped.values()) == set(ours)
+    assert all(torch.equal(state_dict[theirs].flatten(), ours[name].flatten()) for theirs, name in mapped.items())
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").size == {"shortest_edge": 256}
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("it-was-run",)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"model": {"a": torch.zeros(1)}, "args": RunsCode()}, ("mkdir", "could run code")),
+        ({"optimizer": {}}, ("holds no network",)),
+        ([1, 2], ("holds no network",)),
+        ({"model": {"vit.unknown": torch.zeros(1)}}, ("does not fit", "'vit.unknown'")),
+    ],
+    ids=["code", "no model", "list", "unknown tensor"],
+)
+def test_convert_refuses_other_files_and_runs_nothing(content, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "file.pth")
+    arguments = ["convert", "file.pth", "out", "--config", "binaryvit-small-patch4-224"]
+    assert_refused(capsys, arguments, "file.pth", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.pth"]
+
+
+def test_convert_refuses_damaged_and_absent_files(tmp_path, capsys):
+    (tmp_path / "file.pth").write_bytes(b"PK" + bytes(100))
+    options = [tmp_path / "out", "--config", "binaryvit-small-patch4-224"]
+    assert_refused(capsys, ["convert", tmp_path / "file.pth", *options], "damaged")
+    assert_refused(capsys, ["convert", tmp_path / "none.pth", *options], "no file")
+    assert_refused(capsys, ["convert", tmp_path / "file.pth", tmp_path / "out"], "--config", "--teacher")
+
+
+def test_ops_prints_a_table_and_json(capsys):
+    table = run(capsys, "ops", "binaryvit-small-patch4-224").splitlines()
+    assert table[-1].split()[:2] == ["in", "all"]
+    assert "69.9 M" in table[-1]
+    counted = json.loads(run(capsys, "ops", CONFIGS / "binaryvit-small-patch4-224", "--json"))
+    assert counted["total"]["ops"] == pytest.approx(70e6, rel=0.01)
+    assert sum(layer["bops"] for layer in counted["layers"]) == counted["total"]["bops"]
+
+
+def test_ops_counts_a_packed_checkpoint_as_the_network_it_is(latent, tmp_path, capsys):
+    run(capsys, "pack", latent, tmp_path / "packed")
+    assert run(capsys, "ops", tmp_path / "packed") == run(capsys, "ops", latent)
+
+
+def test_classify_takes_files_folders_and_patterns(latent, photos, capsys):
+    answers = json.loads(run(capsys, "classify", latent, photos, photos / "*.png", photos / "b.jpg", "--json"))
+    names = [pathlib.Path(answer["image"]).name for answer in answers]
+    assert names == ["a.png", "b.jpg", "c.gif", "a.png", "b.jpg"]
+    for answer in answers:
+        assert {label["label"] for label in answer["labels"]} == {"ant", "bee", "cat"}
+        scores = [label["score"] for label in answer["labels"]]
+        assert scores == sorted(scores, reverse=True)
+        assert sum(scores) == pytest.approx(1)
+    lines = run(capsys, "classify", latent, photos / "a.png", "--top-k", 1).splitlines()
+    assert lines == [
+        str(photos / "a.png"),
+        f"  {100 * answers[0]['labels'][0]['score']:6.2f} %  {answers[0]['labels'][0]['label']}",
+    ]
+
+
+def test_classify_refuses_what_it_cannot_read(latent, photos, capsys):
+    assert_refused(capsys, ["classify", latent, photos / "none.png"], "none.png' does not exist")
+    assert_refused(capsys, ["classify", latent, photos / "*.bmp"], "*.bmp' matches no file")
+    assert_refused(capsys, ["classify", latent, photos / "notes.txt"], "notes.txt", "is no image", code=1)
+    assert_refused(capsys, ["classify", latent, photos, "--top-k", 0], "--top-k")
+    assert_refused(capsys, ["classify", photos, photos], "cannot be loaded", "config.json")
+    assert_refused(capsys, ["classify", "no/model", photos], "The model 'no/model' cannot be loaded")
+    (latent / "preprocessor_config.json").unlink()
+    assert_refused(capsys, ["classify", latent, photos], "no image processor")
+
+
+def test_push_refuses_what_is_no_model(latent, tmp_path, capsys):
+    assert_refused(capsys, ["push", tmp_path, "me/x"], "no config.json")
+    (latent / "model.safetensors").unlink()
+    assert_refused(capsys, ["push", latent, "me/x"], "cannot be loaded")

@@ -1,0 +1,167 @@
+"""What training images go through, one by one, in batches and in order."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+from transformers import set_seed
+
+from binaryvit_hf.data.augmentation import AugmentationArguments, create_mix, create_train_transform
+from binaryvit_hf.data.decoding import CroppingDecoder
+from binaryvit_hf.data.known_datasets import encode_png
+from binaryvit_hf.data.sampling import Showing, TrainSampler, seeded
+
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+PLAIN = {"random_resized_crop_min_scale": 1.0, "horizontal_flip_prob": 0.0}
+IMAGES = torch.arange(5 * 3 * 8 * 8, dtype=torch.float32).view(5, 3, 8, 8)
+LABELS = torch.tensor([0, 1, 2, 3, 1])
+
+
+def transform(seed: int = 0, **arguments) -> torch.Tensor:
+    gradient = torch.arange(48 * 64 * 3, dtype=torch.uint8).view(48, 64, 3).numpy()
+    arguments = AugmentationArguments(**(PLAIN | arguments))
+    set_seed(seed)
+    crop = CroppingDecoder((24, 32), arguments.random_resized_crop_min_scale)
+    image = {"bytes": encode_png(gradient), "path": None}
+    return create_train_transform(arguments, (24, 32), MEAN, STD)(crop(image))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"random_resized_crop_min_scale": 0.08},
+        {"horizontal_flip_prob": 1.0},
+        {"color_jitter": 0.4},
+        {"rand_augment": "rand-m9-p1.0-mstd0.5-inc1"},
+        {"random_erasing_prob": 1.0},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_each_augmentation_changes_the_image_and_repeats_with_its_seed(arguments):
+    image = transform(**arguments)
+    assert image.shape == (3, 24, 32)
+    assert image.dtype == torch.float32
+    assert not torch.equal(image, transform())
+    assert torch.equal(image, transform(**arguments))
+
+
+def test_colours_are_not_changed_twice():
+    policy = {"rand_augment": "rand-m9-mstd0.5-inc1"}
+    assert torch.equal(transform(**policy), transform(**policy, color_jitter=0.9))
+
+
+def test_erasing_fills_a_rectangle_with_noise_and_leaves_the_rest():
+    changed = (transform(random_erasing_prob=1.0) != transform()).any(0)
+    rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+    assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+    assert 0.01 < changed.double().mean() < 0.4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rand_augment": "random-m9"},
+        {"rand_augment": "rand-x9"},
+        {"random_resized_crop_min_scale": 0.0},
+        {"horizontal_flip_prob": 1.5},
+        {"mixup_alpha": -1.0},
+        {"mixup_switch_prob": 2.0},
+    ],
+    ids=str,
+)
+def test_senseless_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        AugmentationArguments(**arguments)
+
+
+def test_nothing_is_mixed_unless_asked():
+    assert create_mix(AugmentationArguments(), 4) is None
+    images, labels = create_mix(AugmentationArguments(mixup_alpha=0.8, mixup_prob=0.0), 4)(IMAGES, LABELS)
+    assert torch.equal(images, IMAGES)
+    assert torch.equal(labels, LABELS)
+
+
+@pytest.mark.parametrize("kind", ["mixup_alpha", "cutmix_alpha"])
+def test_labels_are_shared_as_the_images_are(kind):
+    set_seed(0)
+    images, labels = create_mix(AugmentationArguments(**{kind: 1.0}), 4)(IMAGES, LABELS)
+    share = labels[0, 0].item()  # of image 0, the rest of it is image 4, which went before
+    assert 0 < share < 1
+    expected = share * torch.eye(4)[LABELS] + (1 - share) * torch.eye(4)[LABELS.roll(1)]
+    torch.testing.assert_close(labels, expected)
+    if kind == "mixup_alpha":
+        torch.testing.assert_close(images, share * IMAGES + (1 - share) * IMAGES.roll(1, 0))
+    else:
+        own = (images == IMAGES).all(1)
+        assert own.double().mean().item() == pytest.approx(share)
+        assert torch.equal(
+            images.where(~own[:, None], torch.tensor(0.0)), IMAGES.roll(1, 0).where(~own[:, None], torch.tensor(0.0))
+        )
+
+
+@pytest.mark.parametrize("switch, mixes_pixels", [(0.0, True), (1.0, False)])
+def test_switch_chooses_between_mixup_and_cutmix(switch, mixes_pixels):
+    set_seed(0)
+    mix = create_mix(AugmentationArguments(mixup_alpha=1.0, cutmix_alpha=1.0, mixup_switch_prob=switch), 4)
+    images, _ = mix(IMAGES, LABELS)
+    assert (~torch.isin(images, IMAGES)).any().item() == mixes_pixels
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_repeats_fall_to_different_processes_and_an_epoch_is_as_long_as_ever(num_processes):
+    sampler = TrainSampler(48, repeats=3, batch_size=4, num_processes=num_processes, seed=7)
+    shards = [
+        BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), num_processes, process)
+        for process in range(num_processes)
+    ]
+    seen = [[index for batch in shard for index in batch] for shard in shards]
+    together = [index for indices in seen for index in indices]
+    assert len(sampler) == len(together) == 48
+    assert len(set(together)) == 16
+    assert all(together.count(index) == 3 for index in together)
+    if num_processes == 3:
+        assert all(len(set(indices)) == 16 for indices in seen)
+
+
+def test_a_showing_tells_epoch_image_and_repeat():
+    sampler = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7, showings=True)
+    sampler.set_epoch(3)
+    showings = list(sampler)
+    assert len(set(showings)) == 8
+    assert {showing.epoch for showing in showings} == {3}
+    plain = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7)
+    plain.set_epoch(3)
+    assert [showing.index for showing in showings] == list(plain)
+
+
+def draw() -> tuple:
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_random_numbers_of_a_showing_are_its_own_and_leave_the_others_alone():
+    set_seed(0)
+    expected = draw(), draw()
+    set_seed(0)
+    before = draw()
+    with seeded(1, *Showing(2, 3, 0)):
+        inside = draw()
+    assert (before, draw()) == expected
+    with seeded(1, *Showing(2, 3, 0)):
+        assert draw() == inside
+    for other in (Showing(3, 3, 0), Showing(2, 4, 0), Showing(2, 3, 1)):
+        with seeded(1, *other):
+            assert draw() != inside
+
+
+def test_epochs_have_orders_of_their_own_and_seeds_too():
+    sampler = TrainSampler(30, repeats=2, batch_size=4, num_processes=2, seed=7)
+    first = list(sampler)
+    assert list(sampler) == first
+    assert sorted(set(first)) != list(range(30))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(TrainSampler(30, 2, 4, 2, seed=8)) != list(TrainSampler(30, 2, 4, 2, seed=7))

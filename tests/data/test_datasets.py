@@ -1,0 +1,446 @@
+"""Datasets as people have them: kinds of columns, paths beside a table, missing labels and splits, and models' own labels."""
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import config as datasets_config
+from PIL import Image as PILImage
+from streams import encode, tell_numbers, write_archives, write_class_names
+from tiny import tiny_config, tiny_model
+from torch.utils.data import DataLoader
+from transformers import ViTConfig, ViTForImageClassification
+
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.augmentation import AugmentationArguments, create_train_transform
+from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
+from binaryvit_hf.data.loading import TransformedImages, collate_images, load_images, relabel
+from binaryvit_hf.data.sampling import create_train_sampler
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.training.models import create_head
+from binaryvit_hf.training.run import main
+
+
+COLORS = {"ant": (200, 0, 0), "bee": (0, 200, 0), "cat": (0, 0, 200)}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets_config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+def load(folder, **arguments):
+    test = arguments.pop("test", False)
+    return load_images(DataArguments(dataset_name=str(folder), **arguments), 0, None, None, test=test)
+
+
+def write_table(folder: Path, images: pa.Array, labels: pa.Array, split: str = "train") -> Path:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"image": images, "label": labels}), folder / f"{split}.parquet")
+    return folder
+
+
+def struct(**types) -> pa.DataType:
+    return pa.struct(types)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    (tmp_path / "pictures").mkdir()
+    paths = [tmp_path / "pictures" / f"{number}.jpg" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_bytes(encode(number))
+    return paths
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()),
+        *(
+            struct(bytes=pa.large_binary(), path=pa.large_string()),
+            struct(bytes=pa.binary()),
+            struct(path=pa.string()),
+        ),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
+def test_images_are_bytes_or_paths_of_every_kind_that_a_table_has(pictures, tmp_path, kind, streaming):
+    whole = {"bytes": [encode(number) for number in range(4)], "path": list(map(str, pictures))}
+    if pa.types.is_struct(kind):
+        names = [field.name for field in kind]
+        images = pa.array([dict(zip(names, row)) for row in zip(*(whole[name] for name in names))], kind)
+    else:
+        images = pa.array(
+            whole["bytes" if "binary" in str(kind) else "path"], pa.string() if "dict" in str(kind) else kind
+        )
+        images = images.dictionary_encode() if "dict" in str(kind) else images
+    for split in ("train", "validation"):
+        write_table(tmp_path / "table", images, pa.array([0, 1, 1, 0]), split)
+    write_class_names(tmp_path / "table", 2)
+    train = load(tmp_path / "table", streaming=streaming)["train"]
+    rows = [row for _, _, row in train.read(0)] if streaming else list(train)
+    assert sorted(decode_image(row["image"]).tobytes() for row in rows) == sorted(
+        PILImage.open(path).tobytes() for path in pictures
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, labels, names",
+    [
+        (pa.string(), ["bee", "ant", "bee"], ["ant", "bee"]),
+        (pa.large_string(), ["bee", "ant", "bee"], ["ant", "bee"]),
+        (pa.string_view(), ["bee", "ant", "bee"], ["ant", "bee"]),
+        (pa.string(), ["2", "10", "2"], ["10", "2"]),
+        (pa.int8(), [10, 2, 10], ["2", "10"]),
+        (pa.uint64(), [10, 2, 10], ["2", "10"]),
+        (pa.int64(), [1, -1, 0], ["-1", "0", "1"]),
+        (pa.float64(), [10, 2, 10], ["2", "10"]),
+        (pa.bool_(), [True, False, True], ["False", "True"]),
+    ],
+    ids=str,
+)
+def test_labels_are_names_or_whole_numbers_of_every_kind(tmp_path, kind, labels, names):
+    table = write_table(tmp_path / "table", pa.array([encode(0)] * 3), pa.array(labels, kind))
+    write_table(table, pa.array([encode(0)] * 3), pa.array(labels, kind), "test")
+    images = load(table)
+    for split in ("train", "validation"):
+        assert images[split].features["label"] == ClassLabel(names=names)
+        assert [names[index] for index in images[split]["label"]] == list(map(str, labels))
+
+
+def test_numbers_with_a_fraction_are_no_classes(tmp_path):
+    table = write_table(tmp_path / "table", pa.array([encode(0)] * 2), pa.array([0.0, 0.5]))
+    with pytest.raises(UserError, match=r"column of labels holds 0.5.*--label_column_name"):
+        load(table)
+
+
+def test_the_one_column_that_can_only_be_of_images_is_found(tmp_path):
+    picture = pa.array([{"bytes": encode(0), "path": None}] * 2, struct(bytes=pa.binary(), path=pa.string()))
+    columns = {"jpeg": picture, "name": ["a", "b"], "size": [{"width": 1}] * 2, "label": ["ant", "bee"]}
+    (tmp_path / "table").mkdir()
+    for split in ("train", "validation"):
+        pq.write_table(pa.table(columns), tmp_path / "table" / f"{split}.parquet")
+    assert load(tmp_path / "table")["train"][0]["image"]["bytes"] == encode(0)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("file", [False, True], ids=["folder", "file"])
+def test_paths_of_a_table_are_relative_to_it(pictures, tmp_path, suffix, file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("pictures", "data/tables/pictures")
+    shutil.copytree("pictures", "data/more")
+    rows = [(f"pictures/{number}.jpg", "ant" if number % 2 else "bee") for number in range(3)]
+    rows.append((str(tmp_path / "data/more/3.jpg"), "ant"))  # an absolute one stays what it is
+    mark = "\t" if suffix == "tsv" else ","
+    lines = [mark.join(row) for row in [("image", "label"), *rows]]
+    if suffix == "jsonl":
+        lines = [json.dumps({"image": image, "label": label}) for image, label in rows]
+    table = Path(f"data/tables/train.{suffix}")
+    table.write_text("\n".join(lines))
+    images = load(table, train_val_split=1) if file else load("data", train_files=str(table.relative_to("data")))
+    rows = [row for part in ("train", "validation") for row in images[part]]
+    found = {row["image"]["path"]: row["label"] for row in rows}
+    base = tmp_path / "data/tables/pictures"
+    assert found == {str(base / f"{k}.jpg"): 1 - k % 2 for k in range(3)} | {str(tmp_path / "data/more/3.jpg"): 0}
+
+
+@pytest.mark.parametrize("missing", ["", "one", "two"])
+def test_a_path_that_is_relative_to_one_of_several_tables_is_refused(pictures, tmp_path, missing):
+    for name in ("one", "two"):
+        shutil.copytree(tmp_path / "pictures", tmp_path / "data" / name / "pictures")
+        table = tmp_path / "data" / name / f"train-{name}.csv"
+        table.write_text(f"image,label\npictures/0.jpg,{name}\npictures/1.jpg,{name}\n")
+    if missing:
+        shutil.rmtree(tmp_path / "data" / missing / "pictures")
+    with pytest.raises(UserError, match=r"'pictures/0.jpg' may be of .*one' or of .*two'.*write its whole path"):
+        load(tmp_path / "data", train_files="*/train-*.csv")
+
+
+def test_a_path_that_is_in_no_folder_is_left(pictures, tmp_path):
+    names = ["pictures/9.jpg", f"{9:0300d}.jpg", "https://example.org/9.jpg"]  # the second longer than a name may be
+    (tmp_path / "train.csv").write_text(
+        "image,label\n" + "".join(f"{name},{index}\n" for index, name in enumerate(names))
+    )
+    images = load(tmp_path / "train.csv", train_val_split=1)
+    assert sorted(row["image"]["path"] for part in images.values() for row in part) == sorted(names)
+
+
+def test_files_are_chosen_in_a_folder_alone(pictures, tmp_path):
+    (tmp_path / "train.csv").write_text("image,label\npictures/0.jpg,ant\npictures/1.jpg,bee\n")
+    with pytest.raises(UserError, match="is a file: name its folder"):
+        load(tmp_path / "train.csv", validation_files="test.csv")
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["dataset", "dictionary"])
+def test_a_dataset_that_was_saved_to_disk_is_loaded(tmp_path, many):
+    train = labelled([0, 1, 1, 0])
+    (DatasetDict({"train": train, "test": train.select([1])}) if many else train).save_to_disk(tmp_path / "saved")
+    images = load(tmp_path / "saved")
+    assert images["train"].features["label"].names == ["ant", "bee"]
+    assert len(images["validation"]) == 1
+    assert len(images["train"]) == (4 if many else 3)
+    with pytest.raises(UserError, match="saved to disk, and such a dataset is not streamed"):
+        load(tmp_path / "saved", streaming=True)
+
+
+def labelled(labels: list[int | None]) -> Dataset:
+    features = Features({"image": Image(), "label": ClassLabel(names=["ant", "bee"])})
+    images = [{"bytes": encode(number), "path": None} for number in range(len(labels))]
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def write_splits(folder: Path, **splits: list[int | None]) -> Path:
+    for split, labels in splits.items():
+        labelled(labels).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_a_test_split_without_labels_is_not_evaluated_on_by_default(tmp_path, caplog):
+    folder = write_splits(tmp_path / "data", train=[0, 1] * 4, test=[-1, -1])
+    images = load(folder)
+    assert (len(images["train"]), len(images["validation"])) == (6, 2)
+    assert "'test' has no labels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "splits, arguments, message",
+    [
+        (
+            {"train": [0, 1], "test": [-1, -1]},
+            {"validation_split_name": "test"},
+            "2 of the 2 validation images.*\\(-1\\)",
+        ),
+        ({"train": [0, 1] * 4, "test": [-1, -1]}, {"test": True}, "2 of the 2 test images have no label"),
+        ({"test": [-1, -1]}, {}, "2 of the 2 validation images have no label"),
+        ({"train": [0, 1, None, 0], "test": [0, 1]}, {}, "1 of the 4 train images have no label \\(None\\)"),
+        ({"train": [0, -1, -1], "test": [0, 1]}, {}, "2 of the 3 train images have no label \\(-1\\)"),
+        ({"train": [0, 1], "test": [0, -1]}, {}, "1 of the 2 validation images have no label"),
+    ],
+)
+def test_images_without_labels_are_counted_and_refused(tmp_path, splits, arguments, message):
+    with pytest.raises(UserError, match=message):
+        load(write_splits(tmp_path / "data", **splits), **arguments)
+
+
+def test_a_label_that_is_no_number_is_missing(tmp_path):
+    labels = pa.array([1, 0, float("nan")])
+    with pytest.raises(UserError, match=r"1 of the 3 train images have no label \(nan\)"):
+        load(write_table(tmp_path / "table", pa.array([encode(0)] * 3), labels))
+
+
+def test_a_number_that_is_missing_in_a_table_is_a_missing_label(tmp_path):
+    (tmp_path / "train.csv").write_text("image,label\na.jpg,1\nb.jpg,0\nc.jpg,\n")
+    with pytest.raises(UserError, match=r"1 of the 3 train images have no label \(None\)"):
+        load(tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], [0, -1]], ids=["none", "some"])
+def test_a_stream_without_labels_is_refused_before_training_or_as_it_comes(tmp_path, labels):
+    folder = write_splits(tmp_path / "data", train=[0, 1], validation=labels)
+    validation = load(folder, streaming=True)["validation"]
+    with pytest.raises(UserError, match=r"validation images has no label \(-1\)"):
+        validation.counted()
+    validation.num_images = 2
+    with pytest.raises(UserError, match=r"validation images has no label \(-1\)"):
+        list(validation.counted().read(0))
+
+
+@pytest.mark.parametrize(
+    "splits, arguments, message",
+    [
+        (
+            {"train": [0, 1]},
+            {"train_split_name": "trian", "train_val_split": 0.5},
+            "no split 'trian'.*--train_split_name",
+        ),
+        ({"train": [0, 1]}, {"train_split_name": "trian"}, "no split 'validation'; it has 'train'"),
+        ({"train": [0, 1]}, {"validation_split_name": "dev"}, "no split 'dev'; it has 'train'"),
+        ({"train": [0, 1]}, {"test": True}, "no split 'test'"),
+        ({"train": [0]}, {}, "--train_val_split is a share between 0 and 1"),
+        ({"train": [0, 1]}, {"train_val_split": 0.9}, "--train_val_split is a share"),
+        ({"train": [0, 1]}, {"train_val_split": float("nan")}, "--train_val_split must be a finite number"),
+    ],
+)
+def test_splits_that_are_missing_or_too_small_are_refused_in_one_sentence(tmp_path, splits, arguments, message):
+    with pytest.raises(UserError, match=message):
+        load(write_splits(tmp_path / "data", **splits), **arguments)
+
+
+@pytest.mark.parametrize(
+    "content", ["image,label\n", "", 'image,label\n"a,b\nc'], ids=["no rows", "nothing", "no table"]
+)
+def test_a_table_that_gives_no_images_is_refused_with_the_reason(tmp_path, content):
+    (tmp_path / "train.csv").write_text(content)
+    with pytest.raises(UserError, match=r"train.csv' cannot be loaded: .*(no data|No columns|EOF inside)"):
+        load(tmp_path / "train.csv")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two images of each of three classes, one colour each."""
+    for name, color in COLORS.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(2):
+            PILImage.new("RGB", (32, 16), color).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """Knows four classes in an order of its own; in evaluation it tells the colours of three."""
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    names = {0: "cat", 1: "dog", 2: "ant", 3: "bee"}
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(image_size=[16, 32], patch_size=8, id2label=names, **fields)).save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+def run(tmp_path: Path, *arguments) -> int:
+    always = ["--output_dir", tmp_path / "out", "--report_to=none", "--use_cpu"]
+    return main([str(argument) for argument in (*arguments, *always)])
+
+
+def refused(capfd) -> str:
+    (message,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
+    return message
+
+
+def test_holding_out_without_training_images_is_refused(photos, model, tmp_path, capfd):
+    flags = ["--model_name_or_path", model, "--do_eval", "--validation_dir", photos, "--train_val_split=0.5"]
+    assert run(tmp_path, *flags) == 2
+    assert "--train_val_split holds out training images, and there are none" in refused(capfd)
+
+
+def test_a_model_is_evaluated_by_its_own_labels(photos, model, tmp_path):
+    """Of images without one of its classes, in another order, and of one class alone: as of all, image by image."""
+    losses = []
+    for missing in ((), ("cat",), ("ant", "bee")):
+        part = shutil.copytree(photos, tmp_path / f"without-{'-'.join(missing)}")
+        for name in missing:
+            shutil.rmtree(part / name)
+        flags = ["--do_eval", "--per_device_eval_batch_size=2", "--dataloader_drop_last", "--validation_dir", part]
+        assert run(tmp_path, "--model_name_or_path", model, *flags) == 0
+        results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+        assert "eval_top5_accuracy" not in results  # of four classes
+        losses.append((results["eval_loss"], results["eval_samples"]))
+    (whole, count), (without_cat, _), (cat, _) = losses
+    assert count == 6
+    assert whole == pytest.approx((without_cat * 4 + cat * 2) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_a_dataset_become_the_models_own(tmp_path, streaming):
+    folder = write_splits(tmp_path / "data", train=[0, 1, 1], validation=[1, 0])
+    images = relabel(load(folder, streaming=streaming), [4, 2], 5)
+    rows = [row for _, _, row in images["validation"].read(0)] if streaming else images["validation"]
+    assert [row["label"] for row in rows] == [2, 4]
+    assert [row["image"]["bytes"] for row in rows] == [encode(0), encode(1)]
+
+
+def test_images_of_a_class_that_the_model_does_not_know_are_refused_without_advice_to_forget_its_head(
+    photos, model, tmp_path, capfd
+):
+    (photos / "cat").rename(photos / "cow")
+    for flags in ([], ["--ignore_mismatched_sizes"]):
+        assert run(tmp_path, "--model_name_or_path", model, "--do_eval", "--validation_dir", photos, *flags) == 2
+        message = refused(capfd)
+        assert "has no class 'cow'" in message
+        assert "--ignore_mismatched_sizes" not in message
+
+
+def test_a_head_of_random_weights_is_neither_evaluated_nor_a_teacher(photos, model, tmp_path, capfd):
+    body = ViTForImageClassification.from_pretrained(model).vit
+    body.config.id2label = dict(enumerate(COLORS))
+    body.save_pretrained(tmp_path / "body")
+    flags = ["--do_eval", "--validation_dir", photos, "--ignore_mismatched_sizes"]
+    assert run(tmp_path, "--model_name_or_path", tmp_path / "body", *flags) == 2
+    assert "has no weights 'classifier.bias'" in refused(capfd)
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    flags = ["--do_train", "--train_dir", photos, "--max_steps=1", "--teacher_model_name_or_path", tmp_path / "body"]
+    assert run(tmp_path, "--config_name", tmp_path / "tiny", *flags) == 2
+    assert "has no weights 'classifier.bias', so its answers would be random; choose a trained" in refused(capfd)
+
+
+@pytest.mark.parametrize("names", [["ant", "bee", "cow"], ["ant", "bee", "cow", "dog"]], ids=["as many", "more"])
+def test_a_new_head_begins_for_other_labels_however_many_there_are(photos, tmp_path, names, capfd):
+    old = tiny_model(tiny_config(num_labels=len(names), id2label=dict(enumerate(names))))
+    old.save_pretrained(tmp_path / "old")
+    flags = ["--do_train", "--train_dir", photos, "--max_steps=1", "--save_packed=False", "--learning_rate=0"]
+    flags += ["--save_strategy=no", "--per_device_train_batch_size=2", "--model_name_or_path", tmp_path / "old"]
+    assert run(tmp_path, *flags) == 2
+    assert "start a new head with --ignore_mismatched_sizes" in refused(capfd)
+    assert run(tmp_path, *flags, "--ignore_mismatched_sizes") == 0
+    new = type(old).from_pretrained(tmp_path / "out")
+    assert list(new.config.id2label.values()) == ["ant", "bee", "cat"]
+    assert new.classifier.weight.shape[0] == 3
+    assert not torch.equal(new.classifier.weight, old.classifier.weight[:3])
+    before, after = dict(old.named_parameters()), dict(new.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("num_classes", [5, 6])
+def test_top_five_is_told_of_six_classes_or_more_wherever_accuracy_is(tmp_path, num_classes):
+    for name in map(str, range(num_classes)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        PILImage.new("RGB", (32, 16), (40 * int(name), 0, 0)).save(tmp_path / "photos" / name / "0.png")
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    common = ["--do_train", "--do_eval", "--train_dir", tmp_path / "photos", "--validation_dir", tmp_path / "photos"]
+    common += ["--max_steps=1", "--config_name", tmp_path / "tiny", "--save_packed=False", "--save_strategy=no"]
+    teacher = tiny_model(tiny_config(num_labels=num_classes, id2label={k: str(k) for k in range(num_classes)}))
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert run(tmp_path, *common, "--teacher_model_name_or_path", tmp_path / "teacher") == 0
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    told = {name for name in results if "top5" in name}
+    assert told == ({"eval_top5_accuracy", "teacher_top5_accuracy"} if num_classes > 5 else set())
+    assert ("top-5" in (tmp_path / "out" / "README.md").read_text()) == (num_classes > 5)
+
+
+def test_a_head_is_every_tensor_with_a_value_for_each_label():
+    assert create_head(tiny_config(), False).keys() == {"classifier.weight", "classifier.bias"}
+
+
+def decoded(dataset: TransformedImages, context: str) -> list[int]:
+    sampler = create_train_sampler(dataset, 1, 2, 1, seed=0)
+    loader = DataLoader(
+        dataset,
+        batch_size=2,
+        sampler=sampler,
+        num_workers=1,
+        collate_fn=collate_images,
+        multiprocessing_context=multiprocessing.get_context(context),
+    )
+    return sorted(
+        label for batch in loader for label in batch["labels"].tolist() if batch["pixel_values"].isfinite().all()
+    )
+
+
+def transformed(arguments: DataArguments) -> TransformedImages:
+    images = load_images(arguments, 0, None, None)["train"]
+    transform = create_train_transform(AugmentationArguments(), (16, 16), [0.5] * 3, [0.5] * 3)
+    return TransformedImages(images, CroppingDecoder((16, 16), 0.08), transform, 0)
+
+
+@pytest.mark.parametrize("context, streaming", [("spawn", False), ("forkserver", True)])
+def test_workers_that_share_no_memory_decode_folders_and_streams(photos, tmp_path, context, streaming):
+    if not streaming:
+        dataset = transformed(DataArguments(train_dir=str(photos), validation_dir=str(photos)))
+        assert decoded(dataset, context) == [0, 0, 1, 1, 2, 2]
+        return
+    write_archives(tmp_path / "archives", {"train": [2, 3], "validation": [1]}, num_classes=6)
+    write_class_names(tmp_path / "archives", 6)
+    tell_numbers(tmp_path / "archives", {"train": [2, 3], "validation": [1]})
+    dataset = transformed(DataArguments(dataset_name=str(tmp_path / "archives"), streaming=True))
+    assert decoded(dataset, context) == [0, 1, 2, 3, 4]

@@ -1,0 +1,214 @@
+"""What is said of images before training: broken, too large, transparent, of one colour."""
+
+import io
+import json
+import logging
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from tiny import tiny_config
+
+from binaryvit_hf.cli import main as binaryvit
+from binaryvit_hf.data import image_checks
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.image_checks import check_images, spread
+from binaryvit_hf.data.loading import load_images
+from binaryvit_hf.data.streaming import ImageStream
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.training.run import main
+
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype("uint8"))
+# Black shapes on a transparent ground whose hidden colour is black, too.
+SHAPE = Image.merge(
+    "RGBA", (*3 * [Image.new("L", (32, 16))], PHOTO.getchannel("R").point(lambda value: 255 * (value > 99)))
+)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Of each of two classes five pictures without anything to say of them."""
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(5):
+            PHOTO.save(tmp_path / "photos" / name / f"{number}.{'jpg' if number % 2 else 'png'}")
+    return tmp_path / "photos"
+
+
+def check(photos, skip_broken=False, background=None):
+    folder = str(photos)
+    images = load_images(DataArguments(train_dir=folder, validation_dir=folder), 0, None, None)
+    return check_images(images, skip_broken, background)
+
+
+def embedded(*pictures: Image.Image | bytes, names: bool = False) -> dict[str, Dataset]:
+    def encode(picture):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    contents = [picture if isinstance(picture, bytes) else encode(picture) for picture in pictures]
+    rows = {
+        "image": [
+            {"bytes": content, "path": f"{number}.png" if names else None} for number, content in enumerate(contents)
+        ],
+        "label": [0] * len(contents),
+    }
+    features = Features({"image": ImageFeature(decode=False), "label": ClassLabel(names=["ant"])})
+    return {"train": Dataset.from_dict(rows, features=features)}
+
+
+def test_ordinary_pictures_are_not_spoken_of(photos, caplog):
+    PHOTO.convert("RGBA").save(photos / "ant" / "opaque.png")
+    images, broken = check(photos)
+    assert (len(images["train"]), broken, caplog.text) == (11, [], "")
+
+
+def test_transparent_pictures_are_counted_and_named_before_training_and_in_evaluation(photos, caplog):
+    for name in ("ant/x.png", "bee/x.png"):
+        SHAPE.save(photos / name)
+    check(photos)
+    said = [record.message for record in caplog.records]
+    for message, split in zip((said[0], said[-1]), ("train", "validation")):
+        assert message.startswith(f"2 of the 12 {split} images are transparent in places, '{photos}/ant/x.png' first.")
+        assert "--background white" in message
+    caplog.clear()
+    check(photos, background="white")
+    assert caplog.text == ""
+
+
+def test_training_pictures_of_one_colour_are_counted_and_named(photos, caplog):
+    SHAPE.save(photos / "ant" / "x.png")
+    Image.new("RGB", (16, 16), "red").save(photos / "bee" / "y.jpg")
+    Image.new("L", (16, 16)).save(photos / "bee" / "z.png")
+    check(photos)
+    plain = [record.message for record in caplog.records if "one colour" in record.message]
+    assert plain == [f"3 of the 13 training images looked at are of one colour, '{photos}/ant/x.png' first."]
+    caplog.clear()
+    check(photos, background="white")
+    assert caplog.messages == [f"2 of the 13 training images looked at are of one colour, '{photos}/bee/y.jpg' first."]
+
+
+def test_pictures_inside_of_a_dataset_are_looked_at_too(caplog):
+    check_images(embedded(PHOTO, PHOTO, SHAPE), skip_broken=False)
+    assert "1 of the 3 train images are transparent in places, 'image 2' first." in caplog.text
+    assert "1 of the 3 training images looked at are of one colour" in caplog.text
+    with pytest.raises(
+        UserError,
+        match=r"^'1.png' is no image that can be read \(it has no format that Pillow knows\): remove it, or .*--skip_broken_images",
+    ):
+        check_images(embedded(PHOTO, b"no image", PHOTO, names=True), skip_broken=False)
+    kept, broken = check_images(embedded(PHOTO, b"no image", SHAPE, names=True), skip_broken=True)
+    assert (len(kept["train"]), broken) == (2, ["1.png"])
+    assert "1 of the 2 train images are transparent in places, '2.png' first." in caplog.text
+
+
+def test_of_a_stream_the_first_evaluation_pictures_are_looked_at(caplog, monkeypatch):
+    monkeypatch.setattr(image_checks, "MOST_STREAMED", 3)
+    pictures = embedded(PHOTO, SHAPE, PHOTO, SHAPE, b"no image")["train"].to_iterable_dataset()
+    streams = {"train": ImageStream(pictures, None), "validation": ImageStream(pictures, None)}
+    check_images(streams, skip_broken=False)
+    (message,) = caplog.messages
+    assert message.startswith("1 of the first 3 validation images are transparent in places, 'image 1' first.")
+    caplog.clear()
+    check_images(streams, skip_broken=False, background="white")
+    assert caplog.text == ""
+    monkeypatch.setattr(image_checks, "MOST_STREAMED", 5)
+    with pytest.raises(UserError, match=r"^'image 4' cannot be decoded \(it has no format .*\): remove it\.$"):
+        check_images(streams, skip_broken=False)
+
+
+def test_of_many_pictures_an_evenly_spread_number_is_decoded(photos, monkeypatch, caplog):
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+    assert list(spread(range(3), 4)) == [0, 1, 2]
+    monkeypatch.setattr(image_checks, "MOST_PIXELS_LOOKED_AT", 2)
+    SHAPE.save(photos / "ant" / "x.png")
+    for path in photos.rglob("[0-9].png"):
+        Image.new("RGB", (16, 16)).save(path)
+    check(photos)
+    assert "3 of the 3 training images looked at are of one colour" in caplog.text
+    monkeypatch.setattr(image_checks, "MOST_EMBEDDED", 2)
+    kept, _ = check_images(embedded(PHOTO, PHOTO, b"no image"), skip_broken=False)
+    assert len(kept["train"]) == 3
+
+
+def test_a_picture_that_is_cut_off_is_named_before_training_if_it_is_looked_at(photos):
+    path = photos / "ant" / "0.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(
+        UserError, match=rf"^'{path}' cannot be decoded \(.*\): remove it, or train without with --skip_b"
+    ):
+        check(photos)
+    images, broken = check(photos, skip_broken=True)
+    assert broken == [str(path)] * 2
+    assert len(images["train"]) == 9
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_a_picture_above_pillows_limit_is_not_broken(photos, skip_broken):
+    Image.new("1", (14000, 14000)).save(photos / "ant" / "large.png")
+    (photos / "ant" / "broken.png").write_text("no image")
+    path = photos / "ant" / ("large.png" if skip_broken else "broken.png")
+    with pytest.raises(
+        UserError, match=f"^'{path}'.*" + ("too large: it has 14000 x 14000 " if skip_broken else "no image")
+    ):
+        check(photos, skip_broken)
+    (photos / "ant" / "broken.png").unlink()
+    with pytest.raises(UserError, match=r"is too large: it has 14000 x 14000 .* make it smaller, or remove it\.$"):
+        check(photos, skip_broken)
+
+
+def test_float_pictures_of_no_known_range_are_refused_by_name(photos):
+    Image.fromarray(np.full((4, 4), -1, "float32")).save(photos / "ant" / "x.tiff")
+    with pytest.raises(UserError, match=r"x.tiff' cannot be decoded \(its values, -1 to -1, have no known range"):
+        check(photos)
+
+
+def test_the_script_and_classify_agree_on_turned_transparent_and_16_bit_pictures(tmp_path, capsys, caplog):
+    """One step of training, then the accuracy of the script against the answers of `classify`."""
+    caplog.set_level(logging.INFO)
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for index, name in enumerate(("ant", "bee", "cat")):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(6):
+            pixels = rng.integers(0, 100, (16, 32, 3)).astype("uint8")
+            pixels[: 8 if index else 16, : 16 if index == 1 else 32] += 120
+            image = Image.fromarray(pixels)
+            if number < 2:
+                image.save(folder / f"{number}.jpg", exif=turned)
+            elif number < 4:
+                image.putalpha(Image.fromarray(pixels[..., 0]))
+                image.save(folder / f"{number}.png")
+            else:
+                Image.fromarray(257 * pixels[..., 0].astype("uint16")).save(folder / f"{number}.png")
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    common = [
+        "--train_dir",
+        tmp_path / "photos",
+        "--validation_dir",
+        tmp_path / "photos",
+        "--use_cpu",
+        "--report_to=none",
+    ]
+    train = ["--config_name", tmp_path / "tiny", "--do_train", "--do_eval", "--max_steps=2", "--crop_pct=1.0"]
+    train += ["--learning_rate=0.01", "--background=white", "--output_dir", tmp_path / "out"]
+    assert main([str(argument) for argument in (*common, *train)]) == 0
+    assert json.loads((tmp_path / "out" / "run_arguments.json").read_text())["background"] == "white"
+    assert "| background | white |" in (tmp_path / "out" / "README.md").read_text()
+    accuracy = json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"]
+    assert "transparent" not in caplog.text
+    capsys.readouterr()
+    command = ["classify", str(tmp_path / "out"), str(tmp_path / "photos"), "--json", "--background=white"]
+    assert binaryvit(command) == 0
+    answers = json.loads(capsys.readouterr().out)
+    right = [answer["labels"][0]["label"] in answer["image"].split("/") for answer in answers]
+    assert sum(right) / len(right) == pytest.approx(accuracy)
+    evaluate = ["--model_name_or_path", tmp_path / "out", "--do_eval", "--output_dir", tmp_path / "again"]
+    assert main([str(argument) for argument in (*common, *evaluate)]) == 0
+    assert "6 of the 18 validation images are transparent in places" in caplog.text

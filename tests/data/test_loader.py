@@ -1,0 +1,128 @@
+"""Decoding: as torchvision crops, as exact as the whole image where that is promised, and quicker than the paper's code."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from transformers import set_seed
+
+from binaryvit_hf import cli
+from binaryvit_hf.benchmarks import loader as benchmark_loader
+from binaryvit_hf.benchmarks.loader import draw_photograph
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.augmentation import Normalize
+from binaryvit_hf.data.decoding import CroppingDecoder, decode_image, draft
+from binaryvit_hf.data.image_files import create_image_processor
+from binaryvit_hf.data.loading import add_transforms, load_images
+from binaryvit_hf.network.configuration_binaryvit import BinaryViTConfig
+
+
+def encoded(image: Image.Image, kind: str = "JPEG") -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    return Image.fromarray(draw_photograph(np.random.default_rng(0)))
+
+
+def crops(size: tuple[int, int], image: dict, whole: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of twenty random boxes: ours, and torchvision's of the whole image after Pillow's resizing."""
+    reference = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
+    pairs = []
+    for seed in range(20):
+        set_seed(seed)
+        ours = CroppingDecoder(size, 0.08)(image)
+        set_seed(seed)
+        pairs.append((ours.int(), v2.PILToTensor()(reference(decode_image(whole))).int()))
+    return pairs
+
+
+@pytest.mark.parametrize("size, kind", [((224, 224), "JPEG"), ((30, 40), "PNG")])
+def test_crops_without_the_decoders_scaling_are_torchvisions_but_for_steps_of_rounding(photograph, size, kind):
+    for ours, theirs in crops(size, encoded(photograph, kind), encoded(photograph, kind)):
+        assert ours.shape == (3, *size)
+        assert (ours - theirs).abs().max() <= 2
+        assert (ours - theirs).abs().double().mean() < 0.02
+
+
+def test_crops_of_a_jpeg_decoded_smaller_are_close_to_those_of_the_whole_image(photograph):
+    image = encoded(photograph.resize((1000, 750)))
+    differences = [(ours - theirs).abs().double().mean() for ours, theirs in crops((96, 128), image, image)]
+    # Of 255, and of an image that is mostly noise; boxes rounded to the pixels of the smaller image would differ by 5.
+    assert max(differences) < 2.5
+    assert sum(differences) / 20 < 1.5
+    assert max(differences) > 0.1  # they are not the whole image's
+
+
+def test_a_jpeg_that_is_decoded_whole_gives_exactly_the_crop_of_its_pixels(photograph):
+    jpeg = encoded(photograph)
+    png = encoded(decode_image(jpeg), "PNG")
+    decoder = CroppingDecoder((188, 250), 0.08)  # just more than half of the image
+    for seed in range(10):
+        set_seed(seed)
+        ours = decoder(jpeg)
+        set_seed(seed)
+        assert torch.equal(ours, decoder(png))
+
+
+@pytest.mark.parametrize("most, scale", [(1, 1), (2, 2), (3, 2), (7, 4), (8, 8), (40, 8)])
+def test_the_decoder_divides_by_the_largest_factor_that_leaves_the_crop_its_pixels(photograph, most, scale):
+    image = Image.open(io.BytesIO(encoded(photograph)["bytes"]))
+    assert draft(image, most) == scale
+    assert image.size == (-(-500 // scale), -(-375 // scale))
+    assert draft(Image.open(io.BytesIO(encoded(photograph, "PNG")["bytes"])), most) == 1
+
+
+@pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("1", "PNG")])
+@pytest.mark.parametrize("side", [16, 300])
+def test_images_of_every_mode_become_rgb(photograph, mode, kind, side):
+    image = encoded(photograph.convert(mode), kind)
+    ours = CroppingDecoder((side, side), 1.0).decode(Image.open(io.BytesIO(image["bytes"])), 0, 0, 375, 500)
+    theirs = v2.PILToTensor()(decode_image(image).resize((side, side), Image.Resampling.BICUBIC))
+    assert (ours.int() - theirs.int()).abs().double().mean() < 2
+
+
+def test_images_without_pixels_and_of_addresses(photograph, tmp_path):
+    path = tmp_path / "image.png"
+    photograph.save(path)
+    assert decode_image({"bytes": None, "path": path.as_uri()}).tobytes() == photograph.tobytes()
+    with pytest.raises(ValueError, match="there is none"):
+        decode_image({"bytes": None, "path": None})
+    with pytest.raises(ValueError, match="there is none"):
+        decode_image(None)
+
+
+def test_normalising_is_torchvisions():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 2, 1)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    expected = v2.Normalize(mean, std)(v2.ToDtype(torch.float32, scale=True)(pixels))
+    torch.testing.assert_close(Normalize(mean, std)(pixels), expected, rtol=1e-6, atol=1e-6)
+    assert pixels[0, 0, -1] == 255
+
+
+def test_evaluation_sees_the_whole_image_exactly_as_the_image_processor_does(photograph, tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        photograph.resize((1000, 750)).save(tmp_path / name / "0.jpg")
+    arguments = DataArguments(train_dir=str(tmp_path), validation_dir=str(tmp_path))
+    processor = create_image_processor(BinaryViTConfig(image_size=32), crop_pct=0.875)
+    evaluated = add_transforms(load_images(arguments, 0, None, None), processor, arguments, 0)["validation"][0]
+    expected = processor(Image.open(tmp_path / "ant" / "0.jpg"), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(evaluated["pixel_values"], expected)
+
+
+def test_the_loader_is_measured_beside_the_papers_public_code(monkeypatch, capsys):
+    small = {"num_images": 16, "batch_size": 8, "rounds": 15}
+    whole = benchmark_loader.benchmark_loader
+    monkeypatch.setattr(benchmark_loader, "benchmark_loader", lambda: whole(**small))
+    assert cli.main(["benchmark", "--loader", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["ratio"] == measured["ours_images_per_second"] / measured["baseline_images_per_second"]
+    assert 90_000 < measured["bytes_per_image"] < 130_000

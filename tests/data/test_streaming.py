@@ -1,0 +1,272 @@
+"""Streams: every image once an epoch however many read it, the same weights after an interruption, and what is refused."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from datasets import ClassLabel, Dataset, Features, Image
+from datasets import config as datasets_config
+from safetensors.torch import load_file
+from streams import add, encode, tell_numbers, write_archives, write_class_names
+from tiny import tiny_config
+from torch.utils.data import BatchSampler, DataLoader
+
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.augmentation import AugmentationArguments, create_train_transform
+from binaryvit_hf.data.decoding import CroppingDecoder
+from binaryvit_hf.data.loading import TransformedImages, collate_images, load_images
+from binaryvit_hf.data.sampling import StreamSampler
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.training.run import main
+
+
+ROOT = Path(__file__).parents[2]
+SHARDS = {"train": [9, 4, 11], "validation": [5, 2]}  # 24 and 7 images
+STEPS = ["--max_steps=9", "--save_steps=2", "--per_device_train_batch_size=4", "--per_device_eval_batch_size=2"]
+QUIET = ["--do_train", "--report_to=none", "--use_cpu", "--crop_pct=1.0", "--save_packed=False"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The network is tiny, and threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Of a dataset that was downloaded before, the number of images would be known."""
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def archives(tmp_path) -> Path:
+    """Every image a class of its own."""
+    write_archives(tmp_path / "archives", SHARDS, num_classes=31)
+    write_class_names(tmp_path / "archives", 31)
+    tell_numbers(tmp_path / "archives", SHARDS)
+    return tmp_path / "archives"
+
+
+def stream(folder: Path, seed: int = 0, **arguments) -> TransformedImages:
+    arguments = DataArguments(dataset_name=str(folder), streaming=True, **({"shuffle_buffer_size": 6} | arguments))
+    images = load_images(arguments, seed, None, None)["train"]
+    transform = create_train_transform(AugmentationArguments(), (16, 16), [0.5] * 3, [0.5] * 3)
+    return TransformedImages(images, CroppingDecoder((16, 16), 0.08), transform, seed)
+
+
+def epochs(dataset: TransformedImages, processes: int, workers: int, repeats: int = 1, number: int = 2) -> list[list]:
+    """The batches `[labels, pixels]` of all processes in turn, for each epoch."""
+    sampler = StreamSampler(dataset.stream, repeats, batch_size=3, num_processes=processes)
+    seen = []
+    for epoch in range(number):
+        sampler.set_epoch(epoch)
+        shards = [
+            BatchSamplerShard(BatchSampler(sampler, 3, drop_last=False), processes, process)
+            for process in range(processes)
+        ]
+        loaders = [
+            DataLoader(dataset, batch_sampler=shard, num_workers=workers, collate_fn=collate_images)
+            for shard in shards
+        ]
+        seen.append([(batch["labels"].tolist(), batch["pixel_values"]) for each in zip(*loaders) for batch in each])
+    return seen
+
+
+def labels(batches: list) -> list[int]:
+    return [label for batch, _ in batches for label in batch]
+
+
+@pytest.mark.parametrize("shards", [[24], [9, 4, 11], [1] * 24])
+def test_every_image_is_shown_once_an_epoch_however_many_shards_processes_and_workers(tmp_path, shards):
+    write_archives(tmp_path / "archives", {"train": shards, "validation": [2]}, num_classes=26)
+    write_class_names(tmp_path / "archives", 26)
+    tell_numbers(tmp_path / "archives", {"train": shards, "validation": [2]})
+    orders = {}
+    for processes, workers in ((1, 0), (1, 3), (2, 0), (2, 2)):
+        first, second = map(labels, epochs(stream(tmp_path / "archives"), processes, workers))
+        assert sorted(first) == sorted(second) == list(range(24))
+        assert first != second
+        assert orders.setdefault(processes, (first, second)) == (first, second)
+    assert labels(epochs(stream(tmp_path / "archives", seed=1), 1, 0)[0]) != orders[1][0]
+    batches = [sorted(orders[1][0][start : start + 6]) for start in range(0, 24, 6)]
+    assert batches == [sorted(orders[2][0][start : start + 6]) for start in range(0, 24, 6)]  # both processes together
+
+
+def test_augmentation_is_that_of_the_showing_whatever_the_workers(archives):
+    alone, shared = (epochs(stream(archives), 1, workers) for workers in (0, 2))
+    for ours, theirs in zip(alone, shared):
+        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(ours, theirs))
+    seen = [dict(zip(labels(batches), torch.cat([pixels for _, pixels in batches]))) for batches in alone]
+    assert not any(torch.equal(seen[0][label], seen[1][label]) for label in range(24))
+
+
+def test_repeats_of_a_streamed_image_fall_to_different_processes_in_an_epoch_as_long_as_ever(archives):
+    (batches,) = epochs(stream(archives), 2, 0, repeats=2, number=1)
+    assert len(set(labels(batches))) == 12
+    for first, second in zip(batches[::2], batches[1::2]):
+        assert first[0] == second[0]
+        assert not torch.equal(first[1], second[1])
+
+
+def train(archives: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """The script's weights on a stream."""
+    tiny_config(drop_path_rate=0.5, num_labels=31).save_pretrained(output.parent / "config")
+    common = ["--config_name", output.parent / "config", "--dataset_name", archives, "--output_dir", output]
+    more = ["--streaming", "--shuffle_buffer_size=6", "--learning_rate=0.01", *STEPS, *QUIET, *flags]
+    assert main([str(argument) for argument in (*common, *more)]) == 0
+    return load_file(output / "model.safetensors")
+
+
+def test_statistics_can_be_taken_anew_of_a_stream(archives, tmp_path):
+    plain = train(archives, tmp_path / "plain", "--max_steps=3")
+    anew = train(archives, tmp_path / "anew", "--max_steps=3", "--batch_norm_reestimation_batches=2")
+    changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], anew[name])}
+    assert changed == {"running_mean", "running_var"}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known number", "unknown number"])
+def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_not(archives, tmp_path, known, caplog):
+    caplog.set_level(logging.INFO)
+    if not known:
+        (archives / "README.md").unlink()
+    expected = train(archives, tmp_path / "out", "--dataloader_num_workers=2", "--mixup_alpha=0.8")
+    assert ("24 images an epoch, in 3 shards" if known else "a number of images that is not known") in caplog.text
+    for last in (8, 6):  # in the midst of the second epoch, and at its beginning
+        (tmp_path / "out" / "train_results.json").unlink()
+        for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+            if int(checkpoint.name.removeprefix("checkpoint-")) > last:
+                shutil.rmtree(checkpoint)
+        weights = train(archives, tmp_path / "out", "--dataloader_num_workers=2", "--mixup_alpha=0.8")
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    shutil.rmtree(tmp_path / "out")
+    weights = train(archives, tmp_path / "out", "--mixup_alpha=0.8")  # without workers
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path):
+    archives = tmp_path / "archives"
+    write_archives(archives, SHARDS, num_classes=3)
+    write_class_names(archives, 3)
+    tell_numbers(archives, SHARDS)
+    tiny_config().save_pretrained(tmp_path / "config")
+    flags = ["--config_name", tmp_path / "config", "--dataset_name", archives, *QUIET, *STEPS, "--do_eval"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [*launch, ROOT / "run_image_classification.py", "--output_dir", tmp_path / "out", "--streaming"]
+    result = subprocess.run(
+        [*script, *flags, "--dataloader_num_workers=2", "--max_steps=4"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    together = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert together["epoch"] == 4 / 3  # of 24 images in batches of 2 x 4
+    evaluate = ["--model_name_or_path", tmp_path / "out", "--dataset_name", archives, "--do_eval", "--use_cpu"]
+    evaluate += ["--output_dir", tmp_path / "alone", "--report_to=none", "--per_device_eval_batch_size=3"]
+    assert main([str(argument) for argument in evaluate]) == 0  # downloaded first
+    alone = json.loads((tmp_path / "alone" / "all_results.json").read_text())
+    assert together["eval_samples"] == alone["eval_samples"] == 7
+    assert together["eval_accuracy"] == alone["eval_accuracy"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--skip_broken_images"], ["--skip_broken_images", "--streaming"]),
+        (["--train_val_split=0.5"], ["--train_val_split", "--streaming"]),
+        (["--shuffle_buffer_size=0"], ["--shuffle_buffer_size must be 1 or more"]),
+        (["--max_train_samples=0"], ["--max_train_samples must be 1 or more"]),
+        (["--dataset_name=sklearn-digits"], ["--streaming is for a --dataset_name"]),
+        (["--validation_split_name=dev"], ["no split 'dev'", "'validation'"]),
+        (["--label_column_name=json"], ["'json'", "no column of labels"]),
+        (["--class_names=nowhere.txt"], ["nowhere.txt"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_what_cannot_be_streamed_is_refused_in_one_sentence(archives, tmp_path, flags, words, capfd):
+    tiny_config().save_pretrained(tmp_path / "config")
+    common = ["--config_name", tmp_path / "config", "--dataset_name", archives, "--output_dir", tmp_path / "out"]
+    assert main([str(argument) for argument in (*common, "--streaming", *QUIET, *flags)]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert all(word in said[0] for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_epoch_of_unknown_length_asks_for_steps_and_a_number_given_will_do(archives, tmp_path, capfd):
+    (archives / "README.md").unlink()
+    tiny_config().save_pretrained(tmp_path / "config")
+    common = ["--config_name", tmp_path / "config", "--dataset_name", archives, "--output_dir", tmp_path / "out"]
+    common = [str(argument) for argument in (*common, "--streaming", *QUIET, "--num_train_epochs=2")]
+    assert main(common) == 2
+    assert "give --max_steps" in capfd.readouterr().err
+    assert main([*common, "--max_train_samples=25"]) == 2
+    assert "ended after 24; it was said to have 25" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    assert main([*common, "--max_train_samples=24"]) == 0
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["epoch"] == 2
+
+
+def test_nothing_can_be_held_out_of_a_stream(tmp_path):
+    write_archives(tmp_path / "archives", {"train": [4]}, num_classes=4)
+    write_class_names(tmp_path / "archives", 4)
+    with pytest.raises(UserError, match="no split to evaluate on"):
+        stream(tmp_path / "archives")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_in_a_stream_is_named(archives, workers):
+    with tarfile.open(archives / "train-0003.tar", "w") as archive:
+        for number, content in ((90, encode(90)), (91, encode(91)[:-40])):
+            add(archive, f"{number:04d}.jpg", content)
+            add(archive, f"{number:04d}.cls", b"0")
+            add(archive, f"{number:04d}.json", b"{}")
+    tell_numbers(archives, {"train": [26], "validation": [7]})
+    with pytest.raises(UserError, match=r"'0091.jpg' cannot be decoded .*: remove it\."):
+        epochs(stream(archives), 1, workers)
+
+
+def test_an_image_that_is_missing_in_a_stream_is_told(archives):
+    with tarfile.open(archives / "train-0003.tar", "w") as archive:
+        add(archive, "0090.cls", b"0")
+    tell_numbers(archives, {"train": [25], "validation": [7]})
+    with pytest.raises(UserError, match=r"'image \d+' cannot be decoded \(there is none\): remove it\."):
+        epochs(stream(archives), 1, 0)
+
+
+def test_a_stream_that_ends_early_is_told(archives):
+    tell_numbers(archives, {"train": [25], "validation": [7]})
+    with pytest.raises(UserError, match="ended after 24; it was said to have 25"):
+        epochs(stream(archives), 1, 0)
+
+
+@pytest.mark.parametrize("column", ["image", "picture"])
+def test_images_of_a_table_are_streamed_as_they_are_encoded(tmp_path, column, monkeypatch):
+    monkeypatch.setattr(datasets_config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    features = Features({column: Image(), "label": ClassLabel(names=["ant", "bee"])})
+    for split, numbers in (("train", range(10)), ("validation", range(10, 14))):
+        rows = {column: [{"bytes": encode(number), "path": f"{number}.jpg"} for number in numbers]}
+        rows["label"] = [number % 2 for number in numbers]
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / f"{split}.parquet")
+    images = load_images(DataArguments(dataset_name=str(tmp_path / "table"), streaming=True), 0, None, None)
+    assert images["train"].features["label"].names == ["ant", "bee"]
+    assert (images["train"].num_images, len(images["validation"].counted())) == (None, 4)
+    read = {row["image"]["path"]: row for _, _, row in images["train"].read(0)}
+    assert len(read) == 10
+    for number in range(10):
+        row = read[f"{number}.jpg"]
+        assert (row["image"]["bytes"], row["label"]) == (encode(number), number % 2)

@@ -1,0 +1,243 @@
+/*
+ * The engine through its C interface alone, for sanitisers: networks of random tensors on all kernels, by one thread and by
+ * several, called from several threads at once; and tensors that are missing or too short.
+ *
+ * Usage: engine_check ROUNDS; the first argument is how often every network is run.
+ */
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../binaryvit_hf/engine/engine.h"
+
+namespace {
+
+/* A network's config and tensors, as a packed checkpoint holds them. */
+class Network {
+public:
+    struct Shape {
+        std::vector<int32_t> hidden_sizes, depths, heads, inner, ratios, kernels;
+        int32_t height, width, patch, channels;
+        bool class_token, stem_norm, layer_scale, binary_embeddings;
+    };
+
+    explicit Network(const Shape &shape) : shape_(shape), random_(7) {
+        int inputs = shape.channels * shape.patch * shape.patch, first = shape.hidden_sizes[0];
+        int tokens = shape.height / shape.patch * (shape.width / shape.patch);
+        floats("embeddings.projection.weight", first * inputs);
+        floats("embeddings.projection.bias", first);
+        if (shape.stem_norm) norm("embeddings.norm", first);
+        if (shape.class_token) floats("embeddings.class_token", first);
+        floats("embeddings.position_embeddings", (tokens + shape.class_token) * first);
+        for (size_t stage = 0; stage < shape.hidden_sizes.size(); ++stage) add_stage(stage, tokens >> 2 * stage);
+        norm("norm", shape.hidden_sizes.back());
+        last_tokens = (tokens >> 2 * (shape.hidden_sizes.size() - 1)) + shape.class_token;
+        last_channels = shape.hidden_sizes.back();
+    }
+
+    binaryvit_config config() const {
+        return {shape_.height, shape_.width, shape_.patch, shape_.patch, shape_.channels, int32_t(shape_.hidden_sizes.size()),
+                shape_.hidden_sizes.data(), shape_.depths.data(), shape_.heads.data(), shape_.inner.data(), shape_.ratios.data(),
+                int32_t(shape_.kernels.size()), shape_.kernels.data(), shape_.class_token, shape_.stem_norm,
+                shape_.layer_scale, shape_.binary_embeddings, 1e-5f};
+    }
+
+    std::vector<binaryvit_tensor> tensors() const {
+        std::vector<binaryvit_tensor> listed;
+        for (const auto &tensor : floats_) listed.push_back({tensor.name.c_str(), tensor.items.data(), int64_t(4 * tensor.items.size())});
+        for (const auto &tensor : bits_) listed.push_back({tensor.name.c_str(), tensor.items.data(), int64_t(tensor.items.size())});
+        return listed;
+    }
+
+    size_t pixels() const { return size_t(shape_.channels) * shape_.height * shape_.width; }
+
+    int last_tokens, last_channels;
+
+private:
+    template <class Item>
+    struct Named {
+        std::string name;
+        std::vector<Item> items;
+    };
+
+    void floats(const std::string &name, int count, float around = 0) {
+        std::normal_distribution<float> normal(around, 0.3f);
+        std::vector<float> items(static_cast<size_t>(count));
+        for (float &item : items) item = around > 0 ? std::abs(normal(random_)) + 0.05f : normal(random_);
+        floats_.push_back({name, std::move(items)});
+    }
+
+    void bits(const std::string &name, int rows, int columns) {
+        int row_bytes = (columns + 7) / 8;
+        std::vector<uint8_t> items(size_t(rows) * row_bytes);
+        for (size_t i = 0; i < items.size(); ++i) {
+            bool last = int(i % row_bytes) == row_bytes - 1 && columns % 8 != 0;
+            items[i] = uint8_t(random_() & (last ? (1u << columns % 8) - 1 : 255u));
+        }
+        bits_.push_back({name, std::move(items)});
+    }
+
+    void norm(const std::string &name, int channels) {
+        floats(name + ".batch_norm.weight", channels, 1);
+        floats(name + ".batch_norm.bias", channels);
+        floats(name + ".batch_norm.running_mean", channels);
+        floats(name + ".batch_norm.running_var", channels, 1);
+    }
+
+    void activation(const std::string &name, int channels) {
+        norm(name + ".norm", channels);
+        floats(name + ".activation.shift_in", channels);
+        floats(name + ".activation.slope", channels);
+        floats(name + ".activation.shift_out", channels);
+    }
+
+    void linear(const std::string &name, int inputs, int outputs, int shifts) {
+        floats(name + ".shift", shifts);
+        bits(name + ".packed_weight", outputs, inputs);
+        floats(name + ".weight_scale", outputs, 1);
+    }
+
+    void projection(const std::string &name, int inputs, int outputs) {
+        linear(name + ".linear", inputs, outputs, inputs);
+        activation(name + ".norm_activation", outputs);
+    }
+
+    void layer_scale(const std::string &name, int channels) {
+        floats(name + ".scale", channels);
+        floats(name + ".shift", channels);
+    }
+
+    void add_stage(size_t stage, int tokens) {
+        int channels = shape_.hidden_sizes[stage];
+        std::string name = "stages." + std::to_string(stage);
+        if (stage > 0) {
+            int before = shape_.hidden_sizes[stage - 1];
+            std::string embeddings = name + ".patch_embeddings";
+            norm(embeddings + ".norm1", before);
+            floats(embeddings + ".position_embeddings", tokens * channels);
+            if (shape_.binary_embeddings) {
+                linear(embeddings + ".projection", 4 * before, channels, before);
+                activation(embeddings + ".norm_activation", channels);
+            } else {
+                floats(embeddings + ".projection.weight", 4 * before * channels);
+                norm(embeddings + ".norm2", channels);
+            }
+        }
+        for (int layer = 0; layer < shape_.depths[stage]; ++layer) add_layer(name + ".layers." + std::to_string(layer), stage);
+    }
+
+    void add_layer(const std::string &name, size_t stage) {
+        int channels = shape_.hidden_sizes[stage], inner = shape_.inner[stage];
+        norm(name + ".norm1", channels);
+        norm(name + ".norm2", channels);
+        if (shape_.ratios[stage] > 1) projection(name + ".attention.reduction", channels, channels);
+        for (const char *part : {"query", "key", "value"}) {
+            projection(name + ".attention." + part, channels, channels);
+            floats(name + ".attention." + part + "_shift", channels);
+        }
+        floats(name + ".attention.probability_clip", 1, 0.2f);
+        activation(name + ".attention.norm_activation", channels);
+        projection(name + ".attention.output", channels, channels);
+        projection(name + ".mlp.fc1", channels, inner);
+        projection(name + ".mlp.fc2", inner, channels);
+        if (shape_.layer_scale) {
+            layer_scale(name + ".layer_scale1", channels);
+            layer_scale(name + ".layer_scale2", channels);
+        }
+        for (size_t branch = 0; branch < 2 * shape_.kernels.size(); ++branch)
+            layer_scale(name + ".avg_pool_branches." + std::to_string(branch) + ".layer_scale", channels);
+    }
+
+    Shape shape_;
+    std::mt19937 random_;
+    std::deque<Named<float>> floats_;
+    std::deque<Named<uint8_t>> bits_;
+};
+
+int failures = 0;
+
+void expect(bool holds, const std::string &what) {
+    if (holds) return;
+    std::fprintf(stderr, "failed: %s\n", what.c_str());
+    ++failures;
+}
+
+std::vector<float> random_images(const Network &network, int batch) {
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal;
+    std::vector<float> images(network.pixels() * size_t(batch));
+    for (float &pixel : images) pixel = normal(random);
+    return images;
+}
+
+/* Outputs and logits of all images; freed memory and results of another size are the sanitiser's to find. */
+std::vector<float> run(const Network &network, binaryvit_model *model, const std::vector<float> &images, int batch, int threads) {
+    size_t channels = size_t(network.last_channels);
+    std::vector<float> last(size_t(batch) * network.last_tokens * channels), pooled(size_t(batch) * channels);
+    expect(binaryvit_forward(model, images.data(), batch, threads, last.data(), pooled.data(), nullptr) == 0, "a forward");
+    constexpr int kLabels = 7;
+    std::vector<float> weight(kLabels * channels, 0.5f), bias(kLabels, 1.0f), logits(size_t(batch) * kLabels);
+    expect(binaryvit_classify(model, images.data(), batch, threads, weight.data(), bias.data(), kLabels, logits.data()) == 0, "logits");
+    for (const auto &more : {pooled, logits}) last.insert(last.end(), more.begin(), more.end());
+    return last;
+}
+
+void check_network(const Network &network, const std::string &name, int rounds) {
+    constexpr int kBatch = 3;
+    binaryvit_config config = network.config();
+    std::vector<binaryvit_tensor> tensors = network.tensors();
+    std::vector<float> images = random_images(network, kBatch);
+    char error[200] = "";
+    std::istringstream kernels(binaryvit_kernels());
+    for (std::string kind; kernels >> kind;) {
+        binaryvit_model *model =
+            binaryvit_create(kind.c_str(), &config, tensors.data(), int32_t(tensors.size()), error, sizeof(error));
+        expect(model != nullptr, name + ": " + error);
+        if (model == nullptr) return;
+        std::vector<float> alone = run(network, model, images, kBatch, 1);
+        for (float value : alone) expect(std::isfinite(value), name + ": a number on " + kind);
+        for (int round = 0; round < rounds; ++round)
+            for (int threads : {2, 3, 4}) expect(run(network, model, images, kBatch, threads) == alone, name + ": threads on " + kind);
+        std::vector<std::thread> callers;
+        std::vector<int> same(3, 0);
+        for (size_t caller = 0; caller < same.size(); ++caller)
+            callers.emplace_back([&, caller] {
+                bool equal = true;
+                for (int round = 0; round < rounds; ++round) equal = equal && run(network, model, images, kBatch, 2) == alone;
+                same[caller] = equal;
+            });
+        for (std::thread &caller : callers) caller.join();
+        for (int equal : same) expect(equal, name + ": callers at once on " + kind);
+        binaryvit_free(model);
+
+        std::vector<binaryvit_tensor> fewer(tensors.begin(), tensors.end() - 1);
+        expect(binaryvit_create(kind.c_str(), &config, fewer.data(), int32_t(fewer.size()), error, sizeof(error)) == nullptr &&
+                   std::strstr(error, "is missing") != nullptr,
+               name + ": a tensor that is missing");
+        fewer = tensors;
+        fewer.back().bytes -= 1;
+        expect(binaryvit_create(kind.c_str(), &config, fewer.data(), int32_t(fewer.size()), error, sizeof(error)) == nullptr &&
+                   std::strstr(error, "bytes") != nullptr,
+               name + ": a tensor that is too short");
+    }
+    expect(binaryvit_create("abacus", &config, tensors.data(), int32_t(tensors.size()), error, sizeof(error)) == nullptr,
+           "kernels that do not exist");
+}
+
+}  // namespace
+
+int main(int, char **arguments) {
+    int rounds = std::atoi(arguments[1]);
+    check_network(Network({{12, 24}, {1, 2}, {2, 3}, {24, 72}, {2, 1}, {3, 5}, 16, 24, 2, 3, false, true, true, true}), "pyramid", rounds);
+    check_network(Network({{64, 128}, {1, 1}, {1, 2}, {512, 512}, {4, 1}, {3}, 32, 32, 4, 3, false, true, true, false}), "whole words", rounds);
+    check_network(Network({{20}, {2}, {4}, {40}, {1}, {}, 8, 8, 4, 1, true, false, false, true}), "class token", rounds);
+    std::printf("%s: %s\n", binaryvit_kernels(), failures == 0 ? "all equal" : "failed");
+    return failures != 0;
+}

@@ -1,0 +1,423 @@
+"""The compiled engine beside PyTorch: step by step from the same inputs, and how a model comes to use it."""
+
+import copy
+import logging
+import math
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from golden_data import CONFIGS, ROWS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import class_token_config, tiny_config, tiny_images, tiny_model
+from transformers import AutoConfig
+
+from binaryvit_hf import BinaryViTConfig, engine
+from binaryvit_hf.engine import library
+from binaryvit_hf.engine.library import Engine, count_differing_bits
+from binaryvit_hf.network.configuration_binaryvit import as_pair
+from binaryvit_hf.network.quantization_binaryvit import pack_layers, pack_levels, unpack_levels
+
+
+KERNELS = engine.kernels_here()
+BINARY_ROWS = [row for row in ROWS if not row.startswith("deit")]
+
+pytestmark = pytest.mark.skipif(not KERNELS, reason=f"there is no engine: {engine.problem()}")
+
+
+@pytest.fixture(autouse=True)
+def engine_chosen_by_itself(monkeypatch):
+    monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
+
+
+def packed(config) -> torch.nn.Module:
+    model = tiny_model(config).eval()
+    pack_layers(model)
+    model.binaryvit.requires_grad_(False)
+    return model
+
+
+def engine_of(model, kernels: str) -> Engine:
+    tensors = {name: t for name, t in model.binaryvit.state_dict().items() if t.dtype != torch.int64}
+    return Engine(model.config, tensors, kernels)
+
+
+def images_of(config, batch: int = 2) -> torch.Tensor:
+    return torch.randn(
+        batch, config.num_channels, *as_pair(config.image_size), generator=torch.Generator().manual_seed(1)
+    )
+
+
+def record_steps(model, images) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What enters and what leaves each step of the backbone, in PyTorch."""
+    backbone, steps = model.binaryvit, []
+    modules = [backbone.embeddings]
+    for stage in backbone.stages:
+        modules += [stage.patch_embeddings] if stage.patch_embeddings is not None else []
+        modules += stage.layers
+    for module in [*modules, backbone.norm]:
+        module.register_forward_hook(lambda _, inputs, output: steps.append((inputs[0], output)))
+    with torch.no_grad():
+        backbone(images)
+    return steps
+
+
+def check_steps(model, images, threads: int = 1, tolerated: int = 0) -> None:
+    """Every step of every kernels, from PyTorch's inputs: tokens are equal but for rounding, or a sign in them differs."""
+    steps = record_steps(model, images)
+    for kernels in KERNELS:
+        folded, differing = engine_of(model, kernels), 0
+        for index, (inputs, expected) in enumerate(steps):
+            result = folded.run_step(index, inputs, expected.shape[1:], threads)
+            error = (result - expected).abs().amax(-1) / expected.abs().max()
+            differing += (error > 1e-5).sum().item()
+        assert differing <= tolerated, (kernels, differing)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("config", [tiny_config(), class_token_config(), tiny_config(binarize_patch_embeddings=False)])
+def test_every_step_is_pytorchs_but_for_rounding(config, threads):
+    check_steps(packed(config), images_of(config), threads)
+
+
+@pytest.mark.parametrize("expansion", [3, 9, 18])
+def test_what_the_mlp_repeats_may_come_from_far_apart(expansion):
+    config = tiny_config(
+        hidden_sizes=[288],
+        depths=[1],
+        num_attention_heads=[3],
+        intermediate_sizes=[288 * expansion],
+        sequence_reduction_ratios=[1],
+    )
+    check_steps(packed(config), images_of(config))
+
+
+@st.composite
+def configs(draw) -> BinaryViTConfig:
+    """Any network of one-bit products: odd widths and heads, one token, reductions, a class token."""
+    num_stages = draw(st.integers(1, 3))
+    use_class_token = num_stages == 1 and draw(st.booleans())
+    hidden_sizes, heads = [], []
+    for _ in range(num_stages):
+        heads.append(draw(st.integers(1, 4)))
+        channels = math.lcm(hidden_sizes[-1] if hidden_sizes else 1, heads[-1])
+        hidden_sizes.append(channels * draw(st.integers(1, max(1, 40 // channels))))
+    last_side = st.integers(1, 3)
+    height, width = (draw(last_side) * 2 ** (num_stages - 1) for _ in range(2))
+    ratios = []
+    for stage in range(num_stages):
+        common = math.gcd(height >> stage, width >> stage)
+        divisors = [ratio for ratio in range(1, common + 1) if common % ratio == 0]
+        ratios.append(1 if use_class_token else draw(st.sampled_from(divisors)))
+    patch = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return BinaryViTConfig(
+        image_size=(height * patch[0], width * patch[1]),
+        patch_size=patch,
+        num_channels=draw(st.integers(1, 4)),
+        hidden_sizes=hidden_sizes,
+        depths=[draw(st.integers(1, 2)) for _ in range(num_stages)],
+        num_attention_heads=heads,
+        intermediate_sizes=[channels * draw(st.integers(1, 5)) for channels in hidden_sizes],
+        sequence_reduction_ratios=ratios,
+        use_class_token=use_class_token,
+        use_stem_norm=draw(st.booleans()),
+        use_layer_scale=draw(st.booleans()),
+        avg_pool_kernel_sizes=[] if use_class_token else draw(st.sampled_from([[], [1], [3], [3, 5], [7, 3]])),
+        binarize_patch_embeddings=draw(st.booleans()),
+        num_labels=3,
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(configs())
+def test_every_step_of_any_network_is_pytorchs(config):
+    check_steps(packed(config), images_of(config, batch=1))
+
+
+@pytest.mark.parametrize("row", BINARY_ROWS)
+def test_every_step_of_every_row_is_pytorchs(row):
+    config = AutoConfig.from_pretrained(CONFIGS / row)
+    check_steps(packed(config), images_of(config, batch=1), threads=2, tolerated=5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 40),
+    st.integers(1, 1200)
+    | st.sampled_from([256, 384, 1024, 2048]),  # the networks' own, which have kernels of their own
+    st.integers(0, 2**32 - 1),
+)
+def test_counts_are_exact_whatever_counts_them(rows, outputs, inputs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randint(0, 2, (count, inputs), generator=generator) * 2 - 1 for count in (rows, outputs))
+    expected = (inputs - left @ right.T) // 2
+    for kernels in KERNELS:
+        assert torch.equal(
+            count_differing_bits(kernels, pack_levels(left, 1), pack_levels(right, 1), inputs), expected.int()
+        )
+
+
+def test_a_row_that_differs_in_every_bit_does_not_overflow():
+    ones = torch.ones(1, 4096, dtype=torch.int16)
+    for kernels in KERNELS:
+        assert count_differing_bits(kernels, pack_levels(ones, 1), pack_levels(-ones, 1), 4096).item() == 4096
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("labels, bias", [(3, True), (1, False), (40, True)])
+def test_the_classifier_is_a_linear_layer(labels, bias, threads):
+    config = tiny_config(hidden_sizes=[9, 45], num_attention_heads=[3, 5], intermediate_sizes=[18, 90])
+    classifier, images = torch.nn.Linear(45, labels, bias=bias), images_of(config, 4)
+    weights = [weight.detach() for weight in classifier.parameters()]
+    for kernels in KERNELS:
+        folded = engine_of(packed(config), kernels)
+        _, pooled, _ = folded.forward(images, threads)
+        torch.testing.assert_close(folded.classify(images, *weights, threads=threads), classifier(pooled).detach())
+
+
+@pytest.mark.parametrize("batch, threads", [(0, 2), (1, 4), (5, 2), (3, 3), (2, 8)])
+def test_batches_and_threads_change_nothing(batch, threads):
+    model = packed(tiny_config())
+    for kernels in KERNELS:
+        folded = engine_of(model, kernels)
+        last, pooled, hidden = folded.forward(tiny_images(5)[:batch], threads, output_hidden_states=True)
+        one_by_one = [folded.forward(image[None], 1, output_hidden_states=True) for image in tiny_images(5)[:batch]]
+        for index, (own_last, own_pooled, own_hidden) in enumerate(one_by_one):
+            assert torch.equal(last[index], own_last[0]) and torch.equal(pooled[index], own_pooled[0])
+            assert all(torch.equal(state[index], own[0]) for state, own in zip(hidden, own_hidden))
+
+
+def test_several_python_threads_run_one_model_at_once():
+    model, images = packed(tiny_config()), tiny_images(4)
+    with torch.no_grad():
+        expected = model(images).logits
+    wrong = []
+
+    def work():
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(model(images).logits, expected):
+                    wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_forked_process_computes_on_its_own_threads():
+    program = """
+import os, torch
+from tiny import tiny_config, tiny_images, tiny_model
+from binaryvit_hf.network.quantization_binaryvit import pack_layers
+torch.set_num_threads(2)
+model = tiny_model(tiny_config()).eval(); pack_layers(model); model.requires_grad_(False)
+expected = model(tiny_images(1)).logits
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(model(tiny_images(1)).logits, expected) else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("limit", [None, "2"], ids=["as many as asked for", "fewer than asked for"])
+def test_the_engine_works_on_the_threads_of_pytorch_if_it_gets_them(limit):
+    if library.openmp_of_torch() is None:
+        pytest.skip("PyTorch has no OpenMP runtime here")
+    program = """
+import os, torch
+from tiny import tiny_config, tiny_images, tiny_model
+from binaryvit_hf.network.quantization_binaryvit import pack_layers
+model = tiny_model(tiny_config()).eval(); pack_layers(model); model.requires_grad_(False)
+torch.set_num_threads(1)
+expected = model(tiny_images(1)).logits
+torch.set_num_threads(3)
+torch.ones(10**7).exp_()
+before = len(os.listdir("/proc/self/task"))
+assert torch.equal(model(tiny_images(1)).logits, expected)
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    environment = (
+        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"OMP_THREAD_LIMIT": limit} if limit else {})
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-42])
+def test_pixels_that_are_no_ordinary_numbers_give_what_pytorch_gives(value, monkeypatch):
+    model, images = packed(tiny_config()), tiny_images(1)
+    images[0, 1, 3, 5] = value
+    with torch.no_grad():
+        ours = model(images).logits
+        monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+        torch.testing.assert_close(ours, model(images).logits, equal_nan=True)
+
+
+# How a model comes to use it.
+
+
+def test_a_packed_model_in_evaluation_uses_the_best_kernels():
+    model = packed(tiny_config())
+    assert model.engine == (KERNELS[0], "the fastest kernels for this CPU") == model.binaryvit.engine
+    with torch.no_grad():
+        assert model(tiny_images()).logits.grad_fn is None
+
+
+@pytest.mark.parametrize("kernels", [*KERNELS, "torch"])
+def test_the_environment_forces_kernels(kernels, monkeypatch):
+    model = packed(tiny_config())
+    expected = model(tiny_images()).logits
+    monkeypatch.setenv("BINARYVIT_ENGINE", kernels)
+    assert model.engine == (kernels, "BINARYVIT_ENGINE says so")
+    torch.testing.assert_close(model(tiny_images()).logits, expected)
+
+
+def test_kernels_that_do_not_exist_are_refused_by_name(monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "abacus")
+    with pytest.raises(ValueError, match=r"BINARYVIT_ENGINE is 'abacus', but this machine has .*scalar, torch"):
+        packed(tiny_config())(tiny_images())
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda model: tiny_model().eval(), "not packed"),
+        (lambda model: model.to(torch.bfloat16), "is bfloat16"),
+        (lambda model: model.to("meta"), "on the device meta"),
+    ],
+)
+def test_what_the_engine_does_not_do_pytorch_does_and_says_why(change, reason):
+    model = change(packed(tiny_config()))
+    assert model.engine.name == "torch" and reason in model.engine.reason
+
+
+def test_without_the_compiled_library_pytorch_computes_and_says_so_once(monkeypatch, caplog):
+    model = packed(tiny_config())
+    expected = model(tiny_images()).logits
+    model.refresh_engine()
+    monkeypatch.setattr(library, "load_library", lambda: "it was not built")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for _ in range(2):
+        torch.testing.assert_close(model(tiny_images()).logits, expected)
+    assert model.engine == ("torch", "it was not built")
+    assert [record.message for record in caplog.records] == [
+        "Packed models run in PyTorch, slower than they could: it was not built."
+    ]
+
+
+def test_other_bits_run_in_pytorch():
+    model = packed(tiny_config(weight_bits=2))
+    assert model.engine == ("torch", "the engine multiplies single bits, not 2 by 1")
+    assert model(tiny_images()).logits.isfinite().all()
+
+
+def test_changed_weights_are_seen():
+    model = packed(tiny_config())
+    before = model(tiny_images()).logits
+    other = packed(tiny_config()).state_dict()
+    other["binaryvit.norm.batch_norm.bias"] += 1
+    model.load_state_dict(other)
+    assert not torch.allclose(model(tiny_images()).logits, before)
+    double = model.double().float()
+    torch.testing.assert_close(double(tiny_images()).logits, model(tiny_images()).logits)
+
+
+def test_hooks_are_seen_whenever_they_come_and_go():
+    model, calls = packed(tiny_config()), []
+    for count in (1, 2):
+        model(tiny_images())
+        handle = model.binaryvit.norm.register_forward_hook(lambda *_: calls.append(1))
+        model(tiny_images())
+        handle.remove()
+        model(tiny_images())
+        assert len(calls) == count
+
+
+def test_attentions_gradients_and_hooks_come_from_pytorch(monkeypatch):
+    model, images = packed(tiny_config()), tiny_images()
+    expected = model(images).logits
+    assert len(model(images, output_attentions=True).attentions) == 3
+    assert model(images.clone().requires_grad_()).logits.grad_fn is not None
+    calls = []
+    handle = model.binaryvit.stages[0].layers[1].register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model(images).logits, expected)
+    handle.remove()
+    model(images)
+    assert len(calls) == 1
+
+
+def test_the_classifier_of_a_packed_model_is_pytorchs_to_train_watch_and_exchange():
+    model, images = packed(tiny_config()), tiny_images()
+    with torch.no_grad():
+        expected = model(images).logits
+    logits = model(images).logits
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
+    calls = []
+    handle = model.classifier.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(images)
+        handle.remove()
+        torch.testing.assert_close(model.double().float()(images).logits, expected)
+        model.classifier = torch.nn.Sequential(model.classifier, torch.nn.Tanh())
+        torch.testing.assert_close(model(images).logits, expected.tanh())
+    assert len(calls) == 1
+
+
+def test_hidden_states_are_those_of_pytorch(monkeypatch):
+    model = packed(tiny_config())
+    ours = model(tiny_images(), output_hidden_states=True)
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    theirs = model(tiny_images(), output_hidden_states=True)
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == 4
+    for own, expected in zip(ours.hidden_states, theirs.hidden_states):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize(
+    "option, given", [("output_hidden_states", "hidden_states"), ("output_attentions", "attentions")]
+)
+def test_what_the_config_asks_for_is_given_whenever_it_asks(option, given):
+    model = packed(tiny_config())
+    assert given not in model(tiny_images())
+    setattr(model.config, option, True)
+    assert len(model(tiny_images())[given]) >= 3
+
+
+def test_copies_and_pickles_of_a_model_fold_for_themselves():
+    model = packed(tiny_config())
+    expected = model(tiny_images()).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(tiny_images()).logits, expected)
+
+
+def test_images_of_another_shape_are_refused_before_the_engine_sees_them():
+    with pytest.raises(ValueError, match=r"takes images of .channels, height, width. \(3, 16, 32\), not \(3, 8, 8\)"):
+        packed(tiny_config())(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_compiled_and_an_exported_model_give_the_same():
+    model, images = packed(tiny_config()), tiny_images()
+    with torch.no_grad():
+        expected = model(images).logits
+        exported = torch.export.export(model, (images,))
+        torch.testing.assert_close(exported.module()(images).logits, expected)
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(images).logits, expected)
+
+
+def test_bits_survive_the_round_trip_that_the_engine_reads():
+    levels = torch.from_numpy(np.random.default_rng(0).choice([-1, 1], (3, 37)))
+    assert torch.equal(unpack_levels(pack_levels(levels, 1), 1, 37).long(), levels)

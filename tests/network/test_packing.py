@@ -1,0 +1,375 @@
+"""Bits in files: the format, bit-equal outputs, and everything that may be wrong with a file."""
+
+import json
+import logging
+import shutil
+import warnings
+
+import pytest
+import torch
+from golden_data import CONFIGS as CONFIG_FILES
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import class_token_config, tiny_config, tiny_images, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from binaryvit_hf import BinaryViTForImageClassification, BinaryViTModel, BinaryViTQuantizationConfig
+from binaryvit_hf.network.quantization_binaryvit import fits_half, pack_levels, unpack_levels
+
+
+CONFIGS = {
+    "pyramid": tiny_config(),
+    "some full precision": tiny_config(binarize_patch_embeddings=False),
+    "class token": class_token_config(),
+    # 12 and 36 inputs: neither fills its last byte
+    "odd channels": tiny_config(hidden_sizes=[12, 36], intermediate_sizes=[12, 36], num_attention_heads=[3, 2]),
+    **{f"{bits} bits": tiny_config(weight_bits=bits) for bits in range(2, 9)},
+    "binary weights alone": tiny_config(input_bits=32),
+}
+
+
+@pytest.fixture(autouse=True)
+def computed_by_pytorch(monkeypatch):
+    """Which is equal to the last bit; the engine, which rounds elsewhere, has tests of its own."""
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny_images()).logits
+
+
+class Complain(logging.Handler):
+    def emit(self, record):
+        raise AssertionError(record.getMessage())
+
+
+def load(folder, kind=AutoModelForImageClassification, **kwargs):
+    """Loading must not warn, neither by Python's warnings nor in transformers' log."""
+    logger, handler = logging.getLogger("transformers"), Complain(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return kind.from_pretrained(folder, **kwargs)
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.fixture
+def latent(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "latent")
+    return tmp_path / "latent"
+
+
+@pytest.fixture
+def packed(latent, tmp_path):
+    load(latent, quantization_config=BinaryViTQuantizationConfig()).save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def read_metadata(folder) -> dict[str, str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        return stored.metadata()
+
+
+def edit_tensors(folder, change, metadata=()) -> None:
+    """Save the weights anew as `change` left them, with the metadata they had."""
+    file, kept = folder / "model.safetensors", read_metadata(folder) | dict(metadata)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata=kept)
+
+
+def assert_same_checkpoint(folder, other) -> None:
+    """The same tensors, metadata and config; bytes differ, for safetensors writes metadata in random order."""
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    assert read_metadata(folder) == read_metadata(other)
+    assert (folder / "config.json").read_bytes() == (other / "config.json").read_bytes()
+
+
+def edit_config(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config.pop(key) if value is None else config.update({key: value})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 64])
+def test_levels_come_back_from_their_bytes_and_the_rest_of_a_byte_is_zero(width, columns):
+    top = 1 if width == 1 else 2 ** (width - 1) - 1
+    levels = torch.randint(-top, top + 1, (5, columns), generator=torch.Generator().manual_seed(0))
+    if width == 1:
+        levels = 2 * (levels > 0).long() - 1
+    packed = pack_levels(levels, width)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (5, -(-columns * width // 8))
+    assert torch.equal(unpack_levels(packed, width, columns).long(), levels)
+    used = columns * width % 8
+    if used:
+        assert (packed[:, -1] >> used == 0).all()
+
+
+def test_first_channel_is_the_lowest_bit():
+    assert pack_levels(torch.tensor([[1, -1, -1, -1, -1, -1, -1, 1, 1]]), 1).tolist() == [[0b10000001, 1]]
+    assert pack_levels(torch.tensor([[1, 0, -1, 0, 1]]), 2).tolist() == [[0b01_00_01_10, 0b10]]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_packed_outputs_are_bit_equal_before_and_after_saving(config, tmp_path):
+    model = tiny_model(config)
+    model.save_pretrained(tmp_path / "latent")
+    expected = logits(model.eval())
+    packed = load(tmp_path / "latent", quantization_config=BinaryViTQuantizationConfig())
+    assert torch.equal(logits(packed), expected)
+    packed.save_pretrained(tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in tensors.items() if name.endswith("packed_weight")} == {torch.uint8}
+    assert not any(name.endswith("linear.weight") for name in tensors)
+    again = load(tmp_path / "packed")
+    assert torch.equal(logits(again), expected)
+    assert again.config.quantization_config.quant_method == "binaryvit"
+
+
+def test_saving_a_loaded_packed_model_gives_the_same_checkpoint(packed, tmp_path):
+    load(packed).save_pretrained(tmp_path / "again")
+    assert_same_checkpoint(packed, tmp_path / "again")
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_dequantized_weights_are_levels_times_scale_and_outputs_stay(config, tmp_path):
+    model = tiny_model(config).eval()
+    model.save_pretrained(tmp_path / "latent")
+    packed = load(tmp_path / "latent", quantization_config=BinaryViTQuantizationConfig())
+    plain = packed.dequantize()
+    weight = plain.binaryvit.stages[0].layers[0].attention.query.linear.weight
+    if config.weight_bits == 1:
+        assert torch.equal(weight.abs(), weight.abs()[:, :1].expand_as(weight))
+    assert not plain.is_packed
+    # Not to the last bit: products of full-precision weights are sums of floats, those of binary ones are counted.
+    torch.testing.assert_close(logits(plain), logits(model))
+    plain.save_pretrained(tmp_path / "plain")
+    again = load(tmp_path / "plain")
+    assert torch.equal(logits(again), logits(plain))
+    again.train()(tiny_images(), labels=torch.tensor([0, 1])).loss.backward()  # it trains, in full precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "auto"])
+def test_bits_are_intact_in_every_dtype_whether_packed_before_or_while_loading(latent, packed, dtype):
+    expected = load(packed).state_dict()
+    for model in (
+        load(packed, dtype=dtype),
+        load(latent, dtype=dtype, quantization_config=BinaryViTQuantizationConfig()),
+    ):
+        tensors = model.state_dict()
+        bits = [name for name in tensors if name.endswith("packed_weight")]
+        assert bits
+        assert all(torch.equal(tensors[name], expected[name]) for name in bits)
+        assert model.dtype == (torch.float32 if dtype == "auto" else dtype)
+        assert model.classifier.weight.dtype == model.dtype
+        assert logits(model).isfinite().all()
+
+
+def test_bits_are_intact_with_a_device_map_and_in_shards(packed, tmp_path):
+    expected = logits(load(packed))
+    assert torch.equal(logits(load(packed, device_map="auto")), expected)
+    load(packed).save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load(tmp_path / "shards")), expected)
+
+
+def test_offloaded_weights_are_not_saved_as_if_they_were_there(packed, tmp_path):
+    on_disk = {"binaryvit.embeddings": "cpu", "binaryvit.stages": "disk", "binaryvit.norm": "cpu", "classifier": "cpu"}
+    model = load(packed, device_map=on_disk, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match="is offloaded"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_backbone_of_a_packed_classifier_loads_without_a_warning(packed):
+    classifier, backbone = load(packed), load(packed, kind=AutoModel)
+    assert isinstance(backbone, BinaryViTModel)
+    with torch.no_grad():
+        expected = classifier.binaryvit(tiny_images()).last_hidden_state
+        assert torch.equal(backbone(tiny_images()).last_hidden_state, expected)
+
+
+def test_half_precision_halves_the_floats_and_keeps_what_it_cannot_hold(latent, tmp_path):
+    model = load(latent)
+    with torch.no_grad():
+        model.classifier.bias[0] = 1e5
+        model.binaryvit.norm.batch_norm.running_var[0] = 1e-6
+    model.save_pretrained(latent)
+    half = load(latent, quantization_config=BinaryViTQuantizationConfig(half=True))
+    half.save_pretrained(tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert wide == {"classifier.bias", "binaryvit.norm.batch_norm.running_var"}
+    again = load(tmp_path / "half")
+    assert again.dtype == torch.float32
+    assert again.classifier.weight.dtype == torch.float32
+    assert torch.equal(again.classifier.weight, model.classifier.weight.half().float())
+    again.save_pretrained(tmp_path / "again")
+    assert_same_checkpoint(tmp_path / "half", tmp_path / "again")
+
+
+def test_binaryvit_small_takes_8_9_megabytes_and_6_in_half_precision(tmp_path):
+    config = AutoConfig.from_pretrained(CONFIG_FILES / "binaryvit-small-patch4-224")
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=BinaryViTQuantizationConfig())
+    for half, megabytes in ((False, 8.9), (True, 6.0)):
+        model.config.quantization_config.half = half
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "model.safetensors").stat().st_size <= megabytes * 1e6
+
+
+@pytest.mark.parametrize(
+    "name, values, fits",
+    [
+        ("bias", [65504.0, 1.0], True),
+        ("bias", [65505.0, 1.0], False),
+        ("bias", [1e-7, 1.0], True),
+        ("bias", [1e-7, -1e-6], False),
+        ("bias", [0.0, 0.0], True),
+        ("bias", [float("nan"), 1.0], False),
+        ("running_var", [1e-7, 1.0], False),
+    ],
+)
+def test_what_fits_half_precision(name, values, fits):
+    assert fits_half(name, torch.tensor(values)) == fits
+
+
+def test_packed_weights_refuse_training_and_say_why(packed):
+    model = load(packed)
+    with pytest.raises(ValueError, match="a bit has no gradient"):
+        model.train()
+    assert not model.hf_quantizer.is_trainable
+    assert not model.training
+
+
+def test_a_weight_that_is_not_finite_is_named_and_the_model_stays_as_it_was():
+    model = tiny_model()
+    with torch.no_grad():
+        model.binaryvit.stages[1].layers[0].mlp.fc2.linear.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"stages\.1\.layers\.0\.mlp\.fc2\.linear\.weight"):
+        model.pack_weights()
+    assert not model.is_packed
+
+
+def test_there_is_nothing_to_pack_in_full_precision(tmp_path):
+    tiny_model(tiny_config(weight_bits=32)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="nothing to pack"):
+        load(tmp_path, quantization_config=BinaryViTQuantizationConfig())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"quantization_config": {"quant_method": "binaryvyt"}}, "'binaryvyt'"),
+        ({"quantization_config": {"quant_method": "binaryvit", "halb": True}}, "'halb'"),
+        ({"quantization_config": {"quant_method": "binaryvit", "half": "yes"}}, "half"),
+        ({"quantization_config": None}, r"packed_weight' is packed, but config.json"),
+        ({"depths": [1, 1]}, "depths"),
+        ({"hidden_sizes": [8, 32], "intermediate_sizes": [16, 64]}, "hidden_sizes"),
+        ({"weight_bits": 2}, "weight_bits"),
+        ({"batch_norm_eps": 1e-3}, "batch_norm_eps=0.001"),
+        ({"num_attention_heads": [1, 4]}, "num_attention_heads"),
+        ({"id2label": {"0": "a", "1": "b"}}, r"'classifier\.(weight|bias)'"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_tensors_is_refused(packed, changes, message):
+    edit_config(packed, **changes)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForImageClassification.from_pretrained(packed)
+
+
+NAME = "binaryvit.stages.0.layers.0.mlp.fc1.linear.packed_weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.pop(NAME), "lacks the tensor"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:-1].clone()}), "shape"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].view(torch.int8)}), "dtype"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME] ^ 1}), "checksum"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].float()}), "dtype"),
+    ],
+    ids=["missing", "shape", "dtype", "content", "float"],
+)
+@pytest.mark.parametrize("kwargs", [{}, {"ignore_mismatched_sizes": True}], ids=["", "ignore_mismatched_sizes"])
+def test_a_tensor_that_is_not_what_was_saved_is_named(packed, change, message, kwargs):
+    edit_tensors(packed, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        AutoModelForImageClassification.from_pretrained(packed, **kwargs)
+    assert NAME in str(caught.value)
+
+
+def test_padding_is_no_way_to_pass_for_another_shape(packed):
+    shapes = {NAME: [16, 7]}
+    edit_tensors(packed, lambda tensors: None, {"binaryvit_shapes": json.dumps(shapes)})
+    with pytest.raises(ValueError, match="packed from the shape"):
+        AutoModelForImageClassification.from_pretrained(packed)
+
+
+def test_a_truncated_file_is_named_with_the_tensor_that_is_cut(packed):
+    file = packed / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors' is cut off before the end of tensor 'binaryvit"):
+        AutoModelForImageClassification.from_pretrained(packed)
+
+
+def test_a_packed_config_builds_no_network_of_random_weights(packed):
+    config = AutoConfig.from_pretrained(packed)
+    with pytest.raises(ValueError, match="packed weights, which a new network does not have"):
+        AutoModelForImageClassification.from_config(config)
+
+
+def test_a_backbone_gives_no_packed_classifier(packed, tmp_path):
+    AutoModel.from_pretrained(packed).save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=r"lacks the tensor 'classifier"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "backbone")
+
+
+def test_hundreds_of_flipped_bytes_of_a_trained_model_load_bit_equal_or_raise_one_clear_error(tmp_path):
+    packed = shutil.copytree(CONFIG_FILES.parent / "model_cards" / "binaryvit-digits", tmp_path / "digits")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load(packed)(images).logits
+    file, generator = packed / "model.safetensors", torch.Generator().manual_seed(0)
+    good = file.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    # Half of them in the header, which is a sixth of the file but has more ways to be wrong.
+    offsets = torch.cat([torch.randint(end, (200,), generator=generator) for end in (header, len(good))]).tolist()
+    refused = 0
+    for offset in [*range(8), *offsets]:
+        damaged = bytearray(good)
+        damaged[offset] ^= 1 << int(torch.randint(8, (), generator=generator))
+        file.write_bytes(damaged)
+        try:
+            model = AutoModelForImageClassification.from_pretrained(packed)
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+            continue
+        with torch.no_grad():
+            assert torch.equal(model(images).logits, expected), offset
+    assert refused > 390
+
+
+def test_flipped_bytes_in_the_config_never_change_an_output(packed):
+    expected = logits(load(packed))
+    file, generator = packed / "config.json", torch.Generator().manual_seed(0)
+    good = file.read_bytes()
+    for offset in torch.randint(len(good), (200,), generator=generator).tolist():
+        damaged = bytearray(good)
+        damaged[offset] ^= 1 << int(torch.randint(8, (), generator=generator))
+        file.write_bytes(damaged)
+        try:
+            model = BinaryViTForImageClassification.from_pretrained(packed)
+        except (ValueError, OSError, AttributeError, StrictDataclassError):  # AttributeError: a dtype that is none
+            continue
+        assert torch.equal(logits(model), expected), offset

@@ -1,0 +1,26 @@
+"""`binaryvit` and the training script, called in this process."""
+
+from binaryvit_hf.cli import main
+from binaryvit_hf.training import run as script
+
+
+def run(capsys, *arguments) -> str:
+    assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def assert_refused(capsys, arguments, *words: str, code: int = 2) -> None:
+    """One sentence and an exit code."""
+    assert main([str(argument) for argument in arguments]) == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert word in message
+
+
+def refusal(capsys, *arguments) -> str:
+    assert script.main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]

@@ -1,0 +1,10 @@
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "0.png")
+    return tmp_path / "photos"

@@ -1,0 +1,159 @@
+"""Bad arguments, folders and configs, refused before anything is written: the script's own entry, without a process."""
+
+import json
+
+import pytest
+from command_line import refusal
+from PIL import Image
+from tiny import tiny_config
+
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.training import run as script
+from binaryvit_hf.training.arguments import RUN_ARGUMENTS, compare_with_recorded, describe, parse_phases
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--do_trian"], "Unknown argument 'do_trian'; did you mean 'do_train'?"),
+        (["stray"], "Unknown argument 'stray'"),
+        (["missing.json"], "There is no file of arguments 'missing.json'"),
+        (["--num_train_epochs", "many"], "invalid float value: 'many'"),
+        ([], "There is nothing to do"),
+        (["--do_train"], "Give either --config_name"),
+        (["--do_eval", "--config_name", "x"], "is a network without weights"),
+        (["--do_train", "--config_name", "binaryvit-digits"], "There are no images"),
+        (["--do_train", "--config_name", "x", "--crop_pct", "0"], "--crop_pct must be above 0 and at most 1"),
+        (
+            ["--do_train", "--config_name", "x", "--label_loss_weight", "2"],
+            "--label_loss_weight must be 0 or more and at most 1",
+        ),
+        (
+            ["--do_train", "--config_name", "binaryvit-digits", "--dataset_name", "no/where"],
+            "--dataset_name 'no/where' cannot be loaded",
+        ),
+        (
+            ["--do_train", "--config_name", "no-such-row", "--dataset_name", "sklearn-digits"],
+            "'no-such-row' cannot be loaded",
+        ),
+        (
+            ["--do_eval", "--model_name_or_path", "no-such", "--dataset_name", "sklearn-digits"],
+            "'no-such' cannot be loaded",
+        ),
+        (["--teacher.num_train_epochs", "1"], "need a file of arguments"),
+    ],
+)
+def test_bad_argument_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(capsys, *arguments, "--output_dir", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_key_in_a_file_is_named(capsys, tmp_path):
+    (tmp_path / "run.json").write_text('{"learning_rat": 1}')
+    assert "did you mean 'learning_rate'" in refusal(capsys, tmp_path / "run.json")
+    (tmp_path / "run.json").write_text('{"learning_rate": ')
+    assert "run.json' cannot be read" in refusal(capsys, tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda photos: photos.rename(photos.parent / "elsewhere"), "there is no folder"),
+        (lambda photos: [path.unlink() for path in photos.rglob("*.png")], "has no images in sub-folders"),
+        (lambda photos: (photos / "ant").rename(photos.parent / "ant"), "The images have one class, 'bee'"),
+        (lambda photos: (photos / "cow").mkdir(), "cow' is empty"),
+    ],
+)
+def test_bad_folder_is_one_sentence(capsys, photos, tmp_path, spoil, message):
+    spoil(photos)
+    arguments = ["--do_train", "--config_name", "binaryvit-digits", "--train_dir", photos]
+    assert message in refusal(capsys, *arguments, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_class_that_training_lacks_is_named(capsys, photos, tmp_path):
+    (tmp_path / "validation" / "cow").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "validation" / "cow" / "0.png")
+    arguments = ["--do_train", "--config_name", "binaryvit-digits", "--train_dir", photos]
+    message = refusal(
+        capsys, *arguments, "--validation_dir", tmp_path / "validation", "--output_dir", tmp_path / "out"
+    )
+    assert "--validation_dir has the class 'cow'" in message
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_attention_heads": [3, 4]}, "num_attention_heads=3 does not divide"),
+        ({"depths": [2]}, "One value per stage"),
+        ({"image_size": 30}, "no multiple of patch_size"),
+        ({"num_channels": 1}, "takes images of 1 channels"),
+    ],
+)
+def test_bad_config_is_one_sentence(capsys, photos, tmp_path, changes, message):
+    fields = tiny_config().to_dict() | changes
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    arguments = ["--do_train", "--config_name", tmp_path, "--train_dir", photos, "--output_dir", tmp_path / "out"]
+    assert message in refusal(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_teacher_phase_inherits_the_file_and_shared_flags(tmp_path):
+    (tmp_path / "run.json").write_text(
+        json.dumps(
+            {
+                "config_name": "student",
+                "learning_rate": 0.5,
+                "num_train_epochs": 9,
+                "output_dir": str(tmp_path / "out"),
+                "teacher": {"config_name": "teacher", "num_train_epochs": 5, "warmup_steps": 3},
+            }
+        )
+    )
+    flags = ["--num_train_epochs", "7", "--max_train_samples=11", "--teacher.warmup_steps", "4"]
+    teacher, student = parse_phases([str(tmp_path / "run.json"), *flags])
+    assert student[0].config_name == "student"
+    assert student[0].teacher_model_name_or_path == teacher[2].output_dir == str(tmp_path / "out-teacher")
+    assert (student[2].num_train_epochs, teacher[2].num_train_epochs) == (7, 5)
+    assert (student[1].max_train_samples, teacher[1].max_train_samples) == (11, 11)
+    assert (student[2].warmup_steps, teacher[2].warmup_steps) == (0, 4)
+    assert teacher[0].config_name == "teacher"
+    assert teacher[2].learning_rate == 0.5
+
+
+def test_named_teacher_replaces_the_one_to_train(tmp_path):
+    (tmp_path / "run.json").write_text('{"config_name": "student", "teacher": {"config_name": "teacher"}}')
+    phases = parse_phases([str(tmp_path / "run.json"), "--teacher_model_name_or_path", "some/teacher"])
+    assert len(phases) == 1
+
+
+def test_what_is_wrong_with_the_student_does_not_wait_for_its_teacher(capsys, photos, tmp_path):
+    values = {
+        "config_name": "no-such-row",
+        "train_dir": str(photos),
+        "do_train": True,
+        "teacher": {"config_name": "vit-digits"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert "'no-such-row' cannot be loaded" in refusal(capsys, tmp_path / "run.json", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_from_before_an_argument_was_there_had_its_default(tmp_path):
+    arguments = ["--do_train", "--config_name", "x", "--use_cpu", "--output_dir", str(tmp_path)]
+    (phase,) = parse_phases(arguments)
+    recorded = {name: value for name, value in describe(phase).items() if name != "cutmix_alpha"}
+    (tmp_path / RUN_ARGUMENTS).write_text(json.dumps(recorded))
+    compare_with_recorded(tmp_path, phase)
+    with pytest.raises(UserError, match=r"cutmix_alpha was 0.0, not 1.0"):
+        compare_with_recorded(tmp_path, *parse_phases([*arguments, "--cutmix_alpha", "1.0"]))
+
+
+def test_an_interruption_is_told_in_one_sentence(capsys, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "parse_phases", interrupt)
+    assert script.main([]) == 130
+    assert "error: Interrupted; the same command goes on" in capsys.readouterr().err

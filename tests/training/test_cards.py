@@ -1,0 +1,135 @@
+"""Model cards, the models that come with the package, and what both say of themselves."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from golden_data import CONFIGS, ROWS
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from binaryvit_hf.cli import main
+from binaryvit_hf.data.decoding import decode_image
+from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_digits_splits, load_fashion_mnist_splits
+from binaryvit_hf.ops import count_operations, readable, total
+from binaryvit_hf.training.arguments import parse_phases
+
+
+CARDS = CONFIGS.parent / "model_cards"
+DIGITS = CARDS / "binaryvit-digits"
+FASHION = CARDS / "binaryvit-fashion-mnist"
+EXAMPLES = {DIGITS: "0", FASHION: "Ankle boot"}
+needs_fashion_mnist = pytest.mark.skipif(
+    not FASHION_MNIST_FOLDER.is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
+)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_card_of_a_row_is_what_the_template_makes_of_it_today(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    assert main(["card", f"configs/{row}", "--out", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text() == (CARDS / f"{row}.md").read_text()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_card_of_a_row_says_that_it_has_no_trained_weights_and_what_it_costs(row):
+    card = ModelCard.load(CARDS / f"{row}.md")
+    assert "**A configuration with a recipe, without trained weights.**" in card.text
+    config = AutoConfig.from_pretrained(CONFIGS / row)
+    assert f"{readable(total(count_operations(config)).ops)} OPs" in card.text
+    assert card.data.eval_results is None
+    assert card.data.base_model == ("facebook/deit-small-patch16-224" if row != "deit-small-patch16-224" else None)
+    assert card.data.datasets == ["ILSVRC/imagenet-1k"]
+
+
+@pytest.mark.parametrize("row", sorted(path.parent.name for path in CONFIGS.glob("*/train.json")))
+def test_the_recipe_of_a_row_is_one_that_the_script_takes_and_packs(row):
+    ((model_arguments, _, training_arguments),) = parse_phases([str(CONFIGS / row / "train.json"), "--use_cpu"])
+    assert model_arguments.config_name == row
+    assert training_arguments.save_packed
+
+
+def seen_by(folder, splits: list[Dataset]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of some splits as a shipped model sees them, and their labels."""
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pixels = [decode_image(image) for split in splits for image in split["image"]]
+    labels = [label for split in splits for label in split["label"]]
+    return processor(pixels, return_tensors="pt")["pixel_values"], torch.tensor(labels)
+
+
+def digits(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
+    splits = load_digits_splits()
+    return seen_by(DIGITS, [splits[name] for name in names])
+
+
+def predict(folder, images) -> torch.Tensor:
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        return torch.cat([model(batch).logits.argmax(1) for batch in images.split(500)])
+
+
+def check_card(folder, metric: str, images, labels) -> None:
+    """The model is as good as its card says, and the card says what the run recorded."""
+    accuracy = (predict(folder, images) == labels).double().mean().item()
+    card = ModelCard.load(folder / "README.md")
+    claimed = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    # Another processor may flip a sign that decides an image.
+    assert accuracy == pytest.approx(claimed["top-1 accuracy"], abs=max(2 / len(labels), 0.001))
+    recorded = json.loads((folder / "all_results.json").read_text())
+    assert claimed["top-1 accuracy"] == recorded[metric]
+    assert f"{100 * recorded['teacher_accuracy']:.2f} %" in card.text
+    assert readable((folder / "model.safetensors").stat().st_size, "B") in card.text
+
+
+def test_the_digits_model_is_as_good_as_its_card_says():
+    check_card(DIGITS, "eval_accuracy", *digits("validation"))
+
+
+@needs_fashion_mnist
+def test_the_fashion_model_is_as_good_on_the_test_images_as_its_card_says():
+    check_card(FASHION, "test_accuracy", *seen_by(FASHION, [load_fashion_mnist_splits()["test"]]))
+
+
+def check_engine(folder, images, labels, monkeypatch) -> None:
+    ours = predict(folder, images)
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    theirs = predict(folder, images)
+    assert (ours == theirs).double().mean() >= 0.999
+    assert abs((ours == labels).double().mean() - (theirs == labels).double().mean()) <= 0.001
+
+
+def test_the_engine_answers_as_pytorch_on_digits(monkeypatch):
+    check_engine(DIGITS, *digits("train", "validation"), monkeypatch)
+
+
+@needs_fashion_mnist
+def test_the_engine_answers_as_pytorch_on_clothes(monkeypatch):
+    check_engine(FASHION, *seen_by(FASHION, [load_fashion_mnist_splits()["test"]]), monkeypatch)
+
+
+def test_half_precision_changes_no_answer_that_counts(tmp_path):
+    images, labels = digits("train", "validation")  # of the held-out ones alone, one image is 0.28 points
+    assert main(["pack", str(DIGITS), str(tmp_path / "half"), "--half"]) == 0
+    full, half = predict(DIGITS, images), predict(tmp_path / "half", images)
+    assert (full != half).double().mean() <= 0.005
+    assert abs((full == labels).double().mean() - (half == labels).double().mean()) <= 0.001
+
+
+@pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+def test_a_shipped_model_classifies_its_example_by_name_from_anywhere(folder, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "binaryvit_hf.cli",
+        "classify",
+        folder.name,
+        folder / "example.png",
+        "--json",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    (answer,) = json.loads(result.stdout)
+    assert answer["labels"][0]["label"] == EXAMPLES[folder]
+    assert answer["labels"][0]["score"] > 0.9

@@ -1,0 +1,121 @@
+"""Two processes of the script: a teacher is whole before it is loaded, and an error of any rank is shown once and ends both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_config
+from transformers import ViTConfig
+
+from binaryvit_hf.data.sampling import TrainSampler
+
+
+ROOT = Path(__file__).parents[2]
+# The script, with a first rank that is slow to write, and a second that finds a loss that is no number, or an image broken.
+DRIVER = """
+import os
+import sys
+import time
+from pathlib import Path
+
+from binaryvit_hf.training import run as script
+from binaryvit_hf.training.trainer import DistillationTrainer
+
+save, compute_loss, run = DistillationTrainer._save, DistillationTrainer.compute_loss, script.run
+
+
+def save_slowly(self, *args, **kwargs):
+    time.sleep(2)
+    save(self, *args, **kwargs)
+
+
+def lose(self, model, inputs, *args, **kwargs):
+    loss = compute_loss(self, model, inputs, *args, **kwargs)
+    fails = self.teacher is not None and model.training and self.state.global_step == 1
+    return loss * float("nan") if fails else loss
+
+
+def run_with_a_broken_image(*args):
+    for broken in Path("broken.txt").read_text().splitlines():
+        Path(broken).write_bytes(Path(broken).read_bytes()[:-30])
+    run(*args)
+
+
+if os.environ["RANK"] == "0":
+    DistillationTrainer._save = save_slowly
+else:
+    DistillationTrainer.compute_loss = lose
+    script.run = run_with_a_broken_image
+sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            image = Image.fromarray(rng.integers(0, 255, (16, 32, 3)).astype("uint8"))
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def run_two(folder: Path, values: dict, broken: str = "") -> subprocess.CompletedProcess:
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "broken.txt").write_text(broken)
+    tiny_config().save_pretrained(folder / "tiny")
+    common = {
+        "config_name": str(folder / "tiny"),
+        "train_dir": str(folder / "photos"),
+        "validation_dir": str(folder / "photos"),
+        "output_dir": str(folder / "out"),
+        "do_train": True,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "save_strategy": "no",
+    }
+    (folder / "run.json").write_text(json.dumps(common | values))
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(folder / "driver.py", folder / "run.json"),
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def assert_shown_once(result: subprocess.CompletedProcess, message: str, code: int) -> None:
+    shown = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(shown) == 1, result.stderr
+    assert shown[0].startswith(f"error: rank 1: {message}"), result.stderr
+    assert f"exitcode  : {code} " in result.stderr
+    assert result.stderr.count("Traceback") <= 1, result.stderr  # torchrun's own
+
+
+def test_a_teacher_is_whole_before_any_rank_loads_it_and_a_loss_of_one_rank_ends_both(photos, tmp_path):
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTConfig(image_size=[16, 32], patch_size=8, **fields).save_pretrained(tmp_path / "vit")
+    result = run_two(tmp_path, {"teacher": {"config_name": str(tmp_path / "vit"), "max_steps": 1}})
+    assert (tmp_path / "out-teacher" / "train_results.json").is_file(), result.stderr
+    assert_shown_once(result, "The loss became nan at step 2", code=1)
+    assert not (tmp_path / "out" / "train_results.json").exists()
+
+
+def test_an_image_that_one_rank_cannot_decode_is_named_and_ends_both(photos, tmp_path):
+    files = sorted(photos.rglob("*.png"))
+    broken = files[list(TrainSampler(8, 1, 2, 2, seed=42))[2]]  # the first of the second rank
+    result = run_two(tmp_path, {}, str(broken))
+    assert_shown_once(result, f"{str(broken)!r} cannot be decoded", code=2)

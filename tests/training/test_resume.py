@@ -1,0 +1,192 @@
+"""Runs that go on: after their last step, beyond their end, from what cannot be gone on from, and under other spellings."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model
+from transformers import ResNetConfig, ViTConfig
+
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.network.functional_binaryvit import batch_statistics
+from binaryvit_hf.training import run as script
+from binaryvit_hf.training.arguments import (
+    RUN_ARGUMENTS,
+    UNFINISHED_RUN_ARGUMENTS,
+    compare_with_recorded,
+    describe,
+    is_finished,
+    parse_phases,
+)
+from binaryvit_hf.training.report import write_model_card
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Fourteen images of two classes."""
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(7):
+            image = Image.fromarray(rng.integers(0, 255, (16, 32, 3)).astype("uint8"))
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def command(tmp_path, photos):
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    places = {"config_name": tmp_path / "tiny", "train_dir": photos, "validation_dir": photos}
+    return [
+        *(f"--{name}={place}" for name, place in (places | {"output_dir": tmp_path / "out"}).items()),
+        *("--do_train", "--use_cpu", "--per_device_train_batch_size=4", "--disable_tqdm=true", "--learning_rate=0.01"),
+    ]
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def recorded_steps(out) -> int:
+    return json.loads((out / RUN_ARGUMENTS).read_text())["max_steps"]
+
+
+def test_a_run_ends_at_its_last_step_and_one_that_goes_on_has_the_old_results_until_it_ends(
+    command, tmp_path, monkeypatch
+):
+    out, finish = tmp_path / "out", script.record_end
+    steps = [*command, "--max_steps=10", "--save_steps=10"]  # in the midst of an epoch of 4
+    monkeypatch.setattr(script, "record_end", interrupt)
+    assert script.main(steps) == 130
+    monkeypatch.setattr(script, "record_end", finish)
+    assert not is_finished(out)
+    assert script.main(steps) == 0
+    assert is_finished(out)
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 10
+    last, final = load_file(out / "checkpoint-10" / "model.safetensors"), load_file(out / "latent/model.safetensors")
+    assert all(torch.equal(final[name], tensor) for name, tensor in last.items())
+    results = json.loads((out / "train_results.json").read_text())
+    assert "train_loss" not in results  # nothing was trained, and 0 is no loss
+    assert results["train_samples"] == 14
+
+    more = [*command, "--max_steps=12", "--save_steps=10", "--resume_from_checkpoint"]
+    monkeypatch.setattr(script, "record_end", interrupt)
+    assert script.main(more) == 130
+    monkeypatch.setattr(script, "record_end", finish)
+    assert not is_finished(out)
+    assert recorded_steps(out) == 10
+    write_model_card(out, "x", tmp_path / "card.md")
+    assert "| max_steps | 10 |" in (tmp_path / "card.md").read_text()
+    with pytest.raises(UserError, match="max_steps was 12, not 10"):
+        compare_with_recorded(out, *parse_phases(steps))
+    assert script.main(more[:-1]) == 0
+    assert is_finished(out)
+    assert recorded_steps(out) == 12
+    assert not (out / UNFINISHED_RUN_ARGUMENTS).exists()
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 12
+
+
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from_and_not_called_damaged(
+    command, tmp_path, monkeypatch, caplog, capsys
+):
+    monkeypatch.setattr(script, "record_end", interrupt)
+    steps = [*command, "--max_steps=2", "--save_steps=1", "--save_only_model"]
+    assert script.main(steps) == 130
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert script.main([*steps, f"--resume_from_checkpoint={checkpoint}"]) == 2
+    assert "holds the weights alone (--save_only_model)" in capsys.readouterr().err
+    with caplog.at_level(logging.WARNING):
+        assert script.main([*steps, "--resume_from_checkpoint"]) == 2
+    assert "holds no checkpoint to go on from" in capsys.readouterr().err
+    assert "checkpoint-2 holds the weights alone (--save_only_model), so training cannot go on" in caplog.text
+    assert "damaged" not in caplog.text
+    (checkpoint / "trainer_state.json").unlink()
+    assert script.main([*steps, f"--resume_from_checkpoint={checkpoint}"]) == 2
+    assert "trainer_state.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "before, now",
+    [
+        (["--output_dir=out/", "--train_dir=photos/"], ["--output_dir=out", "--train_dir=./photos"]),
+        (["--per_device_eval_batch_size=8"], ["--per_device_eval_batch_size=64"]),
+        (["--dataloader_num_workers=0"], ["--dataloader_num_workers=2", "--logging_steps=3", "--disable_tqdm=true"]),
+        ([], ["--do_eval", "--save_total_limit=2", "--hub_model_id=me/it"]),
+    ],
+)
+def test_what_cannot_change_a_weight_makes_no_other_run(before, now, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--do_train", "--config_name=x", "--output_dir=out", "--use_cpu"]
+    (phase,), (again,) = (parse_phases([*common, *flags]) for flags in (before, now))
+    (tmp_path / RUN_ARGUMENTS).write_text(
+        json.dumps(describe(phase) | dict(flag[2:].split("=") for flag in before if "dir" in flag))
+    )
+    compare_with_recorded(tmp_path, again)
+    with pytest.raises(UserError, match="per_device_train_batch_size was 8, not 4"):
+        compare_with_recorded(tmp_path, *parse_phases([*common, *now, "--per_device_train_batch_size=4"]))
+    (tmp_path / RUN_ARGUMENTS).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        compare_with_recorded(tmp_path, again)
+
+
+def test_a_slash_behind_the_output_directory_is_not_in_the_teachers_name(tmp_path):
+    (tmp_path / "run.json").write_text('{"config_name": "student", "teacher": {"config_name": "teacher"}}')
+    teacher, student = parse_phases([str(tmp_path / "run.json"), f"--output_dir={tmp_path / 'out'}/"])
+    assert student[0].teacher_model_name_or_path == teacher[2].output_dir == str(tmp_path / "out-teacher")
+
+
+ONE_TOKEN = tiny_config(image_size=(8, 8))
+VIT = ViTConfig(image_size=[16, 32], patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "config, flags, message",
+    [
+        (tiny_config(), ["--per_device_train_batch_size=15", "--dataloader_drop_last"], "leaves nothing to train on"),
+        (tiny_config(), ["--per_device_train_batch_size=15", "--batch_norm_reestimation_batches=1"], "no whole batch"),
+        (VIT, ["--batch_norm_reestimation_batches=1"], "for networks with batch normalisation"),
+        (ONE_TOKEN, ["--per_device_train_batch_size=13"], "A batch of one image"),
+        (ONE_TOKEN, ["--per_device_train_batch_size=1"], "A batch of one image"),
+        (ResNetConfig(), [], "without an image_size"),
+    ],
+    ids=["nothing", "no-batch", "no-norm", "last-of-one", "ones", "resnet"],
+)
+def test_batches_that_cannot_be_trained_with_are_told_before_training(
+    config, flags, message, command, tmp_path, capsys
+):
+    config.save_pretrained(tmp_path / "tiny")
+    assert script.main([*command, "--max_steps=5", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config, flags",
+    [
+        (ONE_TOKEN, ["--per_device_train_batch_size=13", "--dataloader_drop_last"]),
+        (ONE_TOKEN, ["--per_device_train_batch_size=13", "--max_steps=1"]),
+        (tiny_config(), ["--per_device_train_batch_size=13"]),
+    ],
+)
+def test_a_last_batch_of_one_image_that_can_be_trained_with_is(config, flags, command, tmp_path):
+    config.save_pretrained(tmp_path / "tiny")
+    assert script.main([*command, "--max_steps=2", "--save_strategy=no", *flags]) == 0
+
+
+def test_statistics_of_one_row_are_refused_as_by_pytorch():
+    norm = tiny_model().binaryvit.embeddings.norm.batch_norm
+    rows = torch.randn(1, norm.num_features)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        batch_statistics([rows], norm)
+
+
+def test_a_run_that_is_gone_on_from_its_end_keeps_what_its_training_took(command, tmp_path):
+    command = [*command, "--max_steps=2", "--save_strategy=steps", "--save_steps=1", "--report_to=none"]
+    assert script.main(command) == 0
+    took = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    assert script.main([*command, "--resume_from_checkpoint"]) == 0
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text()) == took

@@ -1,0 +1,167 @@
+"""Two stages: a config with fields changed, and a network that begins with the weights of another or not at all."""
+
+import json
+import logging
+
+import pytest
+import torch
+from command_line import refusal
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_model
+
+from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.network.quantization_binaryvit import ShippedModel
+from binaryvit_hf.training import run as script
+from binaryvit_hf.training.two_stage import first_stage_weights, load_first_stage, override_config
+
+
+def test_overrides_are_names_and_values_lists_included():
+    config = override_config(tiny_config(), "weight_bits=32, depths=[1, 2],use_layer_scale=False,drop_path_rate=0.5")
+    changed = tiny_config(weight_bits=32, depths=[1, 2], use_layer_scale=False, drop_path_rate=0.5)
+    assert config.to_dict() == changed.to_dict()
+    assert isinstance(config, BinaryViTConfig)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("weight_bit=32", "the config has no field 'weight_bit'; did you mean 'weight_bits'?"),
+        ("weight_bits", "'weight_bits' is not"),
+        ("weight_bits=", "weight_bits= is no number"),
+        ("weight_bits=9", "weight_bits is 1, 2 to 8, or 32"),
+        ("depths=[1]", "One value per stage"),
+        ("weight_bits=[1]", "weight_bits"),
+    ],
+)
+def test_a_bad_override_is_one_sentence(overrides, message):
+    with pytest.raises(UserError) as refused:
+        override_config(tiny_config(), overrides)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_tensor_of_the_first_stage_is_taken_over_and_the_rest_told(caplog):
+    """Weights and inputs of full precision first: no probability is clipped."""
+    first, network = tiny_model(tiny_config(weight_bits=32, input_bits=32)), tiny_model()
+    with caplog.at_level(logging.INFO):
+        weights = first_stage_weights(first, network, "first")
+    own = {name for name in network.state_dict() if name not in weights}
+    assert own == {name for name in network.state_dict() if name.endswith("probability_clip")}
+    assert len(own) == 3
+    assert (
+        f"Begins with {len(weights)} tensors of first; new: {', '.join(sorted(own))}; left there: none" in caplog.text
+    )
+    network.load_state_dict(weights, strict=False)
+    assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in weights.items())
+
+
+def test_another_row_is_taken_over_but_for_the_parts_that_it_lacks():
+    row = tiny_config(avg_pool_kernel_sizes=[], use_layer_scale=False, binarize_patch_embeddings=False)
+    weights = first_stage_weights(tiny_model(row), tiny_model(), "first")
+    own = {name for name in tiny_model().state_dict() if name not in weights}
+    lacking = ("avg_pool_branches", "layer_scale", "patch_embeddings")
+    assert {part for part in lacking if any(part in name for name in own)} == set(lacking)
+    assert all(any(part in name for part in lacking) for name in own)
+    back = first_stage_weights(tiny_model(), tiny_model(row), "first")
+    assert {name for name in tiny_model(row).state_dict() if name not in back} == {
+        name for name in tiny_model(row).state_dict() if ".patch_embeddings.norm2." in name
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_sizes": [16, 32]}, r"tensor '.*' is \(.*16.*\) there and \(.*8.*\) in the new network"),
+        ({"depths": [1, 1]}, "the new network has the tensor '.*layers.1.*', it has not"),
+        ({"depths": [2, 2]}, "it has the tensor '.*layers.1.*', the new network has not"),
+        ({"use_stem_norm": False}, "the new network has the tensor '.*embeddings.norm.*', it has not"),
+        ({"num_labels": 4}, r"tensor 'classifier.*' is \(4"),
+    ],
+)
+def test_a_network_of_another_shape_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        first_stage_weights(tiny_model(tiny_config(**changes)), tiny_model(), "first")
+
+
+def test_the_latent_weights_beside_packed_ones_are_taken(tmp_path):
+    model = tiny_model()
+    ShippedModel(model).save_pretrained(tmp_path / "run")
+    loaded = load_first_stage(str(tmp_path / "run"))
+    assert not loaded.is_packed
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    for file in (tmp_path / "run" / "latent").iterdir():
+        file.unlink()
+    (tmp_path / "run" / "latent").rmdir()
+    with pytest.raises(UserError, match="is packed, and its latent weights in 'latent' cannot be loaded"):
+        load_first_stage(str(tmp_path / "run"))
+
+
+def test_a_first_stage_that_lacks_a_tensor_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["classifier.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks the tensor 'classifier.bias' of its own network"):
+        load_first_stage(str(tmp_path))
+
+
+def test_the_script_trains_the_second_stage_from_the_first(photos, tmp_path):
+    for index in range(1, 8):
+        for name in ("ant", "bee"):
+            Image.new("RGB", (8, 8), (30 * index, 0, 255 * (name == "bee"))).save(photos / name / f"{index}.png")
+    tiny_config(num_labels=2).save_pretrained(tmp_path / "tiny")
+    common = [
+        *["--config_name", str(tmp_path / "tiny"), "--train_dir", str(photos), "--do_train", "--max_steps=1"],
+        *[
+            "--per_device_train_batch_size=4",
+            "--use_cpu",
+            "--report_to=none",
+            "--learning_rate=0",
+            "--disable_tqdm=True",
+        ],
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert script.main([*common, "--output_dir", str(first), "--config_overrides", "weight_bits=32"]) == 0
+    assert json.loads((first / "config.json").read_text())["weight_bits"] == 32
+    assert script.main([*common, "--output_dir", str(second), "--init_from", str(first), "--seed=7"]) == 0
+    ours, theirs = (BinaryViTForImageClassification.from_pretrained(folder) for folder in (second / "latent", first))
+    assert (ours.config.weight_bits, theirs.config.weight_bits) == (1, 32)
+    assert all(torch.equal(parameter, theirs.get_parameter(name)) for name, parameter in ours.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--init_from", "no-such"], "--init_from 'no-such' cannot be loaded"),
+        (["--config_overrides", "weight_bit=32"], "did you mean 'weight_bits'?"),
+        (["--config_overrides=weight_bits=32", "--weight_regularization=1"], "is for networks of 1-bit weights"),
+        (["--init_from", "OTHER"], "in the new network; the two must have the same shapes"),
+        (["--init_from", "STRANGE"], "calls label 1 'bat', the images call it 'bee'"),
+    ],
+)
+def test_a_bad_first_stage_is_one_sentence(capsys, photos, tmp_path, arguments, message):
+    wide = tiny_config(hidden_sizes=[16, 32], num_labels=2)
+    BinaryViTForImageClassification(wide).save_pretrained(tmp_path / "OTHER")
+    strange = tiny_config(num_labels=2, id2label={0: "ant", 1: "bat"})
+    BinaryViTForImageClassification(strange).save_pretrained(tmp_path / "STRANGE")
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    arguments = [str(tmp_path / word) if word.isupper() else word for word in arguments]
+    common = [
+        "--do_train",
+        "--config_name",
+        tmp_path / "tiny",
+        "--train_dir",
+        photos,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    assert message in refusal(capsys, *common, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--config_overrides=weight_bits=32", "--init_from=first"])
+def test_two_stages_are_for_networks_that_begin(capsys, photos, tmp_path, flag):
+    arguments = ["--do_train", "--model_name_or_path", "x", "--train_dir", photos, "--output_dir", tmp_path / "out"]
+    assert "is for a network that --config_name begins" in refusal(capsys, *arguments, flag)
