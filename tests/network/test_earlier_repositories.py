@@ -1,0 +1,48 @@
+"""A repository of the Hub that version 0.1.0 made, before the rooms: its own code, and this package's, go on loading it."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from fresh import run_python
+
+
+LOAD = """
+import json
+import sys
+import torch
+from transformers import AutoModelForImageClassification, pipeline
+
+folder, trust = sys.argv[1], sys.argv[2] == "its own code"
+images = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(1))
+expected = torch.tensor(json.load(open(folder + "/expected.json")))
+if not trust:
+    import binaryvit_hf
+for subfolder in ("", "latent"):
+    model = AutoModelForImageClassification.from_pretrained(folder, subfolder=subfolder, trust_remote_code=trust)
+    if not subfolder:  # its engine imports the package, whose classes load what follows
+        assert type(model).__module__.startswith("transformers_modules." if trust else "binaryvit_hf.")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, expected)
+    model.save_pretrained("again")
+    again = AutoModelForImageClassification.from_pretrained("again", trust_remote_code=trust)
+    assert again.is_packed == model.is_packed
+    print(model.engine.name)
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    with tarfile.open(Path(__file__).with_name("repository_0.1.0.tar.xz")) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("code", ["its own code", "this package's"])
+def test_a_repository_of_version_0_1_0_loads_computes_and_saves(repository, tmp_path, code):
+    result = run_python(LOAD, tmp_path / "home", repository, code)
+    assert result.returncode == 0, result.stderr
+    packed, latent = result.stdout.split()
+    assert packed in ("avx512", "avx2", "neon", "scalar", "torch")
+    assert latent == "torch"
