@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from . import engine
+from . import __version__, engine
 from .errors import UserError
 from .network.engine_binaryvit import TORCH, wanted_kernels
 
@@ -26,7 +26,7 @@ def check_engine_variable() -> None:
 
 def describe_machine() -> str:
     rows = {
-        "binaryvit_hf": version("binaryvit_hf"),
+        "binaryvit_hf": __version__,
         "Python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -1,4 +1,4 @@
-"""Pictures in files to labels: a batch of tensors at a time, and never more than one picture in memory."""
+"""Classify image files in batches. At most one decoded picture is in memory at a time."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BATCH_SIZE = 16
 
 @dataclass
 class Answer:
-    """Labels with their scores of one file, or why there are none."""
+    """The labels of one file with their scores, or the reason why there are none."""
 
     image: str
     labels: list[dict] | None = None
@@ -25,44 +25,45 @@ class Answer:
     transparent: bool = False
 
     def describe(self) -> dict:
+        """The answer for JSON."""
         return {"image": self.image, **({"error": self.error} if self.error else {"labels": self.labels})}
 
 
 def classify_files(
     classifier: ImageClassificationPipeline, files: Iterable[Listed], background: str | None, top_k: int
 ) -> Iterator[Answer]:
-    """The answers in the order of the files."""
-    waiting: list[Answer] = []
+    """Yield the answers in the order of the files."""
+    batch: list[Answer] = []
     inputs: list[dict[str, torch.Tensor]] = []
     for name, fault in files:
         answer = Answer(name, error=fault and f"{name!r} {fault}.")
         if fault is None:
             try:
                 tensors = preprocess(classifier, answer, background)
-            except Exception as error:  # a damaged file makes Pillow raise anything
+            except Exception as error:  # Pillow raises anything for a damaged file
                 answer.error = describe_unreadable(name, error)
             else:
-                if inputs and shapes(tensors) != shapes(inputs[0]):  # of a processor that does not resize
-                    yield from fill_in(classifier, waiting, inputs, top_k)
-                    waiting, inputs = [], []
+                if inputs and shapes(tensors) != shapes(inputs[0]):  # the processor does not resize
+                    yield from classify_batch(classifier, batch, inputs, top_k)
+                    batch, inputs = [], []
                 inputs.append(tensors)
-        waiting.append(answer)
-        if len(waiting) == BATCH_SIZE:
-            yield from fill_in(classifier, waiting, inputs, top_k)
-            waiting, inputs = [], []
-    yield from fill_in(classifier, waiting, inputs, top_k)
+        batch.append(answer)
+        if len(batch) == BATCH_SIZE:
+            yield from classify_batch(classifier, batch, inputs, top_k)
+            batch, inputs = [], []
+    yield from classify_batch(classifier, batch, inputs, top_k)
 
 
 def preprocess(
     classifier: ImageClassificationPipeline, answer: Answer, background: str | None
 ) -> dict[str, torch.Tensor]:
-    """The inputs of the network, and in `answer` whether the picture is transparent. The picture is let go."""
-    # `classifier.preprocess` does the same, and copies the picture twice before.
-    inputs = classifier.image_processor(images=read(answer, background), return_tensors="pt")
+    """Read the file of `answer` and return the inputs of the network. Sets `answer.transparent`."""
+    # Not `classifier.preprocess`: it first copies the picture twice.
+    inputs = classifier.image_processor(images=read_picture(answer, background), return_tensors="pt")
     return dict(inputs.to(classifier.dtype))
 
 
-def read(answer: Answer, background: str | None) -> Image:
+def read_picture(answer: Answer, background: str | None) -> Image:
     with open_picture(answer.image) as picture:
         answer.transparent = is_transparent(picture)
         return to_rgb(picture, background)
@@ -72,14 +73,14 @@ def shapes(tensors: dict[str, torch.Tensor]) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors.values()]
 
 
-def fill_in(
+def classify_batch(
     classifier: ImageClassificationPipeline, answers: list[Answer], inputs: list[dict[str, torch.Tensor]], top_k: int
 ) -> Iterator[Answer]:
     """
-    The answers, those without an error with the labels of `inputs`, in their order.
+    Classify `inputs`, which belong to the answers without an error, and yield all answers with their labels.
 
     Raises:
-        UserError: the network's answers are no numbers.
+        UserError: logits are not finite.
     """
     readable = [answer for answer in answers if answer.error is None]
     try:
@@ -87,7 +88,7 @@ def fill_in(
             answer.labels = labels
     except UserError:
         raise
-    except Exception as error:  # a network raises whatever its layers raise
+    except Exception as error:  # layers may raise anything
         for answer in readable:
             answer.error = f"{answer.image!r} cannot be classified: the network fails ({first_sentence(error)})."
     yield from answers
@@ -102,5 +103,5 @@ def compute_labels(
     logits = classifier.forward(batch)["logits"]
     if not logits.isfinite().all():
         name = classifier.model.name_or_path
-        raise UserError(f"The model {name!r} answers with numbers that are not finite: it is damaged, or diverged.")
+        raise UserError(f"The logits of the model {name!r} are not finite: it is damaged, or its training diverged.")
     return [classifier.postprocess({"logits": row[None]}, top_k=top_k) for row in logits]

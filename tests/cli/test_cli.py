@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+import binaryvit_hf
 from binaryvit_hf import engine
-from binaryvit_hf.cli import main
+from binaryvit_hf.cli import COMMANDS, main
 from binaryvit_hf.data.image_files import create_image_processor
 
 
@@ -46,12 +49,38 @@ def test_the_command_is_installed():
     assert command.load() is main
 
 
-@pytest.mark.parametrize("command", ["pack", "convert", "ops", "classify", "push", "card"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
     assert exit.value.code == 0
-    assert f"example:\n  binaryvit {command} " in capsys.readouterr().out
+    assert f"example:\n  binaryvit {command}" in capsys.readouterr().out
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"binaryvit {binaryvit_hf.__version__}\n"
+    assert binaryvit_hf.__version__ == importlib.metadata.version("binaryvit_hf")
+
+
+def test_help_and_wrong_arguments_import_neither_pytorch_nor_transformers():
+    program = """
+import contextlib, sys, types
+package = types.ModuleType("binaryvit_hf")  # without its __init__, which imports both
+package.__path__, package.__version__ = [sys.argv[1]], "0"
+sys.modules["binaryvit_hf"] = package
+from binaryvit_hf.cli import COMMANDS, main
+for arguments in [["--help"], ["--version"], ["pack"], *([name, "--help"] for name in COMMANDS)]:
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+        raise AssertionError(arguments)
+assert {"torch", "transformers"}.isdisjoint(sys.modules)
+"""
+    command = [sys.executable, "-c", program, os.path.dirname(binaryvit_hf.__file__)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_doctor_says_what_computes_packed_models_here(capsys, monkeypatch):
@@ -198,6 +227,7 @@ def test_classify_refuses_what_it_cannot_read(latent, photos, capsys):
     assert_refused(capsys, ["classify", latent, photos, "--top-k", 0], "--top-k")
     assert_refused(capsys, ["classify", photos, photos], "cannot be loaded", "config.json")
     assert_refused(capsys, ["classify", "no/model", photos], "The model 'no/model' cannot be loaded")
+    assert_refused(capsys, ["classify", "./none", photos], "There is no folder './none'.")
     (latent / "preprocessor_config.json").unlink()
     assert_refused(capsys, ["classify", latent, photos], "no image processor")
 

@@ -1,0 +1,37 @@
+"""`binaryvit ablation`: all rows and seeds of an experiment."""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+from .common import needs_extra
+
+
+EXAMPLE = "binaryvit ablation configs/fashion-mnist outputs/fashion-mnist --seeds 1 2 3 --jobs 2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of recipes, such as configs/fashion-mnist")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the runs, results.md and ablation.png")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the students (default 1 2 3)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="students to train at the same time (default 1)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train all rows of an ablation that are not trained yet, and write their table and plot."""
+    if options.jobs < 1:
+        raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
+    with needs_extra("train", "Ablations"):
+        from ..training.ablation import Ablation, run_ablation
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    # As an exception, a signal reaches the code that ends the runs.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    run_ablation(Ablation(options.folder, options.out, tuple(options.seeds)), options.jobs)
+    print(options.out / "results.md")

@@ -1,0 +1,95 @@
+"""`binaryvit benchmark`: times of forwards, of training steps and of the image loader."""
+
+import argparse
+import importlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import UserError
+from ..writing import check_writable_file
+from .common import needs_extra
+
+
+EXAMPLE = "binaryvit benchmark --threads 1 2 --batch-size 1 8 --plot latency.png"
+DEFAULT_ROW = "binaryvit-small-patch4-224"
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--train", action="store_true", help="training steps, beside DeiT-S and the plain simulation")
+    kinds.add_argument(
+        "--loader", action="store_true", help="loading images on one core, beside the paper's public code"
+    )
+    parser.add_argument("--model", default=DEFAULT_ROW, help="row of configs/ (default %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        help="images in a batch (default 1 and 8; with --train, 8 on the CPU and 128 on a GPU)",
+    )
+    parser.add_argument("--threads", type=int, nargs="+", help="threads of a forward (default 1 and all)")
+    parser.add_argument("--steps", type=int, default=7, help="timed turns of each network, 2 or more (default 7)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="image file for a plot of the forwards' times")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure forwards, training steps or the image loader, beside peers in the same run."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("binaryvit_hf").setLevel(logging.INFO)
+    if options.steps < 2:
+        raise UserError(f"--steps is 2 or more, not {options.steps}.")
+    if min(options.batch_size or [1]) < 1 or min(options.threads or [1]) < 1:
+        raise UserError("--batch-size and --threads are 1 or more.")
+    if options.train or options.loader:
+        if options.threads or options.plot or len(options.batch_size or [1]) > 1:
+            raise UserError(
+                "--threads, --plot and several values of --batch-size need a benchmark of forwards: leave out --train "
+                "and --loader."
+            )
+        (time_training if options.train else time_loader)(options)
+    else:
+        time_forwards(options)
+
+
+def time_forwards(options: argparse.Namespace) -> None:
+    if options.plot:
+        check_plot(options.plot)
+    from ..benchmarks.inference import benchmark_inference, format_forwards, plot_latency
+
+    measured = benchmark_inference(options.model, options.batch_size or [1, 8], options.threads, options.steps)
+    print_measured(options, measured, format_forwards)
+    if options.plot:
+        plot_latency(measured, options.plot)
+
+
+def time_training(options: argparse.Namespace) -> None:
+    from ..benchmarks.training import benchmark_training, format_steps
+
+    (batch_size,) = options.batch_size or [None]
+    print_measured(options, benchmark_training(options.model, batch_size, options.steps), format_steps)
+
+
+def time_loader(options: argparse.Namespace) -> None:
+    with needs_extra("train", "Benchmarks of the loader"):
+        from ..benchmarks.loader import benchmark_loader, format_speeds
+    print_measured(options, benchmark_loader(), format_speeds)
+
+
+def print_measured(options: argparse.Namespace, measured: dict, as_text: Callable[[dict], str]) -> None:
+    print(json.dumps(measured, indent=2) if options.json else as_text(measured))
+
+
+def check_plot(file: Path) -> None:
+    """
+    Raises:
+        UserError: matplotlib is not installed, it does not draw files of this kind, or the file cannot be written.
+    """
+    with needs_extra("benchmark", "Plots"):
+        importlib.import_module("matplotlib.figure")
+    if file.suffix not in PLOT_SUFFIXES:
+        raise UserError(f"--plot is a file of the kinds {', '.join(PLOT_SUFFIXES)}, not {str(file)!r}.")
+    check_writable_file(file)

@@ -1,0 +1,41 @@
+"""`binaryvit card`: the model card of a folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import first_sentence, one_line
+from ..writing import check_writable_file
+from .common import check_model_folder, needs_extra
+
+
+EXAMPLE = "binaryvit card outputs/quickstart"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model or of a config")
+    parser.add_argument("--out", type=Path, help="file to write (default FOLDER/README.md)")
+    parser.add_argument("--model-id", help="name that the card's examples load the model by (default FOLDER)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the model card of a folder, from the files in it."""
+    check_model_folder(options.folder)
+    out = options.out or options.folder / "README.md"
+    check_writable_file(out)
+    write_card(options.folder, options.model_id or str(options.folder), out)
+    print(out)
+
+
+def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
+    with needs_extra("train", "Model cards"):
+        from ..training.report import write_model_card
+    write_model_card(folder, model_id, path)
+
+
+def write_card_if_possible(folder: Path, model_id: str) -> None:
+    """Write the card, or print why there is none: a model without a card is still a model."""
+    try:
+        write_card(folder, model_id)
+    except Exception as error:  # the files that the card is made from may be damaged in any way
+        print(one_line(f"There is no model card: {first_sentence(error)}"), file=sys.stderr)

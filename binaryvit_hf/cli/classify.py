@@ -1,0 +1,85 @@
+"""`binaryvit classify`: labels of image files."""
+
+import argparse
+import json
+import sys
+
+from ..errors import UserError
+from ..resources import shipped_models
+from .common import add_token_argument, print_error
+
+
+EXAMPLE = f"binaryvit classify {next(iter(shipped_models()), 'MODEL')} photos/ cat.jpg 'more/*.png'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder of them, or pattern")
+    parser.add_argument(
+        "--background", metavar="COLOUR", help="put this colour behind transparent pixels, such as white or '#ffcc00'"
+    )
+    parser.add_argument("--top-k", type=int, default=5, help="labels to print for each image (default 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Classify images: print the most likely labels."""
+    from ..data.image_files import list_images
+    from ..pixels import describe_transparent
+    from .classification import classify_files
+
+    if options.top_k < 1:
+        raise UserError(f"--top-k is the number of labels to print, 1 or more, not {options.top_k}.")
+    check_background_argument(options.background)
+    files, notes = list_images(options.images)
+    classifier = load_pipeline(options.model, options.token)
+    for note in notes:
+        print(note, file=sys.stderr)
+    answers = []
+    for answer in classify_files(classifier, files, options.background, options.top_k):
+        answers.append(answer)
+        if answer.error:
+            print_error(answer.error)
+        elif not options.json:
+            print(answer.image)
+            for label in answer.labels:
+                print(f"  {100 * label['score']:6.2f} %  {label['label']}", flush=True)
+    if options.json:
+        print(json.dumps([answer.describe() for answer in answers], indent=2))
+    transparent = [answer.image for answer in answers if answer.transparent]
+    if transparent and options.background is None:
+        print(describe_transparent(len(transparent), f"{len(answers)} images", transparent[0]), file=sys.stderr)
+    return 1 if any(answer.error for answer in answers) else 0
+
+
+def check_background_argument(background: str | None) -> None:
+    """
+    Raises:
+        UserError: it is no colour.
+    """
+    from ..pixels import check_background
+
+    try:
+        check_background(background)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_pipeline(name: str, token: str | None):
+    """
+    transformers' `ImageClassificationPipeline` of the model that the user names.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no image processor.
+    """
+    from transformers import pipeline
+
+    from .models import find_model, load_model, load_processor
+
+    source, _ = find_model(name, token, shipped_models())
+    model = load_model(name, source, token)
+    processor = load_processor(name, source, token, model.config)
+    if processor is None:
+        raise UserError(f"{name!r} has no image processor (preprocessor_config.json).")
+    return pipeline("image-classification", model=model, image_processor=processor)

@@ -1,0 +1,43 @@
+"""Helpers of several commands that need neither PyTorch nor transformers."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError, one_line
+
+
+def add_token_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--token", help="access token of the Hub (default: the token of the last login)")
+
+
+def print_error(message: str) -> None:
+    print(f"error: {one_line(message)}", file=sys.stderr)
+
+
+def check_model_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserError: the folder has no config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} is no folder of a model: it has no config.json.")
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, subject: str) -> Iterator[None]:
+    """
+    Imports inside of this context come from an optional dependency group (`extra`) of the package.
+
+    Args:
+        subject: plural, begins the error message: "Plots need 'matplotlib': pip install ...".
+
+    Raises:
+        UserError: one of the imported packages is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{subject} need {error.name!r}: pip install 'binaryvit_hf[{extra}]'.") from error

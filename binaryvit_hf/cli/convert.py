@@ -1,0 +1,53 @@
+"""`binaryvit convert`: a checkpoint of the paper's public code to a model of transformers."""
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError
+from ..resources import shipped_configs
+from ..writing import new_folder
+
+
+EXAMPLE = "binaryvit convert checkpoint.pth binaryvit-small --config binaryvit-small-patch4-224"
+TEACHER_ROW = "deit-small-patch16-224"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pth file of the paper's public code")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    parser.add_argument("--config", help=f"row of configs/, or a path: {', '.join(sorted(shipped_configs()))}")
+    parser.add_argument(
+        "--teacher", action="store_true", help=f"the file holds a DeiT teacher; means --config {TEACHER_ROW}"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Convert a checkpoint of the paper's public code."""
+    from ..convert import convert_name, convert_original_state_dict, count_labels, load_original_checkpoint
+    from ..data.image_files import create_image_processor
+    from ..loading import build_classifier, check_finite
+    from ..ops import CONFIG_CLASSES, readable
+    from .models import find_model
+
+    if not options.config and not options.teacher:
+        raise UserError(
+            f"Say which network it is: --config with one of {', '.join(sorted(shipped_configs()))}; or --teacher."
+        )
+    with new_folder(options.out) as folder:
+        _, config = find_model(options.config or TEACHER_ROW, None, shipped_configs())
+        state_dict = load_original_checkpoint(options.checkpoint)
+        if config.model_type not in CONFIG_CLASSES:
+            raise UserError(f"--config {options.config!r} is a {config.model_type!r}, which that code does not train.")
+        config.num_labels = count_labels(state_dict, otherwise=config.num_labels)
+        try:
+            converted = convert_original_state_dict(state_dict, config)
+            model = build_classifier(config)
+            model.load_state_dict(converted)
+            check_finite(model)
+        except ValueError as error:
+            raise UserError(f"{str(options.checkpoint)!r} does not fit the config: {error}") from error
+        model.save_pretrained(folder)
+        create_image_processor(config, crop_pct=0.875).save_pretrained(folder)
+    for name, tensor in state_dict.items():
+        print(f"{name} -> {convert_name(name, config)} {list(tensor.shape)}")
+    print(f"{options.out}: {len(converted)} tensors, {readable(model.num_parameters())} parameters")

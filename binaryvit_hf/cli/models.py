@@ -1,0 +1,64 @@
+"""Find and load the models that users name. Imports transformers: commands import this inside of `run`."""
+
+import os
+from pathlib import Path
+
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+from ..errors import LoadingError, UserError
+from ..loading import load_classifier, load_config, load_image_processor
+
+
+def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[str, PreTrainedConfig]:
+    """
+    Resolve a name to a folder, to a shipped config or model, or to an id of the Hub, in this order.
+
+    Args:
+        shipped: folders that come with the package, by name.
+
+    Returns:
+        The source to load from (a path or an id of the Hub), and its config.
+
+    Raises:
+        UserError: there is no such model, or its config is damaged.
+    """
+    source = name if os.path.exists(name) else str(shipped.get(name, name))
+    if not os.path.exists(source) and (os.path.isabs(name) or name.startswith(".")):
+        raise UserError(f"There is no folder {name!r}.")
+    try:
+        return source, load_config(source, token=token)
+    except LoadingError as error:
+        if os.path.isfile(os.path.join(source, "config.json")):
+            raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
+        raise UserError(
+            f"The model {name!r} cannot be loaded ({str(error).rstrip('.')}); a model is a folder with a config.json, an "
+            f"id of the Hub, or one of {', '.join(sorted(shipped))}."
+        ) from error
+
+
+def load_model(name: str, source: str, token: str | None, **kwargs) -> PreTrainedModel:
+    """
+    The image classifier in `source`, with every weight. `name` is the user's word for it, for messages.
+
+    Raises:
+        UserError: the weights are missing, damaged or do not fit the config.
+    """
+    try:
+        return load_classifier(source, token=token, **kwargs)
+    except LoadingError as error:
+        raise UserError(f"The weights of {name!r} cannot be loaded: {error}") from error
+
+
+def load_processor(name: str, source: str, token: str | None, config: PreTrainedConfig) -> BaseImageProcessor | None:
+    """
+    The image processor in `source`, or `None` if there is none. `name` is the user's word for the model, for messages.
+
+    Raises:
+        UserError: it is damaged, or does not fit the network of `config`.
+    """
+    try:
+        return load_image_processor(source, config, token=token)
+    except LoadingError as error:
+        raise UserError(
+            f"The image processor of {name!r} (preprocessor_config.json) cannot be used: {error}"
+        ) from error

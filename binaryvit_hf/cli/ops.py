@@ -1,0 +1,35 @@
+"""`binaryvit ops`: what a network costs."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from ..errors import LoadingError, UserError
+from ..resources import shipped_configs, shipped_models
+from .common import add_token_argument
+
+
+EXAMPLE = "binaryvit ops binaryvit-small-patch4-224"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="row of configs/, folder or Hub id; only its config is read")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Count the operations and bytes of a network, by kind of layer and in all."""
+    from ..ops import count_operations, format_table, total
+    from .models import find_model
+
+    _, config = find_model(options.model, options.token, shipped_configs() | shipped_models())
+    try:
+        costs = count_operations(config)
+    except LoadingError as error:
+        raise UserError(f"The operations of {options.model!r} cannot be counted: {error}") from error
+    if options.json:
+        described = [asdict(cost) | {"ops": cost.ops} for cost in (*costs, total(costs))]
+        print(json.dumps({"layers": described[:-1], "total": described[-1]}, indent=2))
+    else:
+        print(format_table(costs))

@@ -1,0 +1,60 @@
+"""`binaryvit pack`: latent weights to a packed checkpoint."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from ..errors import UserError
+from ..resources import shipped_models
+from ..writing import new_folder
+from .card import write_card_if_possible
+from .common import add_token_argument
+
+
+EXAMPLE = "binaryvit pack outputs/photos/latent photos-half --half"
+RUN_FILES = ("learning_curves.png", "run_arguments.json", "all_results.json", "trainer_state.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a latent or packed model")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    parser.add_argument("--half", action="store_true", help="store the other tensors in float16 where they fit it")
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Pack a model's weights: 1 bit each, or as many bits as its config says."""
+    from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig, fits_half
+    from ..ops import readable
+    from .models import find_model, load_model, load_processor
+
+    with new_folder(options.out) as folder:
+        source, config = find_model(options.model, options.token, shipped_models())
+        if config.model_type != QUANT_METHOD:
+            raise UserError(f"{options.model!r} is a {config.model_type!r}; only binary networks can be packed.")
+        latent = getattr(config, "quantization_config", None) is None
+        packing = {"quantization_config": BinaryViTQuantizationConfig()} if latent else {}
+        model = load_model(options.model, source, options.token, **packing)
+        processor = load_processor(options.model, source, options.token, config)
+        model.config.quantization_config.half = options.half
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        copy_run_files(source, folder)
+        write_card_if_possible(folder, str(options.out))
+    print(f"{options.out}: {readable(sum(file.stat().st_size for file in options.out.glob('*.safetensors')), 'B')}")
+    if options.half:
+        floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        wide = [name for name, tensor in floats.items() if not fits_half(name, tensor)]
+        summary = f"{len(wide)} of {len(floats)} float tensors stay in float32, out of the range of half precision"
+        print("\n  ".join([f"{summary}:", *wide]) if wide else f"{summary}.")
+
+
+def copy_run_files(source: str, folder: Path) -> None:
+    """Copy the records of a local training run, from which the model card is made."""
+    from ..network.quantization_binaryvit import LATENT
+
+    run_folder = Path(source).parent if Path(source).name == LATENT else Path(source)
+    for name in RUN_FILES:
+        if (run_folder / name).is_file():
+            shutil.copy(run_folder / name, folder)

@@ -1,0 +1,48 @@
+"""`binaryvit push`: a trained model to the Hub."""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from .card import write_card_if_possible
+from .common import add_token_argument, check_model_folder
+
+
+EXAMPLE = "binaryvit push outputs/quickstart me/digits --private"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model")
+    parser.add_argument("repository", metavar="REPOSITORY", help="Hub id, created if it does not exist")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", help="branch to upload to, created if it does not exist (default main)")
+    parser.add_argument("--message", default="Upload model", help="message of the commit (default: %(default)s)")
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Upload a trained model to the Hub: packed weights, latent weights in the folder 'latent', card, image processor."""
+    from ..hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
+    from ..network.quantization_binaryvit import QUANT_METHOD, ShippedModel
+    from .models import load_model, load_processor
+
+    folder = options.folder
+    check_model_folder(folder)
+    # Loading the model and its processor is the test that they work. A broken model is not published.
+    model = load_model(str(folder), str(folder), options.token)
+    load_processor(str(folder), str(folder), options.token, model.config)
+    repository = create_repository(options.repository, options.token, options.private)
+    with tempfile.TemporaryDirectory() as staging:
+        staged = Path(staging) / "model"
+        shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
+        latent = model.config.model_type == QUANT_METHOD and model.config.weight_bits < 32 and not model.is_packed
+        (ShippedModel(model) if latent else model).save_pretrained(staged)  # also copies the modelling code
+        readme = staged / "README.md"
+        if readme.is_file():  # its examples name the local folder
+            text = readme.read_text(encoding="utf-8").replace(f'"{folder}"', f'"{repository}"')
+            readme.write_text(text, encoding="utf-8")
+        else:
+            write_card_if_possible(staged, repository)
+        with told_how_to_resume_upload(folder, repository, options.revision):
+            print(upload_folder(staged, repository, options.token, options.revision, options.message))
