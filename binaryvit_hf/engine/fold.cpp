@@ -1,12 +1,14 @@
 /*
- * Folding: what PyTorch's modules do one after the other to a product becomes one multiply-add, and a shift before a sign one
- * threshold. In double precision, so that the folded numbers are as good as those that they come of.
+ * Folding: all PyTorch modules that follow a product become one multiply-add, and a shift before a sign becomes a threshold. Done
+ * in double precision, so that folding adds no rounding of its own.
  *
- * A binary product of K inputs is `scale * (K - 2 * count)`, count the bits in which they differ from the weight.
+ * A binary product of K inputs is `scale * (K - 2 * count)`, where count is the number of bits in which they differ from the
+ * weight.
  */
 #include "fold.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <stdexcept>
 #include <unordered_map>
@@ -43,7 +45,7 @@ private:
     std::unordered_map<std::string, binaryvit_tensor> by_name_;
 };
 
-/* Folds the layers of one model, top to bottom in the order in which they act. */
+/* Folds one model, step by step in the order of the forward. */
 class Folder {
 public:
     Folder(const binaryvit_config &config, const Tensors &tensors, const Kernels &kernels)
@@ -78,12 +80,15 @@ public:
 
 private:
     Stage describe_stage(int index) const {
+        assert(index >= 0 && index < config_.num_stages);
         Stage stage;
         stage.height = config_.image_height / config_.patch_height >> index;
         stage.width = config_.image_width / config_.patch_width >> index;
         stage.tokens = stage.height * stage.width + config_.use_class_token;
         stage.channels = config_.hidden_sizes[index];
         stage.ratio = config_.sequence_reduction_ratios[index];
+        assert(stage.height > 0 && stage.width > 0);
+        assert(stage.ratio == 1 || (stage.height % stage.ratio == 0 && stage.width % stage.ratio == 0));
         stage.keys = stage.tokens / (stage.ratio * stage.ratio);
         stage.reach = 0;
         for (int i = 0; i < config_.num_avg_pool_kernels; ++i)
@@ -98,13 +103,13 @@ private:
         return stage;
     }
 
-    /* Batch normalisation with its running statistics; `more` zeros after the last channel. */
-    Affine norm(const std::string &name, int channels, int more = 0) const {
+    /* Batch normalisation by running statistics, with `padding` zeros after the last channel. */
+    Affine norm(const std::string &name, int channels, int padding = 0) const {
         const float *weight = tensors_.floats(name + ".batch_norm.weight", channels);
         const float *bias = tensors_.floats(name + ".batch_norm.bias", channels);
         const float *mean = tensors_.floats(name + ".batch_norm.running_mean", channels);
         const float *variance = tensors_.floats(name + ".batch_norm.running_var", channels);
-        Affine affine(channels + more);
+        Affine affine(channels + padding);
         for (int c = 0; c < channels; ++c) {
             double scale = weight[c] / std::sqrt(double(variance[c]) + config_.batch_norm_eps);
             affine.scale[c] = float(scale);
@@ -124,42 +129,42 @@ private:
         return affine;
     }
 
-    /* Where `x + shift >= 0`, by the channels at the places of `order` (-1 is none), of an x that lacks `rest`. */
+    /*
+     * The thresholds for `x + shift >= 0`, of channel order[i] at place i; -1 is no channel. `deferred` is missing from x, by place.
+     */
     Thresholds thresholds(const std::string &name, int channels, const std::vector<int> &order,
-                          const std::vector<double> &rest = {}) const {
+                          const std::vector<double> &deferred = {}) const {
         const float *shift = tensors_.floats(name, channels);
         Thresholds thresholds(order.size());
         for (size_t i = 0; i < order.size(); ++i) {
             bool exists = order[i] >= 0;
-            thresholds[i] = exists ? float(-shift[order[i]] - (rest.empty() ? 0.0 : rest[i])) : std::numeric_limits<float>::infinity();
+            thresholds[i] = exists ? float(-shift[order[i]] - (deferred.empty() ? 0.0 : deferred[i])) : std::numeric_limits<float>::infinity();
         }
         return thresholds;
     }
 
-    Thresholds thresholds(const std::string &name, int channels, const std::vector<double> &rest = {}) const {
-        return thresholds(name, channels, in_order(channels), rest);
+    Thresholds thresholds(const std::string &name, int channels, const std::vector<double> &deferred = {}) const {
+        return thresholds(name, channels, in_order(channels), deferred);
     }
 
-    /* Adds to the shortcut of a projection, at one place. */
-    static void add_to_shortcut(Projection &projection, size_t place, double shift) {
-        projection.knee[place] -= float(shift);
-        projection.rest[place] += shift * (1.0 + projection.slope[place]);
+    /* Adds a constant to a projection's b (model.h), at one place. */
+    static void add_constant(Projection &projection, size_t place, double constant) {
+        projection.knee[place] -= float(constant);
+        projection.deferred[place] += constant * (1.0 + projection.slope[place]);
     }
 
-    /* All of what a projection's shortcut lacks. */
-    static void add_to_shortcuts(Projection &projection, const std::vector<double> &rest) {
-        for (size_t i = 0; i < rest.size(); ++i) add_to_shortcut(projection, i, rest[i]);
+    /* Adds the constants that are missing from a projection's shortcut. */
+    static void add_constants(Projection &projection, const std::vector<double> &deferred) {
+        for (size_t i = 0; i < deferred.size(); ++i) add_constant(projection, i, deferred[i]);
     }
 
-    /* `affine` of what lacks `rest`. */
-    static void add_to_input(Affine &affine, const std::vector<double> &rest) {
-        for (size_t i = 0; i < rest.size(); ++i) affine.shift[i] += float(affine.scale[i] * rest[i]);
+    /* Adds the constants that are missing from an affine's input. */
+    static void add_constants(Affine &affine, const std::vector<double> &deferred) {
+        for (size_t i = 0; i < deferred.size(); ++i) affine.shift[i] += float(affine.scale[i] * deferred[i]);
     }
 
-    /*
-     * Packed rows in the order of `rows`, their bits in the order of `columns`; -1 is a row, or a bit, of zeros.
-     */
-    SignMatrix signs(const std::string &name, int outputs, int inputs, const std::vector<int> &rows,
+    /* A packed weight: its row rows[i] at i, its bit columns[j] of a row at j; -1 is zeros. */
+    SignMatrix packed_weight(const std::string &name, int outputs, int inputs, const std::vector<int> &rows,
                      const std::vector<int> &columns) const {
         int row_bytes = (inputs + 7) / 8;
         const uint8_t *packed = tensors_.bytes(name, int64_t(outputs) * row_bytes);
@@ -182,7 +187,7 @@ private:
         return order;
     }
 
-    /* Output `rows[i]` at the place i; a place without output is -1, and everything of it zero. */
+    /* A projection with output rows[i] at place i and input columns[j] at place j; -1 is a place of zeros. */
     Projection projection(const std::string &linear, const std::string &norm_activation, int inputs, int outputs,
                           const std::vector<int> &rows, const std::vector<int> &columns) const {
         const float *weight_scale = tensors_.floats(linear + ".weight_scale", outputs);
@@ -194,7 +199,7 @@ private:
         const float *slope = tensors_.floats(activation + ".slope", outputs);
         const float *shift_out = tensors_.floats(activation + ".shift_out", outputs);
         size_t places = rows.size();
-        Projection folded{signs(linear + ".packed_weight", outputs, inputs, rows, columns), Array<float>(places),
+        Projection folded{packed_weight(linear + ".packed_weight", outputs, inputs, rows, columns), Array<float>(places),
                           Array<float>(places), Array<float>(places), std::vector<double>(places)};
         for (size_t i = 0; i < places; ++i) {
             int c = rows[i];
@@ -202,8 +207,8 @@ private:
             double scale = weight[c] / std::sqrt(double(variance[c]) + config_.batch_norm_eps);
             folded.scale[i] = float(-2.0 * weight_scale[c] * scale);
             folded.slope[i] = float(double(slope[c]) - 1.0);
-            folded.rest[i] = shift_out[c];
-            add_to_shortcut(folded, i, weight_scale[c] * scale * inputs + bias[c] - mean[c] * scale - shift_in[c]);
+            folded.deferred[i] = shift_out[c];
+            add_constant(folded, i, weight_scale[c] * scale * inputs + bias[c] - mean[c] * scale - shift_in[c]);
         }
         return folded;
     }
@@ -214,7 +219,7 @@ private:
     }
 
     static size_t place_of(const Stage &stage, int token, int channel) {
-        return size_t(channel / kLanes) * stage.token_block() + size_t(token) * kLanes + channel % kLanes;
+        return stage.place(channel / kLanes, token) + channel % kLanes;
     }
 
     Stem fold_stem() const {
@@ -224,11 +229,11 @@ private:
         const float *weight = tensors_.floats("embeddings.projection.weight", int64_t(channels) * inputs);
         const float *bias = tensors_.floats("embeddings.projection.bias", channels);
         const float *positions = tensors_.floats("embeddings.position_embeddings", int64_t(stage.tokens) * channels);
-        Affine norm(channels);
+        Affine stem_norm(channels);
         if (config_.use_stem_norm) {
-            norm = this->norm("embeddings.norm", channels);
+            stem_norm = norm("embeddings.norm", channels);
         } else {
-            std::fill_n(norm.scale.data(), channels, 1.0f);
+            std::fill_n(stem_norm.scale.data(), channels, 1.0f);
         }
         Stem stem{Array<float>(size_t(padded) * inputs), Array<float>(size_t(stage.blocks()) * stage.token_block()), {}};
         for (int channel = 0; channel < config_.num_channels; ++channel)
@@ -237,10 +242,10 @@ private:
         for (int c = 0; c < channels; ++c) {
             for (int i = 0; i < inputs; ++i)
                 stem.weight[(size_t(c / kLanes) * inputs + i) * kLanes + c % kLanes] =
-                    weight[size_t(c) * inputs + i] * norm.scale[c];
+                    weight[size_t(c) * inputs + i] * stem_norm.scale[c];
             for (int token = 0; token < stage.tokens; ++token)
                 stem.positions[place_of(stage, token, c)] =
-                    positions[size_t(token) * channels + c] + bias[c] * norm.scale[c] + norm.shift[c];
+                    positions[size_t(token) * channels + c] + bias[c] * stem_norm.scale[c] + stem_norm.shift[c];
             if (config_.use_class_token)
                 stem.positions[place_of(stage, 0, c)] = tensors_.floats("embeddings.class_token", channels)[c] + positions[c];
         }
@@ -282,7 +287,7 @@ private:
         for (int token = 0; token < stage.tokens; ++token)
             for (int out = 0; out < outputs; ++out)
                 embeddings.positions[place_of(stage, token, out)] =
-                    float(positions[size_t(token) * outputs + out] + (embeddings.binary ? embeddings.projection.rest[out] : 0.0));
+                    float(positions[size_t(token) * outputs + out] + (embeddings.binary ? embeddings.projection.deferred[out] : 0.0));
         return embeddings;
     }
 
@@ -298,12 +303,13 @@ private:
         layer.norm1 = norm(name + ".norm1", stage.channels);
         fold_attention(layer, name + ".attention");
         layer.layer_scale1 = layer_scale(name + ".layer_scale1", stage.channels);
-        add_to_input(layer.layer_scale1, layer.output.rest);
+        add_constants(layer.layer_scale1, layer.output.deferred);
         layer.norm2 = norm(name + ".norm2", stage.channels);
         fold_mlp(layer, name + ".mlp", config_.intermediate_sizes[stage_index] / stage.channels);
         layer.layer_scale2 = layer_scale(name + ".layer_scale2", stage.channels);
-        add_to_input(layer.layer_scale2, layer.fc2.rest);
-        // The activation of a sum is as many times that of the mean.
+        add_constants(layer.layer_scale2, layer.fc2.deferred);
+        // PyTorch's shortcut is a mean over `expansion` channels, ours their sum. Without its constants RPReLU is homogeneous, so
+        // scale and knee grow by that factor and the result shrinks by it.
         for (size_t i = 0; i < layer.fc2.scale.size(); ++i) {
             layer.fc2.scale[i] *= float(layer.expansion);
             layer.fc2.knee[i] *= float(layer.expansion);
@@ -322,15 +328,15 @@ private:
         if (layer.ratio > 1) {
             layer.reduction_input = thresholds(name + ".reduction.linear.shift", channels);
             layer.reduction = square_projection(name + ".reduction", channels);
-            add_to_shortcuts(layer.key, layer.reduction.rest);
-            add_to_shortcuts(layer.value, layer.reduction.rest);
+            add_constants(layer.key, layer.reduction.deferred);
+            add_constants(layer.value, layer.reduction.deferred);
         }
         layer.query_input = thresholds(name + ".query.linear.shift", channels);
-        layer.key_input = thresholds(name + ".key.linear.shift", channels, layer.reduction.rest);
-        layer.value_input = thresholds(name + ".value.linear.shift", channels, layer.reduction.rest);
-        layer.query_sign = thresholds(name + ".query_shift", channels, layer.query.rest);
-        layer.key_sign = thresholds(name + ".key_shift", channels, layer.key.rest);
-        layer.value_sign = thresholds(name + ".value_shift", channels, layer.value.rest);
+        layer.key_input = thresholds(name + ".key.linear.shift", channels, layer.reduction.deferred);
+        layer.value_input = thresholds(name + ".value.linear.shift", channels, layer.reduction.deferred);
+        layer.query_sign = thresholds(name + ".query_shift", channels, layer.query.deferred);
+        layer.key_sign = thresholds(name + ".key_shift", channels, layer.key.deferred);
+        layer.value_sign = thresholds(name + ".value_shift", channels, layer.value.deferred);
 
         auto exponential = [&](int score) { return float(std::exp(score / std::sqrt(double(layer.head_dim)))); };
         for (int i = 0; i <= layer.head_dim; ++i) layer.exponentials.push_back(exponential(layer.head_dim - 2 * i));
@@ -341,28 +347,28 @@ private:
             layer.exponentials_coarse[i] = exponential(layer.head_dim - 2 * kLanes * i);
         }
         float clip = *tensors_.floats(name + ".probability_clip", 1);
-        // Of a clip that is not positive no probability is ever on: quantize_probability rounds p / clip and cuts it off at 0.
+        // quantize_probability clamps round(p / clip) at 0: with a clip that is not positive, no probability is on.
         layer.probability_threshold = clip > 0 ? 0.5f * clip : std::numeric_limits<float>::infinity();
-        // The last head's last 16 channels may reach beyond the last channel.
+        // Padded by a block: the last 16 channels of the last head may end after the last channel.
         layer.context = norm(name + ".norm_activation.norm", channels, kLanes);
         layer.context_slope = Array<float>(round_up(channels, kLanes));
         const float *shift_in = tensors_.floats(name + ".norm_activation.activation.shift_in", channels);
         const float *slope = tensors_.floats(name + ".norm_activation.activation.slope", channels);
         const float *shift_out = tensors_.floats(name + ".norm_activation.activation.shift_out", channels);
-        std::vector<double> rest(layer.context_slope.size());
+        std::vector<double> deferred(layer.context_slope.size());
         for (int c = 0; c < channels; ++c) {
             layer.context.scale[c] *= clip;
-            layer.context.shift[c] += float(layer.query.rest[c] + layer.key.rest[c] + layer.value.rest[c] - shift_in[c]);
+            layer.context.shift[c] += float(layer.query.deferred[c] + layer.key.deferred[c] + layer.value.deferred[c] - shift_in[c]);
             layer.context_slope[c] = float(double(slope[c]) - 1.0);
-            rest[c] = shift_out[c];
+            deferred[c] = shift_out[c];
         }
-        layer.output_input = thresholds(name + ".output.linear.shift", channels, rest);
-        add_to_shortcuts(layer.output, rest);
+        layer.output_input = thresholds(name + ".output.linear.shift", channels, deferred);
+        add_constants(layer.output, deferred);
     }
 
     /*
-     * The inner channels of one run are what the second shortcut averages, so they are computed one after the other, for 16
-     * channels of the result at a time: sums of vectors then do it.
+     * The shortcut of fc2 averages runs of inner channels. Kernels compute a run's channels in turn, for 16 channels of the result
+     * at once, and add up vectors.
      */
     void fold_mlp(Layer &layer, const std::string &name, int expansion) const {
         int channels = layer.channels, inner = channels * expansion, blocks = round_up(channels, kLanes) / kLanes;
@@ -374,28 +380,28 @@ private:
                 for (int lane = 0; lane < kLanes; ++lane) {
                     int c = block * kLanes + lane, place = (block * expansion + run) * kLanes + lane;
                     if (c < channels) order[place] = c * expansion + run;
-                    // Beyond the last channel there is a zero.
+                    // After the last channel there is a zero.
                     shortcut[place] = c < channels ? order[place] % channels : channels;
                 }
             }
         }
         layer.fc1_input = thresholds(name + ".fc1.linear.shift", channels);
         layer.fc1 = projection(name + ".fc1.linear", name + ".fc1.norm_activation", channels, inner, order, in_order(channels));
-        layer.fc2_input = thresholds(name + ".fc2.linear.shift", inner, order, layer.fc1.rest);
+        layer.fc2_input = thresholds(name + ".fc2.linear.shift", inner, order, layer.fc1.deferred);
         layer.fc2 = projection(name + ".fc2.linear", name + ".fc2.norm_activation", inner, channels, in_order(channels), order);
         for (size_t i = 0; i < order.size(); ++i)
-            if (order[i] >= 0) add_to_shortcut(layer.fc2, size_t(order[i] / expansion), layer.fc1.rest[i] / expansion);
+            if (order[i] >= 0) add_constant(layer.fc2, size_t(order[i] / expansion), layer.fc1.deferred[i] / expansion);
 
         for (size_t first = 0; first < shortcut.size(); first += kLanes) {
-            Choice channels;
-            std::copy_n(&shortcut[first], kLanes, channels.begin());
-            auto known = std::find(layer.repeated.begin(), layer.repeated.end(), channels);
-            layer.shortcut_of_block.push_back(int32_t(known - layer.repeated.begin()));
-            if (known == layer.repeated.end()) layer.repeated.push_back(channels);
+            ChannelIndices indices;
+            std::copy_n(&shortcut[first], kLanes, indices.begin());
+            auto known = std::find(layer.shortcut_channels.begin(), layer.shortcut_channels.end(), indices);
+            layer.shortcut_of_block.push_back(int32_t(known - layer.shortcut_channels.begin()));
+            if (known == layer.shortcut_channels.end()) layer.shortcut_channels.push_back(indices);
         }
     }
 
-    /* Means over (K, 1) and (1, K) tokens for every K: one weight for the own token and one for each two at the same distance. */
+    /* Means over (K, 1) and (1, K) tokens for every K: a weight for the token itself, and one for each pair at the same distance. */
     void fold_pooling_branches(Layer &layer, const std::string &name) const {
         if (config_.num_avg_pool_kernels == 0) return;
         int per_block = 1 + 2 * model_->stages[layer.stage].reach;
@@ -405,12 +411,12 @@ private:
             const float *scale = tensors_.floats(branch_name + ".scale", layer.channels);
             const float *shift = tensors_.floats(branch_name + ".shift", layer.channels);
             int size = config_.avg_pool_kernel_sizes[branch / 2];
-            bool above = branch % 2 == 0;
+            bool vertical = branch % 2 == 0;
             for (int c = 0; c < layer.channels; ++c) {
                 float *weights = &layer.pool_weights[size_t(c / kLanes) * per_block * kLanes + c % kLanes];
                 weights[0] += scale[c] / float(size);
                 for (int distance = 1; distance <= size / 2; ++distance)
-                    weights[(2 * distance - 1 + above) * kLanes] += scale[c] / float(size);
+                    weights[(2 * distance - 1 + vertical) * kLanes] += scale[c] / float(size);
                 layer.layer_scale2.shift[c] += shift[c];
             }
         }

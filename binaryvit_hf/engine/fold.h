@@ -1,4 +1,4 @@
-/* Checkpoint tensors to a folded model. */
+/* Folds the tensors of a packed checkpoint into a model. */
 #pragma once
 
 #include "engine.h"
@@ -7,8 +7,10 @@
 namespace binaryvit {
 
 /*
+ * The model of a config and its tensors, for these kernels.
+ *
  * Raises:
- *   std::runtime_error: a tensor is missing or has another size than the config says.
+ *   std::runtime_error: a tensor is missing, or its size does not fit the config.
  */
 std::unique_ptr<Model> fold(const binaryvit_config &config, const binaryvit_tensor *tensors, int num_tensors,
                             const Kernels &kernels);

@@ -1,4 +1,4 @@
-/* What the code compiled for a kind of CPU offers: one set of these functions for each kind, all made from forward.inc. */
+/* One table of functions for each kind of CPU, all compiled from forward.inc. */
 #pragma once
 
 #include "model.h"
@@ -9,28 +9,32 @@ namespace binaryvit {
 struct Kernels {
     const char *name;
     Layout layout;
-    bool chains;  // of weights (SignMatrix::chain)
+    bool chains;  // whether weights are chained (SignMatrix::chain)
     bool (*runs_here)();
 
     /*
-     * One step for one image, by all members of the workspace's team at once. Reads and writes its tokens.
+     * Computes one step of one image from the workspace's tokens to the workspace's tokens. All members of its team call it at
+     * once.
      *
      * Args:
-     *   image: of the first step, (channels, height, width).
-     *   last_hidden_state: of the last step, (tokens, channels).
+     *   image: read by the first step, (channels, height, width).
+     *   last_hidden_state: written by the last step, (tokens, channels).
      */
     void (*run)(const Model &model, const Step &step, Workspace &workspace, int member, const float *image,
                 float *last_hidden_state);
 
-    /* Floats (rows, inputs) times the lines `from` to `to` of a weight (outputs, inputs), and a bias if there is one: (rows, outputs). */
+    /*
+     * Writes columns `from` to `to` of products (num_rows, outputs): rows (num_rows, inputs) times weight (outputs, inputs)
+     * transposed, plus bias (outputs), which may be null.
+     */
     void (*linear)(const float *rows, int64_t num_rows, int inputs, const float *weight, const float *bias, int outputs,
                    int from, int to, float *products);
 
-    /* In how many of its bits each row of `bits` differs from each row of the matrix: (rows, outputs). */
+    /* Counts the bits in which each of `rows` rows of bits differs from each row of the matrix: counts (rows, outputs). */
     void (*count)(const uint32_t *bits, int rows, const SignMatrix &matrix, int outputs, int32_t *counts);
 };
 
-/* Kernels that are built, best first. */
+/* The kernels that are built, best first. */
 const std::vector<const Kernels *> &built_kernels();
 
 extern const Kernels kScalarKernels;

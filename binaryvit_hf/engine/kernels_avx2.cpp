@@ -1,16 +1,17 @@
 /*
  * Kernels for x86 with AVX2.
  *
- * Counting: a register holds 8 bits of 16 rows of a matrix, the lower four of each in its first half and the upper four in
- * its second (from the bytes of Layout::kBytes). The byte of the other row chooses one of 256 tables of 2 x 16 bytes, in how
- * many bits each number of four differs from its lower and its upper four; one shuffle looks all up. Bytes are added up for as
- * long as none can overflow.
+ * Counting: one register holds 8 bits of 16 rows of a matrix (Layout::kBytes): the lower four bits of each row in its first half,
+ * the upper four in its second. The same byte of the tile's row selects one of 256 tables of 2 x 16 bytes: in how many bits 0 to
+ * 15 differ from its lower four bits, and from its upper four. One shuffle looks up all 16 rows. Counts stay bytes until they
+ * could overflow.
  */
 #if defined(__x86_64__)
 
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cassert>
 #include <type_traits>
 #include <utility>
 
@@ -19,7 +20,7 @@
 namespace binaryvit {
 namespace {
 
-/* For every byte: in how many bits 0 to 15 differ from its lower four, then from its upper four. */
+/* For every byte: in how many bits 0 to 15 differ from its lower four bits, then from its upper four. */
 struct DifferenceTables {
     DifferenceTables() {
         for (int byte = 0; byte < 256; ++byte) {
@@ -53,21 +54,20 @@ constexpr int kRegisterBytes = 32;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
-    static constexpr int kWordsAtOnce = 15;  // 60 times at most 4 bits fit a byte
-    static constexpr int kWordsInByte = 7;   // 2 times 28 times at most 4 bits do
-    static constexpr int kFloatBlocks = 1;
+    static constexpr int kWordsAtOnce = 15;  // 60 counts of at most 4 bits fit a byte
+    static constexpr int kWordsInByte = 7;   // so do 2 * 28 of them: both halves' sums
 
-    /* Where the table of each byte begins. */
+    /* The place of each byte's table in kDifferences. */
     using Bits = uint16_t;
     static constexpr int kBitsOfWord = 4;
 
     struct Words {
-        static const Bits *prepare(const uint32_t *bits, int words, uint16_t *room) {
+        static const Bits *prepare(const uint32_t *bits, int words, uint16_t *prepared) {
             for (int half = 0; half < 2 * words; ++half) {
                 __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i *>(bits) + half);
-                _mm256_store_si256(reinterpret_cast<__m256i *>(room) + half, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 5));
+                _mm256_store_si256(reinterpret_cast<__m256i *>(prepared) + half, _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 5));
             }
-            return room;
+            return prepared;
         }
 
         template <int rows>
@@ -75,7 +75,7 @@ struct Cpu {
             count_rows(std::make_integer_sequence<int, rows>(), bits, tile, words, sums);
         }
 
-        /* Rows by name: what is picked from an array in a loop, GCC keeps in memory. */
+        /* Rows by a fold expression: GCC keeps arrays in memory that a loop indexes. */
         template <int... row>
         static inline void count_rows(std::integer_sequence<int, row...>, const Bits *bits, const uint32_t *tile, int words, i32x16 *sums) {
             const __m256i upper_half = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
@@ -93,15 +93,15 @@ struct Cpu {
                         const auto *table = reinterpret_cast<const __m256i *>(kDifferences.counts[0] + *byte);
                         return _mm256_shuffle_epi8(_mm256_load_si256(table), nibbles);
                     };
-                    auto of_row = [&](const Bits *own) {
-                        return _mm256_add_epi8(_mm256_add_epi8(differing(own, first), differing(own + 1, second)),
-                                               _mm256_add_epi8(differing(own + 2, third), differing(own + 3, fourth)));
+                    auto of_row = [&](const Bits *bytes) {
+                        return _mm256_add_epi8(_mm256_add_epi8(differing(bytes, first), differing(bytes + 1, second)),
+                                               _mm256_add_epi8(differing(bytes + 2, third), differing(bytes + 3, fourth)));
                     };
                     ((counts[row] = _mm256_add_epi8(counts[row], of_row(of_word + row * kBitsOfWord))), ...);
                 }
                 auto add = [&](i32x16 &sum, __m256i of_row) {
-                    i32x16 more = words <= kWordsInByte ? spread_sums_of_bytes(of_row) : spread_sums(of_row);
-                    sum = begin == 0 ? more : sum + more;
+                    i32x16 counted = words <= kWordsInByte ? spread_sums_of_bytes(of_row) : spread_sums(of_row);
+                    sum = begin == 0 ? counted : sum + counted;
                 };
                 (add(sums[row], counts[row]), ...);
             }
@@ -139,27 +139,27 @@ struct Cpu {
 
     static inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
-    static inline void pick(const Layer &layer, const float *const *from, int rows, int block, float *to) {
-        pick_one_by_one(layer, from, rows, block, to);
+    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride, float *gathered) {
+        gather_one_by_one(layer, tokens, rows, block_stride, gathered);
     }
 
     struct Exponentials {
         explicit Exponentials(const Layer &layer)
             : lower(_mm256_load_ps(layer.exponentials_fine.data())), upper(_mm256_load_ps(layer.exponentials_fine.data() + 8)),
               coarse(_mm256_load_ps(layer.exponentials_coarse.data())),
-              all(layer.head_dim < 8 * kLanes ? nullptr : layer.exponentials.data()) {}
-        f32x16 operator()(i32x16 index) const { return {look_up(index.low), look_up(index.high)}; }
-        Floats look_up(Ints index) const {
-            auto places = reinterpret_cast<__m256i>(index);
-            if (all) return reinterpret_cast<Floats>(_mm256_i32gather_ps(all, places, sizeof(float)));
-            // By tables that each fill a register; an index is taken modulo 8, and its fourth bit chooses between two of them.
-            __m256 first = _mm256_permutevar8x32_ps(lower, places), second = _mm256_permutevar8x32_ps(upper, places);
-            __m256 fine = _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
-            __m256 of_sixteens = _mm256_permutevar8x32_ps(coarse, _mm256_srli_epi32(places, 4));
-            return reinterpret_cast<Floats>(_mm256_mul_ps(fine, of_sixteens));
+              table(layer.head_dim < 8 * kLanes ? nullptr : layer.exponentials.data()) {}
+        f32x16 operator()(i32x16 i) const { return {look_up(i.low), look_up(i.high)}; }
+        Floats look_up(Ints i) const {
+            auto index = reinterpret_cast<__m256i>(i);
+            if (table != nullptr) return reinterpret_cast<Floats>(_mm256_i32gather_ps(table, index, sizeof(float)));
+            // Tables that each fill a register: permutevar takes the index modulo 8, its fourth bit selects `lower` or `upper`.
+            __m256 first = _mm256_permutevar8x32_ps(lower, index), second = _mm256_permutevar8x32_ps(upper, index);
+            __m256 fine = _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+            __m256 factor = _mm256_permutevar8x32_ps(coarse, _mm256_srli_epi32(index, 4));
+            return reinterpret_cast<Floats>(_mm256_mul_ps(fine, factor));
         }
         __m256 lower, upper, coarse;
-        const float *all;
+        const float *table;
     };
 };
 

@@ -1,15 +1,16 @@
 /*
  * Kernels for x86 with AVX-512 VPOPCNTDQ (Intel since Ice Lake, AMD since Zen 4).
  *
- * Counting: a register holds a 32-bit word of 16 rows of a matrix (Layout::kWords); the word of the other row is spread over
- * another; exclusive or, a count of each word's bits, an addition, and 16 sums need no adding up of lanes. The word of the
- * matrix stays in its register for all rows of a tile. Long rows of weights need fewer counts (Chains).
+ * Counting: one register holds a 32-bit word of 16 rows of a matrix (Layout::kWords), another holds 16 copies of a word of the
+ * tile's row. Exclusive or, a population count and an addition give 16 sums. The word of the matrix stays in its register for
+ * all rows of a tile. Long rows of weights need half as many population counts (Chains).
  */
 #if defined(__x86_64__)
 
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cassert>
 #include <type_traits>
 #include <utility>
 
@@ -31,7 +32,6 @@ constexpr int kRegisterBytes = 64;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
-    static constexpr int kFloatBlocks = 2;
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
@@ -45,7 +45,7 @@ struct Cpu {
             auto differing = [&](int word, int row) {
                 return _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_load_si512(tile + word * kLanes), _mm512_set1_epi32(int(bits[word * kRows + row]))));
             };
-            if (words == 2) {  // heads of 64 channels and the first stage, without a loop
+            if (words == 2) {  // heads of 64 channels, and the first stage: 1 % of a forward
                 for (int row = 0; row < rows; ++row)
                     sums[row] = reinterpret_cast<i32x16>(_mm512_add_epi32(differing(0, row), differing(1, row)));
                 return;
@@ -58,23 +58,23 @@ struct Cpu {
     };
 
     /*
-     * Counting of weights in chains (SignMatrix::chain), by full adders. Of every bit there is known whether the words so far
-     * that differ in it are odd in number, and one exclusive or tells the same of two more words. So the adder of these three
-     * has its sum; its carry, 1 where two of them are, is, where the first two are equal, one of them, and else the opposite of
-     * the sum. Bits of carries count twice: one count for two words.
+     * Counts chained weights (SignMatrix::chain) by full adders, which saves 8 % of a forward. An adder takes `odd`, whether the
+     * words so far differ an odd number of times, and the differences in two more words. Chained weights give their sum, the
+     * next `odd`, by one exclusive or. Their carry is `odd == first ? odd : ~sum`: ternary logic 0xd4. A carry counts twice, so
+     * one population count serves two words.
      */
     struct Chains {
-        static const Bits *prepare(const uint32_t *bits, int words, uint16_t *room) {
+        static const Bits *prepare(const uint32_t *bits, int words, uint16_t *prepared) {
             static_assert(kRows * sizeof(uint32_t) == sizeof(__m256i), "a word of all rows");
-            const auto *own = reinterpret_cast<const __m256i *>(bits);
-            auto *chained = reinterpret_cast<__m256i *>(room);
-            __m256i odd = own[0];
+            const auto *words_of_tile = reinterpret_cast<const __m256i *>(bits);
+            auto *chained = reinterpret_cast<__m256i *>(prepared);
+            __m256i odd = words_of_tile[0];
             chained[0] = odd;
             for (int word = 1; word < words; ++word) {
-                odd = _mm256_xor_si256(odd, own[word]);
-                chained[word] = word % 2 == 0 ? odd : own[word];
+                odd = _mm256_xor_si256(odd, words_of_tile[word]);
+                chained[word] = word % 2 == 0 ? odd : words_of_tile[word];
             }
-            return reinterpret_cast<const Bits *>(room);
+            return reinterpret_cast<const Bits *>(prepared);
         }
 
         template <int rows>
@@ -82,7 +82,7 @@ struct Cpu {
             count_rows(std::make_integer_sequence<int, rows>(), bits, tile, words, sums);
         }
 
-        /* Rows by name: what is picked from arrays in a loop, GCC keeps in memory. */
+        /* Rows by a fold expression: GCC keeps arrays in memory that a loop indexes. */
         template <int... row>
         INLINE static void count_rows(std::integer_sequence<int, row...>, const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
             __m512i odd[sizeof...(row)], carries[sizeof...(row)];
@@ -107,7 +107,7 @@ struct Cpu {
             add_two(odd, carries, third, fourth, bits + 2 * kRows);
         }
 
-        /* Instruction by instruction: of the same in C++, GCC keeps some of a tile's 16 registers in memory. */
+        /* In assembly: from intrinsics GCC spills some of a tile's 16 accumulators, which costs 2 % of a forward. */
         INLINE static void add_two(__m512i &odd, __m512i &carries, __m512i first, __m512i second, const uint32_t *bits) {
             __m512i differing, carry = odd;
             asm("vpxord %[first_bits]%{1to16%}, %[first], %[differing]\n\t"
@@ -139,39 +139,41 @@ struct Cpu {
 
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
 
-    static inline void pick(const Layer &layer, const float *const *from, int rows, int block, float *to) {
+    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride, float *gathered) {
         int blocks = layer.channels % kLanes == 0 ? layer.channels / kLanes : 0;
-        if (layer.expansion == 8 && blocks == 4) return pick_runs<8, 4>(layer, from, rows, block, to);
-        if (layer.expansion == 8 && blocks >= 8) return pick_runs<8, 8>(layer, from, rows, block, to);
-        if (layer.expansion == 4 && blocks >= 4) return pick_runs<4, 4>(layer, from, rows, block, to);
-        pick_one_by_one(layer, from, rows, block, to);
+        if (layer.expansion == 8 && blocks == 4) return gather_runs<8, 4>(layer, tokens, rows, block_stride, gathered);
+        if (layer.expansion == 8 && blocks >= 8) return gather_runs<8, 8>(layer, tokens, rows, block_stride, gathered);
+        if (layer.expansion == 4 && blocks >= 4) return gather_runs<4, 4>(layer, tokens, rows, block_stride, gathered);
+        gather_one_by_one(layer, tokens, rows, block_stride, gathered);
     }
 
     /*
-     * As many choices at once as a run has channels: each takes one channel in so many, the first of them from the first on, and
-     * all together what lies in as many blocks side by side, `apart` of which are not the same again.
+     * gather_shortcuts for an expansion of `runs`, `runs` shortcuts at a time: shortcut i takes every runs-th channel from channel i
+     * of a block on, so all of them together take `runs` blocks side by side. Only `distinct` of these blocks differ: after a
+     * token's last block comes its first.
      */
-    template <int runs, int apart>
-    static void pick_runs(const Layer &layer, const float *const *from, int rows, ptrdiff_t block, float *to) {
+    template <int runs, int distinct>
+    static void gather_runs(const Layer &layer, const float *const *tokens, int rows, ptrdiff_t block_stride, float *gathered) {
         const int blocks = layer.channels / kLanes;
-        for (size_t choice = 0; choice < layer.repeated.size(); choice += runs, to += runs * kRows * kLanes) {
-            ptrdiff_t places[apart];
-            for (int i = 0; i < apart; ++i) places[i] = (layer.repeated[choice][0] / kLanes + i) % blocks * block;
+        for (size_t i = 0; i < layer.shortcut_channels.size(); i += runs, gathered += runs * kRows * kLanes) {
+            ptrdiff_t places[distinct];
+            for (int n = 0; n < distinct; ++n)
+                places[n] = (layer.shortcut_channels[i][0] / kLanes + n) % blocks * block_stride;
             for (int row = 0; row < rows; ++row) {
                 __m512 channels[runs];
-                for (int i = 0; i < apart; ++i) channels[i] = _mm512_loadu_ps(from[row] + places[i]);
-                deal<runs, apart>(channels);
-                for (int run = 0; run < runs; ++run) _mm512_store_ps(to + (run * kRows + row) * kLanes, channels[run]);
+                for (int n = 0; n < distinct; ++n) channels[n] = _mm512_loadu_ps(tokens[row] + places[n]);
+                deinterleave<runs, distinct>(channels);
+                for (int run = 0; run < runs; ++run) _mm512_store_ps(gathered + (run * kRows + row) * kLanes, channels[run]);
             }
         }
     }
 
     /*
-     * Deals what `count` registers hold to `parts` of them, in turns, and again from the first number on until they are full:
-     * first what lies in even places and what lies in odd ones, then each of both.
+     * Register i takes every parts-th number of `count` registers, from number i on, again from the beginning until it is full.
+     * Splits even from odd numbers, then each half in turn.
      */
     template <int parts, int count>
-    INLINE static void deal(__m512 *numbers) {
+    INLINE static void deinterleave(__m512 *numbers) {
         if constexpr (parts > 1) {
             const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
@@ -182,8 +184,8 @@ struct Cpu {
                 evens[i] = _mm512_permutex2var_ps(first, even, second);
                 odds[i] = _mm512_permutex2var_ps(first, odd, second);
             }
-            deal<parts / 2, half>(evens);
-            deal<parts / 2, half>(odds);
+            deinterleave<parts / 2, half>(evens);
+            deinterleave<parts / 2, half>(odds);
             for (int i = 0; i < parts / 2; ++i) {
                 numbers[2 * i] = evens[i];
                 numbers[2 * i + 1] = odds[i];
@@ -194,16 +196,16 @@ struct Cpu {
     struct Exponentials {
         explicit Exponentials(const Layer &layer)
             : fine(_mm512_load_ps(layer.exponentials_fine.data())), coarse(_mm512_load_ps(layer.exponentials_coarse.data())),
-              all(layer.head_dim < kLanes * kLanes ? nullptr : layer.exponentials.data()) {}
-        f32x16 operator()(i32x16 index) const {
-            auto places = reinterpret_cast<__m512i>(index);
-            if (all) return reinterpret_cast<f32x16>(_mm512_i32gather_ps(places, all, sizeof(float)));
-            // By two tables that each fill a register; an index is taken modulo 16.
-            __m512 of_sixteens = _mm512_permutexvar_ps(_mm512_srli_epi32(places, 4), coarse);
-            return reinterpret_cast<f32x16>(_mm512_mul_ps(_mm512_permutexvar_ps(places, fine), of_sixteens));
+              table(layer.head_dim < kLanes * kLanes ? nullptr : layer.exponentials.data()) {}
+        f32x16 operator()(i32x16 i) const {
+            auto index = reinterpret_cast<__m512i>(i);
+            if (table != nullptr) return reinterpret_cast<f32x16>(_mm512_i32gather_ps(index, table, sizeof(float)));
+            // Two tables that each fill a register; permutexvar takes the index modulo 16.
+            __m512 factor = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), coarse);
+            return reinterpret_cast<f32x16>(_mm512_mul_ps(_mm512_permutexvar_ps(index, fine), factor));
         }
         __m512 fine, coarse;
-        const float *all;
+        const float *table;
     };
 };
 

@@ -1,14 +1,15 @@
 /*
- * Kernels for ARM with NEON, which all of 64 bits have.
+ * Kernels for 64-bit ARM; every one has NEON.
  *
- * Counting: a register holds 8 bits of 16 rows of a matrix (Layout::kBytes); the byte of the other row is spread over another;
- * exclusive or, a count of each byte's bits, an addition. Bytes are added up for as long as none can overflow.
+ * Counting: one register holds 8 bits of 16 rows of a matrix (Layout::kBytes), another holds 16 copies of a byte of the tile's
+ * row. Exclusive or, a population count of each byte, an addition. Counts stay bytes until they could overflow.
  */
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
 
 #include <algorithm>
+#include <cassert>
 #include <type_traits>
 
 #include "kernels.h"
@@ -22,8 +23,7 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
-    static constexpr int kBytesAtOnce = 28;  // 28 times at most 8 bits fit a byte; whole words
-    static constexpr int kFloatBlocks = 1;
+    static constexpr int kBytesAtOnce = 28;  // 28 counts of at most 8 bits fit a byte; a multiple of a word's 4
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
@@ -34,9 +34,7 @@ struct Cpu {
         template <int rows>
         static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
             const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
-            for (int row = 0; row < rows; ++row) {
-                sums[row] = i32x16{};
-            }
+            for (int row = 0; row < rows; ++row) sums[row] = i32x16{};
             for (int begin = 0; begin < 4 * words; begin += kBytesAtOnce) {
                 int end = std::min(begin + kBytesAtOnce, 4 * words);
                 uint8x16_t counts[rows];
@@ -57,7 +55,7 @@ struct Cpu {
     };
     using Chains = Words;
 
-    /* A bit for every lane of all ones. */
+    /* One bit for each of 16 lanes, which are all ones or all zeros. */
     static inline uint32_t gather_bits(uint32x4_t first, uint32x4_t second, uint32x4_t third, uint32x4_t fourth) {
         static const uint16_t weights[8] = {1, 2, 4, 8, 16, 32, 64, 128};
         uint16x8_t weight = vld1q_u16(weights);
@@ -82,8 +80,8 @@ struct Cpu {
 
     static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-    static inline void pick(const Layer &layer, const float *const *from, int rows, int block, float *to) {
-        pick_one_by_one(layer, from, rows, block, to);
+    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride, float *gathered) {
+        gather_one_by_one(layer, tokens, rows, block_stride, gathered);
     }
 
     using Exponentials = LookedUpExponentials;

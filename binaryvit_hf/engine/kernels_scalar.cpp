@@ -1,9 +1,11 @@
 /*
- * Portable kernels: nothing but the language and its compiler.
+ * Portable kernels, in C++ with the vectors of GCC and Clang.
  *
- * Counting: a 32-bit word of a row against the same word of 16 rows of a matrix (Layout::kWords), one after the other.
+ * Counting: the exclusive or of a 32-bit word of the tile's row and the same word of 16 rows of a matrix (Layout::kWords), and
+ * its population count, one row at a time.
  */
 #include <algorithm>
+#include <cassert>
 #include <type_traits>
 
 #include "kernels.h"
@@ -17,7 +19,6 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
-    static constexpr int kFloatBlocks = 1;
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
@@ -60,8 +61,8 @@ struct Cpu {
 
     static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-    static inline void pick(const Layer &layer, const float *const *from, int rows, int block, float *to) {
-        pick_one_by_one(layer, from, rows, block, to);
+    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride, float *gathered) {
+        gather_one_by_one(layer, tokens, rows, block_stride, gathered);
     }
 
     using Exponentials = LookedUpExponentials;

@@ -1,13 +1,34 @@
 /*
- * A network folded for inference: every scale, normalisation, shift and slope that acts between two products has become one
- * fused multiply-add and one comparison, and weights are bits in the order in which the kernels read them.
+ * A network folded for inference. Every scale, normalisation, shift and slope between two products has become one fused
+ * multiply-add and one comparison; weights are bits in the order in which kernels read them.
  *
- * Arrays of channels are filled up with zeros (thresholds: infinity) to whole blocks of 16, so that what is computed for the
- * channels beyond the last is zero and its bits are 0.
+ * Arrays of channels are padded to whole blocks of 16 with zeros, thresholds with infinity. So the values of padding channels are
+ * zero, and their bits are 0.
+ *
+ * Layouts:
+ *
+ *   tokens: channel c of token t is tokens[c / 16 * token_block() + t * 16 + c % 16]
+ *     block 0:  t0 c0..c15  | t1 c0..c15  | ... | gap        token_block() floats
+ *     block 1:  t0 c16..c31 | t1 c16..c31 | ... | gap
+ *
+ *   tile of tokens: 8 tokens (rows) that one thread computes at once
+ *     floats:   block 0 of r0, r1 .. r7 (16 floats each) | block 1 of r0, r1 .. r7 | ...
+ *     bits:     word 0 (channels 0-31, the first in the lowest bit) of r0, r1 .. r7 | word 1 (32-63) of r0, r1 .. r7 | ...
+ *
+ *   SignMatrix: blocks of 16 rows r0..r15, each
+ *     kWords:   inputs 0-31 of r0, r1 .. r15 (16 x uint32) | inputs 32-63 of r0, r1 .. r15 | ...
+ *     kBytes:   inputs 0-7  of r0, r1 .. r15 (16 x uint8)  | inputs 8-15  of r0, r1 .. r15 | ...
+ *
+ *   keys of a head:    SignMatrix, rows are keys, inputs are the head's channels
+ *   values of a head:  SignMatrix, rows are the head's channels, inputs are keys
+ *
+ *   map: norm2 of all tokens in blocks, row-major, with a border of Stage::reach zeros for the pooling branches (no border with a
+ *   class token)
  */
 #pragma once
 
 #include <array>
+#include <cassert>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -18,16 +39,12 @@
 
 namespace binaryvit {
 
-constexpr int kLanes = 16;  // channels that are computed at once
-constexpr int kRows = 8;    // tokens that are computed at once; the bits of a byte
+constexpr int kLanes = 16;  // channels of a block, computed at once
+constexpr int kRows = 8;    // tokens of a tile, computed at once; the bits of a byte
 
 inline int round_up(int size, int unit) { return (size + unit - 1) / unit * unit; }
 
-/*
- * Tokens lie in blocks of 16 channels: of one block all tokens, one after the other, then the next block. So many floats are
- * from a block to the next; 8 cache lines more than a multiple of 64, so that the blocks of a tile lie in different places of
- * the cache.
- */
+/* Floats of one block of `tokens` tokens. Never a multiple of 4096 bytes, at which all blocks would share few places in the cache. */
 inline int block_floats(int tokens) { return (round_up(tokens, 64) + kRows) * kLanes; }
 
 /* A zeroed array on a cache line's boundary. */
@@ -42,8 +59,14 @@ public:
     }
     T *data() { return items_.get(); }
     const T *data() const { return items_.get(); }
-    T &operator[](size_t index) { return items_[index]; }
-    const T &operator[](size_t index) const { return items_[index]; }
+    T &operator[](size_t index) {
+        assert(index < size_);
+        return items_[index];
+    }
+    const T &operator[](size_t index) const {
+        assert(index < size_);
+        return items_[index];
+    }
     size_t size() const { return size_; }
 
 private:
@@ -54,18 +77,15 @@ private:
     size_t size_ = 0;
 };
 
-/*
- * How a block of 16 rows of bits lies in memory, 32 bits of all of them, then the next 32: as 16 words (kWords), or as 4
- * times 16 bytes (kBytes), whichever the kernels count faster.
- */
+/* The order of bits in a block of a SignMatrix; each kind of CPU counts one of them faster. */
 enum class Layout { kWords, kBytes };
 
-/* Byte of a block in which bits `8 * byte` to `8 * byte + 7` of row `lane` lie. */
+/* The byte of a block that holds bits `8 * byte` to `8 * byte + 7` of row `lane`. */
 inline size_t tile_byte(Layout layout, int lane, int byte) {
     return layout == Layout::kWords ? size_t(byte / 4) * 64 + lane * 4 + byte % 4 : size_t(byte) * 16 + lane;
 }
 
-/* Rows of bits in blocks: `blocks` times 16 rows of `words` times 32 bits. */
+/* A matrix of bits: `blocks` times 16 rows of `words` times 32 bits. */
 struct SignMatrix {
     SignMatrix() = default;
     SignMatrix(int rows, int bits)
@@ -76,10 +96,7 @@ struct SignMatrix {
         bytes[tile_byte(layout, row % kLanes, bit / 8)] |= uint8_t(1 << bit % 8);
     }
 
-    /*
-     * For kernels that add up in chains: every other word, from the third on, becomes the exclusive or of all up to it. Of 3
-     * words, some times 4, and one more; others stay as they are.
-     */
+    /* For Cpu::Chains: word i, even and at least 2, becomes the exclusive or of words 0 to i; only for 8, 12, 16 … words. */
     void chain() {
         chained = words >= 8 && words % 4 == 0;
         for (size_t block = 0; chained && block < size_t(blocks); ++block) {
@@ -102,70 +119,81 @@ struct Affine {
 };
 
 /*
- * `y + slope * min(y, knee)`, where `y = scale * count + shortcut`, of the number of bits in which an input differs from a
- * weight: a product, its normalisation and RPReLU, but for `rest`, which every channel lacks to it. Whoever takes the result
- * has it in their own thresholds and knees.
+ * A product, its normalisation, shortcut and RPReLU, from `count`, the number of bits in which an input differs from a weight:
+ *
+ *   v = scale * count + shortcut
+ *   RPReLU(v + b) = v + slope * min(v, knee) + deferred
+ *
+ * RPReLU has the slope `slope + 1` below 0; b is the rest of product and normalisation, knee = -b. Kernels leave out the constant
+ * `deferred = b * (1 + slope) + shift_out`: fold.cpp adds it to the thresholds, knees and shifts of all that read the result.
  */
 struct Projection {
     SignMatrix weight;
     Array<float> scale, knee, slope;
-    std::vector<double> rest;
+    std::vector<double> deferred;
 };
 
-/* A bit of a channel is whether its value is at least this; infinity where there is no channel. */
+/* A channel's bit is 1 where its value is at least its threshold. */
 using Thresholds = Array<float>;
 
-/* 16 channels of a token. */
-using Choice = std::array<int32_t, kLanes>;
+/* The channels that 16 lanes take. */
+using ChannelIndices = std::array<int32_t, kLanes>;
 
 struct Layer {
     int stage, channels, heads, head_dim, ratio;
+    int head_words() const { return round_up(head_dim, 32) / 32; }
+
     Affine norm1;
-    Thresholds reduction_input, query_input, key_input, value_input, output_input;
+    Thresholds reduction_input, query_input, key_input, value_input, output_input;  // of the inputs of each projection
     Projection reduction, query, key, value, output;
-    Thresholds query_sign, key_sign, value_sign;
-    std::vector<float> exponentials;           // e^(q k^T / sqrt(head_dim)) of a query and a key that differ in i bits
-    Array<float> exponentials_fine, exponentials_coarse;  // of i below 16 and of 16 i, whose products they are; 16 each
-    float probability_threshold;               // a probability above it is on
-    Affine context;                            // of the sum of the signs of the values that are on
-    Array<float> context_slope;                // of `x + slope * min(x, 0)`
+    Thresholds query_sign, key_sign, value_sign;  // of the results
+
+    std::vector<float> exponentials;  // [i]: e^(query @ key / sqrt(head_dim)) of a query and a key that differ in i bits
+    Array<float> exponentials_fine, exponentials_coarse;  // [16]: fine[i % 16] * coarse[i / 16] is exponentials[i], for i < 256
+    float probability_threshold;  // quantised probabilities are on above this share of the sum of a query's exponentials
+    Affine context;               // norm_activation.norm of the sum of the signs of the attended values, deferred constants included
+    Array<float> context_slope;   // norm_activation.activation: `x + slope * min(x, 0)`
     Affine layer_scale1, norm2;
 
+    int expansion;               // inner channels for each channel; they are a run
     Thresholds fc1_input, fc2_input;
-    Projection fc1, fc2;                       // inner channels in the order [block of channels][run][channel of the block]
-    int expansion;                             // inner channels for one channel: a run; fc2 is for their sum, not their mean
-    std::vector<Choice> repeated;              // what blocks of fc1 have as their shortcut, in the order of the blocks
-    std::vector<int32_t> shortcut_of_block;    // which of them, by block of fc1
-    Affine layer_scale2;                       // and all that the pooling branches add to every token
-    Array<float> pool_weights;                 // [block of 16 channels][own token, then by distance those beside, those above][16]
+    Projection fc1;              // inner channels in the order [block of channels][run][channel of the block]
+    Projection fc2;              // its shortcut is the sum over a run, not the mean
+    std::vector<ChannelIndices> shortcut_channels;  // the shortcuts of fc1's blocks, each kind once
+    std::vector<int32_t> shortcut_of_block;         // by block of fc1: its index in shortcut_channels
+    Affine layer_scale2;         // includes the shifts of the pooling branches
+    Array<float> pool_weights;   // [block][of the token itself, then by distance: of those beside, of those above and below][16]
 };
 
 struct PatchEmbeddings {
-    int stage;
+    int stage;  // whose tokens they make
     bool binary;
     Affine norm1;
-    Thresholds input;          // of one of the four neighbours
-    Projection projection;     // inputs in the order [neighbour][channel, filled up to words]
-    Array<float> float_weight; // [block of 16 outputs][neighbour][channel][16], the norm folded in
+    Thresholds input;           // of each of the four neighbours
+    Projection projection;      // inputs in the order [neighbour][channel, padded to words]
+    Array<float> float_weight;  // [block of outputs][neighbour][channel][16], norm2 folded in
     Array<float> float_bias;
-    Array<float> positions;    // of all tokens, in blocks, what the projection lacks folded in
+    Array<float> positions;     // of all tokens, in blocks; includes the projection's deferred constants
 };
 
 struct Stem {
-    Array<float> weight;          // [block of 16 outputs][channel][row][column][16], the norm folded in
-    Array<float> positions;       // of all tokens, in blocks, bias and norm folded in, of the class token all of it
-    std::vector<int32_t> lines;   // [channel][row] of a patch, in floats of an image from its first
+    Array<float> weight;         // [block of outputs][channel][row][column][16], the norm folded in
+    Array<float> positions;      // of all tokens, in blocks; includes bias and norm, and the class token itself
+    std::vector<int32_t> lines;  // [channel][row] of a patch: floats of the image from the patch's first pixel to this line
 };
 
 struct Stage {
-    int height, width, tokens, channels, ratio, keys, reach;
-    std::vector<int32_t> map_row;  // place of a token in the map with a border of `reach`
-    std::vector<int32_t> key_row;  // key that a token takes its shortcut from
+    int height, width, tokens, channels, ratio, keys;
+    int reach;                     // tokens that the widest pooling branch sees to each side
+    std::vector<int32_t> map_row;  // [token]: its place in the map
+    std::vector<int32_t> key_row;  // [token]: the key that it takes its shortcut from
     int map_width() const { return width + 2 * reach; }
     int map_rows() const { return map_row.back() + 1 + reach * (map_width() + 1); }
     int blocks() const { return round_up(channels, kLanes) / kLanes; }
     int token_block() const { return block_floats(tokens); }
+    size_t place(int block, int token) const { return size_t(block) * token_block() + size_t(token) * kLanes; }
     int key_block() const { return block_floats(keys); }
+    int key_blocks() const { return round_up(keys, kLanes) / kLanes; }
     int key_words() const { return round_up(keys, 32) / 32; }
     int map_block() const { return block_floats(map_rows()); }
 };
@@ -174,7 +202,7 @@ enum class StepKind { kStem, kPatchEmbeddings, kLayer, kNorm };
 
 struct Step {
     StepKind kind;
-    int index;  // of the layer, or of the stage
+    int index;  // of the layer, or of the patch embeddings' stage
 };
 
 struct Kernels;
@@ -185,12 +213,12 @@ struct Model {
     bool class_token;
     Stem stem;
     std::vector<Stage> stages;
-    std::vector<PatchEmbeddings> patch_embeddings;  // of all stages but the first
+    std::vector<PatchEmbeddings> patch_embeddings;  // [stage - 1]; the first stage has the stem
     std::vector<Layer> layers;
     Affine norm;
     std::vector<Step> steps;
 
-    /* Stage whose tokens a step gives. */
+    /* The stage of a step's output. */
     const Stage &stage_of(const Step &step) const {
         switch (step.kind) {
             case StepKind::kLayer: return stages[layers[step.index].stage];
