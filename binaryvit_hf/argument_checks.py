@@ -24,7 +24,7 @@ class Range(NamedTuple):
     without_low: bool = False
     without_high: bool = False
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         above = value > self.low if self.without_low else value >= self.low
         below = value < self.high if self.without_high else value <= self.high
         return above and below

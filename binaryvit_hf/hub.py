@@ -42,10 +42,11 @@ def find_cause(error: BaseException) -> str | None:
 
     Loaders put messages of their own before the client's, so this looks through all errors behind the last.
     """
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__ or error.__context__
+    seen: list[BaseException] = []
+    behind: BaseException | None = error
+    while behind is not None and behind not in seen:
+        seen.append(behind)
+        behind = behind.__cause__ or behind.__context__
     for error in seen:
         for kind, cause in CAUSES.items():
             if isinstance(error, kind):

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, is_offline_mode
@@ -222,8 +223,9 @@ def check_fields(fields: dict) -> None:
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) > 1000 or any(isinstance(number, (int, float)) and not number <= most for number in numbers):
             raise LoadingError(f"{name} of config.json has values above {most}.")
-    layers, width, inner = (fields.get(name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
-    if all(isinstance(number, int) for number in (layers, width, inner)):
+    sizes: list[Any] = [fields.get(name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    if all(isinstance(number, int) for number in sizes):
+        layers, width, inner = sizes
         parameters = layers * width * (4 * width + 2 * inner)
         if parameters > MAX_PARAMETERS:
             raise LoadingError(f"the network has {parameters:.1e} weights; {MAX_PARAMETERS:.0e} are the most.")

@@ -112,7 +112,7 @@ def total(costs: list[LayerCost], kind: str = "in all") -> LayerCost:
 
 def format_table(costs: list[LayerCost]) -> str:
     """A table for the terminal, at most 110 characters wide: a line for each kind of layer, the last for all."""
-    rows = [TABLE_HEAD]
+    rows: list[tuple[str, ...]] = [TABLE_HEAD]
     for cost in (*costs, total(costs)):
         counts = (readable(number) for number in (cost.bops, cost.flops, cost.ops, cost.parameters))
         sizes = (readable(size, "B") for size in (cost.packed_bytes, cost.float_bytes))

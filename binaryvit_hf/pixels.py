@@ -117,7 +117,7 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
         ValueError: a value is below 0, above 65535 or not a number.
     """
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        ranges = (65535,)
+        ranges: tuple[int, ...] = (65535,)
     elif picture.mode in ("I", "F"):
         ranges = (255, 65535) if picture.mode == "I" else (1, 255, 65535)
     else:

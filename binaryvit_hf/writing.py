@@ -19,7 +19,7 @@ from .errors import UserError, first_sentence
 try:
     import fcntl
 except ImportError:  # Windows, where nothing is known of other processes and their folders stay
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 UNFINISHED = ".unfinished-"

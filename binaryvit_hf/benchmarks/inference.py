@@ -193,13 +193,13 @@ def start(competitor: Competitor, threads: int) -> Callable:
     forward = competitor.load(competitor.file, threads)
 
     def respond(question: str | int) -> dict | list[float] | None:
+        if isinstance(question, int):
+            return take_turn(forward, question)
         if question == "ready":
             return None
-        if question == "first":
-            seconds = []
-            growth = measure_growth(lambda: seconds.append(measure(forward, 1)))
-            return {"seconds": seconds[0], "bytes": growth}
-        return take_turn(forward, question)
+        seconds = []
+        growth = measure_growth(lambda: seconds.append(measure(forward, 1)))
+        return {"seconds": seconds[0], "bytes": growth}
 
     return respond
 
@@ -252,7 +252,7 @@ def count_threads(threads: int) -> str:
 
 def format_forwards(measured: dict) -> str:
     """What `benchmark_inference` measured, for the terminal."""
-    rows = [TABLE_HEAD]
+    rows: list[tuple[str, ...]] = [TABLE_HEAD]
     for result in measured["results"]:
         rows.append(
             (

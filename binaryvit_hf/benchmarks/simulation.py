@@ -6,6 +6,7 @@ the peer of benchmarks, and a second opinion for tests.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ def simulate(model: BinaryViTPreTrainedModel) -> BinaryViTPreTrainedModel:
     """
     if (model.config.weight_bits, model.config.input_bits) != (1, 1):
         raise ValueError("Networks of 1-bit weights and inputs are simulated, no others.")
-    forwards = {
+    forwards: dict[type, Callable] = {
         BinaryLinear: linear_forward,
         BinaryPatchConv: patch_conv_forward,
         NormActivation: norm_activation_forward,

@@ -82,7 +82,7 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
 
 def format_steps(measured: dict) -> str:
     """What `benchmark_training` measured, as a table for the terminal."""
-    rows = [TABLE_HEAD]
+    rows: list[tuple[str, ...]] = [TABLE_HEAD]
     for result in measured["results"]:
         deciles = "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"])
         rows.append(

@@ -1,6 +1,6 @@
 """What training does to its images: to each as it is read, and to whole batches on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,7 +64,7 @@ def create_rand_augment(policy: str, size: tuple[int, int], mean: tuple[float, .
 
 
 def create_train_transform(
-    arguments: AugmentationArguments, size: tuple[int, int], mean: list[float], std: list[float]
+    arguments: AugmentationArguments, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> v2.Compose:
     """A crop `uint8 (3, height, width)` to a normalised float tensor of the same shape, another one each time."""
     distort = []
@@ -85,9 +85,9 @@ def create_train_transform(
 class Normalize:
     """`uint8` pixels `(3, height, width)` over 255, less `mean`, over `std`: two passes where torchvision takes four."""
 
-    def __init__(self, mean: list[float], std: list[float]):
-        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        self.scale, self.shift = 1 / (255 * std), -mean / std
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        offset, deviation = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.scale, self.shift = 1 / (255 * deviation), -offset / deviation
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)

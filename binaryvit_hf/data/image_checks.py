@@ -78,7 +78,7 @@ def check_images(
 
 def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[Dataset, list[str], dict[int, bool]]:
     """The dataset without broken images, their names, and by index whether an image may be transparent, if looked at."""
-    looked_at = range(len(dataset))
+    looked_at: Sequence[int] = range(len(dataset))
     if is_embedded(dataset) and not skip_broken:
         looked_at = spread(looked_at, MOST_EMBEDDED)
     seen = look(dataset, looked_at, see_all if skip_broken else see_header)

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def encode_images(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> Dataset:
+def encode_images(pixels: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Dataset:
     """Grey pictures `(images, height, width)` as a data set of PNG files and labels."""
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=list(names))})
     images = [{"bytes": encode_png(picture), "path": None} for picture in pixels]

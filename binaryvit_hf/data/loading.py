@@ -142,8 +142,8 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
         if quote_path(str(child)) != str(child):
             raise UserError(f"--{split}_dir: the name of the class folder {str(child)!r} is not UTF-8; rename it.")
         found = find_images(child)
-        for error in found.unreadable:
-            raise UserError(f"--{split}_dir: {error.filename!r} cannot be read ({error.strerror}).")
+        for fault in found.unreadable:
+            raise UserError(f"--{split}_dir: {fault.filename!r} cannot be read ({fault.strerror}).")
         classes[child.name] = found.images
         left_out += found.left_out
     if not any(classes.values()):
@@ -285,7 +285,7 @@ def add_transforms(
     augment = create_train_transform(arguments, wanted.size, wanted.mean, wanted.std)
     if wanted.channels != RGB:
         augment = v2.Compose([augment, partial(reorder_channels, wanted.channels)])
-    steps = {"train": (crop, augment)}
+    steps: dict[str, tuple[Callable, Callable]] = {"train": (crop, augment)}
     evaluate = (partial(decode_image, background=arguments.background), partial(process_image, processor))
     return {split: TransformedImages(dataset, *steps.get(split, evaluate), seed) for split, dataset in images.items()}
 
@@ -324,7 +324,7 @@ class TransformedImages(torch.utils.data.Dataset):
             showing, row = key
         else:
             showing = key if isinstance(key, Showing) else Showing(0, key, 0)
-            row = self.images[showing.index]
+            row = self.images[showing.index]  # type: ignore[index]  # of a stream every key brings its row
         with seeded(self.seed, *showing):
             try:
                 decoded = self.decode(row["image"])

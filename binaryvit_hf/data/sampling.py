@@ -19,7 +19,7 @@ class Showing(NamedTuple):
     """One of the times that an image is shown: the `repeat`-th in an epoch."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`, which nobody calls
     repeat: int
 
 

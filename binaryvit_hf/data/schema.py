@@ -100,8 +100,8 @@ def locate_image(folders: list[Path], encoded: dict | None) -> dict | None:
     Raises:
         UserError: the files lie in several folders, and which of them names the image is not known.
     """
-    path = (encoded or {}).get("path")
-    if path is None or "://" in path or Path(path).is_absolute():
+    path = None if encoded is None else encoded.get("path")
+    if encoded is None or path is None or "://" in path or Path(path).is_absolute():
         return encoded
     found = [folder / path for folder in folders if os.path.isfile(folder / path)]  # False too of what is no path
     if found and len(folders) > 1:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -158,7 +159,7 @@ class Engine:
     """
 
     def __init__(self, config, tensors: Mapping[str, torch.Tensor], kernels: str):
-        self.library = load_library()
+        self.library = cast(ctypes.CDLL, load_library())
         self.image_shape = (config.num_channels, *pair(config.image_size))
         # ctypes keeps what a structure points to alive.
         described = Config(
@@ -304,7 +305,7 @@ def count_differing_bits(kernels: str, bits: torch.Tensor, matrix: torch.Tensor,
         `int32 (rows of bits, rows of matrix)`.
     """
     counts = torch.empty(len(bits), len(matrix), dtype=torch.int32)
-    failed = load_library().binaryvit_count(
+    failed = cast(ctypes.CDLL, load_library()).binaryvit_count(
         kernels.encode(), bits.data_ptr(), len(bits), matrix.data_ptr(), len(matrix), inputs, counts.data_ptr()
     )
     if failed:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging, output_capturing
 
 from .quantization_binaryvit import config_fields, expect_packed_layers
@@ -20,7 +21,7 @@ from .quantization_binaryvit import config_fields, expect_packed_layers
 try:  # code that came with a checkpoint uses the package where it is installed
     from binaryvit_hf import engine
 except ImportError:
-    engine = None
+    engine = None  # type: ignore[assignment]
 
 ENGINE_VARIABLE = "BINARYVIT_ENGINE"  # of the environment: forces kernels, or PyTorch
 TORCH = "torch"
@@ -233,7 +234,7 @@ def plain_attributes(module: torch.nn.Module) -> dict:
 
 
 @functools.lru_cache(maxsize=8)
-def expected_network(model_class: type, fields: str) -> torch.nn.Module:
+def expected_network(model_class: type[PreTrainedModel], fields: str) -> torch.nn.Module:
     """The packed backbone of a config on the meta device. `fields`: JSON of `config_fields`."""
     with torch.device("meta"):
         model = model_class(model_class.config_class(**json.loads(fields)))

@@ -329,6 +329,7 @@ def check_tensors(checkpoint: PackedCheckpoint, model: torch.nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
             stored = stored_name(f"{name}.packed_weight", checkpoint.tensors, model)
+            assert stored is not None  # a missing tensor has raised above
             packed_from = checkpoint.shapes.get(stored)
             if packed_from != list(layer.weight_shape):
                 raise ValueError(
@@ -434,7 +435,7 @@ class ShippedModel(PushToHubMixin):
         pack_folder(type(self.model), Path(folder) / LATENT, folder, **kwargs)
 
 
-def pack_folder(model_class: type, latent: str | Path, folder: str | Path, **kwargs) -> None:
+def pack_folder(model_class: type[PreTrainedModel], latent: str | Path, folder: str | Path, **kwargs) -> None:
     """Load a latent model of `model_class` from the folder `latent` and save it packed to `folder`."""
     packed = model_class.from_pretrained(latent, quantization_config=BinaryViTQuantizationConfig())
     packed.save_pretrained(folder, **kwargs)

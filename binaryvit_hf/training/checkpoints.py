@@ -24,7 +24,7 @@ from ..errors import UserError, first_sentence
 from ..network.functional_binaryvit import is_distributed
 
 
-STATE_KINDS = {
+STATE_KINDS: dict[str, Any] = {
     "epoch": (int, float),
     "global_step": int,
     "max_steps": int,

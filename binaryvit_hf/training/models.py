@@ -92,7 +92,8 @@ def load_model(
     Raises:
         UserError: it cannot be loaded, or weights that it needs are missing.
     """
-    source, subfolder = arguments.model_name_or_path, arguments.subfolder
+    source: str | Path | None = arguments.model_name_or_path
+    subfolder = arguments.subfolder
     if finished_run is not None:
         source, subfolder = finished_run, LATENT if (finished_run / LATENT).is_dir() else ""
     if source is None:

@@ -181,8 +181,8 @@ def check_output_dir(output_dir: Path, config: PreTrainedConfig, phase: Phase) -
     if training_arguments.process_index == 0:
         check_writable(output_dir)
     remedy = "choose another --output_dir, or remove this one"
-    last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
-    last = None if last is None else str(last)
+    found = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
+    last = None if found is None else str(found)
     for folder in (output_dir, *([Path(last)] if last else [])):
         if (folder / "config.json").is_file():
             # Compared as written, for reading turns tuples into lists.

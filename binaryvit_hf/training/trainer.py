@@ -449,7 +449,7 @@ class DistillationTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(self.args.output_dir)
 
-        uploads = [(self.args.output_dir, None)]
+        uploads: list[tuple[str, str | None]] = [(self.args.output_dir, None)]
         if self.args.hub_strategy == HubStrategy.CHECKPOINT:
             uploads.append((checkpoint_folder, "last-checkpoint"))
         elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
@@ -468,7 +468,9 @@ class DistillationTrainer(Trainer):
             )
             for folder, path_in_repo in uploads
         ]
-        self.push_in_progress = PushInProgress((self.push_in_progress.jobs if unfinished else []) + jobs)
+        self.push_in_progress: PushInProgress | None = PushInProgress(
+            (self.push_in_progress.jobs if unfinished else []) + jobs
+        )
 
     @property
     def plain_model(self) -> PreTrainedModel:
