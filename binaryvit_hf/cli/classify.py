@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
             print_error(answer.error)
         elif not options.json:
             print(answer.image)
-            for label in answer.labels:
+            for label in answer.labels or []:
                 print(f"  {100 * label['score']:6.2f} %  {label['label']}", flush=True)
     if options.json:
         print(json.dumps([answer.describe() for answer in answers], indent=2))
