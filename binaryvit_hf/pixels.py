@@ -13,7 +13,7 @@ from .errors import first_sentence
 
 
 # Of EXIF: 1 is upright. As `PIL.ImageOps.exif_transpose` turns them.
-TURNS = {
+ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -22,9 +22,9 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MOST_ELONGATED = 1000  # the longer side over the shorter: resized by the shorter, longer pictures fill the memory
-MOST_PIXELS = 2**27  # their decoding and resizing takes 2 GB; Pillow refuses 4/3 as many
-UNLIMITED = threading.Lock()  # held while Pillow's limit is off
+MAX_ASPECT_RATIO = 1000  # the longer side over the shorter: resized by the shorter, longer pictures fill the memory
+MAX_PIXELS = 2**27  # their decoding and resizing takes 2 GB; Pillow refuses 4/3 as many
+PIXEL_LIMIT_LOCK = threading.Lock()  # held while Pillow's limit is off
 
 # Pillow warns of large pictures, damaged EXIF and transparent palettes, each of which has its place here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -35,7 +35,7 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
     A picture with its header read and its pixels not yet.
 
     Raises:
-        PIL.Image.DecompressionBombError: it has more than `MOST_PIXELS`, or is much longer than wide; the message
+        PIL.Image.DecompressionBombError: it has more than `MAX_PIXELS`, or is much longer than wide; the message
             says how many.
         Exception: it is no file, or no picture: whatever Pillow raised.
     """
@@ -49,10 +49,10 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
     except UnidentifiedImageError as error:  # which may name a place in memory
         raise UnidentifiedImageError("it has no format that Pillow knows") from error
     fault = None
-    if picture.width * picture.height > MOST_PIXELS:
-        fault = f"more than {MOST_PIXELS}; make it smaller, or remove it"
-    elif max(picture.size) > MOST_ELONGATED * min(picture.size):
-        fault = f"one side more than {MOST_ELONGATED} times the other; cut it, or remove it"
+    if picture.width * picture.height > MAX_PIXELS:
+        fault = f"more than {MAX_PIXELS}; make it smaller, or remove it"
+    elif max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+        fault = f"one side more than {MAX_ASPECT_RATIO} times the other; cut it, or remove it"
     if fault is not None:
         picture.close()
         raise Image.DecompressionBombError(f"it has {picture.width} x {picture.height} pixels, {fault}")
@@ -60,7 +60,7 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def open_unlimited(source: str | os.PathLike | BinaryIO) -> Image.Image:
-    with UNLIMITED:
+    with PIXEL_LIMIT_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(source)
@@ -86,7 +86,7 @@ def to_rgb(picture: Image.Image, background: str | None = None) -> Image.Image:
         Exception: the file is damaged: whatever Pillow raised.
     """
     picture.load()  # a TIFF turns itself when it loads
-    turn = TURNS.get(find_orientation(picture))
+    turn = ORIENTATION_TRANSPOSES.get(find_orientation(picture))
     picture = to_8_bits(picture)
     if turn is not None:
         transparency = {name: value for name, value in picture.info.items() if name == "transparency"}
@@ -103,7 +103,7 @@ def find_orientation(picture: Image.Image) -> int:
         orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's reader of EXIF raises anything
         return 1
-    return orientation if orientation in TURNS else 1
+    return orientation if orientation in ORIENTATION_TRANSPOSES else 1
 
 
 def to_8_bits(picture: Image.Image) -> Image.Image:

@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_images, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from binaryvit_hf.cli import main as binaryvit
-from binaryvit_hf.data.image_files import create_image_processor
+from binaryvit_hf.data.model_inputs import create_image_processor
 
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from hub_server import HubServer, client_environment
 from PIL import Image
 from tiny import tiny_config, tiny_model
 
-from binaryvit_hf.data.image_files import create_image_processor
+from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.errors import LINE_LENGTH
 
 

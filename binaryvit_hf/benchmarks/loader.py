@@ -15,9 +15,10 @@ from torchvision.datasets import ImageFolder
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data.arguments import DataArguments
-from ..data.image_files import create_image_processor
-from ..data.loading import add_transforms, collate_images, load_images
+from ..data.loading import load_images
+from ..data.model_inputs import create_image_processor
 from ..data.sampling import TrainSampler
+from ..data.transforms import add_transforms, collate_images
 from ..network.configuration_binaryvit import BinaryViTConfig
 
 
@@ -76,7 +77,7 @@ def our_loader(folder: str, batch_size: int) -> DataLoader:
     images = load_images(arguments, seed=0, cache_dir=None, token=None)
     processor = create_image_processor(BinaryViTConfig(), arguments.crop_pct)
     dataset = add_transforms(images, processor, arguments, seed=0)["train"]
-    sampler = TrainSampler(len(dataset), 1, batch_size, num_processes=1, seed=0, showings=True)
+    sampler = TrainSampler(len(dataset), 1, batch_size, num_processes=1, seed=0, yield_keys=True)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_images)
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL.Image import Image
 from transformers import ImageClassificationPipeline
 
-from ..data.image_files import Listed
+from ..data.image_files import ImageFile
 from ..errors import UserError, first_sentence
 from ..pixels import describe_unreadable, is_transparent, open_picture, to_rgb
 
@@ -30,7 +30,7 @@ class Answer:
 
 
 def classify_files(
-    classifier: ImageClassificationPipeline, files: Iterable[Listed], background: str | None, top_k: int
+    classifier: ImageClassificationPipeline, files: Iterable[ImageFile], background: str | None, top_k: int
 ) -> Iterator[Answer]:
     """Yield the answers in the order of the files."""
     batch: list[Answer] = []

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Convert a checkpoint of the paper's public code."""
     from ..convert import convert_name, convert_original_state_dict, count_labels, load_original_checkpoint
-    from ..data.image_files import create_image_processor
+    from ..data.model_inputs import create_image_processor
     from ..loading import build_classifier, check_finite
     from ..ops import CONFIG_CLASSES, readable
     from .models import find_model

@@ -8,7 +8,7 @@ from .known_datasets import KNOWN_DATASETS
 from .schema import CLASS_NAMES
 
 
-HELD_OUT = 0.15
+HELD_OUT_SHARE = 0.15
 
 
 @dataclass
@@ -59,13 +59,13 @@ class DataArguments(AugmentationArguments):
     )
     shuffle_buffer_size: int = field(
         default=1000,
-        metadata={"help": "Streamed training images come in the order of their shards, mixed among that many."},
+        metadata={"help": "StreamedSample training images come in the order of their shards, mixed among that many."},
     )
     train_val_split: float | None = field(
         default=None,
         metadata={
             "help": "Hold out that share of the training images (below 1), or that many (from 1), and evaluate on them, "
-            f"always the same ones. Default: {HELD_OUT} where there are no others to evaluate on."
+            f"always the same ones. Default: {HELD_OUT_SHARE} where there are no others to evaluate on."
         },
     )
     max_train_samples: int | None = field(

@@ -25,13 +25,15 @@ from .decoding import draft, is_jpeg, open_encoded, unquote_path
 from .streaming import ImageStream
 
 
-MOST_EMBEDDED = 100_000  # headers looked at of the images inside of a dataset, whose bytes must be read from the disk
-MOST_STREAMED = 100  # evaluation images of a stream decoded, which are downloaded for it
-MOST_PIXELS_LOOKED_AT = 1000  # opaque training images decoded to see whether they show anything
-TOGETHER = 16  # images that a thread reads at once
+MAX_EMBEDDED_HEADERS = (
+    100_000  # headers looked at of the images inside of a dataset, whose bytes must be read from the disk
+)
+MAX_STREAMED_IMAGES = 100  # evaluation images of a stream decoded, which are downloaded for it
+MAX_DECODED_IMAGES = 1000  # opaque training images decoded to see whether they show anything
+IMAGES_PER_READ = 16  # images that a thread reads at once
 
 LARGE_PIXELS = 2**25
-LARGE = threading.Lock()  # held while an image of more pixels is decoded
+LARGE_IMAGE_LOCK = threading.Lock()  # held while an image of more pixels is decoded
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
     """The dataset without broken images, their names, and by index whether an image may be transparent, if looked at."""
     looked_at: Sequence[int] = range(len(dataset))
     if is_embedded(dataset) and not skip_broken:
-        looked_at = spread(looked_at, MOST_EMBEDDED)
+        looked_at = evenly_spaced(looked_at, MAX_EMBEDDED_HEADERS)
     seen = look(dataset, looked_at, see_all if skip_broken else see_header)
     faults = {index: result for index, result in zip(looked_at, seen) if isinstance(result, Exception)}
     for index, fault in faults.items():
@@ -106,7 +108,7 @@ def warn_of_pixels(dataset: Dataset, split: str, may_be: dict[int, bool], backgr
     looked_at = [index for index, transparent in may_be.items() if transparent]
     if split == "train":
         opaque = [index for index, transparent in may_be.items() if not transparent]
-        looked_at = sorted([*looked_at, *spread(opaque, MOST_PIXELS_LOOKED_AT)])
+        looked_at = sorted([*looked_at, *evenly_spaced(opaque, MAX_DECODED_IMAGES)])
     elif background is not None:
         return
     seen = dict(zip(looked_at, look(dataset, looked_at, partial(see_pixels, background))))
@@ -133,7 +135,7 @@ def warn_of_pixels(dataset: Dataset, split: str, may_be: dict[int, bool], backgr
 
 
 def warn_of_transparent_stream(stream: ImageStream, split: str) -> None:
-    rows = [row["image"] for _, _, row in islice(stream.read(0), MOST_STREAMED)]
+    rows = [row["image"] for _, _, row in islice(stream.read(0), MAX_STREAMED_IMAGES)]
     see_through = []
     for index, encoded in enumerate(rows):
         try:
@@ -147,7 +149,7 @@ def warn_of_transparent_stream(stream: ImageStream, split: str) -> None:
         logger.warning("%s", describe_transparent(len(see_through), of_what, see_through[0]))
 
 
-def spread(indices: Sequence[int], most: int) -> Sequence[int]:
+def evenly_spaced(indices: Sequence[int], most: int) -> Sequence[int]:
     """At most so many of the indices, evenly spread."""
     return indices if len(indices) <= most else [indices[number * len(indices) // most] for number in range(most)]
 
@@ -159,9 +161,11 @@ def look(dataset: Dataset, indices: Sequence[int], see: Callable) -> list[Any]:
         return [attempt(see, encoded) for encoded in dataset[indices]["image"]]
 
     with ThreadPoolExecutor() as pool:
-        starts = range(0, len(indices), TOGETHER)
+        starts = range(0, len(indices), IMAGES_PER_READ)
         return [
-            one for some in pool.map(see_some, (indices[start : start + TOGETHER] for start in starts)) for one in some
+            one
+            for some in pool.map(see_some, (indices[start : start + IMAGES_PER_READ] for start in starts))
+            for one in some
         ]
 
 
@@ -199,7 +203,7 @@ def see_pixels(background: str | None, encoded: dict | None) -> Pixels:
 
 def one_large_at_a_time(image: Image) -> contextlib.AbstractContextManager:
     """Threads that each decoded a large image would fill the memory."""
-    return LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext()
+    return LARGE_IMAGE_LOCK if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext()
 
 
 def is_embedded(dataset: Dataset) -> bool:

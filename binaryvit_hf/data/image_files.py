@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from transformers import ViTImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..errors import UserError
-from ..network.configuration_binaryvit import as_pair
-from .model_inputs import ModelInput
 
 
 # Pillow opens these formats and decodes no pixels of them, or only with another program.
@@ -73,14 +69,14 @@ def describe_left_out(paths: list[Path], folder: str | Path) -> str:
     )
 
 
-class Listed(NamedTuple):
+class ImageFile(NamedTuple):
     """A file to look at, or why there is none of that name."""
 
     name: str
     fault: str | None = None
 
 
-def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
+def list_images(names: list[str]) -> tuple[list[ImageFile], list[str]]:
     """
     The files that names stand for: each a file, a folder (every image in it and below) or a pattern with `*`, `?`, `[]`.
 
@@ -96,16 +92,18 @@ def list_images(names: list[str]) -> tuple[list[Listed], list[str]]:
         if os.path.isdir(name):
             fault = "has no files with an image's extension, such as .jpg"
             found = find_images(Path(name))
-            listed = [Listed(str(path)) for path in found.images]
-            listed += [Listed(str(error.filename), f"cannot be read ({error.strerror})") for error in found.unreadable]
+            listed = [ImageFile(str(path)) for path in found.images]
+            listed += [
+                ImageFile(str(error.filename), f"cannot be read ({error.strerror})") for error in found.unreadable
+            ]
             if found.left_out:
                 notes.append(describe_left_out(found.left_out, name))
         elif os.path.lexists(name):
-            listed = [Listed(str(Path(name)))]
+            listed = [ImageFile(str(Path(name)))]
         else:
             matches = sorted(map(Path, find_matches(name)))
-            listed = [Listed(str(match)) for match in matches if os.path.isfile(match)]
-        files += listed or [Listed(name, fault)]
+            listed = [ImageFile(str(match)) for match in matches if os.path.isfile(match)]
+        files += listed or [ImageFile(name, fault)]
     if all(listed.fault for listed in files):
         raise UserError(f"{files[0].name!r} {files[0].fault}.")
     return files, notes
@@ -122,29 +120,3 @@ def find_matches(pattern: str) -> set[str]:
             folders[:] = [name for name in folders if not name.startswith(".")]
             found |= find_matches(os.path.join(glob.escape(parent), pattern[stars.end() :] or "*"))
     return found
-
-
-def create_image_processor(config, crop_pct: float, like: ModelInput | None = None) -> ViTImageProcessor:
-    """
-    Resize the shorter side to the image size over `crop_pct` (bicubic), crop the centre, normalise. Mean and deviation
-    are those of `like`, of RGB images; default: ImageNet's.
-
-    Raises:
-        UserError: the config has no image size.
-    """
-    if getattr(config, "image_size", None) is None:
-        raise UserError(
-            f"The config of a {config.model_type!r} has no image_size, and there is no image processor to tell it; write "
-            "one beside the model (preprocessor_config.json)."
-        )
-    height, width = as_pair(config.image_size)
-    resized = [round(side / crop_pct) for side in (height, width)]
-    return ViTImageProcessor(
-        size={"shortest_edge": resized[0]} if height == width else {"height": resized[0], "width": resized[1]},
-        do_center_crop=True,
-        crop_size={"height": height, "width": width},
-        resample=Image.Resampling.BICUBIC,
-        do_convert_rgb=True,
-        image_mean=list(like.mean if like else IMAGENET_DEFAULT_MEAN),
-        image_std=list(like.std if like else IMAGENET_DEFAULT_STD),
-    )

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, ViTImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..errors import UserError, first_sentence
 from ..network.configuration_binaryvit import as_pair
@@ -40,6 +41,32 @@ class ModelInput:
         """Whether both are the same, rounding aside."""
         numbers = zip((*self.mean, *self.std), (*other.mean, *other.std))
         return (self.size, self.channels) == (other.size, other.channels) and all(equal(*pair) for pair in numbers)
+
+
+def create_image_processor(config, crop_pct: float, like: ModelInput | None = None) -> ViTImageProcessor:
+    """
+    Resize the shorter side to the image size over `crop_pct` (bicubic), crop the centre, normalise. Mean and deviation
+    are those of `like`, of RGB images; default: ImageNet's.
+
+    Raises:
+        UserError: the config has no image size.
+    """
+    if getattr(config, "image_size", None) is None:
+        raise UserError(
+            f"The config of a {config.model_type!r} has no image_size, and there is no image processor to tell it; write "
+            "one beside the model (preprocessor_config.json)."
+        )
+    height, width = as_pair(config.image_size)
+    resized = [round(side / crop_pct) for side in (height, width)]
+    return ViTImageProcessor(
+        size={"shortest_edge": resized[0]} if height == width else {"height": resized[0], "width": resized[1]},
+        do_center_crop=True,
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling.BICUBIC,
+        do_convert_rgb=True,
+        image_mean=list(like.mean if like else IMAGENET_DEFAULT_MEAN),
+        image_std=list(like.std if like else IMAGENET_DEFAULT_STD),
+    )
 
 
 def describe_input(processor: BaseImageProcessor, who: str, image_size: tuple[int, int] | None = None) -> ModelInput:
@@ -152,7 +179,7 @@ def adapt_pixel_values(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return args, kwargs | {"pixel_values": model.input_adapter(kwargs["pixel_values"])}
 
 
-def ordinary_input(processor: BaseImageProcessor | None, student: PreTrainedConfig) -> ModelInput | None:
+def teacher_normalization(processor: BaseImageProcessor | None, student: PreTrainedConfig) -> ModelInput | None:
     """The teacher's input for a new student to share, if it is RGB, about 0 to 1, and scaled no further than usual."""
     if processor is None:
         return None

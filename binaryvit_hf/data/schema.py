@@ -16,7 +16,7 @@ STRINGS = ("string", "large_string", "string_view")
 BINARIES = ("binary", "large_binary", "binary_view")
 
 
-def name_columns(
+def standardize_columns(
     dataset: Dataset | IterableDataset, image_column: str, label_column: str, folders: Callable[[], list[Path]]
 ) -> Dataset | IterableDataset:
     """
@@ -147,7 +147,7 @@ def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
     return names
 
 
-def name_labels(splits: dict, names: list[str] | None) -> dict:
+def standardize_labels(splits: dict, names: list[str] | None) -> dict:
     """
     Splits whose labels are of kind `ClassLabel`, each one a class: of the names that the first split's feature has; or else
     of these names; or else of all values that the first split has, sorted.
@@ -177,7 +177,7 @@ def name_labels(splits: dict, names: list[str] | None) -> dict:
         if isinstance(dataset, Dataset):
             check_labels(dataset, known, len(names), split)
         done = isinstance(dataset, Dataset) and isinstance(own, ClassLabel) and own.names == names
-        named[split] = dataset if done else index_labels(dataset, known, names, split)
+        named[split] = dataset if done else map_labels(dataset, known, names, split)
     return named
 
 
@@ -196,17 +196,17 @@ def name_label(value: str | float) -> str:
     return str(value)
 
 
-def index_labels(dataset: Dataset | IterableDataset, indices: dict, names: list[str], split: str):
+def map_labels(dataset: Dataset | IterableDataset, indices: dict, names: list[str], split: str):
     """
     The dataset with `indices[label]` in place of each label, a `ClassLabel` of these names.
 
     Raises:
         UserError: a label has no index; of a stream when it comes.
     """
-    return map_column(dataset, "label", partial(index_label, indices, len(names), split), ClassLabel(names=names))
+    return map_column(dataset, "label", partial(map_label, indices, len(names), split), ClassLabel(names=names))
 
 
-def index_label(indices: dict, num_classes: int, split: str, label) -> int:
+def map_label(indices: dict, num_classes: int, split: str, label) -> int:
     if label not in indices:
         if is_null(label) or label == -1:
             raise UserError(f"One of the {split} images has no label ({label!r}); leave it out.")
@@ -225,7 +225,7 @@ def check_labels(dataset: Dataset, indices: dict, num_classes: int, split: str) 
             "images."
         )
     for label in unknown:
-        index_label(indices, num_classes, split, label)
+        map_label(indices, num_classes, split, label)
 
 
 def is_null(label) -> bool:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from itertools import count
 
-from datasets import Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 
 from ..errors import UserError, first_sentence
 
@@ -46,7 +46,7 @@ class ImageStream:
             return self
         return ImageStream(self.dataset.take(most), most)
 
-    def counted(self) -> "ImageStream":
+    def for_evaluation(self) -> "ImageStream":
         """
         With the number of images, for which those that do not tell it are read through. Of the others the first is read.
 
@@ -59,7 +59,7 @@ class ImageStream:
         logger.info("Counting the images to evaluate on, as their number is not known.")
         return ImageStream(self.dataset, sum(1 for _ in self.read(0)))
 
-    def of_steps(self, max_steps: int, batch_size: int) -> "ImageStream":
+    def for_training(self, max_steps: int, batch_size: int) -> "ImageStream":
         """
         As it is where its number of images is known; or else endless, for so many steps.
 
@@ -102,7 +102,10 @@ class ImageStream:
             raise UserError(f"The stream of images ended after {images}; it was said to have {self.num_images}.")
 
 
-def told_number(dataset: IterableDataset) -> int | None:
+def declared_num_images(dataset: IterableDataset) -> int | None:
     """The number of rows that a dataset tells of itself, in the README.md that it comes with."""
     splits = dataset.info.splits or {}
     return splits[dataset.split].num_examples if dataset.split in splits else None
+
+
+ImageSplits = dict[str, Dataset | ImageStream]  # by name: train, validation, test

@@ -57,7 +57,7 @@ NOT_TRAINED = {
     "per_device_eval_batch_size",
     "eval_accumulation_steps",
     "eval_use_gather_object",
-    # An image's random numbers are its own (`sampling.Showing`), whoever loads it.
+    # An image's random numbers are its own (`sampling.SampleKey`), whoever loads it.
     "dataloader_num_workers",
     "dataloader_prefetch_factor",
     "dataloader_persistent_workers",

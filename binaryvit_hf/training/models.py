@@ -16,10 +16,10 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import loading
 from ..data.arguments import DataArguments
-from ..data.image_files import create_image_processor
 from ..data.label_names import compare_labels
 from ..data.model_inputs import (
     RGB,
+    create_image_processor,
     describe_input,
 )
 from ..errors import (

@@ -14,7 +14,8 @@ from transformers import (
 from ..argument_checks import check_supported
 from ..data.image_checks import check_images
 from ..data.label_names import compare_labels, match_labels
-from ..data.loading import Images, load_images, relabel
+from ..data.loading import load_images, relabel
+from ..data.streaming import ImageSplits
 from ..errors import (
     UserError,
 )
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 class Inputs:
     """What a run needs that can be checked before any training: images, network, and what the output directory holds."""
 
-    images: Images
+    images: ImageSplits
     broken: list[str]
     config: PreTrainedConfig
     checkpoint: str | None
@@ -74,8 +75,8 @@ def prepare(phase: Phase) -> Inputs:
     if data_arguments.streaming:
         if training_arguments.do_train:
             batch_size = training_arguments.effective_batch_size
-            images["train"] = images["train"].of_steps(training_arguments.max_steps, batch_size)
-        images |= {split: images[split].counted() for split in ("validation", "test") if split in images}
+            images["train"] = images["train"].for_training(training_arguments.max_steps, batch_size)
+        images |= {split: images[split].for_evaluation() for split in ("validation", "test") if split in images}
     images, broken = check_images(images, data_arguments.skip_broken_images, data_arguments.background)
     labels = images["validation"].features["label"].names
     new_head = None

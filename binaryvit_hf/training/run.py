@@ -14,15 +14,15 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import create_mix
-from ..data.image_files import create_image_processor
-from ..data.loading import add_transforms, collate_images
 from ..data.model_inputs import (
     adapt_input,
     check_forward,
+    create_image_processor,
     describe_input,
     describe_teacher_input,
-    ordinary_input,
+    teacher_normalization,
 )
+from ..data.transforms import add_transforms, collate_images
 from ..doctor import check_engine_variable
 from ..errors import (
     NonFiniteLossError,
@@ -119,7 +119,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
     if inputs.first_weights is not None:
         model.load_state_dict(inputs.first_weights, strict=False)  # which of them there must be is checked
     processor = inputs.processor or create_image_processor(
-        config, data_arguments.crop_pct, like=ordinary_input(teacher_processor, config)
+        config, data_arguments.crop_pct, like=teacher_normalization(teacher_processor, config)
     )
     student_input = describe_input(processor, "The student")
     if model_arguments.model_name_or_path:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import (
 from transformers.utils.hub import PushInProgress
 
 from ..argument_checks import check_ranges, check_reporting
-from ..data.sampling import StreamSampler, create_train_sampler, seeded
+from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
 from ..errors import NonFiniteLossError, UserError, first_sentence
 from ..network.quantization_binaryvit import LATENT, ShippedModel, pack_folder
 from .callbacks.averaging import WeightAverage
@@ -253,7 +253,7 @@ class DistillationTrainer(Trainer):
         if not self.is_in_train:
             metrics = super().evaluate(*args, **kwargs)
         else:
-            with seeded(self.args.seed), self.finished_weights():  # the loader draws a seed for its workers
+            with seeded_rng(self.args.seed), self.finished_weights():  # the loader draws a seed for its workers
                 metrics = super().evaluate(*args, **kwargs)
         for name, value in metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):

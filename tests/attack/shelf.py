@@ -19,8 +19,9 @@ from binaryvit_hf.cli import main
 from binaryvit_hf.cli.classification import classify_files
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
 from binaryvit_hf.data.image_checks import check_images
-from binaryvit_hf.data.image_files import Listed, create_image_processor
-from binaryvit_hf.data.loading import process_image
+from binaryvit_hf.data.image_files import ImageFile
+from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.data.transforms import process_image
 from binaryvit_hf.errors import LINE_LENGTH
 from binaryvit_hf.loading import load_classifier, load_image_processor
 from binaryvit_hf.pixels import describe_unreadable
@@ -119,7 +120,7 @@ def create_look(model: Path) -> Callable[[Path], str]:
         Raises:
             Wrong: training, checks and classify do not agree on whether it is a picture.
         """
-        (answer,) = classify_files(classifier, [Listed(str(file))], None, 3)
+        (answer,) = classify_files(classifier, [ImageFile(str(file))], None, 3)
         row = {"image": [{"bytes": None, "path": str(file)}], "label": [0]}
         features = Features({"image": ImageFeature(decode=False), "label": ClassLabel(names=["ant"])})
         refusals = {"classify": answer.error}

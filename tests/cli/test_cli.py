@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 import binaryvit_hf
 from binaryvit_hf import engine
 from binaryvit_hf.cli import COMMANDS, main
-from binaryvit_hf.data.image_files import create_image_processor
+from binaryvit_hf.data.model_inputs import create_image_processor
 
 
 @pytest.fixture

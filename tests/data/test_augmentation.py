@@ -12,7 +12,7 @@ from transformers import set_seed
 from binaryvit_hf.data.augmentation import AugmentationArguments, create_mix, create_train_transform
 from binaryvit_hf.data.decoding import CroppingDecoder
 from binaryvit_hf.data.known_datasets import encode_png
-from binaryvit_hf.data.sampling import Showing, TrainSampler, seeded
+from binaryvit_hf.data.sampling import SampleKey, TrainSampler, seeded_rng
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -127,15 +127,15 @@ def test_repeats_fall_to_different_processes_and_an_epoch_is_as_long_as_ever(num
         assert all(len(set(indices)) == 16 for indices in seen)
 
 
-def test_a_showing_tells_epoch_image_and_repeat():
-    sampler = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7, showings=True)
+def test_a_sample_key_names_epoch_image_and_repeat():
+    sampler = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7, yield_keys=True)
     sampler.set_epoch(3)
-    showings = list(sampler)
-    assert len(set(showings)) == 8
-    assert {showing.epoch for showing in showings} == {3}
+    keys = list(sampler)
+    assert len(set(keys)) == 8
+    assert {key.epoch for key in keys} == {3}
     plain = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7)
     plain.set_epoch(3)
-    assert [showing.index for showing in showings] == list(plain)
+    assert [key.image_index for key in keys] == list(plain)
 
 
 def draw() -> tuple:
@@ -147,13 +147,13 @@ def test_random_numbers_of_a_showing_are_its_own_and_leave_the_others_alone():
     expected = draw(), draw()
     set_seed(0)
     before = draw()
-    with seeded(1, *Showing(2, 3, 0)):
+    with seeded_rng(1, *SampleKey(2, 3, 0)):
         inside = draw()
     assert (before, draw()) == expected
-    with seeded(1, *Showing(2, 3, 0)):
+    with seeded_rng(1, *SampleKey(2, 3, 0)):
         assert draw() == inside
-    for other in (Showing(3, 3, 0), Showing(2, 4, 0), Showing(2, 3, 1)):
-        with seeded(1, *other):
+    for other in (SampleKey(3, 3, 0), SampleKey(2, 4, 0), SampleKey(2, 3, 1)):
+        with seeded_rng(1, *other):
             assert draw() != inside
 
 

@@ -20,8 +20,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.augmentation import AugmentationArguments, create_train_transform
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
-from binaryvit_hf.data.loading import TransformedImages, collate_images, load_images, relabel
+from binaryvit_hf.data.loading import load_images, relabel
 from binaryvit_hf.data.sampling import create_train_sampler
+from binaryvit_hf.data.transforms import TransformedImages, collate_images
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.models import create_head
 from binaryvit_hf.training.run import main
@@ -177,7 +178,7 @@ def test_a_path_that_is_in_no_folder_is_left(pictures, tmp_path):
 
 def test_files_are_chosen_in_a_folder_alone(pictures, tmp_path):
     (tmp_path / "train.csv").write_text("image,label\npictures/0.jpg,ant\npictures/1.jpg,bee\n")
-    with pytest.raises(UserError, match="is a file: name its folder"):
+    with pytest.raises(UserError, match="is a file: give its folder"):
         load(tmp_path / "train.csv", validation_files="test.csv")
 
 
@@ -189,7 +190,7 @@ def test_a_dataset_that_was_saved_to_disk_is_loaded(tmp_path, many):
     assert images["train"].features["label"].names == ["ant", "bee"]
     assert len(images["validation"]) == 1
     assert len(images["train"]) == (4 if many else 3)
-    with pytest.raises(UserError, match="saved to disk, and such a dataset is not streamed"):
+    with pytest.raises(UserError, match="leave out --streaming"):
         load(tmp_path / "saved", streaming=True)
 
 
@@ -249,10 +250,10 @@ def test_a_stream_without_labels_is_refused_before_training_or_as_it_comes(tmp_p
     folder = write_splits(tmp_path / "data", train=[0, 1], validation=labels)
     validation = load(folder, streaming=True)["validation"]
     with pytest.raises(UserError, match=r"validation images has no label \(-1\)"):
-        validation.counted()
+        validation.for_evaluation()
     validation.num_images = 2
     with pytest.raises(UserError, match=r"validation images has no label \(-1\)"):
-        list(validation.counted().read(0))
+        list(validation.for_evaluation().read(0))
 
 
 @pytest.mark.parametrize(

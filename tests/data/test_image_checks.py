@@ -14,7 +14,7 @@ from tiny import tiny_config
 from binaryvit_hf.cli import main as binaryvit
 from binaryvit_hf.data import image_checks
 from binaryvit_hf.data.arguments import DataArguments
-from binaryvit_hf.data.image_checks import check_images, spread
+from binaryvit_hf.data.image_checks import check_images, evenly_spaced
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.streaming import ImageStream
 from binaryvit_hf.errors import UserError
@@ -107,7 +107,7 @@ def test_pictures_inside_of_a_dataset_are_looked_at_too(caplog):
 
 
 def test_of_a_stream_the_first_evaluation_pictures_are_looked_at(caplog, monkeypatch):
-    monkeypatch.setattr(image_checks, "MOST_STREAMED", 3)
+    monkeypatch.setattr(image_checks, "MAX_STREAMED_IMAGES", 3)
     pictures = embedded(PHOTO, SHAPE, PHOTO, SHAPE, b"no image")["train"].to_iterable_dataset()
     streams = {"train": ImageStream(pictures, None), "validation": ImageStream(pictures, None)}
     check_images(streams, skip_broken=False)
@@ -116,21 +116,21 @@ def test_of_a_stream_the_first_evaluation_pictures_are_looked_at(caplog, monkeyp
     caplog.clear()
     check_images(streams, skip_broken=False, background="white")
     assert caplog.text == ""
-    monkeypatch.setattr(image_checks, "MOST_STREAMED", 5)
+    monkeypatch.setattr(image_checks, "MAX_STREAMED_IMAGES", 5)
     with pytest.raises(UserError, match=r"^'image 4' cannot be decoded \(it has no format .*\): remove it\.$"):
         check_images(streams, skip_broken=False)
 
 
 def test_of_many_pictures_an_evenly_spread_number_is_decoded(photos, monkeypatch, caplog):
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-    assert list(spread(range(3), 4)) == [0, 1, 2]
-    monkeypatch.setattr(image_checks, "MOST_PIXELS_LOOKED_AT", 2)
+    assert evenly_spaced(range(10), 4) == [0, 2, 5, 7]
+    assert list(evenly_spaced(range(3), 4)) == [0, 1, 2]
+    monkeypatch.setattr(image_checks, "MAX_DECODED_IMAGES", 2)
     SHAPE.save(photos / "ant" / "x.png")
     for path in photos.rglob("[0-9].png"):
         Image.new("RGB", (16, 16)).save(path)
     check(photos)
     assert "3 of the 3 training images looked at are of one colour" in caplog.text
-    monkeypatch.setattr(image_checks, "MOST_EMBEDDED", 2)
+    monkeypatch.setattr(image_checks, "MAX_EMBEDDED_HEADERS", 2)
     kept, _ = check_images(embedded(PHOTO, PHOTO, b"no image"), skip_broken=False)
     assert len(kept["train"]) == 3
 

@@ -18,8 +18,9 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from binaryvit_hf.cli import classification, main
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.decoding import decode_image
-from binaryvit_hf.data.image_files import create_image_processor, find_images, find_matches, is_image_name
+from binaryvit_hf.data.image_files import find_images, find_matches, is_image_name
 from binaryvit_hf.data.loading import load_images
+from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.errors import UserError
 
 
@@ -135,7 +136,7 @@ def test_a_class_without_files_that_are_called_images_is_refused(tmp_path):
     save(tmp_path / "ant" / "a.png")
     (tmp_path / "bee").mkdir()
     (tmp_path / "bee" / "0001").write_bytes((tmp_path / "ant" / "a.png").read_bytes())
-    with pytest.raises(UserError, match=r"the class folder '.*bee' is empty \(a file without an image's extension"):
+    with pytest.raises(UserError, match=r"the class folder '.*bee' has no file with an image's extension"):
         load_images(DataArguments(train_dir=str(tmp_path)), 0, None, None)
 
 

@@ -16,8 +16,9 @@ from binaryvit_hf.benchmarks.loader import draw_photograph
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.augmentation import Normalize
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image, draft
-from binaryvit_hf.data.image_files import create_image_processor
-from binaryvit_hf.data.loading import add_transforms, load_images
+from binaryvit_hf.data.loading import load_images
+from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.data.transforms import add_transforms
 from binaryvit_hf.network.configuration_binaryvit import BinaryViTConfig
 
 

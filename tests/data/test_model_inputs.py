@@ -32,15 +32,15 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from binaryvit_hf.cli import main as binaryvit
-from binaryvit_hf.data.image_files import create_image_processor
 from binaryvit_hf.data.model_inputs import (
     InputAdapter,
     ModelInput,
     adapt_input,
     check_forward,
+    create_image_processor,
     describe_input,
     describe_teacher_input,
-    ordinary_input,
+    teacher_normalization,
 )
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.training import models
@@ -226,7 +226,7 @@ def test_a_teacher_without_image_processor_takes_what_the_student_takes_in_its_o
 )
 def test_a_new_student_shares_the_mean_of_a_teacher_of_ordinary_images(processor, shared):
     config = tiny_config()
-    made = create_image_processor(config, 1.0, like=ordinary_input(processor, config))
+    made = create_image_processor(config, 1.0, like=teacher_normalization(processor, config))
     expected = shared or ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert np.allclose((made.image_mean, made.image_std), expected, atol=1e-7)
 

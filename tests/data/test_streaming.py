@@ -22,8 +22,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.augmentation import AugmentationArguments, create_train_transform
 from binaryvit_hf.data.decoding import CroppingDecoder
-from binaryvit_hf.data.loading import TransformedImages, collate_images, load_images
+from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.sampling import StreamSampler
+from binaryvit_hf.data.transforms import TransformedImages, collate_images
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.run import main
 
@@ -264,7 +265,7 @@ def test_images_of_a_table_are_streamed_as_they_are_encoded(tmp_path, column, mo
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table" / f"{split}.parquet")
     images = load_images(DataArguments(dataset_name=str(tmp_path / "table"), streaming=True), 0, None, None)
     assert images["train"].features["label"].names == ["ant", "bee"]
-    assert (images["train"].num_images, len(images["validation"].counted())) == (None, 4)
+    assert (images["train"].num_images, len(images["validation"].for_evaluation())) == (None, 4)
     read = {row["image"]["path"]: row for _, _, row in images["train"].read(0)}
     assert len(read) == 10
     for number in range(10):

@@ -58,7 +58,7 @@ def test_some_of_the_archives_are_chosen_by_patterns(tmp_path):
     streams = load(tmp_path / "archives", streaming=True, **patterns)
     assert streams["train"].num_images is None  # of all archives it is known, of these not
     assert sum(1 for _ in streams["train"].read(0)) == 13
-    assert len(streams["validation"].counted()) == 11
+    assert len(streams["validation"].for_evaluation()) == 11
     images = load(tmp_path / "archives", **patterns)
     assert (len(images["train"]), len(images["validation"])) == (13, 11)
     with pytest.raises(UserError, match="cannot be loaded"):

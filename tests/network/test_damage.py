@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 
 from binaryvit_hf.cli import main
-from binaryvit_hf.data.image_files import create_image_processor
+from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.errors import FOREIGN_LENGTH, LINE_LENGTH, first_sentence, one_line
 
 

@@ -7,7 +7,7 @@ from tiny import tiny_images, tiny_model
 from transformers import AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTQuantizationConfig
-from binaryvit_hf.data.image_files import create_image_processor
+from binaryvit_hf.data.model_inputs import create_image_processor
 
 
 LOAD_EVERYTHING = """

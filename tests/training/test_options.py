@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
 from binaryvit_hf import BinaryViTForImageClassification
-from binaryvit_hf.data.sampling import seeded
+from binaryvit_hf.data.sampling import seeded_rng
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.arguments import parse_phases
 from binaryvit_hf.training.checkpoints import describe_damage, last_whole_checkpoint
@@ -261,7 +261,7 @@ def test_statistics_are_the_mean_over_the_first_batches_and_all_else_is_as_befor
 
 def test_the_batches_are_those_that_training_begins_with(tmp_path):
     trainer = tiny_trainer(tmp_path, batch_norm_reestimation_batches=100, seed=5)
-    with seeded(0):
+    with seeded_rng(0):
         begun = [batch["pixel_values"] for batch in trainer.get_train_dataloader()]
     seen = []
     trainer.model.register_forward_pre_hook(

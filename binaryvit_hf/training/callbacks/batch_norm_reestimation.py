@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ...data.sampling import create_train_sampler, seeded
+from ...data.sampling import create_train_sampler, seeded_rng
 from ...errors import UserError
 
 
@@ -78,9 +78,9 @@ def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iter
     batch, processes, rank = args.train_batch_size, args.world_size, args.process_index
     count = min(count, count_whole_batches(len(dataset), batch * processes))
     sampler = create_train_sampler(dataset, 1, batch, processes, args.sampling_seed)
-    showings = list(itertools.islice(sampler, count * batch * processes))
-    own = [showings[start : start + batch] for start in range(rank * batch, len(showings), batch * processes)]
+    keys = list(itertools.islice(sampler, count * batch * processes))
+    own = [keys[start : start + batch] for start in range(rank * batch, len(keys), batch * processes)]
     loader = DataLoader(dataset, batch_sampler=own, collate_fn=collate, num_workers=args.dataloader_num_workers)
-    with seeded(args.sampling_seed):  # the loader draws a seed for its workers
+    with seeded_rng(args.sampling_seed):  # the loader draws a seed for its workers
         for inputs in loader:
             yield inputs["pixel_values"].to(args.device)

@@ -1,0 +1,73 @@
+"""Datasets of image folders: one sub-folder per class."""
+
+import logging
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, Features, Image
+
+from ..errors import UserError
+from .arguments import DataArguments
+from .decoding import quote_path
+from .image_files import describe_left_out, find_images
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
+    """
+    The images of `--train_dir` and `--validation_dir`, as paths. The sub-folders of the training folder are the classes.
+
+    Raises:
+        UserError: a folder is unreadable, has no images, or has a class that training lacks.
+    """
+    folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
+    files = {split: list_image_folder(Path(folder), split) for split, folder in folders.items() if folder}
+    names = sorted(files.get("train") or files["validation"])
+    for split, classes in files.items():
+        unknown = sorted(set(classes) - set(names))
+        if unknown:
+            raise UserError(f"--{split}_dir has the class {unknown[0]!r}, which --train_dir does not have.")
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    return {
+        split: Dataset.from_dict(
+            {
+                "image": [quote_path(str(path)) for paths in classes.values() for path in paths],
+                "label": [names.index(name) for name, paths in classes.items() for _ in paths],
+            },
+            features=features,
+        )
+        for split, classes in files.items()
+    }
+
+
+def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
+    """The sorted image files of each class folder, and of the folders in it."""
+    try:
+        if not folder.is_dir():
+            raise UserError(f"--{split}_dir: there is no folder {str(folder)!r}.")
+        children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"--{split}_dir: {str(folder)!r} cannot be read ({error.strerror}).") from error
+    classes, left_out = {}, []
+    for child in children:
+        if quote_path(str(child)) != str(child):
+            raise UserError(f"--{split}_dir: the name of the class folder {str(child)!r} is not UTF-8; rename it.")
+        found = find_images(child)
+        for fault in found.unreadable:
+            raise UserError(f"--{split}_dir: {fault.filename!r} cannot be read ({fault.strerror}).")
+        classes[child.name] = found.images
+        left_out += found.left_out
+    if not any(classes.values()):
+        raise UserError(
+            f"--{split}_dir: {str(folder)!r} has no images in sub-folders; it needs one sub-folder per class."
+        )
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty:
+        raise UserError(
+            f"--{split}_dir: the class folder {str(folder / empty[0])!r} has no file with an image's extension, such as "
+            ".jpg; add images or remove the folder."
+        )
+    if left_out:
+        logger.warning("%s", describe_left_out(left_out, folder))
+    return classes
