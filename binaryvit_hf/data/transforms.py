@@ -73,7 +73,10 @@ def add_transforms(
     if wanted.channels != RGB:
         augment = v2.Compose([augment, partial(reorder_channels, wanted.channels)])
     train: tuple[Callable, Callable] = (crop, augment)
-    evaluate: tuple[Callable, Callable] = (partial(decode_image, background=arguments.background), partial(process_image, processor))
+    evaluate: tuple[Callable, Callable] = (
+        partial(decode_image, background=arguments.background),
+        partial(process_image, processor),
+    )
     return {
         split: TransformedImages(dataset, *(train if split == "train" else evaluate), seed)
         for split, dataset in images.items()
