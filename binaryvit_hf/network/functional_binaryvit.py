@@ -1,13 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 Differentiable functions of a binary network: quantizers, batch normalisation over processes, and fused steps.
 
-- Quantizers give exact values: +1 and -1 are exactly that, so packing can store them as bits.
-- Fused functions compute the two steps of every binary layer: shift, sign and product; then normalisation, shortcut and
-  RPReLU. An MLP has many inner channels, so all its steps are fused into one. The same steps composed of PyTorch's own
-  operations keep half a dozen copies of every activation for the backward pass. Tests compare both.
+- A quantizer returns exact values: +1 and -1 are exactly that, so packing can store them as bits.
+- A fused step computes several operations of a layer as one. The same operations of PyTorch keep half a dozen copies
+  of every activation for the backward pass. Tests compare both.
 
-Each function keeps only its inputs and parameters for the backward pass and computes the rest again. On the CPU the fused
-functions work on blocks of rows that fit the cache. On other devices, and under a compiler, there is one block.
+Each function keeps only its inputs and parameters for the backward pass and computes the rest again. On the CPU the
+fused steps work on blocks of rows that fit the cache. On other devices, and under a compiler, there is one block.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,32 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
+# Older versions of PyTorch lack torch.cpu.get_capabilities.
+CPU_FEATURES = getattr(torch.cpu, "get_capabilities", dict)()
+HAS_BYTE_PRODUCTS = any(CPU_FEATURES.get(name) for name in ("avx512_vnni", "avx_vnni"))
+BLOCK_ELEMENTS = 2**19  # 2 MB in float32. 2**18 is 7 % slower, 2**20 1 %, 2**15 half as fast.
+
+
+# ---- Signs ----
+
+
 def binary_sign(x: torch.Tensor) -> torch.Tensor:
-    """`+1` where `x >= 0`, else `-1`, in the dtype of `x`. Zero of either sign is `+1`: a bit has no third state."""
+    """`+1` where `x >= 0`, else `-1`, in the dtype of `x`. Both zeros give `+1`, because a bit has no third state."""
     return binary_sign_(x.clone())
 
 
 def binary_sign_(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`binary_sign`, for which `x` is given up; in another dtype if one is given."""
-    # A choice by mask (torch.where) is 20 times slower on a CPU.
+    """`binary_sign` that overwrites `x`. `dtype` is the dtype of the result, by default that of `x`."""
+    # torch.where is 20 times slower on a CPU.
     return x.ge_(0).to(dtype or x.dtype).mul_(2).sub_(1)
 
 
 def approx_sign_slope(x: torch.Tensor) -> torch.Tensor:
-    """`max(0, 2 - 2|x|)`: `2 + 2x` on [-1, 0], `2 - 2x` on (0, 1], else 0 (Bi-Real Net, Liu et al., ECCV 2018)."""
+    """
+    Gradient of the sign in training: `max(0, 2 - 2|x|)`.
+
+    Bi-Real Net, Liu et al., ECCV 2018.
+    """
     return torch.rsub(x.abs(), 2, alpha=2).clamp_(min=0)
 
 
@@ -40,7 +53,8 @@ class ApproxSign(Function):
     Sign of a shifted activation.
 
     Forward: `sign(x + shift)`, x `(..., channels)`, shift `(channels,)`.
-    Gradient: to x, `slope(x + shift)`, a new tensor; to shift, its sum over all but the channels.
+    Gradient: to x, `slope(x + shift)`; to shift, its sum over all dimensions but the last. `slope` returns a new
+    tensor.
     ReActNet, Liu et al., ECCV 2020, eq. 1 (RSign).
     """
 
@@ -58,13 +72,63 @@ class ApproxSign(Function):
         return grad_x, grad_x.sum_to_size(shift.shape), None
 
 
+# ---- Quantizers ----
+
+
+def quantize_weight(weight: torch.Tensor, bits: int, clip_value: float, center: bool) -> torch.Tensor:
+    """
+    Weight `(out, ...)` on `bits` bits.
+
+    1 bit has a scale per row, 2 to 8 bits have a scale per tensor, 32 bits return the weight itself.
+    """
+    if bits == 32:
+        return weight
+    if bits == 1:
+        return BinarizeWeight.apply(weight, center)
+    return QuantizeMultiBit.apply(weight, bits, clip_value, tuple(range(weight.dim())))
+
+
+def weight_levels(
+    weight: torch.Tensor, bits: int, clip_value: float, center: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The two factors of `quantize_weight`, for packing: whole numbers in the shape of the weight, and their scale.
+
+    The numbers are -1 and 1 for 1 bit, `-(2**(bits - 1) - 1)` to `2**(bits - 1) - 1` for 2 to 8 bits. The scale
+    broadcasts.
+    """
+    if bits == 1:
+        return binary_sign(center_rows(weight) if center else weight), row_scale(weight)
+    return multi_bit_levels(weight, bits, clip_value, tuple(range(weight.dim())))
+
+
+def quantize_input(
+    x: torch.Tensor, shift: torch.Tensor, bits: int, clip_value: float, slope: Callable = approx_sign_slope
+) -> torch.Tensor:
+    """
+    `x + shift` on `bits` bits, x `(..., channels)`.
+
+    2 to 8 bits have a scale per token, so that images stay independent. `slope` is the gradient of the sign for 1 bit.
+    """
+    if bits == 32:
+        return x + shift
+    if bits == 1:
+        return ApproxSign.apply(x, shift, slope)
+    return QuantizeMultiBit.apply(x + shift, bits, clip_value, (-1,))
+
+
+def quantize_probability(probabilities: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
+    """Attention probabilities on `2**bits` levels, `step` apart. 32 bits return the probabilities themselves."""
+    return probabilities if bits == 32 else QuantizeProbability.apply(probabilities, step, 2**bits - 1)
+
+
 class BinarizeWeight(Function):
     """
     Sign of a weight times one scale per output channel.
 
-    Forward: `a * sign(w')`, with `w' = w - mean(w)` of each row if `center`, else `w' = w`; `a = mean(|w|)` of the row,
-    uncentred. A row is all but the first dimension.
-    Gradient: of `clamp(w', -1, 1)`, through the centring; `a` is taken as constant.
+    Forward: `a * sign(w')`, with `w' = w - mean(w)` of each row if `center`, else `w' = w`. `a = mean(|w|)` of the row
+    of w. A row is all but the first dimension.
+    Gradient: of `clamp(w', -1, 1)`, through the centring; `a` counts as constant.
     BiBERT, Qin et al., ICLR 2022 (centring); XNOR-Net, Rastegari et al., ECCV 2016 (scale).
     """
 
@@ -83,36 +147,24 @@ class BinarizeWeight(Function):
         return center_rows(grad) if ctx.center else grad, None
 
 
-class QuantizeProbability(Function):
-    """
-    Attention probabilities on a grid of learned step.
+def row_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Mean of |weight| over all dimensions but the first: `(out, ...) -> (out, 1, ...)`."""
+    return weight.abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
 
-    Forward: `clamp(round(p / step), 0, levels) * step`, p non-negative, step a scalar; `levels = 2**bits - 1`.
-    Gradient: to p, 1 where `0 <= p / step <= levels`, else 0; to step, `round(p / step) - p / step` there and `levels`
-    above, summed.
-    BiT, Liu et al., NeurIPS 2022 (elastic binarisation without offset).
-    """
 
-    @staticmethod
-    def forward(ctx, probabilities, step, levels):
-        ctx.save_for_backward(probabilities, step)
-        ctx.levels = levels
-        return probability_levels(probabilities, step, levels)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        return *probability_gradient(*ctx.saved_tensors, ctx.levels, grad_output), None
+def center_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Weight minus its mean over all dimensions but the first."""
+    return weight - weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
 
 
 class QuantizeMultiBit(Function):
     """
-    2 to 8 bits, zero included.
+    Weights or activations on 2 to 8 bits, zero included.
 
-    Forward, x clipped to `[-clip_value, clip_value]` first: with 2 bits ternary, `a * sign(x)` where
-    `|x| > 0.7 * mean(|x|)`, else 0, `a` the mean of |x| where it is not 0 (TWN, Li et al., 2016); else uniform,
-    `round(x / s) * s` with `s = max(|x|) / (2**(bits - 1) - 1)`. Statistics are over the dimensions `dims`.
-    Gradient: 1 where `|x| <= clip_value`, else 0; through no statistic.
+    Forward, x clipped to `[-clip_value, clip_value]` first: 2 bits are ternary, `a * sign(x)` where `|x| > 0.7 *
+    mean(|x|)`, else 0, and `a` is the mean of |x| where the result is not 0 (TWN, Li et al., 2016). 3 to 8 bits are
+    uniform, `round(x / s) * s` with `s = max(|x|) / (2**(bits - 1) - 1)`. Statistics are over the dimensions `dims`.
+    Gradient: 1 where `|x| <= clip_value`, else 0. The statistics count as constants.
     """
 
     @staticmethod
@@ -129,44 +181,48 @@ class QuantizeMultiBit(Function):
         return grad_output * (x.abs() <= ctx.clip_value), None, None, None
 
 
-def quantize_weight(weight: torch.Tensor, bits: int, clip_value: float, center: bool) -> torch.Tensor:
-    """Weight `(out, ...)` on `bits` bits; 1 has a scale per row, 2 to 8 one for the tensor, 32 is untouched."""
-    if bits == 32:
-        return weight
-    if bits == 1:
-        return BinarizeWeight.apply(weight, center)
-    return QuantizeMultiBit.apply(weight, bits, clip_value, tuple(range(weight.dim())))
-
-
-def weight_levels(
-    weight: torch.Tensor, bits: int, clip_value: float, center: bool
+def multi_bit_levels(
+    x: torch.Tensor, bits: int, clip_value: float, dims: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What `quantize_weight` multiplies, for packing: whole numbers in the shape of the weight, -1 and 1 for 1 bit and
-    `-(2**(bits - 1) - 1)` to `2**(bits - 1) - 1` for 2 to 8; and their scale, kept for broadcasting.
-    """
-    if bits == 1:
-        return binary_sign(center_rows(weight) if center else weight), row_scale(weight)
-    return multi_bit_levels(weight, bits, clip_value, tuple(range(weight.dim())))
+    """Whole numbers and scale of `QuantizeMultiBit`."""
+    clipped = x.clamp(-clip_value, clip_value)
+    return ternary_levels(clipped, dims) if bits == 2 else uniform_levels(clipped, bits, dims)
 
 
-def quantize_input(
-    x: torch.Tensor, shift: torch.Tensor, bits: int, clip_value: float, slope: Callable = approx_sign_slope
-) -> torch.Tensor:
-    """
-    `x + shift` on `bits` bits; 2 to 8 have a scale per token (last dimension), so that images stay independent. `slope` is
-    the gradient of the sign, for 1.
-    """
-    if bits == 32:
-        return x + shift
-    if bits == 1:
-        return ApproxSign.apply(x, shift, slope)
-    return QuantizeMultiBit.apply(x + shift, bits, clip_value, (-1,))
+def ternary_levels(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    magnitude = x.abs()
+    mask = magnitude > 0.7 * magnitude.mean(dim=dims, keepdim=True)
+    # The mask of an all-zero tensor is empty: 0 / 1 instead of 0 / 0.
+    scale = (magnitude * mask).sum(dim=dims, keepdim=True) / mask.sum(dim=dims, keepdim=True).clamp(min=1)
+    return x.sign() * mask, scale
 
 
-def quantize_probability(probabilities: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
-    """Attention probabilities on `2**bits` levels of distance `step`; 32 is untouched."""
-    return probabilities if bits == 32 else QuantizeProbability.apply(probabilities, step, 2**bits - 1)
+def uniform_levels(x: torch.Tensor, bits: int, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    step = x.abs().amax(dim=dims, keepdim=True) / (2 ** (bits - 1) - 1)
+    step = step.masked_fill(step == 0, 1)  # an all-zero tensor: 0 / 1 instead of 0 / 0
+    return (x / step).round(), step
+
+
+class QuantizeProbability(Function):
+    """
+    Attention probabilities on a grid of learned step.
+
+    Forward: `clamp(round(p / step), 0, levels) * step`, p not negative, step a scalar, `levels = 2**bits - 1`.
+    Gradient: to p, 1 where `p / step <= levels`, else 0; to step, the sum of `round(p / step) - p / step` where
+    `p / step <= levels`, else `levels`.
+    BiT, Liu et al., NeurIPS 2022 (elastic binarisation without offset).
+    """
+
+    @staticmethod
+    def forward(ctx, probabilities, step, levels):
+        ctx.save_for_backward(probabilities, step)
+        ctx.levels = levels
+        return probability_levels(probabilities, step, levels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        return *probability_gradient(*ctx.saved_tensors, ctx.levels, grad_output), None
 
 
 def probability_levels(probabilities: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
@@ -179,48 +235,20 @@ def probability_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `QuantizeProbability` to the probabilities and to the step."""
     scaled = probabilities / step
-    inside = scaled.clone().le_(levels)  # a probability is never negative; 1 or 0, for masks are slow on a CPU
-    of_step = scaled.round().clamp_(max=levels).addcmul_(scaled, inside, value=-1)
-    return inside.mul_(grad_output), of_step.mul_(grad_output).sum().to(step.dtype)
+    inside = scaled.clone().le_(levels)  # 1.0 or 0.0, because boolean masks are slow on a CPU
+    slope_of_step = scaled.round().clamp_(max=levels).addcmul_(scaled, inside, value=-1)
+    return inside.mul_(grad_output), slope_of_step.mul_(grad_output).sum().to(step.dtype)
 
 
-def row_scale(weight: torch.Tensor) -> torch.Tensor:
-    """Mean of |weight| over all but the first dimension, kept for broadcasting."""
-    return weight.abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-
-
-def center_rows(weight: torch.Tensor) -> torch.Tensor:
-    return weight - weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-
-
-def multi_bit_levels(
-    x: torch.Tensor, bits: int, clip_value: float, dims: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers and their scale, of `QuantizeMultiBit`."""
-    clipped = x.clamp(-clip_value, clip_value)
-    return ternary_levels(clipped, dims) if bits == 2 else uniform_levels(clipped, bits, dims)
-
-
-def ternary_levels(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    magnitude = x.abs()
-    mask = magnitude > 0.7 * magnitude.mean(dim=dims, keepdim=True)
-    # All zeros have no mask and no scale: 0 / 1 instead of 0 / 0.
-    scale = (magnitude * mask).sum(dim=dims, keepdim=True) / mask.sum(dim=dims, keepdim=True).clamp(min=1)
-    return x.sign() * mask, scale
-
-
-def uniform_levels(x: torch.Tensor, bits: int, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    step = x.abs().amax(dim=dims, keepdim=True) / (2 ** (bits - 1) - 1)
-    # An all-zero tensor has no step; any will do.
-    step = step.masked_fill(step == 0, 1)
-    return (x / step).round(), step
+# ---- Batch normalisation over all processes ----
 
 
 class SyncedBatchNorm(Function):
     """
     Batch normalisation by the statistics of all processes.
 
-    Forward: `BN(x)`, x `(rows, channels)`, `mean` and `variance` of all `batch_rows` rows.
+    Forward: `BN(x)`, x `(rows, channels)`; `mean` and `variance` `(channels,)` are over the `batch_rows` rows of all
+    processes (`batch_statistics`).
     Gradient: exact, of the sum of the losses of all processes.
     """
 
@@ -237,7 +265,7 @@ class SyncedBatchNorm(Function):
         x, mean, variance, weight = ctx.saved_tensors
         sums = torch.stack((grad_output.sum(0), (grad_output * (x - mean)).sum(0)))
         coefficients, grad_weight, grad_bias = norm_gradient(sums, weight, mean, variance, ctx.batch_rows, ctx.eps)
-        grad_x = apply_norm_gradient(grad_output, x, coefficients).to(x.dtype)
+        grad_x = apply_norm_gradient(grad_output, x, coefficients)
         return grad_x, None, None, None, None, grad_weight, grad_bias
 
 
@@ -249,9 +277,14 @@ def batch_statistics(
     blocks: Sequence[torch.Tensor], norm: nn.BatchNorm1d, unpack: Callable = torch.Tensor.detach
 ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
     """
-    Mean and (biased) variance of each channel over the rows of all `blocks (rows, channels)` of all processes, and the
-    number of these rows, a tensor where there are several processes; the running statistics of `norm` are updated.
-    `unpack` makes rows of each block.
+    Statistics of a batch over the rows of all processes. Updates the running statistics of `norm`.
+
+    Args:
+        blocks: the rows of this process, in blocks.
+        unpack: makes `(rows, channels)` of a block.
+
+    Returns: Mean and biased variance `(channels,)`, and the number of rows. The number is a tensor if there are
+        several processes.
 
     Raises:
         ValueError: there is one row, which has no unbiased variance.
@@ -262,15 +295,15 @@ def batch_statistics(
     if len(blocks) == 1 and not is_distributed():
         running = norm.running_mean, norm.running_var
         return *torch.batch_norm_update_stats(unpack(blocks[0]), *running, norm.momentum), count
-    # Of each block by the kernel that is made for it, which updates no running statistics where it is given none.
+    # The kernel updates no running statistics if it gets none.
     parts = [torch.batch_norm_update_stats(unpack(block), None, None, norm.momentum) for block in blocks]
-    # In float64, for squares of means are subtracted again.
+    # float64, because the square of the mean is subtracted below.
     means, variances = (torch.stack(part).double() for part in zip(*parts))
     rows = means.new_tensor([[block.shape[0]] for block in blocks])
     sums = torch.stack([(rows * part).sum(0) for part in (torch.ones_like(means), means, variances + means.square())])
     if is_distributed():
         dist.all_reduce(sums)
-        count = sums[0, 0]  # stays on the device, which need not be waited for
+        count = sums[0, 0]  # a tensor: reading the number would wait for the device
     mean, square = sums[1:] / count
     variance = square - mean.square()
     unbiased = variance * (count / (count - 1))
@@ -281,27 +314,32 @@ def batch_statistics(
 
 
 def norm_gradient(
-    sums: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, batch_rows, eps: float
+    sums: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    batch_rows: int | torch.Tensor,
+    eps: float,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     """
     Gradient of batch normalisation.
 
     Args:
-        sums: of the gradient, and of its product with `x - mean`, over the rows of this process: `(2, channels)`.
-        batch_rows: as `batch_statistics` counts the rows that mean and variance are of, which the gradient then goes
-            through; 0 where they are running statistics.
+        sums: `(2, channels)`, sums over the rows of this process of the gradient and of its product with `x - mean`.
+        batch_rows: number of rows that mean and variance are over (`batch_statistics`). 0 for running statistics,
+            which pass no gradient.
 
     Returns:
-        the coefficients that make the gradient to x (`apply_norm_gradient`), and the gradients to weight and bias.
+        Coefficients for `apply_norm_gradient`, and the gradients to weight and bias.
     """
     spread = torch.rsqrt(variance + eps)
     grad_bias, grad_weight = sums[0], sums[1] * spread
     of_grad = weight * spread
-    synced = isinstance(batch_rows, torch.Tensor)
-    if not synced and batch_rows == 0:
+    is_synced = isinstance(batch_rows, torch.Tensor)
+    if not is_synced and batch_rows == 0:
         return (of_grad, torch.zeros_like(of_grad), torch.zeros_like(of_grad)), grad_weight, grad_bias
     means = torch.stack((grad_bias, grad_weight))
-    if synced:  # through the statistics each row feels the rows of all processes
+    if is_synced:  # the statistics connect each row with the rows of all processes
         dist.all_reduce(means)
         batch_rows = batch_rows.to(means.dtype)
     mean_grad, mean_grad_normed = means / batch_rows
@@ -310,21 +348,20 @@ def norm_gradient(
 
 
 def apply_norm_gradient(grad: torch.Tensor, x: torch.Tensor, coefficients: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Gradient of batch normalisation to some of its rows, from that of their results: both `(rows, channels)`."""
+    """Gradient of batch normalisation to x `(rows, channels)`, in its dtype, from the gradient of the result."""
     of_grad, of_x, constant = coefficients
-    return torch.addcmul(constant, x, of_x).addcmul_(grad, of_grad)
+    return torch.addcmul(constant, x, of_x).addcmul_(grad, of_grad).to(x.dtype)
 
 
-def fold_norm(mean, variance, eps, weight, bias) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalisation and affine as one: `x * scale + offset`, in the dtype of the weight."""
+def fold_norm(
+    mean: torch.Tensor, variance: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of batch normalisation as `x * scale + offset`: `(channels,)` in the dtype of the weight."""
     scale = weight * torch.rsqrt(variance + eps)
     return scale.to(weight.dtype), (bias - mean * scale).to(weight.dtype)
 
 
-# Older versions of PyTorch do not tell what the CPU can do.
-CPU_FEATURES = getattr(torch.cpu, "get_capabilities", dict)()
-HAS_BYTE_PRODUCTS = any(CPU_FEATURES.get(name) for name in ("avx512_vnni", "avx_vnni"))
-BLOCK_ELEMENTS = 2**19  # two megabytes in float32; 2**18 and 2**20 are slower by 7 and 1 %, 2**15 by half
+# ---- Fused steps ----
 
 
 class SignLinear(Function):
@@ -332,7 +369,7 @@ class SignLinear(Function):
     Product of a shifted, binarised activation with a weight that is quantised already.
 
     Forward: `sign(x + shift) @ weight.T`, x `(rows, in)`, shift `(in,)`, weight `(out, in)`, result `(rows, out)`.
-    Gradient: of `ApproxSign`, whose `slope` it takes, and of the product.
+    Gradient: of `ApproxSign` with this `slope`, and of the product.
     """
 
     @staticmethod
@@ -341,103 +378,80 @@ class SignLinear(Function):
         ctx.slope = slope
         if weight_bits == 1:
             return map_rows(BinarizedWeight(shift, weight).product, x)
-        return map_rows(lambda x: nn.functional.linear(binary_sign_(x + shift), weight), x)
+        return map_rows(lambda rows: nn.functional.linear(binary_sign_(rows + shift), weight), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, shift, weight = ctx.saved_tensors
-        product = SignLinearGradient(shift, weight, ctx.slope)
-        return map_rows(product.backward, x, grad_output), product.grad_shift, product.grad_weight, None, None
+        gradient = SignLinearGradient(shift, weight, ctx.slope)
+        return map_rows(gradient.add_block, x, grad_output), gradient.grad_shift, gradient.grad_weight, None, None
 
 
 class NormShortcutRPReLU(Function):
     """
-    `RPReLU(BN(x) + shortcut)`, with the shortcut's channels repeated or averaged to fit (`add_fitted_`).
+    `RPReLU(BN(x) + shortcut)`. The channels of the shortcut are repeated or averaged to fit (`add_fitted_`).
 
-    Forward: x `(rows, channels)`, shortcut `(rows, shortcut_channels)`, `mean` and `variance` of the normalisation and
-    the parameters `(channels,)`; result `(rows, channels)`.
-    Gradient: exact; through mean and variance too if they are of a batch (`norm_gradient` has `batch_rows`).
+    Forward: x `(rows, channels)`, shortcut `(rows, shortcut_channels)`, result `(rows, channels)`. `mean` and
+    `variance` `(channels,)` are over `batch_rows` rows; `parameters` are those of `NormRPReLU`.
+    Gradient: exact, through the statistics of a batch too.
     """
 
     @staticmethod
-    def forward(ctx, x, shortcut, mean, variance, batch_rows, eps, weight, bias, shift_in, slope, shift_out):
-        ctx.save_for_backward(x, shortcut, mean, variance, weight, bias, shift_in, slope)
+    def forward(ctx, x, shortcut, mean, variance, batch_rows, eps, *parameters):
+        ctx.save_for_backward(x, shortcut, mean, variance, *parameters)
         ctx.batch_rows, ctx.eps = batch_rows, eps
-        scale, offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
-        return map_rows(lambda x, shortcut: rprelu(folded(x, shortcut, scale, offset), slope, shift_out), x, shortcut)
+        return map_rows(NormRPReLU(mean, variance, eps, *parameters).forward, x, shortcut)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        x, shortcut, mean, variance, weight, bias, shift_in, slope = ctx.saved_tensors
-        scale, offset = fold_norm(mean, variance, ctx.eps, weight, bias - shift_in)
-        activation = RPReLUGradient(slope, mean)
+        x, shortcut, mean, variance, *parameters = ctx.saved_tensors
+        norm = NormRPReLU(mean, variance, ctx.eps, *parameters)
+        gradient = NormRPReLUGradient(norm, ctx.batch_rows)
         grad_shortcut = torch.empty_like(shortcut)
 
-        def block_backward(x, shortcut, grad_output, grad_shortcut):
-            grad = activation.backward(x, folded(x, shortcut, scale, offset), grad_output)
+        def add_block(x, shortcut, grad_output, grad_shortcut):
+            grad = gradient.add_block(x, norm.shifted(x, shortcut), grad_output)
             grad_shortcut.copy_(fit_gradient(grad, shortcut.shape[-1]))
             return grad
 
-        grad = map_rows(block_backward, x, shortcut, grad_output, grad_shortcut)
-        coefficients, grad_weight, grad_bias = norm_gradient(
-            activation.norm_sums, weight, mean, variance, ctx.batch_rows, ctx.eps
-        )
-        grad_x = map_rows(lambda grad, x: apply_norm_gradient(grad, x, coefficients).to(x.dtype), grad, x)
-        return (
-            grad_x,
-            grad_shortcut,
-            *4 * (None,),
-            grad_weight,
-            grad_bias,
-            -grad_bias,  # the shift enters where the bias does, with the other sign
-            activation.grad_slope,
-            activation.grad_shift_out,
-        )
+        grad = map_rows(add_block, x, shortcut, grad_output, grad_shortcut)
+        grad_parameters = gradient.finish()
+        grad_x = map_rows(gradient.input_gradient, x, grad)
+        # None for mean, variance, batch_rows and eps
+        return grad_x, grad_shortcut, None, None, None, None, *grad_parameters
 
 
 class BinaryMLPProducts(Function):
     """
-    Both products of a binary MLP with all that stands between them, whose many channels never reach memory as floats.
+    Both products of a binary MLP and all steps between them. The inner channels never reach memory as floats.
 
-    Forward: `g = RPReLU(BN(sign(x + shift1) @ weight1.T) + x)`, x repeated to fit; results `sign(g + shift2) @ weight2.T`
-    and the mean of g over runs of neighbours, the shortcut of what follows. x and both results `(rows, channels)`,
-    weight1 `(inner, channels)`, weight2 `(channels, inner)`, both binarised already. `statistics` takes the first product
-    and gives mean, variance and `batch_rows` (`batch_statistics`); `sign_slopes` are the gradients of both signs.
-    Gradient: of `SignLinear` and `NormShortcutRPReLU`. Of `inner` channels it keeps the first product alone, as the whole
-    numbers that it is but for the scale of each row of weight1 (`PackedCounts`).
+    Forward: `g = RPReLU(BN(sign(x + shift1) @ weight1.T) + x)`, x repeated to fit. The results are
+    `sign(g + shift2) @ weight2.T`, and the mean of g over runs of neighbours, which is the shortcut of that product.
+    Gradient: of `SignLinear` and `NormShortcutRPReLU`. It keeps the first product, as whole numbers (`PackedCounts`).
+
+    Args:
+        x: `(rows, channels)`, also the shape of both results.
+        weight1, weight2: `(inner, channels)` and `(channels, inner)`, both binarised already.
+        slopes: gradients of both signs.
+        statistics: `TokenBatchNorm.statistics`; it gets blocks of the first product.
+        parameters: weight, bias, shift_in, slope and shift_out of `NormRPReLU`.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        shift1,
-        weight1,
-        statistics,
-        eps,
-        weight,
-        bias,
-        shift_in,
-        slope,
-        shift_out,
-        shift2,
-        weight2,
-        *sign_slopes,
-    ):
-        rows, counts = rows_per_block(x, weight1.shape[0]), PackedCounts(weight1)
+    def forward(ctx, x, shift1, weight1, shift2, weight2, slopes, statistics, eps, *parameters):
+        counts, rows = PackedCounts(weight1), rows_per_block(x, weight1.shape[0])
         first, second = BinarizedWeight(shift1, weight1), BinarizedWeight(shift2, weight2)
-        # Never one tensor: its blocks are smaller than what the allocator of the CPU hands back after every use.
+        # A list: the allocator keeps small blocks, but returns one large tensor to the system after every use.
         inner = [counts.pack(first.count(part)) for part in x.split(rows)]
         mean, variance, batch_rows = statistics(inner, counts.unpack)
-        parameters = (weight, bias, shift_in, slope, shift_out, shift2, weight2)
-        ctx.save_for_backward(x, shift1, weight1, mean, variance, *parameters, *inner)
-        ctx.rows, ctx.batch_rows, ctx.eps, ctx.sign_slopes = rows, batch_rows, eps, sign_slopes
-        scale, offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
+        ctx.save_for_backward(x, shift1, weight1, shift2, weight2, mean, variance, *parameters, *inner)
+        ctx.rows, ctx.batch_rows, ctx.eps, ctx.slopes = rows, batch_rows, eps, slopes
+        norm = NormRPReLU(mean, variance, eps, *parameters)
         products, pooled = [], torch.empty_like(x)
         for inner_part, x_part, pooled_part in zip(inner, *split(rows, x, pooled)):
-            activated = rprelu(folded(counts.unpack(inner_part), x_part, scale, offset), slope, shift_out)
+            activated = norm.forward(counts.unpack(inner_part), x_part)
             products.append(second.product(activated))
             pooled_part.copy_(activated.unflatten(-1, (x.shape[-1], -1)).mean(-1))
         return torch.cat(products), pooled
@@ -445,61 +459,47 @@ class BinaryMLPProducts(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_product, grad_pooled):
-        x, shift1, weight1, mean, variance, weight, bias, shift_in, slope, shift_out, shift2, weight2, *inner = (
-            ctx.saved_tensors
-        )
-        counts = PackedCounts(weight1)
-        scale, offset = fold_norm(mean, variance, ctx.eps, weight, bias - shift_in)
-        slope1, slope2 = ctx.sign_slopes
-        first, second = SignLinearGradient(shift1, weight1, slope1), SignLinearGradient(shift2, weight2, slope2)
-        activation = RPReLUGradient(slope, mean)
+        x, shift1, weight1, shift2, weight2, mean, variance, *saved = ctx.saved_tensors
+        norm, inner = NormRPReLU(mean, variance, ctx.eps, *saved[:5]), saved[5:]
+        counts, gradient = PackedCounts(weight1), NormRPReLUGradient(norm, ctx.batch_rows)
+        first = SignLinearGradient(shift1, weight1, ctx.slopes[0])
+        second = SignLinearGradient(shift2, weight2, ctx.slopes[1])
         grad_x = torch.empty_like(x)
         grad_pooled = grad_pooled * (x.shape[-1] / weight1.shape[0])
+
         grads = []
         for inner_part, x_part, grad_product_part, grad_pooled_part, grad_x_part in zip(
             inner, *split(ctx.rows, x, grad_product, grad_pooled, grad_x)
         ):
             unpacked = counts.unpack(inner_part)
-            shifted = folded(unpacked, x_part, scale, offset)
-            grad = second.backward(rprelu(shifted, slope, shift_out), grad_product_part)
+            shifted = norm.shifted(unpacked, x_part)
+            grad = second.add_block(norm.rprelu(shifted), grad_product_part)
             grad.unflatten(-1, (x.shape[-1], -1)).add_(grad_pooled_part.unsqueeze(-1))
-            grads.append(activation.backward(unpacked, shifted, grad))
+            grads.append(gradient.add_block(unpacked, shifted, grad))
             grad_x_part.copy_(fit_gradient(grads[-1], x.shape[-1]))
-        coefficients, grad_weight, grad_bias = norm_gradient(
-            activation.norm_sums, weight, mean, variance, ctx.batch_rows, ctx.eps
-        )
+        grad_parameters = gradient.finish()
+
         grads.reverse()
         for inner_part, x_part, grad_x_part in zip(inner, *split(ctx.rows, x, grad_x)):
-            grad_inner = apply_norm_gradient(grads.pop(), counts.unpack(inner_part), coefficients)
-            grad_x_part.add_(first.backward(x_part, grad_inner.to(grad_product.dtype)))
-        return (
-            grad_x,
-            first.grad_shift,
-            first.grad_weight,
-            None,
-            None,
-            grad_weight,
-            grad_bias,
-            -grad_bias,
-            activation.grad_slope,
-            activation.grad_shift_out,
-            second.grad_shift,
-            second.grad_weight,
-            None,
-            None,
-        )
+            # popped, so that each gradient is freed once used
+            grad_inner = gradient.input_gradient(counts.unpack(inner_part), grads.pop())
+            grad_x_part.add_(first.add_block(x_part, grad_inner.to(grad_product.dtype)))
+
+        grad_weights = first.grad_shift, first.grad_weight, second.grad_shift, second.grad_weight
+        # None for slopes, statistics and eps
+        return grad_x, *grad_weights, None, None, None, *grad_parameters
 
 
 class BinaryAttentionProducts(Function):
     """
     Attention of signs: `probabilities = quantize(softmax(sign(query) @ sign(key).T * scale))` and their product with
-    `sign(value)`, the shifts added before each sign.
+    `sign(value)`. A shift is added before each sign.
 
-    Forward: query `(batch, queries, channels)`, key and value `(batch, keys, channels)`, shifts `(channels,)`, `step` of
-    the probabilities (`QuantizeProbability` with one level); results `(batch, queries, channels)` and the probabilities
-    `(batch, heads, queries, keys)`.
-    Gradient: of `ApproxSign`, whose `sign_slope` it takes, `QuantizeProbability` and the products. It keeps its inputs and
-    the softmax; composed it would keep the signs and the quantised probabilities, too.
+    Forward: query `(batch, queries, channels)`, key and value `(batch, keys, channels)`, shifts `(channels,)`, `step`
+    of the probabilities (`QuantizeProbability` with one level). Results: the product `(batch, queries, channels)` and
+    the probabilities `(batch, heads, queries, keys)`.
+    Gradient: of `ApproxSign` with this `sign_slope`, `QuantizeProbability` and the products. It keeps its inputs and
+    the softmax. Composed of single operations, it would also keep the signs and the quantised probabilities.
     """
 
     @staticmethod
@@ -523,21 +523,22 @@ class BinaryAttentionProducts(Function):
     def backward(ctx, grad_context, grad_probabilities):
         query, key, value, query_shift, key_shift, value_shift, step, *softmaxes = ctx.saved_tensors
         inputs, shifts = (query, key, value), (query_shift, key_shift, value_shift)
+        images = softmaxes[0].shape[0]
         if grad_context is None:  # only the probabilities were used
             grad_context = torch.zeros_like(query)
-        images = softmaxes[0].shape[0]
-        grads_of_probabilities = len(softmaxes) * [None]
-        if grad_probabilities is not None:
-            grads_of_probabilities = grad_probabilities.split(images)
+        if grad_probabilities is None:  # only the context was used
+            grad_probability_parts = len(softmaxes) * [None]
+        else:
+            grad_probability_parts = grad_probabilities.split(images)
         grads, grad_shifts = [torch.empty_like(x) for x in inputs], [torch.zeros_like(shift) for shift in shifts]
         grad_step = torch.zeros_like(step)
+        dtype = grad_context.dtype  # of all products: half precision under autocast
         for softmax, grad_probability, grad_context_part, *parts in zip(
-            softmaxes, grads_of_probabilities, *split(images, grad_context, *inputs, *grads)
+            softmaxes, grad_probability_parts, *split(images, grad_context, *inputs, *grads)
         ):
-            shifted = [x + shift for x, shift in zip(parts, shifts)]
+            x_parts, grad_parts = parts[:3], parts[3:]
+            shifted = [x + shift for x, shift in zip(x_parts, shifts)]
             slopes = [ctx.sign_slope(x) for x in shifted]
-            # Under autocast the products are in half precision.
-            dtype = grad_context.dtype
             query_sign, key_sign, value_sign = (split_heads(binary_sign_(x, dtype), ctx.num_heads) for x in shifted)
             grad_heads = split_heads(grad_context_part, ctx.num_heads)
             grad_value = probability_levels(softmax, step, 1).to(dtype).transpose(-1, -2) @ grad_heads
@@ -549,7 +550,7 @@ class BinaryAttentionProducts(Function):
             grad_scores = torch.ops.aten._softmax_backward_data(grad, softmax, -1, softmax.dtype)
             grad_scores = grad_scores.mul_(ctx.scale).to(dtype)
             grad_signs = (grad_scores @ key_sign, grad_scores.transpose(-1, -2) @ query_sign, grad_value)
-            for grad_part, grad_shift, slope, grad_sign in zip(parts[3:], grad_shifts, slopes, grad_signs):
+            for grad_part, grad_shift, slope, grad_sign in zip(grad_parts, grad_shifts, slopes, grad_signs):
                 torch.mul(slope, merge_heads(grad_sign), out=grad_part)
                 grad_shift.add_(grad_part.sum((0, 1)))
         return *grads, *grad_shifts, grad_step, None, None
@@ -557,11 +558,12 @@ class BinaryAttentionProducts(Function):
 
 class AddAvgPools(Function):
     """
-    `x + shift + sum_i scale_i * mean_i(pooled)`, each mean over an odd kernel around every token; outside of the map is 0.
+    `x + shift + sum_i scale_i * mean_i(pooled)`. Each mean is over an odd kernel around every token, padded with
+    zeros.
 
-    Forward: x and pooled `(batch, height * width, channels)`, `grid_size` `(height, width)`, `kernel_sizes` as many as
-    scales, shift and scales `(channels,)`; result as x.
-    Gradient: exact. It keeps `pooled` alone.
+    Forward: x and pooled `(batch, height * width, channels)`, `grid_size` `(height, width)`, one of `kernel_sizes`
+    `(height, width)` per scale, shift and scales `(channels,)`; the result has the shape of x.
+    Gradient: exact. It keeps `pooled` and the scales.
     """
 
     @staticmethod
@@ -594,7 +596,7 @@ class AddAvgPools(Function):
 
 
 def same_avg_pool(x: torch.Tensor, grid_size: tuple[int, int], kernel_size: tuple[int, int]) -> torch.Tensor:
-    """Mean over zero-padded neighbourhoods: `(batch, height * width, channels)`, as the result."""
+    """Mean over zero-padded neighbourhoods of tokens: `(batch, height * width, channels)`, also the result's shape."""
     # (batch, height * width, channels) -> (batch, channels, height, width), channels last in memory
     token_map = x.unflatten(1, grid_size).permute(0, 3, 1, 2)
     padding = tuple(size // 2 for size in kernel_size)
@@ -612,10 +614,15 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+# ---- Products of signs ----
+
+
 class BinarizedWeight:
     """
-    A binarised weight `(out, in)`, signs times a scale for each row, and what it makes of `sign(x + shift)`, x `(rows, in)`,
-    shift `(in,)`: in whole bytes, a quarter of the time, where the CPU has instructions for their products.
+    Products of `sign(x + shift)` with a binarised weight. x `(rows, in)`, shift `(in,)`.
+
+    The weight `(out, in)` is signs times a scale per row. On CPUs with byte products the signs are multiplied as
+    bytes, which takes a quarter of the time.
     """
 
     def __init__(self, shift: torch.Tensor, weight: torch.Tensor):
@@ -635,10 +642,23 @@ class BinarizedWeight:
         return self.count(x) * row_magnitude(self.weight)
 
 
+def multiplies_bytes(weight: torch.Tensor) -> bool:
+    """Whether byte products are available and faster than float products for this weight."""
+    return (
+        HAS_BYTE_PRODUCTS
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
 class PackedCounts:
     """
-    What `BinarizedWeight` counts, for a weight `(out, in)`: whole numbers from -in to in, all even or all odd as `in` is,
-    kept in one byte where they fit, else in two.
+    Compact storage for the counts of `BinarizedWeight`, for a weight `(out, in)`.
+
+    A count is a whole number from -in to in. All are even or all are odd, as `in` is. So half of it is stored for an
+    even `in`. It takes one byte if it fits, else two.
     """
 
     def __init__(self, weight: torch.Tensor):
@@ -650,19 +670,25 @@ class PackedCounts:
         return (counts * (1 / self.step)).to(self.dtype)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """What the product with the weight itself is, in the weight's dtype."""
+        """Product with the weight itself, scale included, in the dtype of the weight."""
         return packed * self.unit
 
 
+def row_magnitude(weight: torch.Tensor) -> torch.Tensor:
+    """Scale of each row of a binarised weight: `(out, in) -> (out,)`."""
+    return weight[:, 0].abs()
+
+
 class SignLinearGradient:
-    """Backward of `sign_linear`, block by block: sums the gradients to shift and weight, gives that to each block's x."""
+    """Backward of `SignLinear`, block by block. `grad_shift` and `grad_weight` sum the gradients of all blocks."""
 
     def __init__(self, shift: torch.Tensor, weight: torch.Tensor, slope: Callable):
         self.shift, self.weight, self.slope = shift, weight, slope
         self.grad_shift, self.grad_weight = torch.zeros_like(shift), torch.zeros_like(weight)
 
-    def backward(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-        # Under autocast the product, and so its gradient, is in half precision, x and weight are not.
+    def add_block(self, x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+        """Adds one block to the sums; returns its gradient to x."""
+        # Under autocast the product and its gradient are in half precision, x and weight are not.
         product_dtype = grad_output.dtype
         shifted = x + self.shift
         grad_x = self.slope(shifted).mul_(grad_output @ self.weight.to(product_dtype))
@@ -671,58 +697,81 @@ class SignLinearGradient:
         return grad_x
 
 
-class RPReLUGradient:
+# ---- Normalisation, shortcut and RPReLU ----
+
+
+class NormRPReLU:
     """
-    Backward of `rprelu`, block by block: sums the gradients to slope and shift, and for the normalisation before it
-    (`norm_gradient`) those of its result; gives that to each block's argument.
+    `RPReLU(BN(x) + shortcut)` of blocks of rows: x `(rows, channels)`, shortcut `(rows, shortcut_channels)`.
+
+    Statistics and parameters are `(channels,)`. Normalisation and the shift before RPReLU are folded into one
+    multiply-add.
     """
 
-    def __init__(self, slope: torch.Tensor, mean: torch.Tensor):
-        self.slope, self.mean = slope, mean
+    def __init__(self, mean, variance, eps, weight, bias, shift_in, slope, shift_out):
+        self.mean, self.variance, self.eps, self.weight = mean, variance, eps, weight
+        self.slope, self.shift_out = slope, shift_out
+        self.scale, self.offset = fold_norm(mean, variance, eps, weight, bias - shift_in)
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        return self.rprelu(self.shifted(x, shortcut))
+
+    def shifted(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """`BN(x) + shortcut - shift_in`."""
+        return add_fitted_(torch.addcmul(self.offset, x, self.scale), shortcut)
+
+    def rprelu(self, shifted: torch.Tensor) -> torch.Tensor:
+        """RPReLU of rows from which `shift_in` is subtracted already."""
+        return torch.prelu(shifted, self.slope).add_(self.shift_out)
+
+
+class NormRPReLUGradient:
+    """
+    Backward of `NormRPReLU`, block by block, in two passes.
+
+    The gradient through the statistics needs sums over all rows. So call `add_block` for every block, then `finish`
+    once, then `input_gradient` for every block.
+    """
+
+    def __init__(self, norm: NormRPReLU, batch_rows: int | torch.Tensor):
+        self.norm, self.batch_rows = norm, batch_rows
+        slope = norm.slope
         self.grad_slope, self.grad_shift_out = torch.zeros_like(slope), torch.zeros_like(slope)
         self.norm_sums = torch.zeros(2, *slope.shape, dtype=slope.dtype, device=slope.device)
 
-    def backward(self, x: torch.Tensor, shifted: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-        """x is what was normalised, `shifted` what RPReLU then took; the latter is overwritten."""
+    def add_block(self, x: torch.Tensor, shifted: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+        """
+        Adds one block to the sums; returns the gradient to `BN(x)`, which is also the gradient to the fitted shortcut.
+        Overwrites `shifted`, the result of `NormRPReLU.shifted`.
+        """
         self.grad_shift_out.add_(grad_output.sum(0))
         self.grad_slope.add_(shifted.clamp(max=0).mul_(grad_output).sum(0))
-        # 1 where positive, else the slope; arithmetic, for a choice by mask is 30 times slower on a CPU.
-        grad = torch.addcmul(self.slope, shifted.gt_(0), 1 - self.slope).mul_(grad_output)
+        # 1 where positive, else the slope. Arithmetic, because torch.where is 30 times slower on a CPU.
+        grad = torch.addcmul(self.norm.slope, shifted.gt_(0), 1 - self.norm.slope).mul_(grad_output)
         self.norm_sums[0].add_(grad.sum(0))
-        self.norm_sums[1].add_(torch.mul(x - self.mean, grad).sum(0))
+        self.norm_sums[1].add_(torch.mul(x - self.norm.mean, grad).sum(0))
         return grad
 
+    def finish(self) -> tuple[torch.Tensor, ...]:
+        """Gradients to weight, bias, shift_in, slope and shift_out."""
+        norm = self.norm
+        self.coefficients, grad_weight, grad_bias = norm_gradient(
+            self.norm_sums, norm.weight, norm.mean, norm.variance, self.batch_rows, norm.eps
+        )
+        # shift_in is subtracted where the bias is added
+        return grad_weight, grad_bias, -grad_bias, self.grad_slope, self.grad_shift_out
 
-def multiplies_bytes(weight: torch.Tensor) -> bool:
-    """Whether products of bytes are faster than those of floats where this weight is."""
-    return (
-        HAS_BYTE_PRODUCTS
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
-def row_magnitude(weight: torch.Tensor) -> torch.Tensor:
-    """Scale of each row of a binarised weight: `(out, in) -> (out,)`."""
-    return weight[:, 0].abs()
-
-
-def folded(x: torch.Tensor, shortcut: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Normalised by the folded scale and offset, and the shortcut added."""
-    return add_fitted_(torch.addcmul(offset, x, scale), shortcut)
-
-
-def rprelu(shifted: torch.Tensor, slope: torch.Tensor, shift_out: torch.Tensor) -> torch.Tensor:
-    """RPReLU of what is shifted in already."""
-    return torch.prelu(shifted, slope).add_(shift_out)
+    def input_gradient(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of a block to x; `grad` is the result of `add_block`."""
+        return apply_norm_gradient(grad, x, self.coefficients)
 
 
 def add_fitted_(x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
     """
-    Add `shortcut (rows, in)` to `x (rows, out)` in place. More channels: channel j takes channel `j mod in`. Fewer:
-    channel j takes the mean over its run of `in / out` neighbours. As many: itself.
+    Add `shortcut` `(rows, in)` to `x` `(rows, out)` in place.
+
+    If out is larger, channel j takes channel `j mod in`. If out is smaller, channel j takes the mean over its run of
+    `in / out` neighbours.
     """
     channels, shortcut_channels = x.shape[-1], shortcut.shape[-1]
     if channels < shortcut_channels:
@@ -732,15 +781,18 @@ def add_fitted_(x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
 
 
 def fit_gradient(grad: torch.Tensor, channels: int) -> torch.Tensor:
-    """What `add_fitted_` hands back to its shortcut: `(rows, out) -> (rows, channels)`."""
+    """Gradient of `add_fitted_` to its shortcut: `(rows, out) -> (rows, channels)`."""
     if channels > grad.shape[-1]:
         repeats = channels // grad.shape[-1]
         return (grad / repeats).repeat_interleave(repeats, -1)
     return grad if channels == grad.shape[-1] else grad.unflatten(-1, (-1, channels)).sum(-2)
 
 
+# ---- Blocks of rows ----
+
+
 def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """`function(*tensors)`, for a function that treats rows alike; on the CPU in blocks of rows that fit the cache."""
+    """`function(*tensors)` by blocks of rows, for a function whose result for a row depends on that row alone."""
     rows = rows_per_block(tensors[0], max(tensor.shape[1] for tensor in tensors))
     if rows >= tensors[0].shape[0]:
         return function(*tensors)
@@ -754,12 +806,12 @@ def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> t
 
 
 def rows_per_block(x: torch.Tensor, width: int) -> int:
-    """How many of the first dimension of `x` make a block whose largest tensor has `width` elements for each."""
+    """Number of rows (first dimension) of `x` in a block whose largest tensor has `width` elements a row."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.shape[0]
     return max(BLOCK_ELEMENTS // width, 1)
 
 
 def split(rows: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Each tensor as views of so many rows."""
+    """Each tensor as views of `rows` rows."""
     return [tensor.split(rows) for tensor in tensors]

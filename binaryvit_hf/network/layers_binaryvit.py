@@ -1,4 +1,9 @@
-"""The parts of a binary block. Activations are tokens, `(batch, height * width, channels)`, unless said otherwise."""
+# SPDX-License-Identifier: Apache-2.0
+"""
+Layers of a binary network: binary linear layers, batch normalisation of tokens, RPReLU, LayerScale, pooling.
+
+Activations are tokens `(batch, height * width, channels)`. "ReActNet" is Liu et al., ECCV 2020.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -23,10 +28,10 @@ class BinaryLinear(nn.Linear):
     """
     Linear layer of quantised weight and input, without bias: `(..., in_features) -> (..., out_features)`.
 
-    Its input is shifted per channel before the sign is taken (ReActNet, eq. 1).
+    A shift per channel is added to the input before its sign is taken (ReActNet, eq. 1).
     """
 
-    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; a training may set another
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; training may set another
 
     def __init__(self, config, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -46,13 +51,13 @@ class BinaryLinear(nn.Linear):
 
 class BinaryPatchConv(nn.Conv2d):
     """
-    2 x 2 convolution of stride 2 with quantised weight and input, as the linear layer over four neighbours that it is.
+    2 x 2 convolution of stride 2 with quantised weight and input.
 
-    Takes the neighbours of `gather_patches`, `(batch, tokens, in_channels * 4)`, and gives
-    `(batch, tokens, out_channels)`.
+    It is a linear layer over the four neighbours that `gather_patches` puts side by side:
+    `(batch, tokens, in_channels * 4) -> (batch, tokens, out_channels)`.
     """
 
-    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; a training may set another
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; training may set another
 
     def __init__(self, config, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
@@ -66,8 +71,16 @@ class BinaryPatchConv(nn.Conv2d):
         return quantized_linear(patches, shift, weight, *bits, self.clip_value, self.sign_slope)
 
 
-def quantized_linear(x, shift, weight, weight_bits, input_bits, clip_value, sign_slope=approx_sign_slope):
-    """`quantize(x + shift) @ weight.T` of a weight that is quantised already, `(..., in) -> (..., out)`."""
+def quantized_linear(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    weight_bits: int,
+    input_bits: int,
+    clip_value: float,
+    sign_slope: Callable = approx_sign_slope,
+) -> torch.Tensor:
+    """`quantize(x + shift) @ weight.T`: `(..., in) -> (..., out)`. The weight `(out, in)` is quantised already."""
     if input_bits == 1:
         product = SignLinear.apply(x.flatten(0, -2), shift, weight, weight_bits, sign_slope)
         return product.unflatten(0, x.shape[:-1])
@@ -75,7 +88,11 @@ def quantized_linear(x, shift, weight, weight_bits, input_bits, clip_value, sign
 
 
 class TokenBatchNorm(nn.Module):
-    """Batch normalisation of each channel over all tokens of the batch, of all processes in training: `(..., channels)`."""
+    """
+    Batch normalisation of each channel over all tokens of the batch: `(..., channels)`.
+
+    In training the statistics are over the batches of all processes.
+    """
 
     def __init__(self, config, num_channels: int):
         super().__init__()
@@ -94,8 +111,17 @@ class TokenBatchNorm(nn.Module):
         self, blocks: Sequence[torch.Tensor], unpack: Callable = torch.Tensor.detach
     ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
         """
-        Mean and variance to normalise all `blocks (rows, channels)` with, and how many rows they are of
-        (`batch_statistics`): 0 for the running ones, which training updates and evaluation uses.
+        Statistics to normalise with. In training also updates the running statistics.
+
+        Args:
+            blocks: the rows of this process, in blocks.
+            unpack: makes `(rows, channels)` of a block.
+
+        Returns:
+            Mean and variance `(channels,)`, and the number of rows they are over; 0 rows means running statistics.
+
+        Raises:
+            ValueError: in training, if there is one row.
         """
         norm = self.batch_norm
         if not norm.training:
@@ -105,7 +131,10 @@ class TokenBatchNorm(nn.Module):
 
 
 class RPReLU(nn.Module):
-    """`PReLU(x - shift_in) + shift_out`, shifts and slope per channel (ReActNet, eq. 2); applied by `NormActivation`."""
+    """
+    Parameters of `PReLU(x - shift_in) + shift_out`, `(channels,)` each (ReActNet, eq. 2). `NormActivation` applies
+    them.
+    """
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -115,7 +144,11 @@ class RPReLU(nn.Module):
 
 
 class NormActivation(nn.Module):
-    """`RPReLU(BN(x) + shortcut)`: `(..., channels)`, the shortcut's channels repeated or averaged to fit."""
+    """
+    `RPReLU(BN(x) + shortcut)`: x and the result `(..., channels)`, shortcut `(..., shortcut_channels)`.
+
+    The channels of the shortcut are repeated or averaged to fit.
+    """
 
     def __init__(self, config, num_channels: int):
         super().__init__()
@@ -139,7 +172,7 @@ class NormActivation(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """`scale * x + shift` per channel. The shift is the paper's; CaiT's LayerScale has none."""
+    """`scale * x + shift` per channel: `(..., channels)`. BinaryViT adds the shift; CaiT's LayerScale has none."""
 
     def __init__(self, num_channels: int, init_value: float):
         super().__init__()
@@ -153,10 +186,10 @@ class LayerScale(nn.Module):
 
 class BinaryProjection(nn.Module):
     """
-    Binary linear layer, normalisation, shortcut, activation: `RPReLU(BN(Lin_b(x + shift)) + shortcut(x))`.
+    Binary linear layer, normalisation, shortcut and activation: `RPReLU(BN(BinaryLinear(x)) + x)`.
 
-    Query, key, value, reduction, output and both layers of the MLP are this. `(..., in) -> (..., out)`, one a multiple
-    of the other.
+    `(..., in_features) -> (..., out_features)`; one of the two is a multiple of the other. Query, key, value,
+    reduction, output and both layers of the MLP are binary projections.
     """
 
     def __init__(self, config, in_features: int, out_features: int):
@@ -172,14 +205,24 @@ def binary_mlp_products(
     fc1: BinaryProjection, linear2: BinaryLinear, hidden_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `linear2(fc1(hidden_states))`, and `fc1(hidden_states)` averaged over runs of neighbours to the channels that
-    `hidden_states` `(..., channels)` has, as both results have; in one step, for 1-bit inputs.
+    Both products of an MLP, fused, for 1-bit weights and inputs.
+
+    Args:
+        fc1: first layer of the MLP.
+        linear2: linear layer of its second layer.
+        hidden_states: `(..., channels)`.
+
+    Returns: `linear2(fc1(hidden_states))`, and its shortcut: `fc1(hidden_states)` averaged over runs of neighbours.
+        Both have the shape of `hidden_states`.
     """
     norm, activation = fc1.norm_activation.norm, fc1.norm_activation.activation
     products = BinaryMLPProducts.apply(
         hidden_states.flatten(0, -2),
         fc1.linear.shift,
         fc1.linear.quantized_weight(),
+        linear2.shift,
+        linear2.quantized_weight(),
+        (fc1.linear.sign_slope, linear2.sign_slope),
         norm.statistics,
         norm.batch_norm.eps,
         norm.batch_norm.weight,
@@ -187,16 +230,15 @@ def binary_mlp_products(
         activation.shift_in,
         activation.slope,
         activation.shift_out,
-        linear2.shift,
-        linear2.quantized_weight(),
-        fc1.linear.sign_slope,
-        linear2.sign_slope,
     )
     return tuple(product.view(hidden_states.shape) for product in products)
 
 
 class AvgPoolBranch(nn.Module):
-    """LayerScale of the mean over `kernel_size` (height, width) tokens around each; applied by `AvgPoolBranches`."""
+    """
+    Parameters of one pooling branch: LayerScale of the mean over `kernel_size` `(height, width)` tokens around each
+    token. `AvgPoolBranches` applies them.
+    """
 
     def __init__(self, num_channels: int, kernel_size: tuple[int, int]):
         super().__init__()
@@ -205,18 +247,23 @@ class AvgPoolBranch(nn.Module):
 
 
 class AvgPoolBranches(nn.ModuleList):
-    """Adds the branches of `pooled (batch, height * width, channels)` to `hidden_states`, of the same shape."""
+    """`hidden_states` plus all branches of `pooled`. Both are `(batch, height * width, channels)`."""
 
     def forward(self, hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         if not self:
             return hidden_states
-        scales, shifts = zip(*((branch.layer_scale.scale, branch.layer_scale.shift) for branch in self))
+        shift = sum(branch.layer_scale.shift for branch in self)
         kernel_sizes = [branch.kernel_size for branch in self]
-        return AddAvgPools.apply(hidden_states, pooled, sum(shifts), grid_size, kernel_sizes, *scales)
+        scales = [branch.layer_scale.scale for branch in self]
+        return AddAvgPools.apply(hidden_states, pooled, shift, grid_size, kernel_sizes, *scales)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops the whole branch of an image with probability `drop_prob` (Huang et al., 2016)."""
+    """
+    Stochastic depth: in training, drops the branch of an image with probability `drop_prob`.
+
+    `(batch, tokens, channels)`. Huang et al., ECCV 2016.
+    """
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -231,7 +278,7 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(drop_path_rate: float, layers: int) -> list[float]:
-    """Probability of each layer's branches to be dropped, growing linearly from 0 to `drop_path_rate`."""
+    """`drop_prob` of each layer's `DropPath`: it grows linearly from 0 to `drop_path_rate`."""
     return [drop_path_rate * layer / max(layers - 1, 1) for layer in range(layers)]
 
 
@@ -248,12 +295,12 @@ def upsample_tokens(hidden_states: torch.Tensor, grid_size: tuple[int, int], rat
 
 
 def gather_patches(hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """Four neighbours side by side: `(batch, height * width, C) -> (batch, height * width / 4, C, 4)`, row-major."""
+    """Four neighbours side by side, row-major: `(batch, height * width, C) -> (batch, height * width / 4, C, 4)`."""
     squares = split_squares(hidden_states, grid_size, 2)
     return squares.permute(0, 1, 3, 5, 2, 4).flatten(1, 2).flatten(-2)
 
 
 def split_squares(hidden_states: torch.Tensor, grid_size: tuple[int, int], ratio: int) -> torch.Tensor:
-    """`(batch, height * width, C) -> (batch, height / ratio, ratio, width / ratio, ratio, C)`, a view."""
+    """View as squares: `(batch, height * width, C) -> (batch, height / ratio, ratio, width / ratio, ratio, C)`."""
     height, width = grid_size
     return hidden_states.unflatten(1, (height // ratio, ratio, width // ratio, ratio))
