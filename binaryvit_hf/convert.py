@@ -1,4 +1,4 @@
-"""From the tensor names of the paper's public training code to ours."""
+"""Convert checkpoints of the paper's public training code: read them without running code, and rename their tensors."""
 
 import argparse
 import mmap
@@ -18,7 +18,7 @@ from .network.configuration_binaryvit import MAX_LABELS
 
 PATH_CLASSES = [pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath]
 
-# Where the public code nests a name, ours reads by role. Patterns are tried in order on the part after the layer.
+# Pattern of the public code: our name. The first match counts. Names begin after "vit.encoder.layer.N.".
 LAYER_NAMES = [
     (r"layernorm_before\.", "norm1.batch_norm."),
     (r"layernorm_after\.", "norm2.batch_norm."),
@@ -93,50 +93,53 @@ VIT_NAMES = [
 
 def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """
-    The network's tensors in a file of the public code, `{"model": …, "optimizer": …, "args": …}`, or of tensors alone.
+    Read the network's tensors from a checkpoint of the public code, `{"model": …, "optimizer": …, "args": …}`, or from a
+    state dict.
 
     Raises:
-        UserError: there is no such file, it is damaged, it holds no network, or it would run code or take memory beyond its
-            size.
+        UserError: there is no such file, it is damaged, it holds no network, it would run code, or it would take more memory
+            than its size.
     """
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}.")
     try:
         check_memory(path)
-        # The arguments of a run and paths among them are data; anything else that is no tensor could run code.
+        # The arguments of a run are a Namespace with paths. Other classes could run code and stay forbidden.
         with torch.serialization.safe_globals([argparse.Namespace, *PATH_CLASSES]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"{refused[1]!r}, which could run code" if refused else "what is no tensor"
+        what = f"{refused[1]!r}, which could run code" if refused else "objects that are no tensors"
         raise UserError(f"{str(path)!r} holds {what}: it is not opened.") from error
-    except Exception as error:  # torch raises whatever its zip reader and its unpickler raise
+    except Exception as error:  # the zip reader and the unpickler may raise anything
         raise UserError(f"{str(path)!r} is no checkpoint, or a damaged one: {first_sentence(error)}") from error
     state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not state_dict or not all(map(is_named_tensor, state_dict.items())):
         raise UserError(f"{str(path)!r} holds no network: it has no 'model' of named, dense tensors of numbers.")
-    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}  # of DistributedDataParallel
+    return {
+        name.removeprefix("module."): tensor for name, tensor in state_dict.items()
+    }  # DistributedDataParallel's prefix
 
 
 def check_memory(path: Path) -> None:
     """
     Raises:
-        UserError: opening the file would take far more memory than its size.
+        UserError: the file would take far more memory than its size.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # PyTorch takes this type of Python's as harmless, which is as long as the file says.
+        # PyTorch allows this type, and allocates any length that the file gives.
         if content.find(b"bytearray") >= 0:
             raise UserError(f"{str(path)!r} holds a 'bytearray', which is no tensor: it is not opened.")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        # PyTorch does not compress, so more than the file's size is a trap.
+        # PyTorch does not compress: a file that unpacks to more than its size is an attack.
         if unpacked > path.stat().st_size:
             raise UserError(
-                f"{str(path)!r} of {path.stat().st_size} bytes would unpack to {unpacked} bytes, as no checkpoint of PyTorch "
-                "does: it is not opened."
+                f"{str(path)!r} of {path.stat().st_size} bytes would unpack to {unpacked} bytes, which no checkpoint of "
+                "PyTorch does: it is not opened."
             )
 
 
@@ -152,7 +155,7 @@ def is_named_tensor(item: tuple) -> bool:
 
 
 def count_labels(state_dict: dict[str, torch.Tensor], otherwise: int) -> int:
-    """The number of labels of the network that the public code's tensors are of."""
+    """The number of labels of a network of the public code, by its classifier; `otherwise` if it has none that is valid."""
     bias = state_dict.get("classifier.bias")
     return len(bias) if bias is not None and bias.ndim == 1 and 1 <= len(bias) <= MAX_LABELS else otherwise
 
@@ -161,21 +164,20 @@ def convert_original_state_dict(
     state_dict: dict[str, torch.Tensor], config: PreTrainedConfig
 ) -> dict[str, torch.Tensor]:
     """
-    Rename the tensors of the paper's public code to those of `BinaryViTForImageClassification` (or, for a config of
-    transformers' ViT, the full-precision row, to those of `ViTForImageClassification`).
+    Rename the tensors of the paper's public code.
 
     Args:
-        state_dict: the public code's `model.state_dict()`.
-        config: the row that it was trained as.
+        state_dict: `model.state_dict()` of the public code.
+        config: the row that it was trained as, of BinaryViT or, for the full-precision row, of transformers' ViT.
 
     Returns:
-        A new dictionary of the same tensors, but for shapes that differ by dimensions of 1.
+        A state dict for `BinaryViTForImageClassification` or `ViTForImageClassification`. Tensors are the same, except that
+        dimensions of size 1 are added or removed.
 
     Raises:
-        ValueError: a tensor that the config's network does not have, one that it misses, or one of another shape or kind of
-            number; the message names it.
+        ValueError: a tensor is unknown or missing, or has another shape or kind of number. The message names it.
     """
-    # Only names and shapes are wanted, so no memory is spent on weights.
+    # Names and shapes suffice.
     with torch.device("meta"):
         expected = build_classifier(config).state_dict()
     converted = {}
@@ -198,7 +200,7 @@ def convert_original_state_dict(
 
 
 def convert_name(original: str, config: PreTrainedConfig) -> str:
-    """Our name of one tensor of the public code; a name that it does not have comes back changed in part or not at all."""
+    """Our name of a tensor of the public code. Only names of the public code give names of ours."""
     if config.model_type == "vit":
         for pattern, ours in VIT_NAMES:
             original = re.sub(pattern, ours, original)
@@ -215,7 +217,7 @@ def convert_name(original: str, config: PreTrainedConfig) -> str:
 
 
 def convert_branch_name(name: str, config: PreTrainedConfig) -> str:
-    """The pooling branches are numbered by kernel, vertical ("h") before horizontal ("w"); the rest is a table."""
+    """Our name inside a layer. Pooling branches are numbered by kernel, vertical ("h") before horizontal ("w")."""
     match = re.match(r"layerscale_([hw])(\d+)\.(.*)", name)
     if match is None or int(match[2]) not in config.avg_pool_kernel_sizes:
         return replace_first(LAYER_NAMES, name)
@@ -224,7 +226,7 @@ def convert_branch_name(name: str, config: PreTrainedConfig) -> str:
 
 
 def layer_prefix(index: int, depths) -> str:
-    """The public code counts layers through all stages, ours within each."""
+    """Our name of a layer. The public code numbers the layers of all stages, we number them within a stage."""
     for stage, depth in enumerate(depths):
         if index < depth:
             return f"binaryvit.stages.{stage}.layers.{index}."

@@ -1,4 +1,4 @@
-"""What is installed here, what this CPU can do, and what computes 1-bit models on it."""
+"""The report of `binaryvit doctor`: installed versions, the CPU, and the kernels that run packed models on it."""
 
 import importlib.metadata
 import platform
@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "acceler
 def check_engine_variable() -> None:
     """
     Raises:
-        UserError: BINARYVIT_ENGINE names what this machine does not have.
+        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
     """
     try:
         wanted_kernels()
@@ -25,6 +25,7 @@ def check_engine_variable() -> None:
 
 
 def describe_machine() -> str:
+    """The report, a line for each fact."""
     rows = {
         "binaryvit_hf": __version__,
         "Python": platform.python_version(),
@@ -34,7 +35,7 @@ def describe_machine() -> str:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "kernels built": ", ".join(engine.kernels_built()) or f"none: {engine.problem()}",
         "kernels this CPU runs": ", ".join(engine.kernels_here()) or "none",
-        "packed models run on": describe_choice(),
+        "packed models run on": describe_engine_choice(),
         "on threads of": "PyTorch's OpenMP runtime" if engine.openmp_of_torch() else "their own",
     }
     width = max(map(len, rows))
@@ -48,7 +49,7 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def describe_choice() -> str:
+def describe_engine_choice() -> str:
     wanted, here = wanted_kernels(), engine.kernels_here()
     if wanted:
         return f"{wanted} (BINARYVIT_ENGINE says so)"

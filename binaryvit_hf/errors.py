@@ -1,51 +1,52 @@
-"""What goes wrong by the user's hand or data, told in one sentence."""
+"""Errors that commands report in one sentence, and how messages of other libraries become one line."""
 
 from huggingface_hub.errors import StrictDataclassError
 
 
 class UserError(ValueError):
-    """Bad input: the message says what is wrong and what to do. A command prints it alone and exits with code 2."""
+    """Wrong input: the message says what is wrong and what to do. Commands print only the message and exit with code 2."""
 
 
 class LoadingError(UserError):
-    """What is to be loaded is not there, damaged or unfit; the message says why in one sentence, but not of which model."""
+    """A config, model or image processor is missing, damaged or unfit. The message says why, the caller adds which one."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training met a loss that is no number. A command prints the message alone and exits with code 1."""
+    """The loss of training is not finite. Commands print only the message and exit with code 1."""
 
 
 class TerminatedError(RuntimeError):
-    """The run was told to end. A command prints the message alone and exits with the code of a SIGTERM, 143."""
+    """The run received SIGTERM. Commands print only the message and exit with code 143."""
 
 
 class RunError(RuntimeError):
-    """A training run that a command started failed. The command prints the message alone and exits with code 1."""
+    """A training run that a command started has failed. Commands print only the message and exit with code 1."""
 
 
 class UploadError(RuntimeError):
-    """The Hub did not take an upload. A command prints the message alone and exits with code 1."""
+    """An upload to the Hub has failed. Commands print only the message and exit with code 1."""
 
 
-FOREIGN_LENGTH = 300  # characters of a message that another library wrote
-LINE_LENGTH = 1500  # characters of a message of ours, with the values and the foreign message that it quotes
+FOREIGN_LENGTH = 300  # most characters of another library's message
+LINE_LENGTH = 1500  # most characters of our message, including the values and the foreign message that it quotes
 
 
 def first_sentence(error: BaseException) -> str:
     """
-    The first line of another library's message, printable and at most `FOREIGN_LENGTH` characters long. The kind of the
-    error, if it has no message.
+    The first line of another library's message: printable, at most `FOREIGN_LENGTH` characters.
+
+    An error without a message gives the name of its class.
     """
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        error = error.__cause__  # what the config's own check said
+        error = error.__cause__  # the message of the config's own check
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if not line or isinstance(error, KeyError):  # whose message is the key alone
+    if not line or isinstance(error, KeyError):  # the message of a KeyError is only the key
         line = f"{type(error).__name__} {line}".strip()
     return one_line(line, FOREIGN_LENGTH)
 
 
 def one_line(text: str, length: int = LINE_LENGTH) -> str:
-    """A text as one line of a terminal: control characters are escaped, and the middle is left out if it is too long."""
+    """A text as one line for a terminal: control characters are escaped, and the middle of a long text is left out."""
     return shorten("".join(map(escape, shorten(text, length))), length)
 
 

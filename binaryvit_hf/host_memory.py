@@ -1,4 +1,4 @@
-"""How this process asks the system for memory, and how much it has."""
+"""Memory of this process: how glibc allocates it, and how much there is."""
 
 import ctypes
 import gc
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_KEPT = (2**30, 2**25)  # bytes; older versions take no more than the latter
+LARGEST_KEPT = (2**30, 2**25)  # bytes; older versions accept only the second
 
 
 def keep_freed_memory() -> bool:
     """
-    Have memory that tensors on the CPU leave kept for the next ones, as PyTorch does on a GPU; returns whether it was done.
+    Keep freed memory in the process for the next tensors, as PyTorch does on a GPU. Returns whether that is possible.
 
-    glibc hands it back after every training step, and the system zeroes each page again before the next: a third of the
-    time of a step on a virtual machine, and most of its spread. Other C libraries are left as they are.
+    By default glibc returns it to the system after every training step, and the system zeroes every page again. On a virtual
+    machine that takes a third of a step, and causes most of the spread of its time. Other C libraries are not changed.
     """
     if os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False
@@ -26,31 +26,31 @@ def keep_freed_memory() -> bool:
 
 
 def peak_of_process() -> int:
-    """The most memory that this process had at once, in bytes."""
+    """Peak memory of this process, in bytes."""
     status = read_status()
-    if status:  # of Linux, where the other figure counts what the process was started from, too
+    if status:  # Linux, where ru_maxrss also counts the process that started this one
         return status["VmHWM"]
-    import resource  # of Unix alone
+    import resource  # only on Unix
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 def measure_growth(work: Callable[[], object]) -> int | None:
-    """By how many bytes the memory of this process grows at most while it works; on Linux alone, else none."""
+    """Peak growth of this process's memory during `work()`, in bytes. `None` except on Linux."""
     if not read_status():
         return None
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # what was freed before would be used again unseen
+        libc.malloc_trim(0)  # otherwise freed memory is used again and does not count
     before = read_status()["VmRSS"]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     work()
     return read_status()["VmHWM"] - before
 
 
 def read_status() -> dict[str, int]:
-    """Sizes in bytes by their names in proc(5); nothing on other systems than Linux."""
+    """Sizes in bytes of /proc/self/status, by name (see proc(5)). Empty except on Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return {

@@ -1,6 +1,9 @@
-"""The Hub: uploads, and what is behind a failure there."""
+"""The Hub: causes of its errors, uploads, and damaged files in its local cache."""
 
 import contextlib
+import hashlib
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,7 @@ from huggingface_hub.errors import (
 from .errors import UploadError, UserError, first_sentence
 
 
-# Checkpoints to resume from, hidden files, what a run has not finished, and pickles, which may hold a token.
+# Checkpoints for resuming, hidden files, unfinished files of a run, and a pickle that may hold a token.
 NOT_UPLOADED = ["checkpoint-*", ".*", "_*", "training_args.bin"]
 LOG_IN = "log in with `hf auth login`, or give a token that may"
 CAUSES = {
@@ -33,14 +36,20 @@ STATUSES = {
     403: f"the Hub forbids it (403): {LOG_IN}",
     429: "the Hub takes no more requests for now (429): try again later",
 }
-TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")  # of the versions of huggingface_hub
+HTTP_LIBRARIES = (
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "httpcore2",
+    "requests",
+)  # used by different versions of huggingface_hub
 
 
-def find_cause(error: BaseException) -> str | None:
+def explain_hub_error(error: BaseException) -> str | None:
     """
-    What the Hub or the way to it has to do with an error, and what to do about it; `None` of other errors.
+    Explain an error that comes from the Hub or from the connection to it, and say what to do. `None` for other errors.
 
-    Loaders put messages of their own before the client's, so this looks through all errors behind the last.
+    Looks through the chain of causes, since loaders replace the client's errors by their own.
     """
     seen: list[BaseException] = []
     behind: BaseException | None = error
@@ -60,19 +69,21 @@ def find_cause(error: BaseException) -> str | None:
     if is_offline_mode() and any(isinstance(error, LocalEntryNotFoundError) for error in seen):
         return CAUSES[OfflineModeIsEnabled]
     for error in seen:
-        if type(error).__module__.split(".")[0] in TRANSPORT or isinstance(error, (ConnectionError, TimeoutError)):
+        if type(error).__module__.split(".")[0] in HTTP_LIBRARIES or isinstance(
+            error, (ConnectionError, TimeoutError)
+        ):
             return f"no answer from the Hub at {constants.ENDPOINT} ({type(error).__name__}): check the connection"
     return None
 
 
-def explain(error: Exception) -> str:
-    """The cause of a failure, of the Hub's or of another kind, in one sentence."""
-    return find_cause(error) or first_sentence(error)
+def explain_error(error: Exception) -> str:
+    """Explain any error in one sentence."""
+    return explain_hub_error(error) or first_sentence(error)
 
 
 def create_repository(repo_id: str, token: str | None, private: bool | None) -> str:
     """
-    Make the repository if it is not there, and see that it can be written to; returns its full name.
+    Create the repository if it does not exist, and check that it can be written to. Returns its full name.
 
     Raises:
         UserError: the Hub refuses, or cannot be reached.
@@ -82,18 +93,18 @@ def create_repository(repo_id: str, token: str | None, private: bool | None) -> 
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
         return repo_id
-    except Exception as error:  # whatever the network raised
+    except Exception as error:
         raise UserError(
-            f"The repository {repo_id!r} cannot be made or written to on the Hub: {explain(error)}."
+            f"The repository {repo_id!r} cannot be made or written to on the Hub: {explain_error(error)}."
         ) from error
 
 
 def upload_folder(folder: Path, repo_id: str, token: str | None, revision: str | None, message: str) -> str:
-    """Upload a folder in one commit, so that it arrives whole or not at all; returns the address of the repository."""
+    """Upload a folder in a single commit, so that it arrives whole or not at all. Returns the URL of the repository."""
     api = HfApi(token=token)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    # Not the client's upload_folder, which may make several commits of it.
+    # The client's upload_folder may split it into several commits.
     additions = [
         CommitOperationAdd(file.relative_to(folder).as_posix(), file)
         for file in sorted(folder.rglob("*"))
@@ -104,16 +115,42 @@ def upload_folder(folder: Path, repo_id: str, token: str | None, revision: str |
 
 
 @contextlib.contextmanager
-def told_how_to_resume_upload(folder: Path, repo_id: str, revision: str | None = None) -> Iterator[None]:
+def resumable_upload(folder: Path, repo_id: str, revision: str | None = None) -> Iterator[None]:
     """
+    Report any error inside of this context as a failed upload, with the command that completes it.
+
     Raises:
-        UploadError: what happens inside of this failed.
+        UploadError: an error occurred inside.
     """
     try:
         yield
-    except Exception as error:  # whatever the network raised
+    except Exception as error:
         command = ["binaryvit", "push", str(folder), repo_id, *(["--revision", revision] if revision else [])]
         raise UploadError(
-            f"The upload to {repo_id!r} failed ({explain(error)}). Everything is whole in {str(folder)!r}: run the "
+            f"The upload to {repo_id!r} failed ({explain_error(error)}). Everything is whole in {str(folder)!r}: run the "
             f"same command again, or `{shlex.join(command)}`, to complete it."
         ) from error
+
+
+def cache_folder(source: str, cache_dir: str | None) -> Path | None:
+    """The folder of a model repository in the local cache. `None` if it is not cached, or `source` is a path."""
+    name = "--".join(("models", *source.split("/")))
+    folder = os.path.join(cache_dir or constants.HF_HUB_CACHE, name)
+    return Path(folder) if os.path.isdir(folder) and not os.path.exists(source) else None
+
+
+def damaged_blobs(source: str, cache_dir: str | None) -> list[Path]:
+    """Files of a repository in the local cache whose hash (SHA-1 of git, SHA-256 of LFS) is not their name."""
+    folder = cache_folder(source, cache_dir)
+    return [] if folder is None else [blob for blob in folder.glob("blobs/*") if is_damaged(blob)]
+
+
+def is_damaged(blob: Path) -> bool:
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) or not blob.is_file():
+        return False
+    in_git = len(blob.name) == 40
+    digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size) if in_git else hashlib.sha256()
+    with open(blob, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest() != blob.name

@@ -1,17 +1,16 @@
 """
-Configs, models and image processors from folders and the Hub, for commands: the message of every failure is one sentence,
-sizes are checked before anything of that size is made, and no number that is none gets into a network.
+Load configs, models and image processors from folders and the Hub, and check them.
+
+Every failure is a `LoadingError` of one sentence. Sizes are checked before memory of that size is used, and weights that are
+not finite are refused.
 """
 
-import hashlib
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, is_offline_mode
+from huggingface_hub import is_offline_mode
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -25,12 +24,12 @@ from transformers import (
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .errors import LoadingError, first_sentence
-from .hub import explain, find_cause
+from .hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
 from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 
 
-# Of networks that are not ours, by names that transformers' image classifiers share. BinaryViTConfig has its own bounds.
-LARGEST = {
+# Bounds for configs of other model types, by the field names of transformers. BinaryViTConfig has its own bounds.
+MAX_FIELDS = {
     "num_hidden_layers": 1000,
     "depths": 1000,
     "hidden_size": 2**16,
@@ -44,20 +43,20 @@ LARGEST = {
     "pooler_output_size": 2**16,
     "num_classes": MAX_LABELS,
 }
-MAX_RESIZED = 2**14  # pixels of a side, before the crop
-MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised image; an image that is not normalised has values up to 255
+MAX_RESIZED = 2**14  # pixels of a side before the crop
+MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised image; without normalisation, values go up to 255
 
 
 def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
     """
-    `AutoConfig.from_pretrained` with bounds.
+    `AutoConfig.from_pretrained`, with bounds on sizes.
 
     Raises:
-        LoadingError: there is no config, or none of a network.
+        LoadingError: there is no config, or it describes no network.
     """
 
     def load(source, trust_remote_code, **arguments):
-        # The fields first: of `num_labels` transformers makes as many labels.
+        # Before AutoConfig: it creates `num_labels` labels, however many these are.
         check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
 
@@ -66,26 +65,26 @@ def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
 
 def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
     """
-    `AutoModelForImageClassification.from_config`.
+    `AutoModelForImageClassification.from_config`: a network with random weights.
 
     Raises:
         LoadingError: the config describes no network.
     """
     try:
         return AutoModelForImageClassification.from_config(config, **arguments)
-    except Exception as error:  # the network raises whatever its layers raise
+    except Exception as error:  # layers may raise anything
         raise LoadingError(f"no network can be built from the config: {first_sentence(error)}") from error
 
 
 def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
     """
-    `AutoModelForImageClassification.from_pretrained`, with every tensor from the checkpoint and every number finite.
+    `AutoModelForImageClassification.from_pretrained`; every tensor must be in the checkpoint and finite.
 
     Raises:
         LoadingError: there is no such model, or it is damaged or incomplete.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers would print a line for each tensor that does not fit
+    logging.set_verbosity_error()  # transformers prints a line for each tensor that does not fit
     try:
         model, info = fetch_classifier(source, **arguments)
     finally:
@@ -99,7 +98,10 @@ def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
 
 def fetch_classifier(source: str | Path, **arguments) -> tuple[PreTrainedModel, dict]:
     """
-    The same of a checkpoint that may lack tensors, which are random then, and transformers' `loading_info`.
+    `AutoModelForImageClassification.from_pretrained`; tensors that the checkpoint lacks are random.
+
+    Returns:
+        The model, and transformers' `loading_info` with the names of missing and unexpected tensors.
 
     Raises:
         LoadingError: there is no such model, or it is damaged.
@@ -119,19 +121,19 @@ def load_image_processor(
     source: str | Path, config: PreTrainedConfig | None = None, **arguments
 ) -> BaseImageProcessor | None:
     """
-    `AutoImageProcessor.from_pretrained`, its sizes checked; `None` if there is no image processor.
+    `AutoImageProcessor.from_pretrained`, with bounds on sizes; `None` if there is no image processor.
 
     Args:
-        config: of the network that its images are for. The processor is tried with a picture then.
+        config: of the network that takes the images. If given, the processor is tried on a picture.
 
     Raises:
-        LoadingError: it is damaged, or it makes no images for the network.
+        LoadingError: it is damaged, or its images do not fit the network.
     """
 
     def load(source, trust_remote_code, **arguments):
         try:
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
-        except Exception:  # there is none, or it is damaged
+        except Exception:  # missing or damaged
             if any(has_file(source, name, arguments) for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
                 raise
             return None
@@ -144,20 +146,21 @@ def load_image_processor(
 
 
 def has_file(source: str, name: str, arguments: dict) -> bool:
+    """Whether a folder or repository has a file; `True` if that cannot be found out."""
     try:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **arguments) is not None
-    except OSError:  # nobody knows, and a guess would be a wrong input
+    except OSError:
         return True
 
 
 def fetch(load: Callable, source: str | Path, **arguments):
     """
-    `load(source, **arguments)`. What is damaged in the Hub's cache is downloaded again, once.
+    Call `load(source, **arguments)`. If it fails, damaged files in the Hub's local cache are downloaded again, once.
 
     Raises:
-        LoadingError: whatever the loader, the network, the files or the config's own checks raised.
+        LoadingError: `load` raised anything.
     """
-    arguments = {"trust_remote_code": False} | arguments  # None would ask on the terminal
+    arguments = {"trust_remote_code": False} | arguments  # None asks on the terminal
     source = str(source)
     cache_dir = arguments.get("cache_dir")
     try:
@@ -172,53 +175,29 @@ def fetch(load: Callable, source: str | Path, **arguments):
         return load(source, **arguments)
     except Exception as error:
         raise LoadingError(
-            f"{str(damaged[0])!r} was damaged and could not be downloaded again: {explain(error)}"
+            f"{str(damaged[0])!r} was damaged and could not be downloaded again: {explain_error(error)}"
         ) from error
 
 
 def explain_loading(error: Exception, source: str, cache_dir: str | None) -> str:
-    if cause := find_cause(error):
+    if cause := explain_hub_error(error):
         return cause
     cached = cache_folder(source, cache_dir)
     sentence = first_sentence(error)
     return sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})"
 
 
-def cache_folder(source: str, cache_dir: str | None) -> Path | None:
-    """Where a repository of the Hub lies in the cache, `None` if it does not or the source is a folder."""
-    name = "--".join(("models", *source.split("/")))
-    folder = os.path.join(cache_dir or constants.HF_HUB_CACHE, name)
-    return Path(folder) if os.path.isdir(folder) and not os.path.exists(source) else None
-
-
-def damaged_blobs(source: str, cache_dir: str | None) -> list[Path]:
-    """Files of a repository in the Hub's cache that are not what their names say, hashes as git's or LFS's."""
-    folder = cache_folder(source, cache_dir)
-    return [] if folder is None else [blob for blob in folder.glob("blobs/*") if is_damaged(blob)]
-
-
-def is_damaged(blob: Path) -> bool:
-    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) or not blob.is_file():
-        return False
-    in_git = len(blob.name) == 40
-    digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size) if in_git else hashlib.sha256()
-    with open(blob, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest() != blob.name
-
-
 def check_fields(fields: dict) -> None:
     """
     Raises:
-        LoadingError: what a config.json holds is no network's config, or that of one beyond all bounds.
+        LoadingError: a config.json has no model type, or a field above its bound.
     """
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise LoadingError("config.json is no JSON object with the name of a model type ('model_type').")
     check_labels(fields.get("id2label"), fields.get("num_labels"))
     if fields["model_type"] == "binaryvit":
         return
-    for name, most in LARGEST.items():
+    for name, most in MAX_FIELDS.items():
         value = fields.get(name)
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) > 1000 or any(isinstance(number, (int, float)) and not number <= most for number in numbers):
@@ -233,17 +212,17 @@ def check_fields(fields: dict) -> None:
 
 def check_shapes(source: str, config: PreTrainedConfig | None = None, **arguments) -> None:
     """
-    Compare float weights of ours with the config, before there is memory for the network.
+    Compare the shapes in a latent checkpoint of ours with the config, before the network takes memory.
 
     Raises:
-        LoadingError: a tensor of the file has another shape in the network of the config.
+        LoadingError: a tensor has another shape than in the network of the config.
     """
     where = {name: arguments[name] for name in ("cache_dir", "token", "subfolder") if name in arguments}
     config = config or AutoConfig.from_pretrained(source, trust_remote_code=arguments["trust_remote_code"], **where)
     if config.model_type != "binaryvit" or getattr(config, "quantization_config", None):
-        return  # of packed weights the model itself looks at everything
+        return  # the quantizer checks packed weights
     file = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
-    if file is None:  # several files, or another format
+    if file is None:  # a sharded checkpoint or another format
         return
     with torch.device("meta"):
         expected = build_classifier(config).state_dict()
@@ -274,7 +253,7 @@ def check_finite(model: PreTrainedModel) -> None:
 def check_sizes(processor: BaseImageProcessor) -> None:
     """
     Raises:
-        LoadingError: it resizes to absurd sizes.
+        LoadingError: a size is not from 1 to `MAX_RESIZED`.
     """
     for name in ("size", "crop_size", "pad_size"):
         value = processor.to_dict().get(name)
@@ -285,16 +264,16 @@ def check_sizes(processor: BaseImageProcessor) -> None:
 
 def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
     """
-    Have a picture processed that is half black, half white.
+    Try a processor on a picture that is half black, half white.
 
     Raises:
-        LoadingError: it fails, or makes no image of the network's size and of numbers in which black and white differ.
+        LoadingError: it fails, its image does not have the network's size, or black and white are not different finite numbers.
     """
     picture = Image.new("RGB", (64, 64))
     picture.paste((255, 255, 255), (32, 0, 64, 64))
     try:
         images = processor(picture, return_tensors="pt")["pixel_values"]
-    except Exception as error:  # the processor raises whatever its numbers make it raise
+    except Exception as error:  # unusual settings may raise anything
         raise LoadingError(f"it fails: {first_sentence(error)}") from error
     expected = (
         1,
@@ -307,7 +286,7 @@ def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfi
             f"{expected[1:]}."
         )
     least, most = images.amin((0, 2, 3)), images.amax((0, 2, 3))  # of each channel
-    # NaN is in no range.
+    # `not (...)`, because a comparison with NaN is false.
     if not (least >= -MAX_VALUE).all() & (most <= MAX_VALUE).all() & (most - least >= MIN_CONTRAST).all():
         raise LoadingError(
             f"it turns black and white into numbers from {least.min():g} to {most.max():g}; see its rescale_factor, "

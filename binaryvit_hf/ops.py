@@ -1,6 +1,7 @@
 """
-What a network costs, in operations and in bytes, counted from the network itself: it is built and run once on the meta
-device, where tensors have a shape but no memory.
+Count the operations and bytes of a network.
+
+The network is built and run once on the meta device, where tensors have a shape but no memory.
 """
 
 import functools
@@ -22,8 +23,8 @@ from .network.quantization_binaryvit import expect_packed_layers
 
 CONFIG_CLASSES = {"binaryvit": BinaryViTConfig, "vit": ViTConfig}
 ATTENTION_CLASSES = (BinaryViTAttention, ViTAttention)
-# Patterns of the name of a module, in our network and in transformers' ViT; the first that is found says its kind.
-KINDS = {
+# Kinds of layer and patterns of module names, in our network and in transformers' ViT. The first match counts.
+LAYER_KINDS = {
     "patch embedding (stem)": r"\.embeddings\.(patch_embeddings\.)?projection$",
     "patch embeddings between stages": r"\.patch_embeddings\.projection$",
     "sequence reduction": r"\.reduction\.linear$",
@@ -43,13 +44,13 @@ class LayerCost:
     Cost of all layers of one kind, for one image.
 
     Args:
-        kind: what these layers are.
+        kind: name of the kind of layer, a key of `LAYER_KINDS`.
         layers: number of modules that compute a product or hold tensors of their own.
-        bops: bit operations: multiply-accumulates, times the bits of both operands.
-        flops: multiply-accumulates with an operand in full precision.
-        parameters: learned numbers, whatever their width.
-        packed_bytes: tensors of a packed checkpoint whose floats are float32 (`quantization_binaryvit` has the format).
-        float_bytes: tensors of the latent checkpoint in float32.
+        bops: bit operations, which are multiply-accumulates times the bits of both operands.
+        flops: multiply-accumulates with a full-precision operand.
+        parameters: number of parameters, of any width.
+        packed_bytes: bytes in a packed checkpoint whose floats are float32 (format: `quantization_binaryvit`).
+        float_bytes: bytes in a latent checkpoint in float32.
     """
 
     kind: str
@@ -62,31 +63,33 @@ class LayerCost:
 
     @property
     def ops(self) -> float:
-        """`FLOPs + BOPs / 64`: one instruction does as many bit operations as its word has bits."""
+        """`FLOPs + BOPs / 64`: one instruction computes 64 bit operations (ReActNet, Liu et al., ECCV 2020)."""
         return self.flops + self.bops / 64
 
 
 def count_operations(config: PreTrainedConfig) -> list[LayerCost]:
     """
-    Count operations and storage of the image classifier that a config describes, per kind of layer.
+    Count operations and storage of an image classifier, by kind of layer.
 
-    Operations are multiply-accumulates of one image of the config's size, `OPs = FLOPs + BOPs / 64` (ReActNet, Liu et
-    al., ECCV 2020). Normalisation, activations, softmax, pooling, scales and additions are not counted. A product of
-    M-bit by N-bit operands is M * N bit operations (DoReFa-Net, Zhou et al., 2016): 1 by 1 bit is one, 8 by 8 bits
-    cost as much as a FLOP. With 32 bits on either side it is a FLOP, even if a 1-bit weight just adds and subtracts.
-    Both operands of the attention products have `input_bits`.
+    Operations are multiply-accumulates of one image of the config's size:
 
-    Every tensor of the checkpoint, statistics of batch normalisation included, is in one kind: that of the layer whose
-    product it belongs to (weight, bias, scale of the packed weight, shift of the input), or else the last.
+    - `OPs = FLOPs + BOPs / 64` (ReActNet, Liu et al., ECCV 2020).
+    - A product of M-bit by N-bit operands is M * N bit operations (DoReFa-Net, Zhou et al., 2016).
+    - A product with a 32-bit operand is a FLOP, even if the other operand is a 1-bit weight.
+    - Both operands of the attention products have `input_bits`.
+    - Normalisation, activations, softmax, pooling, scales and additions are not counted.
+
+    Every tensor of the checkpoint belongs to one kind, including the statistics of batch normalisation: weights, biases,
+    scales of packed weights and shifts of inputs to the kind of their layer, the others to the last kind.
 
     Args:
-        config: of BinaryViT or of transformers' ViT; one of packed weights is counted as the network they came from.
+        config: of BinaryViT or of transformers' ViT. A config of packed weights counts like its latent network.
 
     Returns:
-        the kinds of layer that the network has, in its order.
+        The kinds of layer that the network has, in the order of `LAYER_KINDS`.
 
     Raises:
-        UserError: the config is of another model type, or of no network that takes an image.
+        UserError: the config has another model type, or its network does not take an image.
     """
     model = build_on_meta(config)
     products = count_products(model)
@@ -96,32 +99,32 @@ def count_operations(config: PreTrainedConfig) -> list[LayerCost]:
         expect_packed_layers(model)
     packed_bytes = sum_by_module({name: tensor.nbytes for name, tensor in model.state_dict().items()})
 
-    costs = {kind: [] for kind in KINDS}
+    costs = {kind: [] for kind in LAYER_KINDS}
     for name in products.keys() | float_bytes.keys():
-        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+        kind = next(kind for kind, pattern in LAYER_KINDS.items() if re.search(pattern, name))
         bops, flops = products.get(name, (0, 0))
         costs[kind].append(LayerCost(kind, 1, bops, flops, parameters[name], packed_bytes[name], float_bytes[name]))
     return [total(layers, kind) for kind, layers in costs.items() if layers]
 
 
 def total(costs: list[LayerCost], kind: str = "in all") -> LayerCost:
-    """Sum of the costs of several kinds of layer."""
+    """The sum of costs, under one name."""
     numbers = [field.name for field in fields(LayerCost) if field.name != "kind"]
     return LayerCost(kind, *(sum(getattr(cost, name) for cost in costs) for name in numbers))
 
 
 def format_table(costs: list[LayerCost]) -> str:
-    """A table for the terminal, at most 110 characters wide: a line for each kind of layer, the last for all."""
+    """A table for the terminal with a line for each kind of layer, then the total. At most 110 characters wide."""
     rows: list[tuple[str, ...]] = [TABLE_HEAD]
     for cost in (*costs, total(costs)):
         counts = (readable(number) for number in (cost.bops, cost.flops, cost.ops, cost.parameters))
         sizes = (readable(size, "B") for size in (cost.packed_bytes, cost.float_bytes))
         rows.append((cost.kind, str(cost.layers), *counts, *sizes))
-    return align(rows)
+    return align_columns(rows)
 
 
-def align(rows: list[tuple[str, ...]]) -> str:
-    """Cells in columns, the first to the left and the others to the right."""
+def align_columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of a table as text: the first column is aligned left, the others right."""
     first, *others = (max(len(cell) for cell in column) for column in zip(*rows))
     return "\n".join(
         "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others))])
@@ -130,22 +133,22 @@ def align(rows: list[tuple[str, ...]]) -> str:
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The image classifier of a config, in float32 and without memory; latent if the config is of packed weights."""
+    """The latent image classifier of a config on the meta device, in float32."""
     if config.model_type not in CONFIG_CLASSES:
         raise UserError(
-            f"Operations are counted of the model types {' and '.join(CONFIG_CLASSES)}, not of {config.model_type!r}."
+            f"Operations are counted for the model types {' and '.join(CONFIG_CLASSES)}, not for {config.model_type!r}."
         )
     latent = config.to_dict()
     latent.pop("quantization_config", None)
     config = CONFIG_CLASSES[config.model_type].from_dict(latent)
     with torch.device("meta"):
-        # Attention that returns its probabilities, whose shape is counted.
+        # Eager attention returns its probabilities, whose shape counts.
         return build_classifier(config, dtype=torch.float32, attn_implementation="eager")
 
 
 @torch.no_grad()
 def count_products(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """BOPs and FLOPs of one image, by name of the module that computes the product."""
+    """BOPs and FLOPs of one image, by the name of the module that computes the product."""
     products = {}
 
     def record(name, module, inputs, output):
@@ -165,13 +168,13 @@ def count_products(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     config = model.config
     try:
         model.eval()(torch.empty(1, config.num_channels, *as_pair(config.image_size), device="meta"))
-    except Exception as error:  # whatever its layers raise
+    except Exception as error:  # layers may raise anything
         raise LoadingError(f"the network of the config takes no image: {first_sentence(error)}") from error
     return products
 
 
 def sum_by_module(numbers: dict[str, int]) -> Counter:
-    """Numbers by name of a tensor, summed by name of the module that holds it."""
+    """Add up numbers of tensors (by tensor name) for each module (by module name)."""
     sums = Counter()
     for name, number in numbers.items():
         sums[name.rpartition(".")[0]] += number
@@ -179,7 +182,7 @@ def sum_by_module(numbers: dict[str, int]) -> Counter:
 
 
 def readable(number: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: `4.54 G`, `58.2 M`, `8.63 MB`."""
+    """Format a number with three digits and a decimal prefix: `4.54 G`, `58.2 M`, `8.63 MB`."""
     prefix = ""
     for larger in "kMGT":
         if number < 999.5:

@@ -1,4 +1,8 @@
-"""Where commands write: folders and files that are whole or not there, and what is wrong with a place, before any work."""
+"""
+Write folders and files whole or not at all, and check before any work that a place can be written to.
+
+Unfinished output lies in a hidden folder beside its final place and is renamed when it is complete.
+"""
 
 import contextlib
 import errno
@@ -18,28 +22,29 @@ from .errors import UserError, first_sentence
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is known of other processes and their folders stay
+except ImportError:  # Windows: without locks, leftovers of killed processes are not removed
     fcntl = None  # type: ignore[assignment]
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 UNFINISHED = ".unfinished-"
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """
-    A folder to fill, beside `out`, whose name it takes when all has gone well. Otherwise nothing stays; of a process that was
-    killed, what stays is removed when `out` is written again.
+    Yield an empty folder, which is renamed to `out` at the end of the context.
+
+    After an exception nothing is left. Leftovers of a killed process are removed when `out` is written again.
 
     Raises:
-        UserError: there is something in the way, or nothing can be written there.
+        UserError: `out` is a file or a folder that is not empty, or cannot be written.
     """
-    with told_what_cannot_be_written(out):
+    with reported_write_errors(out):
         target = out.resolve()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise UserError(f"{str(out)!r} is there already: choose another name, or remove it.")
-        with parents_of(target), room_beside(target) as room:
-            folder = room / target.name
+        with parent_folders(target), staging_folder(target) as staging:
+            folder = staging / target.name
             folder.mkdir()
             yield folder
             folder.replace(target)
@@ -48,22 +53,21 @@ def new_folder(out: Path) -> Iterator[Path]:
 def check_writable(folder: Path) -> None:
     """
     Raises:
-        UserError: no file can be written to the folder, which need not be there.
+        UserError: no file can be written to the folder. It need not exist.
     """
-    with told_what_cannot_be_written(folder):
+    with reported_write_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{str(folder)!r} is a file, not a folder: choose another name, or remove it.")
-        with contextlib.suppress(Tried), parents_of(folder / "file"):
+        with parent_folders(folder / "file", keep=False):
             try_to_write(folder)
-            raise Tried
 
 
 def check_writable_file(file: Path) -> None:
     """
     Raises:
-        UserError: the file cannot be written, or replaced.
+        UserError: the file cannot be written or replaced.
     """
-    with told_what_cannot_be_written(file):
+    with reported_write_errors(file):
         if file.is_dir():
             raise UserError(f"{str(file)!r} is a folder, not a file: choose another name.")
         if not file.parent.is_dir():
@@ -81,23 +85,19 @@ def write_file(file: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    with told_what_cannot_be_written(file):
+    with reported_write_errors(file):
         if is_stream(file):
             file.write_text(text, encoding="utf-8")
             return
         target = file.resolve()
-        with room_beside(target) as room:
-            (room / target.name).write_text(text, encoding="utf-8")
-            (room / target.name).replace(target)
+        with staging_folder(target) as staging:
+            (staging / target.name).write_text(text, encoding="utf-8")
+            (staging / target.name).replace(target)
 
 
 def is_stream(file: Path) -> bool:
-    """As /dev/stdout is, which nothing takes the place of."""
+    """Whether a path is a device or pipe such as /dev/stdout, which must not be replaced by a file."""
     return file.exists() and not file.is_file()
-
-
-class Tried(Exception):
-    """Ends an attempt, of which nothing is to stay."""
 
 
 def try_to_write(folder: Path) -> None:
@@ -106,27 +106,31 @@ def try_to_write(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def parents_of(path: Path) -> Iterator[None]:
-    """The folders above a path are there; those that were made stay only if all goes well."""
+def parent_folders(path: Path, keep: bool = True) -> Iterator[None]:
+    """Create the missing folders above a path. They are removed again after an exception, or unless `keep`."""
     missing = [folder for folder in path.parents if not folder.exists()]
     above = path.parents[len(missing)]
     if not above.is_dir():
         raise UserError(f"{str(path)!r} cannot be written: {str(above)!r} is a file.")
+    succeeded = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
-        raise
+        succeeded = True
+    finally:
+        if not (succeeded and keep):
+            with contextlib.suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
 
 
 @contextlib.contextmanager
-def told_what_cannot_be_written(path: Path) -> Iterator[None]:
+def reported_write_errors(path: Path) -> Iterator[None]:
     """
+    Report a failure to write inside of this context.
+
     Raises:
-        UserError: writing failed inside of this.
+        UserError: the file system refused to write; the message names `path`.
     """
     try:
         yield
@@ -138,10 +142,10 @@ def told_what_cannot_be_written(path: Path) -> Iterator[None]:
 
 
 def describe_write_failure(error: Exception) -> str | None:
-    """What the file system says, "No space left on device"; `None` of an error that is not of it."""
+    """The file system's message, such as "No space left on device". `None` for errors of another kind."""
     if isinstance(error, OSError) and error.strerror:
-        ours = error.filename is None or UNFINISHED in str(error.filename)  # a name that says nothing to the user
-        return error.strerror + ("" if ours else f" ({str(error.filename)!r})")
+        hidden = error.filename is None or UNFINISHED in str(error.filename)  # users do not know our hidden folders
+        return error.strerror + ("" if hidden else f" ({str(error.filename)!r})")
     message = str(error)
     if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", message)):
         return os.strerror(int(code[1]))
@@ -153,27 +157,31 @@ def describe_write_failure(error: Exception) -> str | None:
 
 
 def describe_full_disk(error: Exception) -> str | None:
-    """The same of errors that only a disk raises to which a run has written before; not of missing files, say."""
-    if isinstance(error, OSError) and error.errno not in FULL:
+    """
+    The file system's message if a disk that could be written before is now full, read-only or broken.
+
+    `None` for other errors, such as missing files.
+    """
+    if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
         return None
     return describe_write_failure(error)
 
 
 @contextlib.contextmanager
-def room_beside(target: Path) -> Iterator[Path]:
-    """A folder beside `target` for what is unfinished, removed in the end; so is that of a process that was killed."""
+def staging_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `target` and remove it at the end. Also removes those of killed processes."""
     prefix = f".{target.name[:100]}{UNFINISHED}"
-    with ended_by_signal():
+    with sigterm_as_exit():
         remove_leftovers(target.parent, prefix)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as room, locked(Path(room)):
-            yield Path(room)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as folder, locked(Path(folder)):
+            yield Path(folder)
 
 
 @contextlib.contextmanager
-def ended_by_signal() -> Iterator[None]:
-    """A SIGTERM inside of this ends the process as an exception does, so that what is unfinished is removed."""
+def sigterm_as_exit() -> Iterator[None]:
+    """Turn a SIGTERM inside of this context into `SystemExit`, so that context managers clean up."""
     handler = None
-    with contextlib.suppress(ValueError):  # not in the main thread, where alone Python takes signals
+    with contextlib.suppress(ValueError):  # only the main thread may set signal handlers
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -185,13 +193,13 @@ def ended_by_signal() -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """As long as this process lives, others see that the folder is in use."""
+    """Hold a lock on the folder, which tells other processes that it is in use. The system releases it if this one dies."""
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -199,10 +207,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove what processes left unfinished that are no more."""
+    """Remove staging folders whose process has ended."""
     for folder in parent.iterdir() if fcntl else ():
         if folder.name.startswith(prefix) and folder.is_dir() and not folder.is_symlink():
-            with contextlib.suppress(OSError):  # another process has it, or removes it
+            with contextlib.suppress(OSError):  # a living process holds the lock, or another one removes the folder
                 descriptor = os.open(folder, os.O_RDONLY)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

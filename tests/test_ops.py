@@ -180,7 +180,7 @@ def test_bytes_do_not_depend_on_the_dtype_of_the_config():
 
 
 def test_other_model_types_are_refused():
-    with pytest.raises(UserError, match="model types binaryvit and vit, not of 'resnet'"):
+    with pytest.raises(UserError, match="model types binaryvit and vit, not for 'resnet'"):
         count_operations(ResNetConfig())
 
 

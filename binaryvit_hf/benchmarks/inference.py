@@ -1,8 +1,8 @@
 """
-How long a forward takes: packed models on the engine's kernels beside their simulation, DeiT-S, and what else runs on a CPU.
+Times of forwards on the CPU: packed models on the engine's kernels, their simulation in PyTorch, and full-precision or int8
+networks in PyTorch and onnxruntime, each in its best ordinary setting.
 
-The contestants, each in its best ordinary setting, take turns in processes of their own (`turns`). Nothing is downloaded:
-weights are random, which changes no operation of any of them.
+Weights are random: the time of a forward does not depend on them.
 """
 
 import functools
@@ -28,29 +28,29 @@ from ..host_memory import measure_growth
 from ..network.configuration_binaryvit import as_pair
 from ..network.engine_binaryvit import ENGINE_VARIABLE
 from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
-from ..ops import align, readable
+from ..ops import align_columns, readable
 from ..resources import shipped_configs
-from .interleaved import Contestant, describe_seconds
+from .interleaved import Worker, describe_seconds
 from .simulation import simulate
 
 
 PEER, PEER_ENGINE = "deit-small-patch16-224", "PyTorch float32"
-TURN_SECONDS = 0.1  # that a contestant's turn takes at least
+TURN_SECONDS = 0.1  # a turn lasts at least this long
 TABLE_HEAD = ("model", "engine", "threads", "batch", "ms, median", "10-90 %", "images/s", "x DeiT-S", "file")
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[int], object]  # computes a batch of so many images
+Forward = Callable[[int], object]  # its argument is the number of images in the batch
 
 
 @dataclass(frozen=True)
 class Competitor:
     """
-    A model and what runs it.
+    A model on an engine.
 
     Args:
-        file: of its weights; a model's of transformers in a folder with all that it is loaded from.
-        load: `load(file, threads)` gives its forward.
+        file: the weights. The folder of a model of transformers also holds its config.
+        load: `load(file, threads)` returns the forward.
     """
 
     model: str
@@ -64,38 +64,41 @@ class Competitor:
 
 def benchmark_inference(network: str, batch_sizes: list[int], threads: list[int] | None, turns: int) -> dict:
     """
-    Forwards of a row of configs/ and of its peers, on the CPU, for every number of threads and images in a batch.
+    Time forwards of a binary row of configs/ and of its peers on the CPU, for every number of threads and batch size.
 
     Args:
-        network: name of the row, of a binary network.
-        threads: by default 1 and as many as PyTorch takes.
-        turns: of each contestant that are timed, 2 or more.
+        network: name of the row.
+        threads: by default 1 and PyTorch's own number.
+        turns: timed turns of each competitor, 2 or more.
 
     Returns:
-        `results`, in the order of the table: `model`, `engine`, `threads`, `batch_size`, `seconds` and `seconds_10_90` of a
-        batch, `images_per_second`, `ratio` (how many times as fast as DeiT-S in PyTorch and float32 with as many threads and
-        images), `file_bytes`; and `starts`, of each contestant and number of threads: `seconds` of its first forward after
-        loading, of one image, and `bytes` by which its memory grows meanwhile (none where the system does not tell).
+        A dictionary of two lists:
+
+        - `results`, in the order of the table: `model`, `engine`, `threads`, `batch_size`, `seconds` and `seconds_10_90` of a
+          batch, `images_per_second`, `ratio` (the speed over that of DeiT-S in float32 in PyTorch, with the same threads and
+          batch size), `file_bytes`.
+        - `starts`, for each competitor and number of threads: `model`, `engine`, `threads`, `seconds` of the first forward
+          after loading, of one image, and `bytes`, the growth of memory during it (`None` except on Linux).
 
     Raises:
-        UserError: there is no such row, or the memory does not suffice.
+        UserError: there is no such row, or not enough memory.
     """
     configs = shipped_configs()
     if network not in configs or AutoConfig.from_pretrained(configs[network]).model_type != QUANT_METHOD:
         rows = (row for row in sorted(configs) if AutoConfig.from_pretrained(configs[row]).model_type == QUANT_METHOD)
         raise UserError(f"There is no binary row {network!r} in configs/; there are {', '.join(rows)}.")
     with tempfile.TemporaryDirectory() as folder:
-        competitors = prepare(network, Path(folder))
+        competitors = create_competitors(network, Path(folder))
         results, starts = [], []
         for number in threads or sorted({1, torch.get_num_threads()}):
-            of_number, started = compete(competitors, batch_sizes, number, turns)
-            results += of_number
-            starts += started
+            new_results, new_starts = compete(competitors, batch_sizes, number, turns)
+            results += new_results
+            starts += new_starts
     return {"results": results, "starts": starts}
 
 
-def prepare(network: str, folder: Path) -> list[Competitor]:
-    """Writes all files and says who competes."""
+def create_competitors(network: str, folder: Path) -> list[Competitor]:
+    """The competitors in the order of the table. Their files are written to `folder`."""
     logger.info("preparing the models")
     configs = shipped_configs()
 
@@ -122,9 +125,9 @@ def prepare(network: str, folder: Path) -> list[Competitor]:
         Competitor(PEER, "torch.compile", peer, functools.partial(load_in_pytorch, change=compile_for_each_batch)),
     ]
     if importlib.util.find_spec("onnxruntime"):
-        from .onnx_peers import load_onnx, write_onnx
+        from .onnx_peers import export_networks, load_onnx
 
-        competitors += [Competitor(*written, load_onnx) for written in write_onnx(folder)]
+        competitors += [Competitor(*exported, load_onnx) for exported in export_networks(folder)]
     else:
         logger.info(
             "DeiT-S, MobileNetV2 and ResNet-18 in onnxruntime are left out: pip install 'binaryvit_hf[benchmark]'"
@@ -135,67 +138,86 @@ def prepare(network: str, folder: Path) -> list[Competitor]:
 def compete(
     competitors: list[Competitor], batch_sizes: list[int], threads: int, turns: int
 ) -> tuple[list[dict], list[dict]]:
-    """All with one number of threads: `results` and `starts` of `benchmark_inference`."""
-    contestants = {competitor: Contestant(str(competitor), start, competitor, threads) for competitor in competitors}
-    ask_all(contestants, "ready")  # before the first is measured: loading takes the CPU
+    """Time all competitors with one number of threads. Returns `results` and `starts` of `benchmark_inference`."""
+    workers = {
+        competitor: Worker(str(competitor), create_responder, competitor, threads) for competitor in competitors
+    }
+    request_all(workers, "ready")  # loading takes the CPU, so all of it comes before the first measurement
     starts = [
         {"model": competitor.model, "engine": competitor.engine, "threads": threads, **first}
-        for competitor, first in ask_all(contestants, "first").items()
+        for competitor, first in request_all(workers, "first").items()
     ]
     results = []
     for batch_size in batch_sizes:
         logger.info("%s, batches of %d", count_threads(threads), batch_size)
-        ask_all(contestants, batch_size)  # a compiler compiles
-        rounds = [ask_all(contestants, batch_size) for _ in range(turns)]
+        request_all(workers, batch_size)  # warm-up: torch.compile compiles for every batch size
+        rounds = [request_all(workers, batch_size) for _ in range(turns)]
         seconds = {
-            competitor: list(itertools.chain(*(round[competitor] for round in rounds))) for competitor in contestants
+            competitor: list(itertools.chain.from_iterable(times[competitor] for times in rounds))
+            for competitor in workers
         }
-        peer = next(
-            competitor for competitor in contestants if (competitor.model, competitor.engine) == (PEER, PEER_ENGINE)
-        )
-        for competitor, times in seconds.items():
-            median = statistics.median(times)
-            results.append(
-                {
-                    "model": competitor.model,
-                    "engine": competitor.engine,
-                    "threads": threads,
-                    "batch_size": batch_size,
-                    **describe_seconds(times),
-                    "images_per_second": batch_size / median,
-                    "ratio": statistics.median(seconds[peer]) / median,
-                    "file_bytes": competitor.file.stat().st_size,
-                }
-            )
-    for contestant in contestants.values():
-        contestant.stop()
+        peer_seconds = next(times for competitor, times in seconds.items() if is_peer(competitor))
+        results += [
+            {
+                "model": competitor.model,
+                "engine": competitor.engine,
+                "threads": threads,
+                "batch_size": batch_size,
+                **describe_seconds(times),
+                "images_per_second": batch_size / statistics.median(times),
+                "ratio": statistics.median(peer_seconds) / statistics.median(times),
+                "file_bytes": competitor.file.stat().st_size,
+            }
+            for competitor, times in seconds.items()
+        ]
+    for worker in workers.values():
+        worker.stop()
     return results, starts
 
 
-def ask_all(contestants: dict[Competitor, Contestant], question: str | int) -> dict:
-    """Their answers; who cannot run at all is left out, and taken out."""
+def is_peer(competitor: Competitor) -> bool:
+    """Whether the ratios of all competitors are to this one."""
+    return (competitor.model, competitor.engine) == (PEER, PEER_ENGINE)
+
+
+def request_all(workers: dict[Competitor, Worker], message: str | int) -> dict:
+    """
+    The answers of all workers. A worker that cannot load its model is removed from `workers`.
+
+    Raises:
+        UserError: the peer cannot load its model, or a forward fails.
+    """
     answers = {}
-    for competitor, contestant in list(contestants.items()):
+    for competitor, worker in list(workers.items()):
         try:
-            answers[competitor] = contestant.ask(question)
+            answers[competitor] = worker.request(message)
         except UserError as error:
-            if not isinstance(question, str) or competitor.engine == PEER_ENGINE:
+            if isinstance(message, int) or is_peer(competitor):
                 raise
             logger.info("left out: %s", error)
-            del contestants[competitor]
+            del workers[competitor]
     return answers
 
 
-def start(competitor: Competitor, threads: int) -> Callable:
-    """In the process of a contestant: what answers "ready", "first" and, with a turn's seconds, the size of a batch."""
+def create_responder(competitor: Competitor, threads: int) -> Callable:
+    """
+    Load the competitor's model in its worker process.
+
+    Returns:
+        The function that answers requests:
+
+        - "ready": nothing, once the model is loaded,
+        - "first": seconds and growth of memory of the first forward,
+        - a batch size: seconds of each forward of one turn.
+    """
     disable_progress_bar()
     logging.disable(logging.WARNING)
     forward = competitor.load(competitor.file, threads)
 
-    def respond(question: str | int) -> dict | list[float] | None:
-        if isinstance(question, int):
-            return take_turn(forward, question)
-        if question == "ready":
+    def respond(message: str | int) -> dict | list[float] | None:
+        if isinstance(message, int):
+            return take_turn(forward, message)
+        if message == "ready":
             return None
         seconds = []
         growth = measure_growth(lambda: seconds.append(measure(forward, 1)))
@@ -205,10 +227,11 @@ def start(competitor: Competitor, threads: int) -> Callable:
 
 
 def take_turn(forward: Forward, batch_size: int) -> list[float]:
-    warming = measure(forward, batch_size)
-    if warming > TURN_SECONDS:
-        return [warming]
-    seconds = []  # the first brought back what the others' turns took from the caches, and is not counted
+    """Seconds of each forward in a turn. The first is not counted, as it refills the caches, unless it fills the turn."""
+    first = measure(forward, batch_size)
+    if first > TURN_SECONDS:
+        return [first]
+    seconds = []
     end = time.perf_counter() + TURN_SECONDS
     while time.perf_counter() < end:
         seconds.append(measure(forward, batch_size))
@@ -251,7 +274,7 @@ def count_threads(threads: int) -> str:
 
 
 def format_forwards(measured: dict) -> str:
-    """What `benchmark_inference` measured, for the terminal."""
+    """The measurements of `benchmark_inference` as text for the terminal."""
     rows: list[tuple[str, ...]] = [TABLE_HEAD]
     for result in measured["results"]:
         rows.append(
@@ -267,7 +290,7 @@ def format_forwards(measured: dict) -> str:
                 readable(result["file_bytes"], "B"),
             )
         )
-    lines = [align(rows), ""]
+    lines = [align_columns(rows), ""]
     for start in measured["starts"]:
         if start["engine"] in engine.kernels_here():
             memory = "" if start["bytes"] is None else f", {readable(start['bytes'], 'B')} of memory"
@@ -279,7 +302,7 @@ def format_forwards(measured: dict) -> str:
 
 
 def plot_latency(measured: dict, path: Path) -> None:
-    """Milliseconds an image of every contestant, on a logarithmic axis, for every number of threads and size of batches."""
+    """Plot milliseconds per image, on a logarithmic axis. A panel is a batch size, a colour is a number of threads."""
     from matplotlib.figure import Figure
 
     results = measured["results"]

@@ -1,6 +1,7 @@
 """
-Contestants of a benchmark: each lives in a process of its own, and they take turns, so that a busy machine is busy for all of
-them.
+Interleaved timing: every competitor is a process of its own, and the processes run one at a time, in turns.
+
+Whatever else slows the machine down then slows all competitors alike.
 """
 
 import contextlib
@@ -14,73 +15,78 @@ from typing import Any, NamedTuple
 from ..errors import UserError, first_sentence
 
 
-REST_SECONDS = 2.0  # at most
+MAX_IDLE_WAIT = 2.0  # seconds
 
 
 class Failure(NamedTuple):
-    """What a contestant raised, in one sentence."""
+    """The answer of a worker that raised an exception: its message, in one sentence."""
 
     sentence: str
 
 
-class Contestant:
+class Worker:
     """
-    A process that waits to be asked.
+    A process that answers requests, one after the other.
 
     Args:
-        name: what messages call it.
-        create: a module's function, called in the process with `arguments`; returns what answers a question.
+        name: of the worker in messages.
+        create: a function of a module. The process calls `create(*arguments)` once; the result answers each request.
     """
 
     def __init__(self, name: str, create: Callable, *arguments):
         context = multiprocessing.get_context("spawn")
         self.name = name
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=answer, args=(theirs, create, arguments), daemon=True)
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(other_end, create, arguments), daemon=True)
         self.process.start()
-        theirs.close()
+        other_end.close()
 
-    def ask(self, question: Any) -> Any:
+    def request(self, message: Any) -> Any:
         """
+        Send a message and wait for the answer.
+
         Raises:
-            UserError: it failed, which it tells in a sentence, or ran out of memory.
+            UserError: the worker raised an exception, or ran out of memory.
         """
-        with contextlib.suppress(ConnectionError):  # it is gone, and may have said why
-            self.pipe.send(question)
+        with contextlib.suppress(ConnectionError):  # the worker has ended; its Failure may be in the pipe
+            self.pipe.send(message)
         try:
-            answered = self.pipe.recv()
-        except (EOFError, ConnectionError) as error:  # without a word, which only memory does
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError) as error:  # no Failure: the system killed it, for its memory
             raise UserError(f"{self.name} ran out of memory; try a smaller --batch-size.") from error
-        if isinstance(answered, Failure):
-            raise UserError(f"{self.name} failed: {answered.sentence}")
-        return answered
+        if isinstance(answer, Failure):
+            raise UserError(f"{self.name} failed: {answer.sentence}")
+        return answer
 
     def stop(self) -> None:
         self.pipe.close()
         self.process.join()
 
 
-def answer(pipe: Connection, create: Callable, arguments: tuple) -> None:
+def serve(pipe: Connection, create: Callable, arguments: tuple) -> None:
+    """Answer the requests of a pipe until its other end is closed. Runs in the worker's process."""
     try:
         respond = create(*arguments)
         while True:
             try:
-                question = pipe.recv()
-            except EOFError:  # nobody will ask any more
+                message = pipe.recv()
+            except EOFError:
                 return
-            answered = respond(question)
-            come_to_rest()
-            pipe.send(answered)
+            answer = respond(message)
+            wait_for_idle_threads()
+            pipe.send(answer)
     except Exception as error:
         pipe.send(Failure(first_sentence(error)))
 
 
-def come_to_rest() -> None:
+def wait_for_idle_threads() -> None:
     """
-    Waits until this process's threads sleep. Those of OpenMP and of onnxruntime spin when they have nothing left to do, for
-    longer than many a forward takes, on the cores that whose turn it is next needs.
+    Wait until the threads of this process sleep.
+
+    Threads of OpenMP and of onnxruntime spin for a while after their work, often for longer than a forward takes. They would
+    take the cores from the next competitor.
     """
-    end = time.perf_counter() + REST_SECONDS
+    end = time.perf_counter() + MAX_IDLE_WAIT
     while time.perf_counter() < end:
         before = time.process_time()
         time.sleep(0.01)
@@ -89,6 +95,6 @@ def come_to_rest() -> None:
 
 
 def describe_seconds(seconds: list[float]) -> dict:
-    """Their median and their first and last decile; of two numbers or more."""
+    """Median, and first and last decile, of two numbers or more."""
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     return {"seconds": statistics.median(seconds), "seconds_10_90": [deciles[0], deciles[-1]]}

@@ -1,4 +1,4 @@
-"""Peers of benchmarks that run in onnxruntime: made of timm's networks, in float32 and quantised to 8 bits."""
+"""Networks of timm in onnxruntime, in float32 and quantised to 8 bits: peers for `inference`."""
 
 import logging
 import warnings
@@ -13,7 +13,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 
-NETWORKS = {  # names in timm, and whether they compete in float32, too
+NETWORKS = {  # name in timm: whether it also competes in float32
     "deit_small_patch16_224": True,
     "mobilenetv2_100": False,
     "resnet18": False,
@@ -23,7 +23,7 @@ CALIBRATION_IMAGES = 4
 
 
 class RandomImages(CalibrationDataReader):
-    """What activations are scaled by; of random weights, real images would tell no more."""
+    """Calibration images for the scales of activations. Weights are random, so images may be, too."""
 
     def __init__(self):
         generator = np.random.default_rng(0)
@@ -34,27 +34,27 @@ class RandomImages(CalibrationDataReader):
         return None if images is None else {"images": images}
 
 
-def write_onnx(folder: Path) -> list[tuple[str, str, Path]]:
-    """Files for `load_onnx`: name of the network, what runs it, and where it is."""
-    logging.disable(logging.WARNING)  # every tensor has something to be said of
+def export_networks(folder: Path) -> list[tuple[str, str, Path]]:
+    """Export all networks. Returns the name of the network, the engine and the file of each, as `Competitor` takes them."""
+    logging.disable(logging.WARNING)  # the exporters warn for almost every tensor
     try:
-        return [file for name, in_float in NETWORKS.items() for file in write_network(name, in_float, folder)]
+        return [file for name, in_float in NETWORKS.items() for file in export_network(name, in_float, folder)]
     finally:
         logging.disable(logging.NOTSET)
 
 
-def write_network(name: str, in_float: bool, folder: Path) -> list[tuple[str, str, Path]]:
-    floats, prepared, small = (folder / f"{name}.{kind}.onnx" for kind in ("float32", "prepared", "int8"))
-    export(name, floats)
-    quant_pre_process(floats, prepared, skip_symbolic_shape=True)
-    # Unsigned activations are what the instructions of x86 multiply by signed weights.
+def export_network(name: str, in_float: bool, folder: Path) -> list[tuple[str, str, Path]]:
+    float32, prepared, int8 = (folder / f"{name}.{kind}.onnx" for kind in ("float32", "prepared", "int8"))
+    export_float32(name, float32)
+    quant_pre_process(float32, prepared, skip_symbolic_shape=True)
+    # The instructions of x86 multiply unsigned activations by signed weights.
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(prepared, small, RandomImages(), per_channel=True, **types)
-    in_bytes = (name, "onnxruntime int8", small)
-    return [(name, "onnxruntime float32", floats), in_bytes] if in_float else [in_bytes]
+    quantize_static(prepared, int8, RandomImages(), per_channel=True, **types)
+    exported = [(name, "onnxruntime float32", float32), (name, "onnxruntime int8", int8)]
+    return exported if in_float else exported[1:]
 
 
-def export(name: str, file: Path) -> None:
+def export_float32(name: str, file: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -1,8 +1,8 @@
 """
-The 1-bit network as it is commonly simulated: composed of PyTorch's own operations, each with a gradient of its own.
+The 1-bit network as it is commonly simulated: composed of PyTorch's own operations, each with its own gradient.
 
-It computes what the network computes, gradients included, and takes the time and the memory that `functional_binaryvit` saves:
-the peer of benchmarks, and a second opinion for tests.
+Outputs and gradients equal those of the network, but without the savings of time and memory of `functional_binaryvit`.
+Benchmarks take it as a peer, tests as a second implementation.
 """
 
 import functools
@@ -18,13 +18,13 @@ from ..network.modeling_binaryvit import BinaryViTAttention, BinaryViTMLP, Binar
 
 def simulate(model: BinaryViTPreTrainedModel) -> BinaryViTPreTrainedModel:
     """
-    Change a model in place to compute by PyTorch's own operations; parameters and outputs stay what they are.
+    Replace the forwards of a model's layers in place. Parameters and outputs stay the same.
 
     Raises:
-        ValueError: its weights or inputs have more than one bit.
+        ValueError: weights or inputs have more than one bit.
     """
     if (model.config.weight_bits, model.config.input_bits) != (1, 1):
-        raise ValueError("Networks of 1-bit weights and inputs are simulated, no others.")
+        raise ValueError("Only networks of 1-bit weights and inputs can be simulated.")
     forwards: dict[type, Callable] = {
         BinaryLinear: linear_forward,
         BinaryPatchConv: patch_conv_forward,
@@ -40,7 +40,7 @@ def simulate(model: BinaryViTPreTrainedModel) -> BinaryViTPreTrainedModel:
 
 
 def sign(x: torch.Tensor) -> torch.Tensor:
-    """Sign with the gradient of a piecewise polynomial (Bi-Real Net, Liu et al., ECCV 2018)."""
+    """Sign whose gradient is that of a piecewise polynomial (Bi-Real Net, Liu et al., ECCV 2018)."""
     inside = torch.where(x < 0, 2 * x + x * x, 2 * x - x * x)
     soft = torch.where(x.abs() < 1, inside, x.detach().sign())
     return soft + (torch.where(x >= 0, 1.0, -1.0).to(x.dtype) - soft).detach()

@@ -1,7 +1,7 @@
 """
-How long a training step takes and how much memory, beside the full-precision network and the plain simulation.
+Time and peak memory of training steps, beside the full-precision DeiT-S and the plain simulation.
 
-The contestants take turns, step by step, each in a process of its own, so that its peak of memory is its own.
+The competitors take turns, step by step. Each is a process of its own, so its peak of memory is its own.
 """
 
 import statistics
@@ -16,61 +16,63 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from ..errors import UserError
 from ..host_memory import keep_freed_memory, peak_of_process
 from ..network.configuration_binaryvit import as_pair
-from ..ops import align, readable
+from ..ops import align_columns, readable
 from ..resources import shipped_configs
-from .interleaved import Contestant, describe_seconds
+from .interleaved import Worker, describe_seconds
 from .simulation import simulate
 
 
 PEER = "deit-small-patch16-224"
-WARM_UP_TURNS = 1  # turns, in which the allocator learns and a compiler compiles
+WARM_UP_TURNS = 1  # the allocator grows and torch.compile compiles
 TABLE_HEAD = ("network", "ms a step, median", "10-90 %", "images/s", "peak memory", "steps of DeiT-S")
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """A network in one of the ways to train it: `eager`, `simulated` (`simulation.simulate`) or `compiled`."""
+class Competitor:
+    """A row of configs/ and how it is trained: `eager`, `simulated` (`simulation.simulate`) or `compiled`."""
 
     network: str
-    way: str = "eager"
+    mode: str = "eager"
 
     def __str__(self) -> str:
-        return self.network if self.way == "eager" else f"{self.network}, {self.way}"
+        return self.network if self.mode == "eager" else f"{self.network}, {self.mode}"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one trainee: seconds of each step, and the peak of its memory in bytes: of the process, or of the GPU."""
+    """Seconds of each step, and the peak memory in bytes: of the GPU if there is one, else of the process."""
 
-    trainee: Trainee
+    competitor: Competitor
     seconds: list[float]
     peak_bytes: int
 
 
 def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict:
     """
-    Training steps (forward, cross-entropy, backward, AdamW) of a row of configs/, of DeiT-S and of the simulation; in
-    float32 on the CPU, on a GPU under autocast to bfloat16, there compiled, too.
+    Time training steps (forward, cross-entropy, backward, AdamW) of a row of configs/, of its simulation and of DeiT-S.
+
+    The CPU trains in float32. A GPU trains under autocast to bfloat16, and also the compiled networks.
 
     Args:
         network: name of the row.
-        batch_size: images a step; by default 8 on the CPU and 128 on a GPU.
-        steps: that are timed, of each trainee.
+        batch_size: images in a step; by default 8 on the CPU and 128 on a GPU.
+        steps: timed steps of each competitor, 2 or more.
 
     Returns:
-        `device`, `threads`, `batch_size` and, in the order of the table, `results`.
+        A dictionary of `device`, `threads`, `batch_size` and `results`, a list in the order of the table: `contestant`,
+        `seconds` and `seconds_10_90` of a step, `images_per_second`, `peak_bytes`, `ratio` (the time over that of DeiT-S).
 
     Raises:
-        UserError: there is no such row, or the memory does not suffice.
+        UserError: there is no such row, or not enough memory.
     """
     if network not in shipped_configs():
         raise UserError(f"There is no row {network!r} in configs/; there are {', '.join(sorted(shipped_configs()))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = batch_size or (128 if device == "cuda" else 8)
-    ways = ("eager", "compiled") if device == "cuda" else ("eager",)
-    trainees = [Trainee(name, way) for name in (PEER, network) for way in ways]
-    trainees.append(Trainee(network, "simulated"))
-    measurements = take_turns(trainees, batch_size, steps, device)
+    modes = ("eager", "compiled") if device == "cuda" else ("eager",)
+    competitors = [Competitor(name, mode) for name in (PEER, network) for mode in modes]
+    competitors.append(Competitor(network, "simulated"))
+    measurements = take_turns(competitors, batch_size, steps, device)
     peer = statistics.median(measurements[0].seconds)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -81,7 +83,7 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
 
 
 def format_steps(measured: dict) -> str:
-    """What `benchmark_training` measured, as a table for the terminal."""
+    """The measurements of `benchmark_training` as a table for the terminal."""
     rows: list[tuple[str, ...]] = [TABLE_HEAD]
     for result in measured["results"]:
         deciles = "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"])
@@ -96,13 +98,13 @@ def format_steps(measured: dict) -> str:
             )
         )
     head = f"{measured['device']}, {measured['threads']} threads, batches of {measured['batch_size']}"
-    return f"{head}\n{align(rows)}"
+    return f"{head}\n{align_columns(rows)}"
 
 
 def describe(measurement: Measurement, batch_size: int, peer_seconds: float) -> dict:
     median = statistics.median(measurement.seconds)
     return {
-        "contestant": str(measurement.trainee),
+        "contestant": str(measurement.competitor),
         **describe_seconds(measurement.seconds),
         "images_per_second": batch_size / median,
         "peak_bytes": measurement.peak_bytes,
@@ -110,34 +112,35 @@ def describe(measurement: Measurement, batch_size: int, peer_seconds: float) -> 
     }
 
 
-def take_turns(trainees: list[Trainee], batch_size: int, steps: int, device: str) -> list[Measurement]:
+def take_turns(competitors: list[Competitor], batch_size: int, steps: int, device: str) -> list[Measurement]:
     arguments = (batch_size, device, torch.get_num_threads())
-    contestants = [Contestant(str(trainee), start_training, trainee, *arguments) for trainee in trainees]
-    seconds = [[] for _ in contestants]
-    for step in range(WARM_UP_TURNS + steps):
-        for contestant, times in zip(contestants, seconds):
-            duration = contestant.ask("step")
-            if step >= WARM_UP_TURNS:
-                times.append(duration)
-    peaks = [contestant.ask("peak") for contestant in contestants]
-    return [Measurement(*parts) for parts in zip(trainees, seconds, peaks)]
+    workers = [Worker(str(competitor), create_responder, competitor, *arguments) for competitor in competitors]
+    rounds = [[worker.request("step") for worker in workers] for _ in range(WARM_UP_TURNS + steps)]
+    seconds = map(list, zip(*rounds[WARM_UP_TURNS:]))
+    peaks = [worker.request("peak") for worker in workers]
+    return [Measurement(*parts) for parts in zip(competitors, seconds, peaks)]
 
 
-def start_training(trainee: Trainee, batch_size: int, device: str, threads: int) -> Callable:
-    """In the process of a trainee: for every "step" it trains and answers a step's seconds, for "peak" its memory in bytes."""
-    keep_freed_memory()  # as the script does
+def create_responder(competitor: Competitor, batch_size: int, device: str, threads: int) -> Callable:
+    """
+    Prepare training in the competitor's worker process.
+
+    Returns:
+        The function that answers "step" with the seconds of a training step, and "peak" with the peak memory in bytes.
+    """
+    keep_freed_memory()  # as training does
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(shipped_configs()[trainee.network])
-    model = create_model(trainee, config).to(device).train()
+    config = AutoConfig.from_pretrained(shipped_configs()[competitor.network])
+    model = create_model(competitor, config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     images = torch.randn(batch_size, config.num_channels, *as_pair(config.image_size), device=device)
     labels = torch.randint(config.num_labels, (batch_size,), device=device)
 
-    def respond(question: str) -> float:
-        if question == "peak":
+    def respond(message: str) -> float:
+        if message == "peak":
             return torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
-        for _ in range(2):  # the first brings back what the others' turns took from the caches, and is not counted
+        for _ in range(2):  # the first step refills the caches after the other competitors' turns, and is not counted
             start = time.perf_counter()
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 loss = nn.functional.cross_entropy(model(images).logits, labels)
@@ -152,8 +155,8 @@ def start_training(trainee: Trainee, batch_size: int, device: str, threads: int)
     return respond
 
 
-def create_model(trainee: Trainee, config: PreTrainedConfig) -> nn.Module:
+def create_model(competitor: Competitor, config: PreTrainedConfig) -> nn.Module:
     model = AutoModelForImageClassification.from_config(config)
-    if trainee.way == "simulated":
+    if competitor.mode == "simulated":
         return simulate(model)
-    return torch.compile(model) if trainee.way == "compiled" else model
+    return torch.compile(model) if competitor.mode == "compiled" else model

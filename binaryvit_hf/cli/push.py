@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Upload a trained model to the Hub: packed weights, latent weights in the folder 'latent', card, image processor."""
-    from ..hub import NOT_UPLOADED, create_repository, told_how_to_resume_upload, upload_folder
+    from ..hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
     from ..network.quantization_binaryvit import QUANT_METHOD, ShippedModel
     from .models import load_model, load_processor
 
@@ -44,5 +44,5 @@ def run(options: argparse.Namespace) -> None:
             readme.write_text(text, encoding="utf-8")
         else:
             write_card_if_possible(staged, repository)
-        with told_how_to_resume_upload(folder, repository, options.revision):
+        with resumable_upload(folder, repository, options.revision):
             print(upload_folder(staged, repository, options.token, options.revision, options.message))

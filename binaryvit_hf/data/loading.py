@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builde
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import UserError, first_sentence
-from ..hub import find_cause
+from ..hub import explain_hub_error
 from .arguments import HELD_OUT_SHARE, DataArguments
 from .image_folders import load_folder_splits
 from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, KNOWN_DATASETS, load_known_splits
@@ -162,7 +162,7 @@ def load_named_dataset(
     except Exception as error:  # file systems, networks and dataset builders raise any exception
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise UserError(
-            f"--dataset_name {name!r} cannot be loaded: {find_cause(error) or first_sentence(cause)}"
+            f"--dataset_name {name!r} cannot be loaded: {explain_hub_error(error) or first_sentence(cause)}"
         ) from error
 
 

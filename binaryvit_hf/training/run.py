@@ -31,7 +31,7 @@ from ..errors import (
     UserError,
 )
 from ..host_memory import keep_freed_memory
-from ..hub import told_how_to_resume_upload
+from ..hub import resumable_upload
 from ..ops import CONFIG_CLASSES, count_operations, total
 from ..writing import describe_full_disk
 from .arguments import (
@@ -204,7 +204,7 @@ def run(phase: Phase, inputs: Inputs) -> None:
     if trainer.is_world_process_zero() and training_arguments.do_train:
         write_report(phase, trainer.hub_model_id or str(output_dir))
     if training_arguments.push_to_hub:
-        with told_how_to_resume_upload(output_dir, trainer.hub_model_id):
+        with resumable_upload(output_dir, trainer.hub_model_id):
             trainer.push_to_hub()
 
 

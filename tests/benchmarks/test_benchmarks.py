@@ -15,8 +15,7 @@ from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
 
 from binaryvit_hf import engine
-from binaryvit_hf.benchmarks import inference as benchmark_inference
-from binaryvit_hf.benchmarks import onnx_peers as benchmark_onnx
+from binaryvit_hf.benchmarks import inference, onnx_peers
 from binaryvit_hf.benchmarks.simulation import simulate
 from binaryvit_hf.errors import UserError
 
@@ -49,21 +48,22 @@ def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
     assert 10**8 < ours["peak_bytes"] < peer["peak_bytes"]
 
 
-def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_inference, "PEER", "vit-digits")
-    monkeypatch.setattr(benchmark_onnx, "NETWORKS", {"resnet10t": True})
+def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(inference, "PEER", "vit-digits")
+    monkeypatch.setattr(onnx_peers, "NETWORKS", {"resnet10t": True})
     plot = tmp_path / "latency.png"
     arguments = ("--model", "binaryvit-digits", "--threads", 1, "--batch-size", 1, 2, "--steps", 2, "--plot", plot)
     measured = json.loads(run(capsys, "benchmark", *arguments, "--json"))
+    assert "preparing the models" in caplog.text
     kernels = engine.kernels_here()
-    contestants = [
+    competitors = [
         *(("binaryvit-digits", name) for name in (*kernels, "PyTorch, simulated")),
         *(("vit-digits", name) for name in ("PyTorch float32", "PyTorch bfloat16", "torch.compile")),
         *(("resnet10t", name) for name in ("onnxruntime float32", "onnxruntime int8")),
     ]
     results = measured["results"]
-    assert [(row["model"], row["engine"]) for row in results] == 2 * contestants
-    assert [row["batch_size"] for row in results] == [1] * len(contestants) + [2] * len(contestants)
+    assert [(row["model"], row["engine"]) for row in results] == 2 * competitors
+    assert [row["batch_size"] for row in results] == [1] * len(competitors) + [2] * len(competitors)
     for row in results:
         of_peer = ("PyTorch float32", row["batch_size"])
         peer = next(other for other in results if (other["engine"], other["batch_size"]) == of_peer)
@@ -71,16 +71,16 @@ def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(tmp_pat
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds"])
         assert row["seconds_10_90"][0] <= row["seconds"] <= row["seconds_10_90"][1]
     *ours, latent, floats, half, _, onnx_floats, onnx_bytes = [row["file_bytes"] for row in results][
-        : len(contestants)
+        : len(competitors)
     ]
     assert set(ours) == {ours[0]}
     assert ours[0] < latent / 5
     assert floats == pytest.approx(2 * half, rel=0.05)
     assert onnx_floats == pytest.approx(4 * onnx_bytes, rel=0.05)
-    assert [(first["model"], first["engine"]) for first in measured["starts"]] == contestants
+    assert [(first["model"], first["engine"]) for first in measured["starts"]] == competitors
     assert all(first["seconds"] > 0 for first in measured["starts"])
     assert Image.open(plot).size[0] > 1000
-    printed = benchmark_inference.format_forwards(measured).splitlines()
+    printed = inference.format_forwards(measured).splitlines()
     assert len(printed) == 1 + len(results) + 1 + len(kernels)
     assert printed[1].split()[:4] == ["binaryvit-digits", kernels[0], "1", "1"]
 
@@ -93,15 +93,13 @@ def load_broken(file: Path, threads: int):
     raise OSError("There is no compiler.")
 
 
-def compete(*competitors: benchmark_inference.Competitor) -> tuple[list[dict], list[dict]]:
-    return benchmark_inference.compete(list(competitors), batch_sizes=[1, 2], threads=1, turns=2)
+def compete(*competitors: inference.Competitor) -> tuple[list[dict], list[dict]]:
+    return inference.compete(list(competitors), batch_sizes=[1, 2], threads=1, turns=2)
 
 
 def test_who_cannot_run_is_left_out_but_for_the_peer_of_all(tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"12345")
-    peer = benchmark_inference.Competitor(
-        benchmark_inference.PEER, benchmark_inference.PEER_ENGINE, tmp_path / "file", load_quick
-    )
+    peer = inference.Competitor(inference.PEER, inference.PEER_ENGINE, tmp_path / "file", load_quick)
     broken = dataclasses.replace(peer, engine="torch.compile", load=load_broken)
     with caplog.at_level(logging.INFO):
         results, starts = compete(broken, peer)
@@ -119,7 +117,7 @@ def test_wrong_benchmarks_are_refused(tmp_path, capsys):
     assert_refused(capsys, ["benchmark", "--model", "no-such-row"], "no binary row 'no-such-row'")
     assert_refused(capsys, ["benchmark", "--model", "vit-digits"], "no binary row 'vit-digits'")
     assert_refused(capsys, ["benchmark", "--threads", 0], "1 or more")
-    assert_refused(capsys, ["benchmark", "--plot", tmp_path / "latency.txt"], "not")
+    assert_refused(capsys, ["benchmark", "--plot", tmp_path / "latency.txt"], "of the kinds .png")
     assert_refused(capsys, ["benchmark", "--plot", tmp_path / "nowhere" / "latency.png"], "no folder")
     assert_refused(capsys, ["benchmark", "--train", "--threads", 1], "of forwards")
     assert_refused(capsys, ["benchmark", "--loader", "--batch-size", 1, 8], "of forwards")
