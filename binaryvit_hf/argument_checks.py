@@ -1,4 +1,4 @@
-"""The type and the range of every argument, checked before anything is loaded."""
+"""Checks the type and range of every command-line argument before anything is loaded."""
 
 import json
 import math
@@ -12,12 +12,12 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from .errors import UserError, first_sentence
 
 
-LONGEST_VALUE = 60  # characters of a wrong value that a message shows
-LARGEST_COUNT = 2**31 - 1
+MAX_SHOWN_CHARACTERS = 60  # of a wrong value in a message
+MAX_COUNT = 2**31 - 1
 
 
 class Range(NamedTuple):
-    """The numbers from `low` to `high`; `low` and `high` themselves unless they are left out."""
+    """The numbers from `low` to `high`. `without_low` and `without_high` exclude the bound itself."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -41,12 +41,12 @@ POSITIVE = Range(0, without_low=True)
 SHARE = Range(0, 1)
 POSITIVE_SHARE = Range(0, 1, without_low=True)
 SHARE_BELOW_ONE = Range(0, 1, without_high=True)
-INSIDE_OF_SHARE = Range(0, 1, without_low=True, without_high=True)
-COUNT = Range(1, LARGEST_COUNT)
-COUNT_OR_NONE = Range(0, LARGEST_COUNT)
-SEED = Range(0, 2**32 - 1)  # numpy's
+SHARE_INSIDE = Range(0, 1, without_low=True, without_high=True)
+COUNT = Range(1, MAX_COUNT)
+COUNT_OR_NONE = Range(0, MAX_COUNT)
+SEED = Range(0, 2**32 - 1)  # of numpy
 
-# Of every argument that is a number; those that are not here are of any finite one.
+# By argument. Any finite number is valid for an argument that is not in this table.
 RANGES = {
     # the network
     "drop_path_rate": SHARE_BELOW_ONE,
@@ -69,15 +69,15 @@ RANGES = {
     "distillation_temperature": POSITIVE,
     "learning_rate_batch_size": COUNT,
     "repeated_augmentations": COUNT,
-    "ema_decay": INSIDE_OF_SHARE,
+    "ema_decay": SHARE_INSIDE,
     "weight_regularization": NOT_NEGATIVE,
     "batch_norm_reestimation_batches": COUNT_OR_NONE,
-    "oscillation_freezing_threshold": INSIDE_OF_SHARE,
-    # those of transformers, which does not check them itself or not with their names
+    "oscillation_freezing_threshold": SHARE_INSIDE,
+    # arguments of transformers that it does not check, or not by name
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
     "num_train_epochs": POSITIVE,
-    "max_steps": Range(-1, LARGEST_COUNT),
+    "max_steps": Range(-1, MAX_COUNT),
     "learning_rate": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
@@ -94,32 +94,32 @@ RANGES = {
     "save_steps": NOT_NEGATIVE,
     "eval_delay": NOT_NEGATIVE,
     "eval_accumulation_steps": COUNT,
-    "save_total_limit": Range(-1, LARGEST_COUNT),  # below 1 all checkpoints are kept
+    "save_total_limit": Range(-1, MAX_COUNT),  # 0 and -1 keep all checkpoints
     "seed": SEED,
     "data_seed": SEED,
     "dataloader_num_workers": COUNT_OR_NONE,
     "dataloader_prefetch_factor": COUNT,
     "ddp_bucket_cap_mb": COUNT,
     "ddp_timeout": COUNT,
-    "local_rank": Range(-1, LARGEST_COUNT),
+    "local_rank": Range(-1, MAX_COUNT),
 }
 FINITE = Range()
 
-# Arguments of transformers' Trainer that the script cannot follow, by the values that would ask for it.
+# Arguments of transformers' Trainer that training does not support: the value and the reason.
 UNSUPPORTED = {
     "use_liger_kernel": (True, "it is for language models"),
-    "batch_eval_metrics": (True, "metrics are of all images together"),
-    "eval_do_concat_batches": (False, "metrics are of all images together"),
+    "batch_eval_metrics": (True, "accuracy is computed from all images at once"),
+    "eval_do_concat_batches": (False, "accuracy is computed from all images at once"),
 }
 BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
 
 
 def check_ranges(arguments: Any) -> None:
     """
-    Check every number among the fields of a dataclass.
+    Check all numbers among the fields of a dataclass.
 
     Raises:
-        UserError: a number is not finite or out of its range.
+        UserError: a number is not finite or not in its range.
     """
     for field in fields(arguments):
         value = getattr(arguments, field.name)
@@ -134,28 +134,32 @@ def check_ranges(arguments: Any) -> None:
 
 def check_reporting(integrations: list[str]) -> None:
     """
+    Check the names in `--report_to`.
+
     Raises:
-        UserError: `--report_to` names what transformers does not know or what is not installed.
+        UserError: transformers does not know a name, or its package is not installed.
     """
     for name in integrations:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(
                 f"--report_to must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, not {name}."
             )
-        if name not in [*get_available_reporting_integrations(), "flyte"]:  # flyte alone is not looked for there
+        if name not in [*get_available_reporting_integrations(), "flyte"]:  # transformers does not look for flyte
             raise UserError(f"--report_to {name}: its package is not installed; install it, or give --report_to none.")
 
 
 def check_supported(arguments: Any) -> None:
     """
+    Check that the training supports its `TrainingArguments`.
+
     Raises:
-        UserError: the training arguments ask for what the script does not do.
+        UserError: it does not support one.
     """
     for name, (value, reason) in UNSUPPORTED.items():
         if getattr(arguments, name, None) is value:
             raise UserError(f"--{name} {value} is not supported: {reason}.")
     if arguments.neftune_noise_alpha is not None:
-        raise UserError("--neftune_noise_alpha is not supported: it is for embeddings of words.")
+        raise UserError("--neftune_noise_alpha is not supported: it is for word embeddings.")
     if arguments.dataloader_persistent_workers and arguments.dataloader_num_workers == 0:
         raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
     metric = arguments.metric_for_best_model
@@ -165,15 +169,15 @@ def check_supported(arguments: Any) -> None:
 
 def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = None) -> Any:
     """
-    A value of a file or a flag as the type of its field.
+    Convert a value from a file or command line to the type of its field.
 
     Args:
-        hint: the type of the field.
-        choices: the values that it may have, `None` where it may have any.
-        bare: what the flag without a value stands for, which `true` stands for in a file.
+        hint: type annotation of the field.
+        choices: the allowed values; `None` allows any.
+        bare: the value of the flag without a value. `true` in a file means the same.
 
     Raises:
-        UserError: the value is of another type or none of the choices.
+        UserError: the value has another type or is not a choice.
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is True and bare is not None:
@@ -200,11 +204,11 @@ def check_json(name: str, text: str) -> None:
     try:
         json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--{name} {shorten(text)} is no JSON: {first_sentence(error)}.") from error
+        raise UserError(f"--{name} {shorten(text)} is not JSON: {first_sentence(error)}.") from error
 
 
 def convert_to(kind: Any, value: Any) -> Any:
-    """The value as a type of a field, or `None`."""
+    """The value converted to a type; `None` if that is impossible."""
     origin, whole = get_origin(kind) or kind, isinstance(value, int) and not isinstance(value, bool)
     if origin is bool:
         return bool(value) if value in (0, 1) and isinstance(value, int) else None
@@ -242,4 +246,4 @@ def describe_type(kind: Any) -> str:
 
 def shorten(value: Any) -> str:
     text = " ".join(repr(value).split())
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"

@@ -1,4 +1,4 @@
-"""What a picture means: one reading of every file, for training, evaluation, checks and `binaryvit classify`."""
+"""Reads pictures: training, evaluation, checks and `binaryvit classify` all get the same pixels of a file."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 from .errors import first_sentence
 
 
-# Of EXIF: 1 is upright. As `PIL.ImageOps.exif_transpose` turns them.
+# By EXIF orientation, as in `PIL.ImageOps.exif_transpose`. Orientation 1 is upright.
 ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -22,31 +22,30 @@ ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MAX_ASPECT_RATIO = 1000  # the longer side over the shorter: resized by the shorter, longer pictures fill the memory
-MAX_PIXELS = 2**27  # their decoding and resizing takes 2 GB; Pillow refuses 4/3 as many
-PIXEL_LIMIT_LOCK = threading.Lock()  # held while Pillow's limit is off
+MAX_ASPECT_RATIO = 1000  # resizing the shorter side of a longer picture would run out of memory
+MAX_PIXELS = 2**27  # decoding and resizing them takes 2 GB of memory
+PIXEL_LIMIT_LOCK = threading.Lock()  # held while Pillow's limit is disabled for the process
 
-# Pillow warns of large pictures, damaged EXIF and transparent palettes, each of which has its place here.
+# Large pictures, damaged EXIF and transparent palettes are handled here, so Pillow's warnings only repeat it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
     """
-    A picture with its header read and its pixels not yet.
+    Open a picture. Its header is read, and its pixels are not.
 
     Raises:
-        PIL.Image.DecompressionBombError: it has more than `MAX_PIXELS`, or is much longer than wide; the message
-            says how many.
-        Exception: it is no file, or no picture: whatever Pillow raised.
+        PIL.Image.DecompressionBombError: it has more than `MAX_PIXELS`, or an aspect ratio above `MAX_ASPECT_RATIO`.
+        Exception: Pillow cannot open it.
     """
-    # Opening a FIFO would wait for somebody to write into it.
+    # Opening a FIFO would wait for a writer.
     if isinstance(source, (str, os.PathLike)) and not stat.S_ISREG(os.stat(source).st_mode):
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     try:
         picture = Image.open(source)
     except Image.DecompressionBombError:
         picture = open_unlimited(source)
-    except UnidentifiedImageError as error:  # which may name a place in memory
+    except UnidentifiedImageError as error:  # its message may contain a memory address
         raise UnidentifiedImageError("it has no format that Pillow knows") from error
     fault = None
     if picture.width * picture.height > MAX_PIXELS:
@@ -60,6 +59,7 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def open_unlimited(source: str | os.PathLike | BinaryIO) -> Image.Image:
+    """Open a picture of any size, to learn its size."""
     with PIXEL_LIMIT_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -70,48 +70,48 @@ def open_unlimited(source: str | os.PathLike | BinaryIO) -> Image.Image:
 
 def to_rgb(picture: Image.Image, background: str | None = None) -> Image.Image:
     """
-    The picture in RGB, 8 bits a channel.
+    Decode a picture to RGB, 8 bits per channel.
 
-    - It is turned upright as its EXIF says. Damaged EXIF is ignored.
-    - Grey values of 16 bits are divided by 257. Those of 32 bits, and floats, are scaled by their range (see `to_8_bits`).
-    - All else is Pillow's `convert("RGB")`. Transparency is dropped, or composited on `background`.
+    - EXIF's orientation turns it upright. Damaged EXIF is ignored.
+    - 16-bit grey values are divided by 257. 32-bit and float values are scaled by their range (see `to_8_bits`).
+    - All other modes use Pillow's `convert("RGB")`. Transparency is dropped, or composited on `background`.
 
-    transformers' pipelines read a file likewise, but clip values above 255.
+    transformers' pipelines differ in one point: they clip values above 255.
 
     Args:
         background: a colour, such as `white` or `#ffcc00`.
 
     Raises:
         ValueError: the range of 32-bit or float values is unknown.
-        Exception: the file is damaged: whatever Pillow raised.
+        Exception: the file is damaged.
     """
-    picture.load()  # a TIFF turns itself when it loads
+    picture.load()  # Pillow turns a TIFF in `load`
     turn = ORIENTATION_TRANSPOSES.get(find_orientation(picture))
     picture = to_8_bits(picture)
     if turn is not None:
         transparency = {name: value for name, value in picture.info.items() if name == "transparency"}
         picture = picture.transpose(turn)
-        picture.info = transparency  # the orientation is no longer true
+        picture.info = transparency  # without the orientation, which no longer applies
     if background is not None and may_be_transparent(picture):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def find_orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or EXIF is damaged."""
+    """EXIF's orientation, 1 to 8; 1 if EXIF is missing or damaged."""
     try:
         orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's reader of EXIF raises anything
+    except Exception:  # Pillow raises any exception on damaged EXIF
         return 1
     return orientation if orientation in ORIENTATION_TRANSPOSES else 1
 
 
 def to_8_bits(picture: Image.Image) -> Image.Image:
     """
-    A picture whose values have more than 8 bits, with 8; any other as it is.
+    Scale values of more than 8 bits to 8 bits. Other pictures are returned unchanged.
 
-    16-bit values are of 0 to 65535. The range of 32-bit integers is 0 to 255 if they fit, else 0 to 65535; that of floats
-    is 0 to 1 if they fit, else as of integers.
+    The range of 16-bit values is 0 to 65535. The range of 32-bit values is the smallest that contains them all: 0 to 1 (only
+    floats), 0 to 255, or 0 to 65535.
 
     Raises:
         ValueError: a value is below 0, above 65535 or not a number.
@@ -134,7 +134,7 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
 
 
 def may_be_transparent(picture: Image.Image) -> bool:
-    """Whether the header, or the palette, leaves room for transparency."""
+    """Whether the mode, header or palette allows transparency."""
     return (
         picture.mode in ("RGBA", "LA", "PA", "RGBa", "La")
         or "transparency" in picture.info
@@ -143,7 +143,7 @@ def may_be_transparent(picture: Image.Image) -> bool:
 
 
 def is_transparent(picture: Image.Image) -> bool:
-    """Whether any pixel is not opaque. Decodes the picture only where it may be."""
+    """Whether any pixel is not opaque. Decodes the picture only if its header allows transparency."""
     if not may_be_transparent(picture):
         return False
     picture.load()
@@ -153,29 +153,29 @@ def is_transparent(picture: Image.Image) -> bool:
 def describe_unreadable(name: str, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"{name!r} is too large: {first_sentence(error).rstrip('.')}."
-    return f"{name!r} is no image that can be read ({first_sentence(error)})."
+    return f"{name!r} cannot be read as an image ({first_sentence(error)})."
 
 
-def describe_transparent(number: int, of_what: str, first: str) -> str:
+def describe_transparent(number: int, images: str, first: str) -> str:
     return (
-        f"{number} of the {of_what} are transparent in places, {first!r} first. Transparency is dropped, which shows the "
+        f"{number} of the {images} are transparent in places, {first!r} first. Transparency is dropped, which shows the "
         "colours beneath it; --background white puts such images on white."
     )
 
 
 def is_of_one_colour(picture: Image.Image) -> bool:
-    """`picture` is RGB."""
+    """Whether all pixels of an RGB picture are equal."""
     return all(low == high for low, high in picture.getextrema())
 
 
 def check_background(colour: str | None) -> None:
     """
     Raises:
-        ValueError: no opaque colour that Pillow knows.
+        ValueError: the colour is not opaque, or Pillow does not know it.
     """
     try:
         opaque = colour is None or len(ImageColor.getrgb(colour)) == 3
     except (AttributeError, TypeError, ValueError):
         opaque = False
     if not opaque:
-        raise ValueError(f"--background is an opaque colour such as white or '#ffcc00', not {colour!r}.")
+        raise ValueError(f"--background must be an opaque colour such as white or '#ffcc00', not {colour!r}.")

@@ -200,7 +200,7 @@ def test_training_puts_transparent_pixels_on_the_background():
 
 @pytest.mark.parametrize("colour", ["whit", "", "#ffcc0080", "#12", 5, ["white"]])
 def test_a_background_that_is_no_opaque_colour_is_refused(colour):
-    with pytest.raises(ValueError, match="--background is an opaque colour such as white"):
+    with pytest.raises(ValueError, match="--background must be an opaque colour such as white"):
         DataArguments(background=colour)
 
 

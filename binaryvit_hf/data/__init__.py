@@ -1,8 +1,20 @@
 """
 Images and labels for training and evaluation.
 
-Enters: image folders, datasets of the Hub or the disk, streams, and the arguments that choose them. Leaves: `pixel_values` and
-`labels`, decoded and transformed as they are read, and messages about images that cannot be used.
+Input: image folders, files, datasets of the Hub or of this machine, and `DataArguments` that choose them.
+Output: `torch` datasets of `pixel_values` and `labels`, samplers, and one-sentence errors about unusable images.
 
-This room knows the network's input (size, mean, deviation), but neither its weights nor the training loop.
+The way of an image, in the order of the files:
+
+1. `arguments` and `augmentation` declare the command line's arguments.
+2. `loading` chooses the splits. It uses `image_folders` (with `image_files`), `known_datasets` and `streaming`. `schema`
+   gives every dataset the same two columns, `image` (encoded) and `label`.
+3. `image_checks` finds broken, transparent and one-colour images before training. `label_names` compares the labels with
+   those of a trained model.
+4. `sampling` determines the order of training and the random numbers of each augmentation.
+5. `transforms` decodes (`decoding`) and augments (`augmentation`) an image when a worker reads it. Evaluation uses the image
+   processor instead.
+6. `model_inputs` creates and measures image processors, and converts a student's batch for its teacher.
+
+This package knows the size, mean and standard deviation of a network's input. It knows neither weights nor the training loop.
 """

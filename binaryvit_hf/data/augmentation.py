@@ -1,4 +1,4 @@
-"""What training does to its images: to each as it is read, and to whole batches on the device."""
+"""Augmentation: of each training image when it is read, and mixing of whole batches on the device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,17 +10,17 @@ from torchvision.transforms import v2
 from ..argument_checks import check_ranges
 
 
-ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of Zhong et al., AAAI 2020, as timm has them
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # Zhong et al., AAAI 2020; values of timm
 
 
 @dataclass
 class AugmentationArguments:
-    """How training images are cut, distorted and mixed. The defaults are those of the paper's students."""
+    """How training images are cropped, augmented and mixed. The defaults are those of the paper's students."""
 
     random_resized_crop_min_scale: float = field(
-        default=0.08, metadata={"help": "Training crops at least this share of the image's area; 1 does not crop."}
+        default=0.08, metadata={"help": "Smallest share of the image's area in a random training crop; 1 is no crop."}
     )
-    horizontal_flip_prob: float = field(default=0.5, metadata={"help": "Probability to mirror a training image."})
+    horizontal_flip_prob: float = field(default=0.5, metadata={"help": "Probability of mirroring a training image."})
     rand_augment: str | None = field(
         default=None,
         metadata={"help": "RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1. Default: none."},
@@ -28,18 +28,22 @@ class AugmentationArguments:
     color_jitter: float = field(
         default=0.0,
         metadata={
-            "help": "Change brightness, contrast and saturation by up to this share. Without effect beside --rand_augment, "
-            "which changes colours by itself (so in DeiT's recipe)."
+            "help": "Change brightness, contrast and saturation by up to this share. Ignored with --rand_augment, which "
+            "changes colours itself, as in DeiT's recipe."
         },
     )
     random_erasing_prob: float = field(
-        default=0.0, metadata={"help": "Probability to fill a rectangle of a training image with noise."}
+        default=0.0, metadata={"help": "Probability of filling a rectangle of a training image with noise."}
     )
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup: Beta(alpha, alpha) of the shares; 0 is off."})
-    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix: Beta(alpha, alpha) of the areas; 0 is off."})
-    mixup_prob: float = field(default=1.0, metadata={"help": "Probability to mix a batch, where mixing is on."})
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mixup: shares are drawn from Beta(alpha, alpha); 0 is off."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "CutMix: areas are drawn from Beta(alpha, alpha); 0 is off."}
+    )
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability of mixing a batch, if mixing is on."})
     mixup_switch_prob: float = field(
-        default=0.5, metadata={"help": "Probability of CutMix instead of mixup, where both are on."}
+        default=0.5, metadata={"help": "Probability of CutMix instead of mixup, if both are on."}
     )
 
     def __post_init__(self):
@@ -50,23 +54,23 @@ class AugmentationArguments:
 
 def create_rand_augment(policy: str, size: tuple[int, int], mean: tuple[float, ...]) -> Callable:
     """
-    RandAugment (Cubuk et al., NeurIPS 2020 workshops) of PIL images.
+    RandAugment (Cubuk et al., CVPR workshops 2020) for PIL images.
 
     Raises:
-        ValueError: no policy in timm's notation.
+        ValueError: the policy is not in timm's notation.
     """
-    # What moves out of the picture leaves the mean colour; shifts are at most 45 % of the shorter side, as in timm.
+    # As in timm: uncovered areas get the mean colour, and shifts are at most 45 % of the shorter side.
     fill = tuple(min(255, round(255 * channel)) for channel in mean)
     try:
         return rand_augment_transform(policy, {"translate_const": int(min(size) * 0.45), "img_mean": fill})
     except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"rand_augment: {policy!r} is no policy such as 'rand-m9-mstd0.5-inc1'.") from error
+        raise ValueError(f"rand_augment: {policy!r} is not a policy such as 'rand-m9-mstd0.5-inc1'.") from error
 
 
 def create_train_transform(
     arguments: AugmentationArguments, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> v2.Compose:
-    """A crop `uint8 (3, height, width)` to a normalised float tensor of the same shape, another one each time."""
+    """Random augmentation of a crop `uint8 (3, height, width)` to a normalised float tensor of the same shape."""
     distort = []
     if arguments.rand_augment is not None:
         distort.append(create_rand_augment(arguments.rand_augment, size, tuple(mean)))
@@ -83,7 +87,7 @@ def create_train_transform(
 
 
 class Normalize:
-    """`uint8` pixels `(3, height, width)` over 255, less `mean`, over `std`: two passes where torchvision takes four."""
+    """`(pixels / 255 - mean) / std` of `uint8 (3, height, width)`: two passes over memory, torchvision needs four."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         offset, deviation = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
@@ -96,10 +100,10 @@ class Normalize:
 
 def create_mix(arguments: AugmentationArguments, num_labels: int) -> Callable | None:
     """
-    Mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019) of a batch, or `None` where both are off.
+    Mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019) of a batch; `None` if both are off.
 
-    Takes `pixel_values (batch, channels, height, width)` and class indices `(batch,)`; gives the mixed images and the
-    shares of their labels `(batch, num_labels)`, or, where a batch is left as it is, both as they were.
+    The function takes `pixel_values (batch, channels, height, width)` and class indices `(batch,)`. It returns mixed images
+    and the shares of their labels `(batch, num_labels)`. With probability `1 - mixup_prob` it returns its inputs.
     """
     kinds = []
     if arguments.cutmix_alpha > 0:

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: whole for evaluation, a random crop for training, no finer than it will be seen."""
+"""Decodes images: whole for evaluation; for training a random crop, at no more resolution than it needs."""
 
 import io
 import os
@@ -14,24 +14,29 @@ from torchvision.transforms import v2
 from ..pixels import find_orientation, open_picture, to_rgb
 
 
-QUOTED = "\0"  # begins the path of a file whose name is not UTF-8; no other path has it
+QUOTED = "\0"  # marks a quoted path; file names cannot contain it
 
 
 def open_encoded(encoded: dict | None) -> Image.Image:
-    """The image of a dataset's `{"bytes", "path"}`, its header read and its pixels not yet."""
+    """
+    Open an image of a dataset, `{"bytes", "path"}`. Its header is read, and its pixels are not.
+
+    Raises:
+        Exception: the image is missing, or Pillow cannot open it.
+    """
     encoded = encoded or {}
     if encoded.get("bytes") is not None:
         return open_picture(io.BytesIO(encoded["bytes"]))
     if encoded.get("path") is None:
         raise ValueError("there is none")
-    if "://" in encoded["path"]:  # of a stream, on the Hub
+    if "://" in encoded["path"]:  # an image of a stream
         with fsspec.open(encoded["path"]) as file:
             return open_picture(io.BytesIO(file.read()))
     return open_picture(unquote_path(encoded["path"]))
 
 
 def quote_path(path: str) -> str:
-    """A path that a dataset can hold: its strings are UTF-8, and names of files may be any bytes."""
+    """The path as a string that a dataset can hold. Its strings are UTF-8, but file names can have any bytes."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -40,26 +45,27 @@ def quote_path(path: str) -> str:
 
 
 def unquote_path(path: str) -> str:
+    """The inverse of `quote_path`."""
     return os.fsdecode(unquote_to_bytes(path[len(QUOTED) :])) if path.startswith(QUOTED) else path
 
 
 def decode_image(encoded: dict | None, background: str | None = None) -> Image.Image:
-    """The whole image in RGB, as `pixels.to_rgb` reads it."""
+    """The whole image in RGB (see `pixels.to_rgb`)."""
     return to_rgb(open_encoded(encoded), background)
 
 
 class CroppingDecoder(nn.Module):
     """
-    A random crop of an encoded image as `uint8 (3, height, width)`: boxes as `v2.RandomResizedCrop` draws them, bicubic.
+    A random crop of an encoded image, resized (bicubic): `uint8 (3, height, width)`.
 
-    The box is drawn by the size of the upright image. A JPEG of which the box is large is decoded at half, a quarter or an
-    eighth of its size, as long as the box keeps the pixels of the crop. Where it is not, torch resizes, several times as
-    fast as Pillow and to the same values but for one step of 255 here and there.
+    `v2.RandomResizedCrop` draws the box from the size of the upright image. If the box is large, a JPEG is decoded at 1/2,
+    1/4 or 1/8 of its size, but with at least the pixels of the crop. Otherwise torch resizes: several times as fast as
+    Pillow, and some values differ by 1 of 255.
 
     Args:
         size: height and width of the crop.
         min_scale: smallest share of the image's area.
-        background: the colour behind transparent pixels.
+        background: colour behind transparent pixels.
     """
 
     def __init__(self, size: tuple[int, int], min_scale: float, background: str | None = None):
@@ -78,13 +84,13 @@ class CroppingDecoder(nn.Module):
         return self.decode(image, box["top"], box["left"], box["height"], box["width"])
 
     def decode(self, image: Image.Image, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        """The box is one of the upright image."""
+        """The crop of a box, given in pixels of the upright image."""
         scale = draft(image, min(width // self.size[1], height // self.size[0]))
         image = to_rgb(image, self.background)
         if scale == 1:
             cropped = to_tensor(image.crop((left, top, left + width, top + height)))
             return nn.functional.interpolate(cropped[None], self.size, mode="bicubic", antialias=True)[0]
-        # The box falls between the pixels, which Pillow's resize takes.
+        # The corners of the box lie between pixels. `resize` of Pillow accepts that.
         box = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
         return to_tensor(image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box))
 
@@ -94,12 +100,20 @@ def is_jpeg(image: Image.Image) -> bool:
 
 
 def draft(image: Image.Image, most: int) -> float:
-    """Have a JPEG decoded smaller, by 8, 4 or 2, which its decoder can, but not by more than `most`; returns by what."""
+    """
+    Make Pillow decode a JPEG at 1/2, 1/4 or 1/8 of its size.
+
+    Args:
+        most: largest reduction.
+
+    Returns:
+        The reduction; 1 if the image is decoded in full.
+    """
     width = image.width
     if most <= 1 or not is_jpeg(image):
         return 1
     if (width % 8 or image.height % 8) and find_orientation(image) > 1:
-        return 1  # turned, the part of a pixel that is left over would come first and shift the box
+        return 1  # turning would move the partial last pixel to the front and shift the box
     drafted = image.draft(None, (width // most, image.height // most))
     return 1 if drafted is None else width / drafted[1][2]
 

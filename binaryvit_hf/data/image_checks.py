@@ -1,4 +1,4 @@
-"""What is said of images before training: which are broken, transparent or of one colour."""
+"""Checks of the images before training: broken, too large, transparent or of one colour."""
 
 import contextlib
 import logging
@@ -22,55 +22,55 @@ from ..pixels import (
     to_rgb,
 )
 from .decoding import draft, is_jpeg, open_encoded, unquote_path
-from .streaming import ImageStream
+from .streaming import ImageSplits, ImageStream
 
 
-MAX_EMBEDDED_HEADERS = (
-    100_000  # headers looked at of the images inside of a dataset, whose bytes must be read from the disk
-)
-MAX_STREAMED_IMAGES = 100  # evaluation images of a stream decoded, which are downloaded for it
-MAX_DECODED_IMAGES = 1000  # opaque training images decoded to see whether they show anything
-IMAGES_PER_READ = 16  # images that a thread reads at once
+MAX_EMBEDDED_HEADERS = 100_000  # headers read of images inside a dataset: the disk must read the whole image
+MAX_STREAMED_IMAGES = 100  # evaluation images of a stream that are downloaded and decoded
+MAX_DECODED_IMAGES = 1000  # opaque training images that are decoded to find those of one colour
+IMAGES_PER_READ = 16  # of a thread
 
-LARGE_PIXELS = 2**25
-LARGE_IMAGE_LOCK = threading.Lock()  # held while an image of more pixels is decoded
+LARGE_IMAGE_PIXELS = 2**25
+LARGE_IMAGE_LOCK = threading.Lock()  # one thread at a time decodes an image with more pixels
 
 logger = logging.getLogger(__name__)
 
 
-class Pixels(NamedTuple):
+class Appearance(NamedTuple):
     transparent: bool
     one_colour: bool
 
 
 def check_images(
-    images: dict[str, Dataset | ImageStream], skip_broken: bool, background: str | None = None
-) -> tuple[dict[str, Dataset | ImageStream], list[str]]:
+    images: ImageSplits, skip_broken: bool, background: str | None = None
+) -> tuple[ImageSplits, list[str]]:
     """
-    Look at the images before training, and warn of those that are transparent or of one colour.
+    Stop at broken images, or leave them out. Warn of images that are transparent or of one colour.
 
-    - Every header is read, of the images inside of a dataset an evenly spread 100,000. With `skip_broken` every image
-      is decoded, and those that fail are left out.
-    - Decoded are also those that may be transparent, and of the other training images an evenly spread 1,000.
-    - Of a stream the first 100 evaluation images are decoded; the others are left to their turn.
+    - Headers: every image; of images inside a dataset at most 100,000, evenly spaced.
+    - Pixels: images that may be transparent, and at most 1,000 other training images, evenly spaced. With `skip_broken`
+      every image.
+    - Streams: the pixels of the first 100 evaluation images.
 
     Args:
+        skip_broken: leave out broken images.
         background: the colour that the run puts behind transparent images.
 
     Returns:
         The images, and the names of those left out.
 
     Raises:
-        UserError: an image that is broken or too large, named; or nothing is left.
+        UserError: an image is broken or too large, or none is left.
     """
-    kept, broken = {}, []
+    kept: ImageSplits = {}
+    broken: list[str] = []
     for split, dataset in images.items():
         if isinstance(dataset, ImageStream):
             if split != "train" and background is None:
                 warn_of_transparent_stream(dataset, split)
         else:
-            dataset, names, may_be = leave_out_broken(dataset, split, skip_broken)
-            warn_of_pixels(dataset, split, may_be, background)
+            dataset, names, maybe_transparent = leave_out_broken(dataset, split, skip_broken)
+            warn_of_appearance(dataset, split, maybe_transparent, background)
             broken += names
         kept[split] = dataset
     for name in broken:
@@ -79,134 +79,132 @@ def check_images(
 
 
 def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[Dataset, list[str], dict[int, bool]]:
-    """The dataset without broken images, their names, and by index whether an image may be transparent, if looked at."""
-    looked_at: Sequence[int] = range(len(dataset))
+    """
+    Returns:
+        The dataset without broken images, the names of the broken ones, and for each index that was checked whether the
+        image may be transparent.
+    """
+    checked: Sequence[int] = range(len(dataset))
     if is_embedded(dataset) and not skip_broken:
-        looked_at = evenly_spaced(looked_at, MAX_EMBEDDED_HEADERS)
-    seen = look(dataset, looked_at, see_all if skip_broken else see_header)
-    faults = {index: result for index, result in zip(looked_at, seen) if isinstance(result, Exception)}
+        checked = evenly_spaced(checked, MAX_EMBEDDED_HEADERS)
+    results = inspect_images(dataset, checked, decode_fully if skip_broken else read_header)
+    faults = {index: result for index, result in zip(checked, results) if isinstance(result, Exception)}
     for index, fault in faults.items():
         if isinstance(fault, DecompressionBombError) or not skip_broken:
-            more = f"; {len(faults)} such image(s) in all" if len(faults) > 1 else ""
-            raise UserError(
-                describe_fault(dataset[index]["image"], index, fault, "is no image that can be read", more)
-            )
-    if len(faults) == len(dataset):  # an empty split too
+            count = f"; {len(faults)} such image(s) in all" if len(faults) > 1 else ""
+            raise UserError(describe_fault(dataset[index]["image"], index, fault, "cannot be read as an image", count))
+    if len(faults) == len(dataset):  # also true of an empty split
         raise UserError(f"No image of the {split} split can be read.")
     names = [image_name(dataset[index]["image"], index) for index in faults]
-    whole = {index: result for index, result in zip(looked_at, seen) if index not in faults}
+    maybe_transparent = {index: result for index, result in zip(checked, results) if index not in faults}
     if faults:
-        dataset, whole = dataset.select(list(whole)), dict(enumerate(whole.values()))
-    return dataset, names, whole
+        dataset = dataset.select(list(maybe_transparent))
+        maybe_transparent = dict(enumerate(maybe_transparent.values()))
+    return dataset, names, maybe_transparent
 
 
-def warn_of_pixels(dataset: Dataset, split: str, may_be: dict[int, bool], background: str | None) -> None:
+def warn_of_appearance(
+    dataset: Dataset, split: str, maybe_transparent: dict[int, bool], background: str | None
+) -> None:
     """
     Args:
-        may_be: by index whether the header of an image leaves room for transparency.
+        maybe_transparent: by index, whether the header of the image allows transparency.
     """
-    looked_at = [index for index, transparent in may_be.items() if transparent]
+    checked = [index for index, transparent in maybe_transparent.items() if transparent]
     if split == "train":
-        opaque = [index for index, transparent in may_be.items() if not transparent]
-        looked_at = sorted([*looked_at, *evenly_spaced(opaque, MAX_DECODED_IMAGES)])
+        opaque = [index for index, transparent in maybe_transparent.items() if not transparent]
+        checked = sorted([*checked, *evenly_spaced(opaque, MAX_DECODED_IMAGES)])
     elif background is not None:
         return
-    seen = dict(zip(looked_at, look(dataset, looked_at, partial(see_pixels, background))))
-    for index, result in seen.items():
+    appearances = dict(zip(checked, inspect_images(dataset, checked, partial(see_appearance, background))))
+    for index, result in appearances.items():
         if isinstance(result, Exception):
             raise UserError(describe_fault(dataset[index]["image"], index, result))
-
-    def first_of(indices: list[int]) -> str:
-        return image_name(dataset[indices[0]]["image"], indices[0])
-
-    see_through = [index for index, pixels in seen.items() if pixels.transparent]
-    if see_through and background is None:
-        logger.warning(
-            "%s", describe_transparent(len(see_through), f"{len(may_be)} {split} images", first_of(see_through))
-        )
-    plain = [index for index, pixels in seen.items() if pixels.one_colour]
+    transparent = [index for index, appearance in appearances.items() if appearance.transparent]
+    if transparent and background is None:
+        first = image_name(dataset[transparent[0]]["image"], transparent[0])
+        logger.warning("%s", describe_transparent(len(transparent), f"{len(maybe_transparent)} {split} images", first))
+    plain = [index for index, appearance in appearances.items() if appearance.one_colour]
     if plain and split == "train":
         logger.warning(
-            "%d of the %d training images looked at are of one colour, %r first.",
+            "%d of %d decoded training images are of one colour, %r first.",
             len(plain),
-            len(seen),
-            first_of(plain),
+            len(appearances),
+            image_name(dataset[plain[0]]["image"], plain[0]),
         )
 
 
 def warn_of_transparent_stream(stream: ImageStream, split: str) -> None:
-    rows = [row["image"] for _, _, row in islice(stream.read(0), MAX_STREAMED_IMAGES)]
-    see_through = []
-    for index, encoded in enumerate(rows):
+    images = [row["image"] for _, _, row in islice(stream.read(0), MAX_STREAMED_IMAGES)]
+    transparent = []
+    for index, encoded in enumerate(images):
         try:
             with open_encoded(encoded) as image:
                 if is_transparent(image):
-                    see_through.append(image_name(encoded, index))
-        except Exception as error:  # a damaged file makes Pillow raise anything
+                    transparent.append(image_name(encoded, index))
+        except Exception as error:  # Pillow raises any exception on a damaged file
             raise UserError(describe_fault(encoded, index, error, skip=False)) from error
-    if see_through:
-        of_what = f"first {len(rows)} {split} images"
-        logger.warning("%s", describe_transparent(len(see_through), of_what, see_through[0]))
+    if transparent:
+        total = f"first {len(images)} {split} images"
+        logger.warning("%s", describe_transparent(len(transparent), total, transparent[0]))
 
 
 def evenly_spaced(indices: Sequence[int], most: int) -> Sequence[int]:
-    """At most so many of the indices, evenly spread."""
+    """At most `most` of the indices, evenly spaced."""
     return indices if len(indices) <= most else [indices[number * len(indices) // most] for number in range(most)]
 
 
-def look(dataset: Dataset, indices: Sequence[int], see: Callable) -> list[Any]:
-    """What `see` returns of the encoded images of these indices, or the exception that it raises."""
+def inspect_images(dataset: Dataset, indices: Sequence[int], inspect: Callable[[dict | None], Any]) -> list[Any]:
+    """For each index, the result of `inspect(encoded image)`, or the exception that it raised. Runs in threads."""
 
-    def see_some(indices: Sequence[int]) -> list[Any]:
-        return [attempt(see, encoded) for encoded in dataset[indices]["image"]]
+    def inspect_some(indices: Sequence[int]) -> list[Any]:
+        return [attempt(inspect, encoded) for encoded in dataset[indices]["image"]]
 
+    starts = range(0, len(indices), IMAGES_PER_READ)
     with ThreadPoolExecutor() as pool:
-        starts = range(0, len(indices), IMAGES_PER_READ)
-        return [
-            one
-            for some in pool.map(see_some, (indices[start : start + IMAGES_PER_READ] for start in starts))
-            for one in some
-        ]
+        results = pool.map(inspect_some, (indices[start : start + IMAGES_PER_READ] for start in starts))
+        return [result for some in results for result in some]
 
 
-def attempt(see: Callable, encoded: dict | None) -> Any:
+def attempt(inspect: Callable[[dict | None], Any], encoded: dict | None) -> Any:
     try:
-        return see(encoded)
-    except Exception as error:  # a damaged file makes Pillow raise anything
+        return inspect(encoded)
+    except Exception as error:  # Pillow raises any exception on a damaged file
         return error
 
 
-def see_header(encoded: dict | None) -> bool:
-    """Whether the image may be transparent."""
+def read_header(encoded: dict | None) -> bool:
+    """Whether the header of the image allows transparency."""
     with open_encoded(encoded) as image:
         return may_be_transparent(image)
 
 
-def see_all(encoded: dict | None) -> bool:
-    """Likewise of an image that is decoded whole."""
-    with open_encoded(encoded) as image, one_large_at_a_time(image):
+def decode_fully(encoded: dict | None) -> bool:
+    """Whether the header of the image allows transparency. Raises an exception if its pixels cannot be decoded."""
+    with open_encoded(encoded) as image, lock_if_large(image):
         transparent = may_be_transparent(image)
         to_rgb(image)
         return transparent
 
 
-def see_pixels(background: str | None, encoded: dict | None) -> Pixels:
-    with open_encoded(encoded) as image, one_large_at_a_time(image):
-        if is_jpeg(image):  # an eighth of a JPEG is quick to decode, and settles most of them
+def see_appearance(background: str | None, encoded: dict | None) -> Appearance:
+    with open_encoded(encoded) as image, lock_if_large(image):
+        if is_jpeg(image):  # decoding a JPEG at an eighth of its size is fast, and usually shows two colours
             draft(image, min(8, *image.size))
             if not is_of_one_colour(to_rgb(image)):
-                return Pixels(transparent=False, one_colour=False)
-    with open_encoded(encoded) as image, one_large_at_a_time(image):
+                return Appearance(transparent=False, one_colour=False)
+    with open_encoded(encoded) as image, lock_if_large(image):
         transparent = is_transparent(image)
-        return Pixels(transparent, is_of_one_colour(to_rgb(image, background)))
+        return Appearance(transparent, is_of_one_colour(to_rgb(image, background)))
 
 
-def one_large_at_a_time(image: Image) -> contextlib.AbstractContextManager:
-    """Threads that each decoded a large image would fill the memory."""
-    return LARGE_IMAGE_LOCK if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext()
+def lock_if_large(image: Image) -> contextlib.AbstractContextManager:
+    """Several threads that decode large images at once would run out of memory."""
+    return LARGE_IMAGE_LOCK if image.width * image.height > LARGE_IMAGE_PIXELS else contextlib.nullcontext()
 
 
 def is_embedded(dataset: Dataset) -> bool:
+    """Whether the dataset contains the bytes of its images, not their paths."""
     return len(dataset) > 0 and (dataset[0]["image"] or {}).get("bytes") is not None
 
 
@@ -214,18 +212,24 @@ def describe_fault(
     encoded: dict | None,
     index: int,
     fault: Exception,
-    what: str = "cannot be decoded",
-    more: str = "",
+    problem: str = "cannot be decoded",
+    count: str = "",
     skip: bool = True,
 ) -> str:
-    """One sentence about an image that cannot be used."""
+    """
+    One sentence about an image that cannot be used.
+
+    Args:
+        skip: recommend `--skip_broken_images`, which streams do not have.
+    """
     name = image_name(encoded, index)
-    if isinstance(fault, DecompressionBombError):  # a whole image
+    if isinstance(fault, DecompressionBombError):
         return describe_unreadable(name, fault)
-    remedy = "remove it, or train without with --skip_broken_images" if skip else "remove it"
-    return f"{name!r} {what} ({first_sentence(fault)}{more}): {remedy}."
+    remedy = "remove it, or leave it out with --skip_broken_images" if skip else "remove it"
+    return f"{name!r} {problem} ({first_sentence(fault)}{count}): {remedy}."
 
 
 def image_name(encoded: dict | None, index: int) -> str:
+    """The path of an image, or its index in the split."""
     path = (encoded or {}).get("path")
     return unquote_path(path) if path else f"image {index}"

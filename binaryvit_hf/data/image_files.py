@@ -1,4 +1,4 @@
-"""Image files, and how an image becomes the input of a network."""
+"""Finds image files in folders, and by names and patterns on a command line."""
 
 import functools
 import glob
@@ -12,12 +12,12 @@ from PIL import Image
 from ..errors import UserError
 
 
-# Pillow opens these formats and decodes no pixels of them, or only with another program.
+# Pillow opens these formats, but decodes them not at all or only with other programs.
 UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 class FolderFiles(NamedTuple):
-    """What a folder and those below it hold: image files, sorted; what else there is; what cannot be read."""
+    """Sorted image files of a folder and its sub-folders, other files and links, and errors."""
 
     images: list[Path]
     left_out: list[Path]
@@ -26,13 +26,13 @@ class FolderFiles(NamedTuple):
 
 def find_images(folder: Path) -> FolderFiles:
     """
-    The images of a folder and of those below it: regular files with an image's extension.
+    Find the images in a folder and its sub-folders: regular files with an image's extension.
 
     Left out are
 
-    - hidden files, and hidden folders with all in them,
-    - other files, FIFOs, sockets, devices, and links to nothing,
-    - links to folders, which may lead round in a circle. `folder` itself may be one.
+    - hidden files and folders,
+    - other files, FIFOs, sockets, devices and broken links,
+    - links to folders, because they can form a circle. `folder` itself may be a link.
     """
     found = FolderFiles([], [], [])
     for parent, folders, files in os.walk(folder, onerror=found.unreadable.append):
@@ -57,20 +57,20 @@ def is_image_name(name: str) -> bool:
 
 @functools.cache
 def image_extensions() -> set[str]:
-    formats = Image.registered_extensions()  # first, as it loads the plugins that open files
-    decoded = {*Image.OPEN, "MPO"} - UNDECODED_FORMATS  # an MPO is opened as the JPEG that it begins with
+    formats = Image.registered_extensions()  # loads the plugins that fill `Image.OPEN`
+    decoded = {*Image.OPEN, "MPO"} - UNDECODED_FORMATS  # Pillow opens an MPO as a JPEG
     return {extension for extension, format in formats.items() if format in decoded}
 
 
 def describe_left_out(paths: list[Path], folder: str | Path) -> str:
     return (
-        f"Left out {len(paths)} file(s) in {str(folder)!r} that are hidden or have no image's extension: "
-        f"{str(paths[0])!r} first."
+        f"Left out {len(paths)} file(s) in {str(folder)!r} that are hidden or have no image's extension, first "
+        f"{str(paths[0])!r}."
     )
 
 
 class ImageFile(NamedTuple):
-    """A file to look at, or why there is none of that name."""
+    """A file, or the fault that leaves a name without a file."""
 
     name: str
     fault: str | None = None
@@ -78,13 +78,14 @@ class ImageFile(NamedTuple):
 
 def list_images(names: list[str]) -> tuple[list[ImageFile], list[str]]:
     """
-    The files that names stand for: each a file, a folder (every image in it and below) or a pattern with `*`, `?`, `[]`.
+    Find the files for names on a command line. A name is a file, a folder (all images in it and its sub-folders) or a
+    pattern with `*`, `?` and `[]`.
 
     Returns:
-        The files in the order of their names, and sentences about what was left out of folders.
+        The files in the order of the names, and sentences about the files left out of folders.
 
     Raises:
-        UserError: not one name stands for a file.
+        UserError: no name matches a file.
     """
     files, notes = [], []
     for name in names:
@@ -110,7 +111,7 @@ def list_images(names: list[str]) -> tuple[list[ImageFile], list[str]]:
 
 
 def find_matches(pattern: str) -> set[str]:
-    """What `glob` finds; but `**` does not follow links to folders, which may lead round in a circle."""
+    """The matches of `glob`, but `**` does not follow links to folders, because they can form a circle."""
     stars = re.search(rf"(^|[/{re.escape(os.sep)}])\*\*([/{re.escape(os.sep)}]|$)", pattern)
     if stars is None:
         return set(glob.glob(pattern))

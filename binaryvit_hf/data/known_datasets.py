@@ -1,4 +1,4 @@
-"""Data sets that lie on this machine without a download: the digits of scikit-learn and Debian's Fashion-MNIST."""
+"""Datasets that need no download: the digits of scikit-learn, and Fashion-MNIST if Debian's package is installed."""
 
 import gzip
 import io
@@ -11,15 +11,15 @@ from PIL import Image as PILImage
 
 
 DIGITS = "sklearn-digits"
-DIGITS_HELD_OUT = 5  # every fifth digit is held out
+DIGITS_HELD_OUT = 5  # every fifth digit is for validation
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_HUB_ID = "zalandoresearch/fashion_mnist"
-FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 KNOWN_DATASETS = {
     DIGITS: "the 1,797 digits that scikit-learn ships",
-    FASHION_MNIST: "Debian's dataset-fashion-mnist where it is installed, else the Hub's",
+    FASHION_MNIST: "Debian's dataset-fashion-mnist if it is installed, else the Hub's",
 }
-# As the Hub's copy calls them.
+# The names in the Hub's copy.
 FASHION_MNIST_CLASSES = (
     "T - shirt / top",
     "Trouser",
@@ -35,14 +35,14 @@ FASHION_MNIST_CLASSES = (
 
 
 def load_known_splits(name: str) -> dict[str, Dataset] | None:
-    """A data set of this machine by its name; `None` where it is none."""
+    """The splits of `sklearn-digits` or an installed `fashion-mnist`; `None` for other names."""
     if name == DIGITS:
         return load_digits_splits()
     return load_fashion_mnist_splits() if name == FASHION_MNIST and FASHION_MNIST_FOLDER.is_dir() else None
 
 
 def load_digits_splits() -> dict[str, Dataset]:
-    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, white on black; every fifth is held out."""
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, white on black. Every fifth is for validation."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -57,10 +57,10 @@ def load_digits_splits() -> dict[str, Dataset]:
 
 def load_fashion_mnist_splits(folder: Path = FASHION_MNIST_FOLDER) -> dict[str, Dataset]:
     """
-    60,000 pictures of clothes to train on and 10,000 to test, 28 x 28 pixels, white on black (Xiao et al., 2017).
+    Fashion-MNIST (Xiao et al., 2017): 60,000 training and 10,000 test pictures of clothes, 28 x 28 pixels, white on black.
 
     Raises:
-        OSError, ValueError: files that are missing or damaged.
+        OSError, ValueError: a file is missing or damaged.
     """
     return {
         split: encode_images(
@@ -73,7 +73,7 @@ def load_fashion_mnist_splits(folder: Path = FASHION_MNIST_FOLDER) -> dict[str, 
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Bytes in LeCun's IDX format: two zeros, the type, the number of dimensions, their sizes, the values."""
+    """An array of bytes in LeCun's IDX format: two zeros, type, number of dimensions, their sizes, the values."""
     content = gzip.decompress(path.read_bytes())
     dimensions = content[3]
     shape = np.frombuffer(content, ">i4", dimensions, offset=4)
@@ -81,7 +81,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def encode_images(pixels: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Dataset:
-    """Grey pictures `(images, height, width)` as a data set of PNG files and labels."""
+    """Grey pictures `(images, height, width)` as a dataset of PNG files and labels."""
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=list(names))})
     images = [{"bytes": encode_png(picture), "path": None} for picture in pixels]
     return Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)

@@ -1,4 +1,4 @@
-"""Whether a model's class names and the images' mean the same classes."""
+"""Compares the class names of a model with those of a dataset."""
 
 import re
 from collections import Counter
@@ -8,88 +8,96 @@ from transformers import PreTrainedConfig
 from ..errors import UserError
 
 
-# Spaces and punctuation that two copies of a name may differ in: neither between digits (1.5 is not 15) nor a minus sign.
-SPELLING = re.compile(r"""(?!(?<![^\W_])-\.?\d)(?:(?<!\d)[\s_'\u2019\u2018"./&()-]|[\s_'\u2019\u2018"./&()-](?!\d))""")
+# Ignored spaces and punctuation. Kept: between digits (1.5 is not 15), and the minus sign of a number.
+IGNORED_CHARACTERS = re.compile(
+    r"""(?!(?<![^\W_])-\.?\d)(?:(?<!\d)[\s_'\u2019\u2018"./&()-]|[\s_'\u2019\u2018"./&()-](?!\d))"""
+)
 
 
-def compare_labels(config: PreTrainedConfig, labels: list[str], who: str, remedy: str) -> None:
+def compare_labels(config: PreTrainedConfig, labels: list[str], model_name: str, remedy: str) -> None:
     """
+    Check that a model has the labels of the images. Default names (`LABEL_0`) match any name.
+
     Raises:
-        UserError: the labels of a model differ from the images' in number or, if it has names for them, in names.
+        UserError: the labels differ in number or names.
     """
-    theirs = label_names(config)
-    if len(theirs) != len(labels):
-        raise UserError(f"{who} has {len(theirs)} labels, the images have {len(labels)}; {remedy}.")
-    index = first_difference(theirs, labels)
+    model_labels = label_names(config)
+    if len(model_labels) != len(labels):
+        raise UserError(f"{model_name} has {len(model_labels)} labels, the images have {len(labels)}; {remedy}.")
+    index = first_difference(model_labels, labels)
     if index is not None:
         raise UserError(
-            f"{who} calls label {index} {theirs[index]!r}, the images call it {labels[index]!r}; {remedy}."
+            f"{model_name} calls label {index} {model_labels[index]!r}, the images call it {labels[index]!r}; {remedy}."
         )
 
 
-def match_labels(config: PreTrainedConfig, labels: list[str], who: str) -> list[int]:
+def match_labels(config: PreTrainedConfig, labels: list[str], model_name: str) -> list[int]:
     """
-    The model's index of each of the images' labels, which may be fewer and in another order.
+    Find the model's index of each label of the images. The images may have fewer labels, in another order.
 
     Raises:
-        UserError: the model does not know a label, or has several of that name.
+        UserError: a label matches none or several of the model's labels.
     """
-    theirs = label_names(config)
-    if len(theirs) == len(labels) and first_difference(theirs, labels) is None:
+    model_labels = label_names(config)
+    if len(model_labels) == len(labels) and first_difference(model_labels, labels) is None:
         return list(range(len(labels)))
-    own, firsts = set(labels), list(map(first_synonym, theirs))
+    exact, synonym_of = set(labels), list(map(first_synonym, model_labels))
     indices: list[int] = []
     for label in labels:
-        found = [index for index, name in enumerate(theirs) if name == label]
+        found = [index for index, name in enumerate(model_labels) if name == label]
         if not found and (wanted := first_synonym(label)):
-            found = [index for index, first in enumerate(firsts) if first == wanted and theirs[index] not in own]
+            found = [
+                index for index, name in enumerate(model_labels) if synonym_of[index] == wanted and name not in exact
+            ]
         if not found:
             raise UserError(
-                f"{who} has no class {label!r}, which the images have; evaluate it on images of its own classes."
+                f"{model_name} has no class {label!r}, which the images have; evaluate it on images of its own classes."
             )
         if len(found) > 1 or found[0] in indices:
             raise UserError(
-                f"{who}: which of its classes the images' {label!r} is, is not clear; give the images the model's own names."
+                f"{model_name} has several classes that match the images' {label!r}; give the images the model's own names."
             )
         indices += found
     return indices
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
-    return [config.id2label.get(index, unnamed(index)) for index in range(config.num_labels)]
+    return [config.id2label.get(index, default_name(index)) for index in range(config.num_labels)]
 
 
-def unnamed(index: int) -> str:
-    """What transformers calls a label without a name."""
+def default_name(index: int) -> str:
+    """The name that transformers gives to a label without a name."""
     return f"LABEL_{index}"
 
 
-def first_difference(theirs: list[str], ours: list[str]) -> int | None:
+def first_difference(model_labels: list[str], labels: list[str]) -> int | None:
     """
-    The first index at which two lists of as many names differ in more than the spelling: copies of ImageNet's names differ
-    in case, spaces, hyphens and apostrophes, and in how many synonyms follow the first one.
+    The first index at which two lists of the same length name different classes; `None` if there is none.
+
+    Copies of ImageNet's names differ in case, spaces, hyphens, apostrophes and the number of synonyms. These differences
+    are ignored.
     """
-    # What is the very name of another class is no other spelling of this one: C, C# and C++; A and a.
-    others = {our for their, our in zip(theirs, ours) if their != our}
-    counts = Counter(map(first_synonym, theirs)) | Counter(map(first_synonym, ours))
-    for index, (their, our) in enumerate(zip(theirs, ours)):
-        if their in (our, unnamed(index)):
+    # The exact name of another class is not a spelling of this one: C, C# and C++; A and a.
+    others = {label for model_label, label in zip(model_labels, labels) if model_label != label}
+    counts = Counter(map(first_synonym, model_labels)) | Counter(map(first_synonym, labels))
+    for index, (model_label, label) in enumerate(zip(model_labels, labels)):
+        if model_label in (label, default_name(index)):
             continue
-        first = first_synonym(our)
-        alike = first_synonym(their) == first != "" and their not in others
-        contained = synonyms(their) <= synonyms(our) or synonyms(our) <= synonyms(their)
-        if not alike or not (counts[first] == 1 or contained):
+        first = first_synonym(label)
+        same_first = first_synonym(model_label) == first != "" and model_label not in others
+        contained = synonyms(model_label) <= synonyms(label) or synonyms(label) <= synonyms(model_label)
+        if not same_first or not (counts[first] == 1 or contained):
             return index
     return None
 
 
 def first_synonym(label: str) -> str:
-    return spelled(label.split(",")[0])
+    return normalize_spelling(label.split(",")[0])
 
 
 def synonyms(label: str) -> set[str]:
-    return set(map(spelled, label.split(",")))
+    return set(map(normalize_spelling, label.split(",")))
 
 
-def spelled(name: str) -> str:
-    return SPELLING.sub("", name.casefold())
+def normalize_spelling(name: str) -> str:
+    return IGNORED_CHARACTERS.sub("", name.casefold())

@@ -1,4 +1,4 @@
-"""The pixels that a model was made for, and how a batch made for one model becomes another's."""
+"""The input of a model: image processors, and conversion of batches between a student and its teacher."""
 
 import logging
 import math
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ModelInput:
     """
-    What an image classifier takes: `((rgb / 255 - mean) / std)[channels]`, a float tensor `(3, *size)`.
+    The input of an image classifier: `((rgb / 255 - mean) / std)[channels]`, a float tensor `(3, *size)`.
 
     Args:
         size: height and width in pixels.
         mean, std: of red, green and blue, for values from 0 to 1.
-        channels: the model's channels as indices of red, green and blue; `(2, 1, 0)` is BGR.
+        channels: the order of red (0), green (1) and blue (2); `(2, 1, 0)` is BGR.
     """
 
     size: tuple[int, int]
@@ -38,23 +38,26 @@ class ModelInput:
     channels: tuple[int, ...] = RGB
 
     def equals(self, other: "ModelInput") -> bool:
-        """Whether both are the same, rounding aside."""
+        """Whether both are equal within float32 rounding."""
         numbers = zip((*self.mean, *self.std), (*other.mean, *other.std))
         return (self.size, self.channels) == (other.size, other.channels) and all(equal(*pair) for pair in numbers)
 
 
 def create_image_processor(config, crop_pct: float, like: ModelInput | None = None) -> ViTImageProcessor:
     """
-    Resize the shorter side to the image size over `crop_pct` (bicubic), crop the centre, normalise. Mean and deviation
-    are those of `like`, of RGB images; default: ImageNet's.
+    An image processor that resizes the shorter side to `image_size / crop_pct` (bicubic), crops the centre and normalises.
+
+    Args:
+        config: of the model.
+        like: an RGB input with the mean and standard deviation to use. Default: ImageNet's.
 
     Raises:
         UserError: the config has no image size.
     """
     if getattr(config, "image_size", None) is None:
         raise UserError(
-            f"The config of a {config.model_type!r} has no image_size, and there is no image processor to tell it; write "
-            "one beside the model (preprocessor_config.json)."
+            f"The config of the {config.model_type!r} has no image_size; add an image processor to the model "
+            "(preprocessor_config.json)."
         )
     height, width = as_pair(config.image_size)
     resized = [round(side / crop_pct) for side in (height, width)]
@@ -69,71 +72,79 @@ def create_image_processor(config, crop_pct: float, like: ModelInput | None = No
     )
 
 
-def describe_input(processor: BaseImageProcessor, who: str, image_size: tuple[int, int] | None = None) -> ModelInput:
+def describe_input(
+    processor: BaseImageProcessor, model_name: str, image_size: tuple[int, int] | None = None
+) -> ModelInput:
     """
-    Measure what an image processor makes of three images of one colour each.
+    Measure the output of an image processor for three images of one colour each.
 
-    Its fields do not tell: some processors ignore a field, shift after scaling, or keep their steps in another form.
+    Its fields are not reliable: some processors ignore a field, shift after scaling, or store their steps elsewhere.
 
     Args:
-        who: the model, for messages.
-        image_size: height and width of the images that the processor will get. Default: images of any shape.
+        model_name: for messages.
+        image_size: height and width of all images that the processor will get. Default: images of any shape.
 
     Raises:
         UserError: the processor fails, or does more than resize, crop, reorder channels, scale and shift.
     """
     shapes = (image_size,) * 3 if image_size else (WIDE, TALL, SQUARE)
     black, white, color = (
-        process_uniform(processor, shape, rgb, who) for shape, rgb in zip(shapes, (BLACK, WHITE, COLOR))
+        process_uniform(processor, shape, rgb, model_name) for shape, rgb in zip(shapes, (BLACK, WHITE, COLOR))
     )
     if not black.shape == white.shape == color.shape:
-        raise refusal(processor, who, "makes images of another size of each shape of image, and they form no batch")
+        raise unsupported_processor(
+            processor, model_name, "returns images of different sizes, which cannot form a batch"
+        )
     size = tuple(black.shape[1:])
     black, white, color = (image.double().flatten(1) for image in (black, white, color))
     span, shift = (white - black).mean(1), black.mean(1)
     ripple = max((image.amax(1) - image.amin(1)).max() for image in (black, white, color))
     if not (span.isfinite().all() and ripple < 1e-3 * span.abs().min()):
-        raise refusal(processor, who, "pads images, or scales them to nothing")
+        raise unsupported_processor(processor, model_name, "pads images, or scales them to nothing")
     channels = recognise_channels((255 * (color.mean(1) - shift) / span).tolist())
     if channels is None:
-        raise refusal(processor, who, "mixes channels, or changes values by more than a factor and a shift")
+        raise unsupported_processor(
+            processor, model_name, "mixes channels, or changes values by more than a factor and a shift"
+        )
     order = [channels.index(channel) for channel in RGB]
     mean, std = (0 - shift / span)[order].tolist(), (1 / span)[order].tolist()
-    mean = as_stated(mean, getattr(processor, "image_mean", None))
-    std = as_stated(std, getattr(processor, "image_std", None))
+    mean = prefer_stated(mean, getattr(processor, "image_mean", None))
+    std = prefer_stated(std, getattr(processor, "image_std", None))
     return ModelInput(size, mean, std, channels)
 
 
 def recognise_channels(values: list[float]) -> tuple[int, ...] | None:
-    """Which of `COLOR`'s channels each value is, or `None` where it is none, or not each is there."""
+    """The index in `COLOR` of each value; `None` if the values are not a permutation of `COLOR`."""
     channels = tuple(min(RGB, key=lambda channel: abs(COLOR[channel] - value)) for value in values)
     exact = all(abs(COLOR[channel] - value) < 0.5 for channel, value in zip(channels, values))
     return channels if exact and sorted(channels) == list(RGB) else None
 
 
-def process_uniform(processor, size: tuple[int, int], rgb: tuple[int, int, int], who: str) -> torch.Tensor:
+def process_uniform(processor, size: tuple[int, int], rgb: tuple[int, int, int], model_name: str) -> torch.Tensor:
     """`(3, height, width)` of an image of one colour."""
     try:
         image = Image.new("RGB", size[::-1], rgb)
         pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
-    except Exception as error:  # processors raise whatever their libraries raise
-        raise refusal(
-            processor, who, f"fails on an image of {size[0]} x {size[1]}: {first_sentence(error)}"
+    except Exception as error:  # processors raise any exception
+        raise unsupported_processor(
+            processor, model_name, f"fails on an image of {size[0]} x {size[1]}: {first_sentence(error)}"
         ) from error
     if pixel_values.dim() != 4 or pixel_values.shape[:2] != (1, 3):
-        raise refusal(processor, who, f"makes {tuple(pixel_values.shape)} of one image, not (1, 3, height, width)")
+        raise unsupported_processor(
+            processor, model_name, f"returns {tuple(pixel_values.shape)} for one image, not (1, 3, height, width)"
+        )
     return pixel_values[0]
 
 
-def refusal(processor: BaseImageProcessor, who: str, reason: str) -> UserError:
+def unsupported_processor(processor: BaseImageProcessor, model_name: str, reason: str) -> UserError:
     return UserError(
-        f"{who}: its image processor, of class {type(processor).__name__}, {reason.rstrip('.')}; choose a model of which the "
+        f"{model_name}: its image processor, of class {type(processor).__name__}, {reason.rstrip('.')}; choose a model whose "
         "image processor only resizes, crops and normalises, or change its preprocessor_config.json."
     )
 
 
-def as_stated(measured: list[float], stated) -> tuple[float, ...]:
-    """The processor's own numbers where they are the measured ones, which float32 has rounded."""
+def prefer_stated(measured: list[float], stated) -> tuple[float, ...]:
+    """The stated numbers if they equal the measured ones, which have rounding errors of float32."""
     if isinstance(stated, (list, tuple)) and len(stated) == len(measured) and all(map(equal, measured, stated)):
         return tuple(stated)
     return tuple(measured)
@@ -145,9 +156,9 @@ def equal(one: float, other: float) -> bool:
 
 class InputAdapter(nn.Module):
     """
-    Turns a batch made for one model into another's: its size, its order of channels, its mean and deviation.
+    Converts a batch for one model into a batch for another: size, order of channels, mean and standard deviation.
 
-    `(batch, 3, *given.size)` -> `(batch, 3, *wanted.size)`. Linear in the images, so mixed images stay mixed.
+    `(batch, 3, *given.size)` -> `(batch, 3, *wanted.size)`. Linear in the images, so it can follow mixup and CutMix.
     """
 
     def __init__(self, given: ModelInput, wanted: ModelInput):
@@ -169,9 +180,9 @@ class InputAdapter(nn.Module):
 
 
 def adapt_input(model: nn.Module, given: ModelInput, wanted: ModelInput) -> None:
-    """Have a model take batches that were made for another. Where both inputs are equal it gets the same tensor."""
+    """Make a model accept batches of another model's input. If both inputs are equal, the model is unchanged."""
     if not given.equals(wanted):
-        model.input_adapter = InputAdapter(given, wanted)  # a module of the model, to move with it
+        model.input_adapter = InputAdapter(given, wanted)  # a sub-module, so it moves with the model
         model.register_forward_pre_hook(adapt_pixel_values, with_kwargs=True)
 
 
@@ -180,40 +191,46 @@ def adapt_pixel_values(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
 
 
 def teacher_normalization(processor: BaseImageProcessor | None, student: PreTrainedConfig) -> ModelInput | None:
-    """The teacher's input for a new student to share, if it is RGB, about 0 to 1, and scaled no further than usual."""
+    """
+    The teacher's input, for a new student to have the same mean and standard deviation. `None` if it is not RGB, or if a
+    mean or deviation is not one of values from 0 to 1.
+    """
     if processor is None:
         return None
     teacher_input = describe_input(processor, "The teacher", as_pair(student.image_size))
-    ordinary = all(0 <= mean <= 1 and 0.05 < std <= 1 for mean, std in zip(teacher_input.mean, teacher_input.std))
-    return teacher_input if ordinary and teacher_input.channels == RGB else None
+    plausible = all(0 <= mean <= 1 and 0.05 < std <= 1 for mean, std in zip(teacher_input.mean, teacher_input.std))
+    return teacher_input if plausible and teacher_input.channels == RGB else None
 
 
 def describe_teacher_input(
-    teacher: PreTrainedModel, processor: BaseImageProcessor | None, student: ModelInput, who: str
+    teacher: PreTrainedModel, processor: BaseImageProcessor | None, student: ModelInput, model_name: str
 ) -> ModelInput:
-    """What a teacher takes; without a processor what the student takes, in the size of its config if it has one."""
+    """
+    The teacher's input. A teacher without a processor gets the student's normalisation, in the image size of the teacher's
+    config.
+    """
     if processor is not None:
-        return describe_input(processor, who, student.size)
-    logger.info("%s has no image processor; its images are normalised as the student's.", who)
+        return describe_input(processor, model_name, student.size)
+    logger.info("%s has no image processor; its images get the normalisation of the student.", model_name)
     size = getattr(teacher.config, "image_size", None)
     return student if size is None else replace(student, size=as_pair(size))
 
 
-def check_forward(model: PreTrainedModel, given: ModelInput, who: str) -> None:
+def check_forward(model: PreTrainedModel, given: ModelInput, model_name: str) -> None:
     """
-    Try a loaded model, in evaluation mode, on an image.
+    Run a model, in evaluation mode, on one image.
 
     Raises:
-        UserError: the model does not take a batch of such images, or does not answer with a logit for each label.
+        UserError: the model fails, or does not return one logit per label.
     """
     images = torch.zeros(1, 3, *given.size, device=model.device)
     try:
         with torch.no_grad():
             shape = tuple(model(pixel_values=images).logits.shape)
-    except Exception as error:  # models raise whatever their layers raise
+    except Exception as error:  # models raise any exception
         raise UserError(
-            f"{who} cannot classify images of {given.size[0]} x {given.size[1]} pixels, which its image processor or its "
-            f"config says it takes: {first_sentence(error)}"
+            f"{model_name} cannot classify images of {given.size[0]} x {given.size[1]} pixels, the size in its image "
+            f"processor or config: {first_sentence(error)}"
         ) from error
     if shape != (1, model.config.num_labels):
-        raise UserError(f"{who} answers with logits {shape}, not (1, {model.config.num_labels}), for one image.")
+        raise UserError(f"{model_name} returns logits {shape} for one image, not (1, {model.config.num_labels}).")

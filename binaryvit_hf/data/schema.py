@@ -1,4 +1,4 @@
-"""Which columns of a dataset are its images and labels, and what the labels are called."""
+"""The schema of every dataset here: columns `image` (encoded) and `label` (a `ClassLabel`)."""
 
 import os
 from collections.abc import Callable
@@ -20,25 +20,26 @@ def standardize_columns(
     dataset: Dataset | IterableDataset, image_column: str, label_column: str, folders: Callable[[], list[Path]]
 ) -> Dataset | IterableDataset:
     """
-    Keep the two columns that are wanted as `image` (encoded) and `label`.
+    Keep two columns, under the names `image` (encoded) and `label`.
 
     Args:
-        folders: gives the folders of the dataset's own files. Relative paths of images are looked up there first.
+        image_column, label_column: their names in the dataset.
+        folders: returns the folders of the dataset's files. Relative paths of images are searched there first.
 
     Raises:
-        UserError: a column is not there, or holds something else; or which file a relative path means is not clear.
+        UserError: a column is missing or has the wrong type, or a relative path matches several files.
     """
     features = dataset.features
     if features is None:
-        raise UserError("The dataset does not tell its columns, so it cannot be streamed; go without --streaming.")
+        raise UserError("The dataset does not declare its columns, so it cannot be streamed; leave out --streaming.")
     image, label = find_column("image", image_column, features), find_column("label", label_column, features)
     dataset = dataset.select_columns([image, label])
     for column in (image, label):
         dtype = getattr(features[column], "dtype", None)
-        if dtype in ("string_view", "binary_view"):  # Arrow casts them to little else, and datasets loses their nulls
+        if dtype in ("string_view", "binary_view"):  # Arrow cannot cast them to images, and datasets loses nulls
             plain = Features(dataset.features | {column: Value(dtype.removesuffix("_view"))})
             dataset = dataset.cast(plain) if isinstance(dataset, Dataset) else dataset.map(features=plain)
-    dataset = dataset.cast_column(image, Image(decode=False))  # before all else, or a stream encodes images anew
+    dataset = dataset.cast_column(image, Image(decode=False))  # first of all, otherwise a stream encodes images again
     dataset = dataset.rename_columns(
         {theirs: ours for ours, theirs in (("image", image), ("label", label)) if theirs != ours}
     )
@@ -48,20 +49,25 @@ def standardize_columns(
 
 
 def find_column(kind: str, wanted: str, features: Features) -> str:
-    """The column that is wanted; in place of a default that is not there, the only one of its kind."""
+    """
+    The column `wanted`. If `wanted` is the default and missing, the only column of that kind.
+
+    Args:
+        kind: `image` or `label`.
+    """
     if wanted in features:
         if not (may_be_image if kind == "image" else may_be_label)(features[wanted]):
-            raise UserError(f"{wanted!r} is no column of {kind}s; say which is with --{kind}_column_name.")
+            raise UserError(f"{wanted!r} is not a column of {kind}s; name one with --{kind}_column_name.")
         return wanted
     if kind == "image":
         candidates = [name for name, feature in features.items() if is_image_file(feature)]
-    else:  # cls is that of a WebDataset
+    else:  # WebDatasets call it cls
         candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name == "cls"]
     if wanted == DEFAULT_COLUMNS[kind] and len(candidates) == 1:
         return candidates[0]
     raise UserError(
         f"The dataset has no column {wanted!r}; it has {', '.join(map(repr, features))}. "
-        f"Say which with --{kind}_column_name."
+        f"Name one with --{kind}_column_name."
     )
 
 
@@ -70,7 +76,7 @@ def may_be_image(feature) -> bool:
 
 
 def is_image_file(feature) -> bool:
-    """Whether it is an `Image`, or what is left of one in a file without the feature's metadata."""
+    """Whether a feature is an `Image`, or its storage `{"bytes", "path"}` in a file without metadata of features."""
     if isinstance(feature, Image):
         return True
     kinds = {"bytes": BINARIES, "path": STRINGS}
@@ -82,7 +88,7 @@ def is_image_file(feature) -> bool:
 
 
 def holds_paths(feature) -> bool:
-    """Whether the images lie in files of their own, for certain."""
+    """Whether a feature certainly has paths of image files, not the images' bytes."""
     return getattr(feature, "dtype", None) in STRINGS or (isinstance(feature, dict) and "bytes" not in feature)
 
 
@@ -95,25 +101,27 @@ def may_be_label(feature) -> bool:
 
 def locate_image(folders: list[Path], encoded: dict | None) -> dict | None:
     """
-    The image by its path in the folder of the dataset's files, where it is there; otherwise as it is.
+    The image with its full path, if its relative path exists in one of the dataset's folders. Others are unchanged.
 
     Raises:
-        UserError: the files lie in several folders, and which of them names the image is not known.
+        UserError: the dataset has several folders, so the relative path is ambiguous.
     """
     path = None if encoded is None else encoded.get("path")
     if encoded is None or path is None or "://" in path or Path(path).is_absolute():
         return encoded
-    found = [folder / path for folder in folders if os.path.isfile(folder / path)]  # False too of what is no path
+    found = [
+        folder / path for folder in folders if os.path.isfile(folder / path)
+    ]  # isfile is also False for strings that cannot be paths
     if found and len(folders) > 1:
         raise UserError(
-            f"The image {path!r} may be of {str(folders[0])!r} or of {str(folders[1])!r}, where the dataset's tables lie; write "
-            "its whole path into them."
+            f"The path {path!r} may be relative to {str(folders[0])!r} or to {str(folders[1])!r}; write absolute paths into the "
+            "dataset."
         )
     return encoded | {"path": str(found[0])} if found else encoded
 
 
 def map_column(dataset: Dataset | IterableDataset, column: str, function: Callable, feature):
-    """The dataset with another value in each row of a column; the other columns are not copied."""
+    """Apply a function to each value of a column, without a copy of the other columns."""
     if isinstance(dataset, Dataset):
         values = [function(value) for value in dataset[column][:]]
         return dataset.remove_columns(column).add_column(column, values, feature=feature)
@@ -127,10 +135,11 @@ def map_value(column: str, function: Callable, value) -> dict:
 
 def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
     """
-    One name a line, that of label 0 first: of `file`, or else of `classnames.txt` in the dataset's folder if it is there.
+    Class names from `file`, or else from `classnames.txt` in the dataset's folder: one per line, label 0 first. `None` if
+    there is neither.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file cannot be read, or has a name twice.
     """
     folder = Path(dataset_name).parent if Path(dataset_name).is_file() else Path(dataset_name)
     path = Path(file) if file else folder / CLASS_NAMES
@@ -149,11 +158,11 @@ def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
 
 def standardize_labels(splits: dict, names: list[str] | None) -> dict:
     """
-    Splits whose labels are of kind `ClassLabel`, each one a class: of the names that the first split's feature has; or else
-    of these names; or else of all values that the first split has, sorted.
+    Convert the labels of all splits to one `ClassLabel`. Its names are those of the first split's `ClassLabel`, or else
+    `names`, or else the sorted values of the first split.
 
     Raises:
-        UserError: a label is none of them, or they are not known, as the images are streamed.
+        UserError: a label is of no class, or the names of a stream are unknown.
     """
     first = next(iter(splits.values()))
     feature = first.features["label"]
@@ -161,35 +170,37 @@ def standardize_labels(splits: dict, names: list[str] | None) -> dict:
         names = feature.names
     elif names is None and isinstance(first, IterableDataset):
         raise UserError(
-            "The labels have no names, and how many there are is not known before all images were streamed: give "
-            "--class_names with a file of them, one name a line, that of label 0 first."
+            "The labels of the stream have no names: give --class_names with a file of them, one per line, label 0 first."
         )
     indices = {key: index for index, name in enumerate(names or ()) for key in (name, index)}
     if names is None:
         values = sorted(value for value in first.unique("label") if not is_null(value))
         names = [name_label(value) for value in values]
         indices = {value: index for index, value in enumerate(values)}
-    named = {}
+    result = {}
     for split, dataset in splits.items():
-        own, known = dataset.features["label"], indices
-        if isinstance(own, ClassLabel) and own.names != names:
-            known = {index: indices[name] for index, name in enumerate(own.names) if name in indices}
+        feature, new_labels = dataset.features["label"], indices
+        same_names = isinstance(feature, ClassLabel) and feature.names == names
+        if isinstance(feature, ClassLabel) and not same_names:
+            new_labels = {index: indices[name] for index, name in enumerate(feature.names) if name in indices}
         if isinstance(dataset, Dataset):
-            check_labels(dataset, known, len(names), split)
-        done = isinstance(dataset, Dataset) and isinstance(own, ClassLabel) and own.names == names
-        named[split] = dataset if done else map_labels(dataset, known, names, split)
-    return named
+            check_labels(dataset, new_labels, len(names), split)
+        unchanged = isinstance(dataset, Dataset) and same_names  # a stream is checked by map_labels
+        result[split] = dataset if unchanged else map_labels(dataset, new_labels, names, split)
+    return result
 
 
 def name_label(value: str | float) -> str:
     """
+    The name of a class whose label is `value`.
+
     Raises:
-        UserError: a number with a fraction.
+        UserError: the value is a number with a fraction.
     """
     if isinstance(value, float):
         if not value.is_integer():
             raise UserError(
-                f"The column of labels holds {value!r}, and classes are names or whole numbers; say which column is with "
+                f"The column of labels contains {value!r}, but classes are names or whole numbers; name the right column with "
                 "--label_column_name."
             )
         value = int(value)
@@ -198,10 +209,10 @@ def name_label(value: str | float) -> str:
 
 def map_labels(dataset: Dataset | IterableDataset, indices: dict, names: list[str], split: str):
     """
-    The dataset with `indices[label]` in place of each label, a `ClassLabel` of these names.
+    Replace each label by `indices[label]`, a `ClassLabel` of `names`.
 
     Raises:
-        UserError: a label has no index; of a stream when it comes.
+        UserError: a label has no index. A stream raises it when it is read.
     """
     return map_column(dataset, "label", partial(map_label, indices, len(names), split), ClassLabel(names=names))
 
@@ -209,8 +220,8 @@ def map_labels(dataset: Dataset | IterableDataset, indices: dict, names: list[st
 def map_label(indices: dict, num_classes: int, split: str, label) -> int:
     if label not in indices:
         if is_null(label) or label == -1:
-            raise UserError(f"One of the {split} images has no label ({label!r}); leave it out.")
-        raise UserError(f"The {split} images have the label {label!r}, which is none of the {num_classes} classes.")
+            raise UserError(f"One of the {split} images has no label ({label!r}); remove it.")
+        raise UserError(f"The {split} images have the label {label!r}, which is not one of the {num_classes} classes.")
     return indices[label]
 
 
@@ -221,17 +232,16 @@ def check_labels(dataset: Dataset, indices: dict, num_classes: int, split: str) 
         labels = dataset["label"][:]
         count = sum(label not in indices for label in labels)
         raise UserError(
-            f"{count} of the {len(labels)} {split} images have no label ({missing[0]!r}): leave them out, or choose other "
-            "images."
+            f"{count} of the {len(labels)} {split} images have no label ({missing[0]!r}): remove them, or choose other images."
         )
     for label in unknown:
         map_label(indices, num_classes, split, label)
 
 
 def is_null(label) -> bool:
-    return label is None or label != label  # a table of floats has NaN
+    return label is None or label != label  # NaN in a column of floats
 
 
 def is_unlabelled(dataset: Dataset) -> bool:
-    """Whether no image has a label, as in the test splits of contests."""
+    """Whether no image has a label, as in the test splits of competitions."""
     return all(is_null(label) or label == -1 for label in dataset.unique("label"))

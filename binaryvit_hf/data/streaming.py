@@ -1,4 +1,4 @@
-"""Images that are read as they are needed, from the Hub or a disk that others fill, and never all at once."""
+"""Streamed datasets: images are read one at a time from the Hub or a disk, without a download of all."""
 
 import logging
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 class ImageStream:
     """
-    Encoded images and labels that come one after the other, from the first one again in each epoch.
+    A dataset whose encoded images and labels can only be read in order.
 
     Args:
-        dataset: columns `image` and `label`; what of it is random depends on its seed and the epoch.
-        num_images: how many there are, if anybody knows.
-        endless: go on with the next epoch where one ends; `num_images` is then how many are asked for, of all epochs.
+        dataset: columns `image` and `label`. Its seed and the epoch determine its order.
+        num_images: number of images in an epoch; `None` if it is unknown.
+        endless: read epochs one after the other. `num_images` is then the number of images in the whole training.
     """
 
     def __init__(self, dataset: IterableDataset, num_images: int | None, endless: bool = False):
@@ -33,54 +33,55 @@ class ImageStream:
         return self.dataset.features
 
     def __str__(self) -> str:
-        known = f"{self.num_images} images an epoch" if not self.endless else "a number of images that is not known"
-        return f"{known}, in {self.dataset.num_shards} shards"
+        number = "an unknown number of images" if self.endless else f"{self.num_images} images per epoch"
+        return f"{number}, in {self.dataset.num_shards} shards"
 
     def shuffle(self, seed: int, buffer_size: int) -> "ImageStream":
-        """The shards in another order each epoch, and the images of `buffer_size` mixed."""
+        """Shuffles the shards anew in each epoch, and images within a buffer of `buffer_size`."""
         return ImageStream(self.dataset.shuffle(seed=seed, buffer_size=buffer_size), self.num_images)
 
     def take(self, most: int) -> "ImageStream":
-        """The first images alone; where nobody knows how many there are, they are taken to be so many."""
+        """The first `most` images. A stream of unknown length is assumed to have that many."""
         if self.num_images is not None and self.num_images <= most:
             return self
         return ImageStream(self.dataset.take(most), most)
 
     def for_evaluation(self) -> "ImageStream":
         """
-        With the number of images, for which those that do not tell it are read through. Of the others the first is read.
+        The stream with a known number of images. If the number is unknown, all images are read and counted. Otherwise the
+        first image is read, to find errors before training.
 
         Raises:
-            UserError: reading fails, or an image that is read has no label of the classes.
+            UserError: reading fails, or an image that was read has a label of no class.
         """
         if self.num_images is not None:
             next(self.read(0))
             return self
-        logger.info("Counting the images to evaluate on, as their number is not known.")
+        logger.info("Counting the evaluation images, because their number is unknown.")
         return ImageStream(self.dataset, sum(1 for _ in self.read(0)))
 
     def for_training(self, max_steps: int, batch_size: int) -> "ImageStream":
         """
-        As it is where its number of images is known; or else endless, for so many steps.
+        The stream with a length for a training run: itself if the number of images is known, or else an endless stream.
 
         Raises:
-            UserError: neither is known.
+            UserError: neither the number of images nor `max_steps` is known.
         """
         if self.num_images is not None:
             return self
         if max_steps < 1:
             raise UserError(
-                "How many images the stream has is not known, so neither is the length of an epoch: give --max_steps, or "
-                "the number of images as --max_train_samples."
+                "The number of images in the stream is unknown, and so is the length of an epoch: give --max_steps, or the "
+                "number of images as --max_train_samples."
             )
         return ImageStream(self.dataset, max_steps * batch_size, endless=True)
 
     def read(self, epoch: int) -> Iterator[tuple[int, int, dict]]:
         """
-        Epoch, index in the epoch, and the row of every image.
+        Yields the epoch, the index in the epoch and the row of each image.
 
         Raises:
-            UserError: reading fails, a label is none of the classes, or there are fewer images than was said.
+            UserError: reading fails, a label is of no class, or the stream has fewer images than `num_images`.
         """
         for current in count(epoch):
             self.dataset.set_epoch(current)
@@ -90,7 +91,7 @@ class ImageStream:
                     yield current, images - 1, row
             except UserError:
                 raise
-            except Exception as error:  # whatever its file system, network, builder or features raised
+            except Exception as error:  # file systems, networks, builders and features raise any exception
                 raise UserError(
                     f"The stream of images broke off after {images} images: {first_sentence(error)}"
                 ) from error
@@ -99,11 +100,11 @@ class ImageStream:
             if not self.endless:
                 break
         if self.num_images is not None and images < self.num_images:
-            raise UserError(f"The stream of images ended after {images}; it was said to have {self.num_images}.")
+            raise UserError(f"The stream of images ended after {images}, but it should have {self.num_images}.")
 
 
 def declared_num_images(dataset: IterableDataset) -> int | None:
-    """The number of rows that a dataset tells of itself, in the README.md that it comes with."""
+    """The number of images according to the dataset's README.md; `None` if it declares none."""
     splits = dataset.info.splits or {}
     return splits[dataset.split].num_examples if dataset.split in splits else None
 

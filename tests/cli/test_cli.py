@@ -223,7 +223,7 @@ def test_classify_takes_files_folders_and_patterns(latent, photos, capsys):
 def test_classify_refuses_what_it_cannot_read(latent, photos, capsys):
     assert_refused(capsys, ["classify", latent, photos / "none.png"], "none.png' does not exist")
     assert_refused(capsys, ["classify", latent, photos / "*.bmp"], "*.bmp' matches no file")
-    assert_refused(capsys, ["classify", latent, photos / "notes.txt"], "notes.txt", "is no image", code=1)
+    assert_refused(capsys, ["classify", latent, photos / "notes.txt"], "notes.txt", "cannot be read", code=1)
     assert_refused(capsys, ["classify", latent, photos, "--top-k", 0], "--top-k")
     assert_refused(capsys, ["classify", photos, photos], "cannot be loaded", "config.json")
     assert_refused(capsys, ["classify", "no/model", photos], "The model 'no/model' cannot be loaded")

@@ -121,7 +121,7 @@ def test_labels_are_names_or_whole_numbers_of_every_kind(tmp_path, kind, labels,
 
 def test_numbers_with_a_fraction_are_no_classes(tmp_path):
     table = write_table(tmp_path / "table", pa.array([encode(0)] * 2), pa.array([0.0, 0.5]))
-    with pytest.raises(UserError, match=r"column of labels holds 0.5.*--label_column_name"):
+    with pytest.raises(UserError, match=r"column of labels contains 0.5.*--label_column_name"):
         load(table)
 
 
@@ -163,7 +163,7 @@ def test_a_path_that_is_relative_to_one_of_several_tables_is_refused(pictures, t
         table.write_text(f"image,label\npictures/0.jpg,{name}\npictures/1.jpg,{name}\n")
     if missing:
         shutil.rmtree(tmp_path / "data" / missing / "pictures")
-    with pytest.raises(UserError, match=r"'pictures/0.jpg' may be of .*one' or of .*two'.*write its whole path"):
+    with pytest.raises(UserError, match=r"'pictures/0.jpg' may be relative to .*one' or to .*two'.*absolute paths"):
         load(tmp_path / "data", train_files="*/train-*.csv")
 
 

@@ -1,4 +1,4 @@
-"""What is said of images before training: broken, too large, transparent, of one colour."""
+"""Checks of images before training: broken, too large, transparent, of one colour."""
 
 import io
 import json
@@ -86,19 +86,19 @@ def test_training_pictures_of_one_colour_are_counted_and_named(photos, caplog):
     Image.new("L", (16, 16)).save(photos / "bee" / "z.png")
     check(photos)
     plain = [record.message for record in caplog.records if "one colour" in record.message]
-    assert plain == [f"3 of the 13 training images looked at are of one colour, '{photos}/ant/x.png' first."]
+    assert plain == [f"3 of 13 decoded training images are of one colour, '{photos}/ant/x.png' first."]
     caplog.clear()
     check(photos, background="white")
-    assert caplog.messages == [f"2 of the 13 training images looked at are of one colour, '{photos}/bee/y.jpg' first."]
+    assert caplog.messages == [f"2 of 13 decoded training images are of one colour, '{photos}/bee/y.jpg' first."]
 
 
 def test_pictures_inside_of_a_dataset_are_looked_at_too(caplog):
     check_images(embedded(PHOTO, PHOTO, SHAPE), skip_broken=False)
     assert "1 of the 3 train images are transparent in places, 'image 2' first." in caplog.text
-    assert "1 of the 3 training images looked at are of one colour" in caplog.text
+    assert "1 of 3 decoded training images are of one colour" in caplog.text
     with pytest.raises(
         UserError,
-        match=r"^'1.png' is no image that can be read \(it has no format that Pillow knows\): remove it, or .*--skip_broken_images",
+        match=r"^'1.png' cannot be read as an image \(it has no format that Pillow knows\): remove it, or .*--skip_broken_images",
     ):
         check_images(embedded(PHOTO, b"no image", PHOTO, names=True), skip_broken=False)
     kept, broken = check_images(embedded(PHOTO, b"no image", SHAPE, names=True), skip_broken=True)
@@ -129,7 +129,7 @@ def test_of_many_pictures_an_evenly_spread_number_is_decoded(photos, monkeypatch
     for path in photos.rglob("[0-9].png"):
         Image.new("RGB", (16, 16)).save(path)
     check(photos)
-    assert "3 of the 3 training images looked at are of one colour" in caplog.text
+    assert "3 of 3 decoded training images are of one colour" in caplog.text
     monkeypatch.setattr(image_checks, "MAX_EMBEDDED_HEADERS", 2)
     kept, _ = check_images(embedded(PHOTO, PHOTO, b"no image"), skip_broken=False)
     assert len(kept["train"]) == 3
@@ -139,7 +139,7 @@ def test_a_picture_that_is_cut_off_is_named_before_training_if_it_is_looked_at(p
     path = photos / "ant" / "0.png"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(
-        UserError, match=rf"^'{path}' cannot be decoded \(.*\): remove it, or train without with --skip_b"
+        UserError, match=rf"^'{path}' cannot be decoded \(.*\): remove it, or leave it out with --skip_b"
     ):
         check(photos)
     images, broken = check(photos, skip_broken=True)
@@ -153,7 +153,7 @@ def test_a_picture_above_pillows_limit_is_not_broken(photos, skip_broken):
     (photos / "ant" / "broken.png").write_text("no image")
     path = photos / "ant" / ("large.png" if skip_broken else "broken.png")
     with pytest.raises(
-        UserError, match=f"^'{path}'.*" + ("too large: it has 14000 x 14000 " if skip_broken else "no image")
+        UserError, match=f"^'{path}'.*" + ("too large: it has 14000 x 14000 " if skip_broken else "cannot be read")
     ):
         check(photos, skip_broken)
     (photos / "ant" / "broken.png").unlink()

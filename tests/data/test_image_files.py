@@ -113,7 +113,7 @@ def test_training_and_classify_see_the_same_files(wild, model, tmp_path, capsys,
     code, out, err = classify(capsys, model, folder, "--json")
     assert code == 0
     assert [Path(answer["image"]) for answer in json.loads(out)] == expected
-    assert err.startswith(f"Left out 17 file(s) in {folder!r} that are hidden or have no image's extension: ")
+    assert err.startswith(f"Left out 17 file(s) in {folder!r} that are hidden or have no image's extension, first ")
 
 
 def test_a_name_that_is_not_utf8_is_written_as_it_is(model, tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_classify_warns_of_transparent_pictures_and_puts_them_on_a_background(mo
     ours, theirs = (answer["labels"] for answer in json.loads(out))
     assert ours == theirs != black
     code, _, err = classify(capsys, model, tmp_path / "white.png", "--background=whit")
-    assert (code, err) == (2, "error: --background is an opaque colour such as white or '#ffcc00', not 'whit'.\n")
+    assert (code, err) == (2, "error: --background must be an opaque colour such as white or '#ffcc00', not 'whit'.\n")
 
 
 def test_classify_says_how_large_a_picture_is_too_large(model, tmp_path, capsys):

@@ -78,8 +78,8 @@ def test_labels_of_images_to_evaluate_are_found_among_the_models(ours, indices):
     [
         (["ant", "cow"], "has no class 'cow'"),
         (["ant", "C"], "has no class 'C'"),
-        (["bee", "Bee"], "images' 'Bee' is, is not clear"),
-        (["crane"], "images' 'crane' is, is not clear"),
+        (["bee", "Bee"], "several classes that match the images' 'Bee'"),
+        (["crane"], "several classes that match the images' 'crane'"),
     ],
 )
 def test_a_label_that_the_model_does_not_know_is_refused_by_name(ours, message):

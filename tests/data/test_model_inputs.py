@@ -115,8 +115,8 @@ class OddProcessor:
 @pytest.mark.parametrize(
     "processor, reason",
     [
-        (ViTImageProcessor(size={"shortest_edge": 32}), "another size of each shape"),
-        (ViTImageProcessor(do_resize=False), "another size of each shape"),
+        (ViTImageProcessor(size={"shortest_edge": 32}), "images of different sizes"),
+        (ViTImageProcessor(do_resize=False), "images of different sizes"),
         (MobileViTImageProcessor(size={"shortest_edge": 24}, crop_size=32), "pads images"),
         (ViTImageProcessor(rescale_factor=1e-45), "scales them to nothing"),
         (ViTImageProcessor(image_std=[0.5, 0.5]), "fails on an image of 512 x 768"),
@@ -124,8 +124,8 @@ class OddProcessor:
         (OddProcessor(lambda pixels: pixels[[0, 0, 2]]), "mixes channels"),
         (OddProcessor(lambda pixels: pixels**2.2), "more than a factor and a shift"),
         (OddProcessor(lambda pixels: pixels - pixels.mean()), "scales them to nothing"),
-        (OddProcessor(lambda pixels: pixels[:1]), r"makes \(1, 1, 16, 32\) of one image"),
-        (OddProcessor(lambda pixels: pixels[None]), r"makes \(1, 1, 3, 16, 32\) of one image"),
+        (OddProcessor(lambda pixels: pixels[:1]), r"returns \(1, 1, 16, 32\) for one image"),
+        (OddProcessor(lambda pixels: pixels[None]), r"returns \(1, 1, 3, 16, 32\) for one image"),
     ],
 )
 def test_an_image_processor_that_does_more_is_refused_with_the_reason(processor, reason):

@@ -143,7 +143,7 @@ def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_no
     if not known:
         (archives / "README.md").unlink()
     expected = train(archives, tmp_path / "out", "--dataloader_num_workers=2", "--mixup_alpha=0.8")
-    assert ("24 images an epoch, in 3 shards" if known else "a number of images that is not known") in caplog.text
+    assert ("24 images per epoch, in 3 shards" if known else "an unknown number of images") in caplog.text
     for last in (8, 6):  # in the midst of the second epoch, and at its beginning
         (tmp_path / "out" / "train_results.json").unlink()
         for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
@@ -191,9 +191,9 @@ def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path):
         (["--train_val_split=0.5"], ["--train_val_split", "--streaming"]),
         (["--shuffle_buffer_size=0"], ["--shuffle_buffer_size must be 1 or more"]),
         (["--max_train_samples=0"], ["--max_train_samples must be 1 or more"]),
-        (["--dataset_name=sklearn-digits"], ["--streaming is for a --dataset_name"]),
+        (["--dataset_name=sklearn-digits"], ["--streaming needs a --dataset_name"]),
         (["--validation_split_name=dev"], ["no split 'dev'", "'validation'"]),
-        (["--label_column_name=json"], ["'json'", "no column of labels"]),
+        (["--label_column_name=json"], ["'json'", "not a column of labels"]),
         (["--class_names=nowhere.txt"], ["nowhere.txt"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
@@ -216,7 +216,7 @@ def test_an_epoch_of_unknown_length_asks_for_steps_and_a_number_given_will_do(ar
     assert main(common) == 2
     assert "give --max_steps" in capfd.readouterr().err
     assert main([*common, "--max_train_samples=25"]) == 2
-    assert "ended after 24; it was said to have 25" in capfd.readouterr().err
+    assert "ended after 24, but it should have 25" in capfd.readouterr().err
     shutil.rmtree(tmp_path / "out")
     assert main([*common, "--max_train_samples=24"]) == 0
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["epoch"] == 2
@@ -251,7 +251,7 @@ def test_an_image_that_is_missing_in_a_stream_is_told(archives):
 
 def test_a_stream_that_ends_early_is_told(archives):
     tell_numbers(archives, {"train": [25], "validation": [7]})
-    with pytest.raises(UserError, match="ended after 24; it was said to have 25"):
+    with pytest.raises(UserError, match="ended after 24, but it should have 25"):
         epochs(stream(archives), 1, 0)
 
 

@@ -68,7 +68,7 @@ def test_every_argument_is_of_its_type_or_refused_in_one_sentence(wrong, tmp_pat
         ({"do_train": "maybe"}, "Truthy value expected"),
         ({"learning_rate": math.nan}, "--learning_rate must be a finite number, not nan"),
         ({"lr_scheduler_type": "up"}, "--lr_scheduler_type must be one of linear, cosine"),
-        ({"lr_scheduler_kwargs": '{"min_lr": '}, "is no JSON"),
+        ({"lr_scheduler_kwargs": '{"min_lr": '}, "is not JSON"),
         ({"output_dir": ""}, "--output_dir is empty"),
         ({"log_level": "loud"}, "--log_level must be one of"),
         ({"report_to": "tensorboard"}, "--report_to tensorboard: its package is not installed"),

@@ -22,7 +22,7 @@ from binaryvit_hf.training.arguments import RUN_ARGUMENTS, compare_with_recorded
         ([], "There is nothing to do"),
         (["--do_train"], "Give either --config_name"),
         (["--do_eval", "--config_name", "x"], "is a network without weights"),
-        (["--do_train", "--config_name", "binaryvit-digits"], "There are no images"),
+        (["--do_train", "--config_name", "binaryvit-digits"], "No images are given"),
         (["--do_train", "--config_name", "x", "--crop_pct", "0"], "--crop_pct must be above 0 and at most 1"),
         (
             ["--do_train", "--config_name", "x", "--label_loss_weight", "2"],
@@ -62,7 +62,7 @@ def test_unknown_key_in_a_file_is_named(capsys, tmp_path):
         (lambda photos: photos.rename(photos.parent / "elsewhere"), "there is no folder"),
         (lambda photos: [path.unlink() for path in photos.rglob("*.png")], "has no images in sub-folders"),
         (lambda photos: (photos / "ant").rename(photos.parent / "ant"), "The images have one class, 'bee'"),
-        (lambda photos: (photos / "cow").mkdir(), "cow' is empty"),
+        (lambda photos: (photos / "cow").mkdir(), "cow' has no file with an image's extension"),
     ],
 )
 def test_bad_folder_is_one_sentence(capsys, photos, tmp_path, spoil, message):

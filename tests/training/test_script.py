@@ -283,7 +283,7 @@ def test_yaml_file_of_arguments_is_overridden_by_flags(photos, config, tmp_path)
 def test_broken_image_is_named_and_left_out_on_request(photos, config, tmp_path):
     (photos / "bee" / "notes.png").write_text("no image")
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
-    assert_refused(run_script(*common), "bee/notes.png", "is no image", "--skip_broken_images")
+    assert_refused(run_script(*common), "bee/notes.png", "cannot be read", "--skip_broken_images")
     assert not (tmp_path / "out").exists()
 
     whole = (photos / "ant" / "7.png").read_bytes()
