@@ -1,5 +1,6 @@
 """What setup.cfg cannot say: the compiled engine, and two folders outside of the package that are installed inside of it."""
 
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,18 +18,18 @@ class BuildWithConfigs(build_py):
         self.packages = [*self.packages, "binaryvit_hf.configs", "binaryvit_hf.model_cards"]
 
 
+engine = Extension(
+    "binaryvit_hf.engine.kernels",
+    sources=sorted(path.as_posix() for path in ENGINE.glob("*.cpp")),
+    depends=sorted(path.as_posix() for kind in ("*.h", "*.inc") for path in ENGINE.glob(kind)),
+    language="c++",
+    # Each source says itself what its CPU has. Products and sums may become one operation, also in strict C++.
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
+    extra_link_args=["-pthread"],
+    optional=True,  # without a C++ compiler models run in PyTorch
+)
 setup(
     cmdclass={"build_py": BuildWithConfigs},
-    ext_modules=[
-        Extension(
-            "binaryvit_hf.engine.kernels",
-            sources=sorted(path.as_posix() for path in ENGINE.glob("*.cpp")),
-            depends=sorted(path.as_posix() for kind in ("*.h", "*.inc") for path in ENGINE.glob(kind)),
-            language="c++",
-            # Each source says itself what its CPU has. Products and sums may become one operation, also in strict C++.
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
-            extra_link_args=["-pthread"],
-            optional=True,  # without a C++ compiler models run in PyTorch
-        )
-    ],
+    # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
+    ext_modules=[] if sys.platform == "win32" else [engine],
 )

@@ -1,0 +1,66 @@
+"""
+Builds the sdist, builds the wheel from it, and uses the wheel once as a user does.
+
+The wheel is installed in an environment of its own, which borrows the libraries of this one, and used from another folder than
+the clone, so that only installed files are found.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+INSTALLED = ("binaryvit_hf/*.py", "configs/*.json", "model_cards/*")  # the patterns of git, whose * takes folders too
+
+
+def run(*command: str | Path, folder: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{command} ended with {done.returncode}")
+    return done.stdout
+
+
+def expected_files() -> set[str]:
+    """Files of the repository that a wheel has, by their names in it."""
+    names = run("git", "ls-files", "-z", *INSTALLED, folder=ROOT).split("\0")[:-1]
+    return {name if name.startswith("binaryvit_hf/") else f"binaryvit_hf/{name}" for name in names}
+
+
+def install(wheel: Path, environment: Path) -> Path:
+    """Install a wheel without its requirements, which come from this environment. Returns the folder of programs."""
+    run(sys.executable, "-m", "venv", "--without-pip", environment, folder=ROOT)
+    programs = environment / "bin"
+    run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "-q", "--no-deps", wheel, folder=ROOT)
+    site_packages = next(environment.glob("lib/python*/site-packages"))
+    # Python ignores the .pth files in folders that are added here, so the editable install of this environment is not seen.
+    libraries = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site_packages / "libraries.pth").write_text("\n".join(libraries))
+    return programs
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run(sys.executable, "-m", "build", "--outdir", folder, ROOT, folder=folder)  # the wheel from the sdist
+        (wheel,) = folder.glob("*.whl")
+        missing = expected_files() - set(zipfile.ZipFile(wheel).namelist())
+        if missing:
+            sys.exit(f"The wheel lacks {sorted(missing)}.")
+        programs = install(wheel, folder / "environment")
+        check = "from binaryvit_hf import engine; assert 'site-packages' in engine.__file__ and engine.kernels_here(), engine.problem()"
+        run(programs / "python", "-c", check, folder=folder)
+        image = ROOT / "model_cards" / "binaryvit-digits" / "example.png"
+        answer = run(programs / "binaryvit", "classify", "binaryvit-digits", image, folder=folder)
+        if "%" not in answer:
+            sys.exit(f"The installed command does not classify: {answer}")
+        run(programs / "python", "-m", "binaryvit_hf.training", "--help", folder=folder)
+
+
+main()
