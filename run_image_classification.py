@@ -7,13 +7,13 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
 
 The steps are in `binaryvit_hf/training`, in the order in which a run takes them:
 
-1. `arguments.py` reads the command line and configuration files: one run, or a teacher's run and its student's.
-2. `preparation.py` checks arguments, images, labels and the output directory before anything is trained.
+1. `command_line.py` parses flags and configuration files: one run, or a teacher's run and its student's.
+2. `preparation.py` checks arguments, images, labels and the output directory before any training.
 3. `models.py` loads the student, the teacher and their image processors.
-4. `trainer.py` trains: the loss of distillation, and checkpoints with packed weights.
-5. `run.py` does all of this in order, evaluates, writes the model card and uploads.
+4. `steps.py` trains, evaluates, tests, writes the model card and uploads.
+5. `trainer.py` holds the distillation loss, and saves checkpoints and packed weights.
 
-An installed package runs the same steps as `python -m binaryvit_hf.training`.
+`run.py` calls them. An installed package does the same with `python -m binaryvit_hf.training`.
 """
 
 import sys

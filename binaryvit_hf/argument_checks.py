@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from .errors import UserError, first_sentence
+from .errors import UserError, first_sentence, shorten
 
 
 MAX_SHOWN_CHARACTERS = 60  # of a wrong value in a message
@@ -189,7 +189,9 @@ def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = N
     if choices is not None:
         if value in list(choices):
             return value
-        raise UserError(f"--{name} must be one of {', '.join(map(str, choices))}, not {shorten(value)}.")
+        raise UserError(
+            f"--{name} must be one of {', '.join(map(str, choices))}, not {shorten(repr(value), MAX_SHOWN_CHARACTERS)}."
+        )
     if isinstance(value, str) and value.startswith("{") and any((get_origin(kind) or kind) is dict for kind in kinds):
         check_json(name, value)
     for kind in kinds:
@@ -197,14 +199,16 @@ def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = N
         if converted is not None:
             return converted
     wanted = " or ".join(dict.fromkeys(describe_type(kind) for kind in kinds if kind is not NoneType))
-    raise UserError(f"--{name} must be {wanted}, not {shorten(value)}.")
+    raise UserError(f"--{name} must be {wanted}, not {shorten(repr(value), MAX_SHOWN_CHARACTERS)}.")
 
 
 def check_json(name: str, text: str) -> None:
     try:
         json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--{name} {shorten(text)} is not JSON: {first_sentence(error)}.") from error
+        raise UserError(
+            f"--{name} {shorten(repr(text), MAX_SHOWN_CHARACTERS)} is not JSON: {first_sentence(error)}."
+        ) from error
 
 
 def convert_to(kind: Any, value: Any) -> Any:
@@ -242,8 +246,3 @@ def describe_type(kind: Any) -> str:
     }
     origin = get_origin(kind) or kind
     return names.get(origin, getattr(origin, "__name__", str(origin)))
-
-
-def shorten(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"

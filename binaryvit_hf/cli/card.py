@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
 
 def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
     with needs_extra("train", "Model cards"):
-        from ..training.report import write_model_card
+        from ..training.model_card import write_model_card
     write_model_card(folder, model_id, path)
 
 

@@ -1,4 +1,4 @@
-"""An ablation: one recipe for every row and seed with one shared teacher, trained as far as it is not yet, and its table."""
+"""Ablations: train every row and seed of a table by one recipe with one teacher, and write the table of results."""
 
 import functools
 import logging
@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from transformers import AutoConfig
 
 from ..errors import RunError, UserError
 from ..ops import LayerCost, count_operations, readable, total
-from .arguments import compare_with_recorded, parse_phases
-from .arguments import is_finished as is_trained
-from .report import read_json, weight_bytes
+from .command_line import parse_runs
+from .model_card import weight_bytes
+from .run_folder import compare_with_recorded, is_finished, read_json
 
 
 TABLE_HEAD = (
@@ -38,13 +39,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Ablation:
     """
-    A folder of recipes, and where what they give goes.
+    A folder of recipes, and the folder of their runs.
 
     Args:
-        folder: with `table.json` (`title`, `teacher` and, by name, what the `rows` are), `teacher.json` and
-            `student.json` (recipes of run_image_classification.py), and a folder with a `config.json` for every row.
-        out: a folder for every run.
-        seeds: of the students; the teacher has its recipe's.
+        folder: holds `table.json` (`title`, `description`, `teacher`, and `rows`: folder names and descriptions),
+            `teacher.json` and `student.json` (recipes of run_image_classification.py), and a folder with a `config.json`
+            for every row.
+        out: gets a folder for every run, `results.md` and `ablation.png`.
+        seeds: seeds of the students; the teacher has its recipe's seed.
     """
 
     folder: Path
@@ -62,15 +64,15 @@ class Ablation:
 
     def teacher_arguments(self) -> list[str]:
         row = self.table["teacher"]
-        return [str(self.folder / "teacher.json"), *self.place(row, self.out / row)]
+        return [str(self.folder / "teacher.json"), *self.row_arguments(row, self.out / row)]
 
     def student_arguments(self) -> list[list[str]]:
-        """Seed by seed, so that the table has all its rows early."""
+        """The runs of all rows for the first seed, then for the next: the table soon has every row."""
         teacher = self.table["teacher"]
         return [
             [
                 str(self.folder / "student.json"),
-                *self.place(row, self.out / f"{row}-seed{seed}"),
+                *self.row_arguments(row, self.out / f"{row}-seed{seed}"),
                 *("--teacher_model_name_or_path", str(self.out / teacher), "--seed", str(seed)),
             ]
             for seed in self.seeds
@@ -78,32 +80,35 @@ class Ablation:
             if row != teacher
         ]
 
-    def place(self, row: str, output_dir: Path) -> list[str]:
+    def row_arguments(self, row: str, output_dir: Path) -> list[str]:
         return ["--config_name", str(self.folder / row), "--output_dir", str(output_dir)]
 
 
 def run_ablation(ablation: Ablation, jobs: int) -> None:
     """
-    Train what is not trained yet, `jobs` runs at once, each on its share of the cores; after every run write the table.
+    Train all runs that are not finished, and write the table after each.
 
-    Told to end (SIGTERM, Ctrl-C), the runs save a checkpoint, and the same call goes on from it.
+    On SIGTERM and Ctrl-C the runs save a checkpoint, and the same call resumes from it.
+
+    Args:
+        jobs: number of runs at once; each gets its share of the cores.
 
     Raises:
-        UserError: recipes that cannot be read, or finished runs of other recipes.
+        UserError: a recipe cannot be read, or the folder holds runs of other recipes.
         RunError: a run failed.
     """
     if not ablation.table:
-        raise UserError(f"{str(ablation.folder)!r} is no folder of an ablation: it has no table.json.")
+        raise UserError(f"{str(ablation.folder)!r} is not the folder of an ablation: it has no table.json.")
     teacher = ablation.teacher_arguments()
-    # All of them first: what other recipes left is complained of before anything is trained.
-    missing = [arguments for arguments in [teacher, *ablation.student_arguments()] if not is_finished(arguments)]
+    # Check all runs before any training: the folder may hold runs of other recipes.
+    missing = [arguments for arguments in [teacher, *ablation.student_arguments()] if not is_tested(arguments)]
     train(ablation, [arguments for arguments in missing if arguments == teacher], at_once=1)
     train(ablation, [arguments for arguments in missing if arguments != teacher], at_once=jobs)
     write_results(ablation)
 
 
 def train(ablation: Ablation, waiting: list[list[str]], at_once: int) -> None:
-    """Runs by their arguments, `at_once` of them at a time; whatever ends this ends them, too."""
+    """Train runs, given by their arguments, `at_once` at a time. An exception ends them too."""
     running: dict[subprocess.Popen, Path] = {}
     try:
         while waiting or running:
@@ -114,7 +119,7 @@ def train(ablation: Ablation, waiting: list[list[str]], at_once: int) -> None:
             for process in [process for process in running if process.poll() is not None]:
                 folder = running.pop(process)
                 if process.returncode != 0:
-                    raise RunError(f"The run {folder} failed; {log_of(folder)} says why.")
+                    raise RunError(f"The run {folder} failed: read {log_of(folder)}.")
                 logger.info("%s: %.2f %%", folder, 100 * read_json(folder / "all_results.json")["test_accuracy"])
                 write_results(ablation)
     finally:
@@ -124,14 +129,11 @@ def train(ablation: Ablation, waiting: list[list[str]], at_once: int) -> None:
             process.wait()
 
 
-def is_finished(arguments: list[str]) -> bool:
-    """
-    Raises:
-        UserError: it is a run of other arguments.
-    """
+def is_tested(arguments: list[str]) -> bool:
+    """Whether a run is trained and tested; raises UserError if its folder holds a run of other arguments."""
     folder = output_dir(arguments)
-    compare_with_recorded(folder, parse_phases(arguments)[-1])
-    return is_trained(folder) and "test_accuracy" in read_json(folder / "all_results.json")
+    compare_with_recorded(folder, parse_runs(arguments)[-1])
+    return is_finished(folder) and "test_accuracy" in read_json(folder / "all_results.json")
 
 
 def output_dir(arguments: list[str]) -> Path:
@@ -151,15 +153,15 @@ def start(arguments: list[str], folder: Path, at_once: int) -> subprocess.Popen:
             [sys.executable, "-m", "binaryvit_hf.training", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for this process alone, which tells them to end
-            # Threads that wait by spinning take the cores from those they wait for, where there are more than cores.
+            start_new_session=True,  # only this process gets Ctrl-C, and ends the others by SIGTERM
+            # With more threads than cores, a thread that waits by spinning blocks the one that it waits for.
             env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)},
         )
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the table came to: accuracies in percent, one a seed."""
+    """A row of the table. `test` and `held_out` are accuracies in percent, one per seed."""
 
     name: str
     test: list[float]
@@ -169,40 +171,26 @@ class Row:
 
 
 def write_results(ablation: Ablation) -> None:
-    """`results.md` and `ablation.png`, of the runs that are finished."""
-    rows = {}
-    for row, name in ablation.table["rows"].items():
-        finished = {folder: read_json(folder / "all_results.json") for folder in ablation.run_folders(row)}
-        finished = {folder: result for folder, result in finished.items() if "test_accuracy" in result}
-        if finished:
-            rows[row] = Row(
-                name,
-                [100 * result["test_accuracy"] for result in finished.values()],
-                [100 * result["eval_accuracy"] for result in finished.values()],
-                weight_bytes(next(iter(finished))),
-                total(count_operations(AutoConfig.from_pretrained(ablation.folder / row))),
-            )
+    """Write `results.md` and `ablation.png` from the finished runs."""
+    rows = collect_rows(ablation)
     teacher = statistics.mean(rows[ablation.table["teacher"]].test)
-    plot_rows(list(rows.values()), ablation.table["title"], ablation.out / "ablation.png")
-    lines = [
-        f"# {ablation.table['title']}",
-        "",
-        ablation.table["description"],
-        "",
-        "| " + " | ".join(TABLE_HEAD) + " |",
-    ]
-    lines.append("| --- " * len(TABLE_HEAD) + "|")
+    title, description = ablation.table["title"], ablation.table["description"]
+    plot_rows(list(rows.values()), title, ablation.out / "ablation.png")
+    lines = [f"# {title}", "", description, "", table_line(TABLE_HEAD), "| --- " * len(TABLE_HEAD) + "|"]
     for row in rows.values():
-        cells = [
-            row.name,
-            mean_and_deviation(row.test),
-            str(len(row.test)),
-            f"{statistics.mean(row.test) - teacher:+.2f}",
-            mean_and_deviation(row.held_out),
-            readable(row.weight_bytes, "B"),
-            *(readable(count) for count in (row.cost.bops, row.cost.flops, row.cost.ops)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(
+            table_line(
+                (
+                    row.name,
+                    mean_and_deviation(row.test),
+                    str(len(row.test)),
+                    f"{statistics.mean(row.test) - teacher:+.2f}",
+                    mean_and_deviation(row.held_out),
+                    readable(row.weight_bytes, "B"),
+                    *(readable(count) for count in (row.cost.bops, row.cost.flops, row.cost.ops)),
+                )
+            )
+        )
     runs = sum(len(row.test) for row in rows.values())
     lines += [
         "",
@@ -214,13 +202,34 @@ def write_results(ablation: Ablation) -> None:
     (ablation.out / "results.md").write_text("\n".join(lines), encoding="utf-8")
 
 
+def collect_rows(ablation: Ablation) -> dict[str, Row]:
+    """The rows that have a finished run, by folder name."""
+    rows = {}
+    for row, name in ablation.table["rows"].items():
+        results = {folder: read_json(folder / "all_results.json") for folder in ablation.run_folders(row)}
+        results = {folder: result for folder, result in results.items() if "test_accuracy" in result}
+        if results:
+            rows[row] = Row(
+                name,
+                [100 * result["test_accuracy"] for result in results.values()],
+                [100 * result["eval_accuracy"] for result in results.values()],
+                weight_bytes(next(iter(results))),
+                total(count_operations(AutoConfig.from_pretrained(ablation.folder / row))),
+            )
+    return rows
+
+
+def table_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def mean_and_deviation(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def plot_rows(rows: list[Row], title: str, path: Path) -> None:
-    """Test accuracy against OPs."""
+    """Draw test accuracy against OPs."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:

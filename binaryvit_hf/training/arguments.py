@@ -1,119 +1,35 @@
-"""Command line and configuration files: who says what, and in which order."""
+"""The arguments of a run: dataclasses whose fields are the flags of the command line."""
 
-import difflib
-import json
 import os
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import yaml
-from transformers import HfArgumentParser
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
 
-from ..argument_checks import check_ranges, convert
+from ..argument_checks import check_ranges, check_reporting
 from ..data.arguments import DataArguments
 from ..errors import UserError, first_sentence
-from .techniques import TrainingOptions
-from .trainer import DistillationTrainingArguments
+from .optional_methods import OptionalMethodArguments
 
 
-RUN_ARGUMENTS = "run_arguments.json"  # of the weights in a run's output directory
-UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # of a run that goes on from a finished one; not uploaded
-RESULTS = ("train_results.json", "eval_results.json", "test_results.json", "all_results.json")
-TEACHER_PREFIX = "teacher."
 DEFAULT_LICENSE = "apache-2.0"
-# What the student's command line says about the student alone.
-STUDENT_ONLY = {
-    "model_name_or_path",
-    "subfolder",
-    "config_name",
-    "teacher_model_name_or_path",
-    "output_dir",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "hub_model_id",
-    "label_loss_weight",
-    "distillation_temperature",
-    "init_from",
-    "config_overrides",
-    *(option.name for option in fields(TrainingOptions)),
-}
-# What may differ from one call to the next of the same run.
-PASSING = {
-    "token",
-    "hub_token",
-    "cache_dir",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "logging_dir",
-    "local_rank",
-}
-# What may differ, too, but is recorded: none of them can change a weight.
-NOT_TRAINED = {
-    # A finished run is evaluated again with others.
-    "do_eval",
-    "do_predict",
-    # Images are evaluated one by one, whatever the batch.
-    "per_device_eval_batch_size",
-    "eval_accumulation_steps",
-    "eval_use_gather_object",
-    # An image's random numbers are its own (`sampling.SampleKey`), whoever loads it.
-    "dataloader_num_workers",
-    "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_multiprocessing_context",
-    # What is told of the run, to whom, and where it is uploaded.
-    "logging_strategy",
-    "logging_steps",
-    "logging_first_step",
-    "logging_nan_inf_filter",
-    "log_level",
-    "log_level_replica",
-    "log_on_each_node",
-    "disable_tqdm",
-    "skip_memory_metrics",
-    "report_to",
-    "run_name",
-    "project",
-    "trackio_space_id",
-    "trackio_bucket_id",
-    "trackio_static_space_id",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_private_repo",
-    "hub_always_push",
-    "hub_revision",
-    # The checkpoints that are kept; the best one always is.
-    "save_total_limit",
-    # How long processes wait for each other.
-    "ddp_timeout",
-}
-PATHS = {
-    "model_name_or_path",
-    "config_name",
-    "init_from",
-    "teacher_model_name_or_path",
-    "output_dir",
-    "dataset_name",
-    "train_dir",
-    "validation_dir",
-    "class_names",
-}
+STEP_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial")
 
 
 @dataclass
 class ModelArguments:
-    """Which network to train or evaluate, and who teaches it."""
+    """Arguments that choose the network and its teacher."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Trained model to go on from or to evaluate: a Hub id or a path."}
+        default=None, metadata={"help": "Trained model to fine-tune or evaluate: a Hub id or a path."}
     )
     subfolder: str = field(
         default="",
         metadata={
-            "help": "Folder of the model's repository to load it from: 'latent' holds the weights that training goes on "
-            "from, where the repository's own are packed."
+            "help": "Folder of the model's repository to load from. Where the repository's weights are packed, 'latent' holds "
+            "the latent weights, which can be trained further."
         },
     )
     config_name: str | None = field(
@@ -122,33 +38,36 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Fields of --config_name's network to change, such as weight_bits=32 for the first of two stages: binary "
-            "activations, weights of full precision (ReActNet, Liu et al., ECCV 2020; Martinez et al., ICLR 2020)."
+            "help": "Config fields of --config_name to change, such as weight_bits=32 for the first of two stages: binary "
+            "activations, full-precision weights (ReActNet, Liu et al., ECCV 2020; Martinez et al., ICLR 2020)."
         },
     )
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Begin with the latent weights of this model, a Hub id or a path, instead of random ones: the first of "
-            "two stages. Shapes must be those of --config_name; bits may differ."
+            "help": "Initialise the network with the latent weights of this model, a Hub id or a path: the second of two "
+            "stages. Shapes must be those of --config_name; bits may differ."
         },
     )
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher to distil from: a Hub id or a path. Without it labels are learned."}
+        default=None,
+        metadata={"help": "Teacher to distil from: a Hub id or a path. Default: no teacher, train on the labels."},
     )
     drop_path_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Stochastic depth: probability of the last layer's branches to be dropped, growing linearly from 0 with "
+            "help": "Stochastic depth: probability that the last layer's branches are dropped. It grows linearly from 0 with "
             "depth (Huang et al., ECCV 2016). Default: the config's."
         },
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Begin with a new head where the model's is for other labels."}
+        default=False, metadata={"help": "Start a new head if the model's head is for other labels."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: str | None = field(default=None, metadata={"help": "Token of the Hub; default: that of the last login."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model on the Hub brings along."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
+    token: str | None = field(default=None, metadata={"help": "Token of the Hub. Default: the last login's."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code from the repositories of models on the Hub."}
+    )
     license: str = field(
         default=DEFAULT_LICENSE, metadata={"help": "Licence of the trained weights, for the model card."}
     )
@@ -157,200 +76,127 @@ class ModelArguments:
         check_ranges(self)
 
 
-PARTS = (ModelArguments, DataArguments, DistillationTrainingArguments)
-Phase = tuple[ModelArguments, DataArguments, DistillationTrainingArguments]
-Flags = list[tuple[str, list[str]]]
-
-
-def parse_phases(arguments: list[str]) -> list[Phase]:
+@dataclass
+class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     """
-    The runs that a command line asks for: the student's, preceded by the teacher's if the file describes one.
-
-    `arguments` may begin with a JSON or YAML file of arguments; flags after it override it. An object `teacher` in the
-    file holds what differs for the teacher; `--teacher.NAME VALUE` overrides that.
-
-    Raises:
-        UserError: an unknown or malformed argument, or a file that cannot be read.
+    `TrainingArguments` with arguments for distillation, learning rate scaling, repeated augmentation, packing and the
+    optional methods. Gradients are not clipped by default, as in the paper's runs.
     """
-    values: dict[str, Any] = {}
-    if arguments and arguments[0].lower().endswith((".json", ".yaml", ".yml")):
-        values, arguments = read_argument_file(Path(arguments[0])), arguments[1:]
-    teacher_values = values.pop("teacher", None)
-    flags = group_flags(arguments)
-    teacher_flags = [
-        (name.removeprefix(TEACHER_PREFIX), rest) for name, rest in flags if name.startswith(TEACHER_PREFIX)
-    ]
-    flags = [(name, rest) for name, rest in flags if not name.startswith(TEACHER_PREFIX)]
-    if teacher_values is None:
-        if teacher_flags:
-            raise UserError("--teacher.… flags need a file of arguments with a 'teacher' object.")
-        return [parse(values, flags)]
-    if not isinstance(teacher_values, dict):
-        raise UserError("'teacher' in the file of arguments must be an object of arguments.")
 
-    student = parse(values, flags)
-    model_arguments, _, training_arguments = student
-    if model_arguments.teacher_model_name_or_path:
-        return [student]  # another teacher was named, so there is none to train
-    shared = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
-    own = STUDENT_ONLY | teacher_values.keys()
-    shared_flags = [(name, rest) for name, rest in flags if name.removeprefix("no_") not in own and name not in own]
-    teacher_dir = f"{training_arguments.output_dir}-teacher"
-    try:
-        teacher = parse({**shared, "output_dir": teacher_dir, **teacher_values}, shared_flags + teacher_flags)
-    except UserError as error:
-        raise UserError(f"teacher: {error}") from error
-    model_arguments.teacher_model_name_or_path = teacher[2].output_dir
-    return [teacher, student]
+    label_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the cross-entropy with the labels in the distillation loss, from 0 to 1. "
+            "Default: 0, or 0.1 if mixup or CutMix make the labels soft."
+        },
+    )
+    distillation_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature of student and teacher in the distillation loss, which is scaled by its square."
+        },
+    )
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Clip the gradient at this norm; 0, as in the paper's runs, does not. The gradient of a 1-bit network "
+            "swings between norms of 2 and 300 from step to step, and transformers' default of 1 stalls it."
+        },
+    )
+    learning_rate_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Batch size for which --learning_rate is given. The rate is scaled linearly to this run's batch, counting "
+            "all processes and accumulated steps. Default: not scaled."
+        },
+    )
+    lr_schedule_per_epoch: bool = field(
+        default=False,
+        metadata={"help": "Change the learning rate once per epoch, as in the paper's runs, not at every step."},
+    )
+    repeated_augmentations: int = field(
+        default=1,
+        metadata={"help": "Show each image this many times in neighbouring batches, each time augmented anew."},
+    )
+    save_packed: bool = field(
+        default=True,
+        metadata={
+            "help": "Save a trained binary network packed, one bit per weight, and its latent float weights in the folder "
+            "'latent'. --no_save_packed saves the latent weights only."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Off: images are decoded and transformed as they are read."}
+    )
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Arguments "
+            "may differ from those of the checkpoint's run.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
 
-def read_argument_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"There is no file of arguments {str(path)!r}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=unique) if path.suffix.lower() == ".json" else read_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise UserError(f"{str(path)!r} cannot be read: its values are nested too deeply.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} must hold an object of arguments.")
-    return values
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON file, of which Python's own reader drops what stands there twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return values
-
-
-def read_yaml(text: str) -> Any:
-    return yaml.load(text, UniqueKeyLoader)
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    def construct_mapping(self, node, deep=False):
-        unique([(key.value, None) for key, _ in node.value if isinstance(key.value, str)])
-        return super().construct_mapping(node, deep)
-
-
-def group_flags(arguments: list[str]) -> Flags:
-    """`--name value …` as `(name, [value, …])`; `--name=value` likewise."""
-    groups: Flags = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            groups.append((name.replace("-", "_"), [value] if equals else []))
-        elif argument == "-h":
-            groups.append(("help", []))
-        elif groups:
-            groups[-1][1].append(argument)
-        else:
-            raise UserError(
-                f"Unknown argument {argument!r}: a file of arguments ends in .json or .yaml, a flag begins with --."
+    def __post_init__(self):
+        check_ranges(self)
+        if self.output_dir == "":
+            raise UserError("--output_dir is empty; name a folder.")
+        super().__post_init__()
+        self.output_dir = os.path.normpath(self.output_dir)
+        check_reporting(self.report_to)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter is used, and the search costs time
+        # PyTorch warns about pinned memory without an accelerator.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if self.lr_schedule_per_epoch and (self.max_steps > 0 or self.lr_scheduler_type not in STEP_SCHEDULES):
+            raise ValueError(
+                "--lr_schedule_per_epoch needs --num_train_epochs, not --max_steps, and an --lr_scheduler_type that is a "
+                f"function of the step: {', '.join(STEP_SCHEDULES)}."
             )
-    return groups
+        if self.auto_find_batch_size and self.learning_rate_batch_size is not None:
+            raise UserError(
+                "--auto_find_batch_size changes the batch after --learning_rate_batch_size has scaled the learning rate: leave "
+                "one of them out."
+            )
+        self.check_methods()
+
+    def check_optimization(self) -> None:
+        """Try the optimiser and the schedule on one weight; raise UserError if they fail."""
+        try:
+            weight, steps = nn.Parameter(torch.zeros(1, 1, device=self.device)), 100
+            if self.optim_target_modules is not None:  # needs a whole model
+                return
+            optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(self)
+            optimizer = optimizer_class([weight], **kwargs)
+            warmup = self.get_warmup_steps(steps)
+            get_scheduler(self.lr_scheduler_type, optimizer, warmup, steps, self.lr_scheduler_kwargs)
+        except Exception as error:  # optimisers and schedules raise any kind of error
+            raise UserError(
+                f"--optim {self.optim.value} or --lr_scheduler_type {self.lr_scheduler_type.value} fails with the given "
+                f"--optim_args and --lr_scheduler_kwargs: {first_sentence(error)}"
+            ) from error
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images per step of the optimiser, over all processes and accumulated steps."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def sampling_seed(self) -> int:
+        return self.data_seed if self.data_seed is not None else self.seed
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        if self.learning_rate_batch_size is None:
+            return self.learning_rate
+        return self.learning_rate * self.effective_batch_size / self.learning_rate_batch_size
 
 
-def parse(values: dict[str, Any], flags: Flags) -> Phase:
-    """One run: `values` of a file, overridden by `flags`."""
-    # Abbreviations would let a typo pass for another argument.
-    parser = HfArgumentParser(PARTS, allow_abbrev=False, description=__doc__)
-    parser.error = raise_user_error
-    actions = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
-    fields_by_name = {action.dest: action for action in reversed(parser._actions)}
-    for names, known in ((values, fields_by_name), ([name for name, _ in flags], actions)):
-        for name in names:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                raise UserError(f"Unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
-    parser.set_defaults(**values)
-    line = [part for name, rest in flags for part in (f"--{name}", *rest)]
-    hints = {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
-    try:
-        parsed = vars(parser.parse_args(line))
-        for name in {*values, *(actions[name].dest for name, _ in flags)}:
-            action = fields_by_name[name]
-            parsed[name] = convert(name, parsed[name], hints[name], action.choices, action.const)
-        return parser.parse_dict(parsed)
-    except UserError:
-        raise
-    except Exception as error:  # the dataclasses check themselves, and raise what they like
-        raise UserError(" ".join(first_sentence(error).split())) from error
+class RunArguments(NamedTuple):
+    """All arguments of one run: a teacher's or a student's."""
 
-
-def describe(phase: Phase) -> dict:
-    """Every argument of a run that is the run's own, as JSON types; secrets are not."""
-    model_arguments, data_arguments, training_arguments = phase
-    described = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
-    described = {key: value for key, value in described.items() if key not in PASSING and not key.startswith("_")}
-    return json.loads(json.dumps(described, default=str, sort_keys=True))
-
-
-def compare_with_recorded(output_dir: Path, phase: Phase) -> None:
-    """
-    Raises:
-        UserError: the output directory holds a run of other arguments.
-    """
-    unfinished = output_dir / UNFINISHED_RUN_ARGUMENTS
-    recorded = unfinished if unfinished.is_file() else output_dir / RUN_ARGUMENTS
-    if not recorded.is_file():
-        return
-    theirs, ours = read_recorded(recorded), describe(phase)
-    # An argument that was not there yet had no other value than what is now its default.
-    defaults = {field.name: field.default for part in phase for field in fields(part) if field.default is not MISSING}
-    theirs = {name: default for name, default in defaults.items() if name in ours} | theirs
-    names = sorted((theirs.keys() | ours.keys()) - NOT_TRAINED)
-    different = [name for name in names if comparable(name, theirs.get(name)) != comparable(name, ours.get(name))]
-    if different:
-        raise UserError(
-            f"--output_dir {str(output_dir)!r} holds a run of other arguments ({different[0]} was "
-            f"{theirs.get(different[0])}, not {ours.get(different[0])}); choose another --output_dir, or remove this one, "
-            "or go on from it with --resume_from_checkpoint."
-        )
-
-
-def read_recorded(path: Path) -> dict:
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is damaged ({first_sentence(error)}); remove it or its folder.") from error
-    if not isinstance(recorded, dict):
-        raise UserError(f"{str(path)!r} is damaged: it holds no object; remove it or its folder.")
-    return recorded
-
-
-def comparable(name: str, value: Any) -> Any:
-    """`photos`, `photos/` and `./photos` are one folder."""
-    return os.path.abspath(value) if name in PATHS and isinstance(value, str) else value
-
-
-def is_finished(output_dir: Path) -> bool:
-    """Whether a run ended in this folder; `train_results.json` is the last that it writes of its training."""
-    return (output_dir / RESULTS[0]).is_file() and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
-
-
-def record_beginning(output_dir: Path, phase: Phase) -> None:
-    """Write the arguments of a run that begins. Those of finished weights that lie there stay with them for now."""
-    going_on = any((output_dir / name).is_file() for name in (RESULTS[0], UNFINISHED_RUN_ARGUMENTS))
-    name = UNFINISHED_RUN_ARGUMENTS if going_on else RUN_ARGUMENTS
-    written = output_dir / f"{name}.writing"
-    written.write_text(json.dumps(describe(phase), indent=2) + "\n", encoding="utf-8")
-    written.replace(output_dir / name)
-
-
-def record_end(output_dir: Path) -> None:
-    """Before the weights are replaced: what is told of those that lie there goes, and the run's own arguments stay."""
-    if not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file():
-        return
-    for name in RESULTS:
-        (output_dir / name).unlink(missing_ok=True)
-    (output_dir / UNFINISHED_RUN_ARGUMENTS).replace(output_dir / RUN_ARGUMENTS)
-
-
-def raise_user_error(message: str):
-    raise UserError(message)
+    model: ModelArguments
+    data: DataArguments
+    training: DistillationTrainingArguments

@@ -1,4 +1,4 @@
-"""Whether the batches of a training are such that its network can be trained with them, before it is."""
+"""Check before training that batch normalisation can take statistics of every batch."""
 
 import torch
 from torch import nn
@@ -9,38 +9,38 @@ from ..network.configuration_binaryvit import as_pair
 from .callbacks.batch_norm_reestimation import count_whole_batches, find_batch_norms
 
 
-ONE_VALUE = "more than 1 value per channel"  # of PyTorch's own message
+ONE_VALUE = "more than 1 value per channel"  # in PyTorch's message
 
 
 def check_batches(network: nn.Module, num_images: int, args) -> None:
     """
     Args:
-        network: on the meta device; it is not changed but for its mode.
-        num_images: of one epoch.
+        network: on the meta device; it is set to training mode.
+        num_images: images per epoch.
         args: the `DistillationTrainingArguments`.
 
     Raises:
-        UserError: there is no batch, or one of which batch normalisation has no statistics.
+        UserError: an epoch has no batch, or batch normalisation has no statistics of a batch.
     """
     batch_size = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and num_images < batch_size:
         raise UserError(
             f"--dataloader_drop_last leaves nothing to train on: {num_images} images make no whole batch of {batch_size}; "
-            "leave it out, or give a smaller --per_device_train_batch_size."
+            "remove it, or reduce --per_device_train_batch_size."
         )
     if args.batch_norm_reestimation_batches:
         find_batch_norms(network)
         count_whole_batches(num_images, batch_size)
     if has_batch_of_one(num_images, args) and not trains_on_one_image(network):
-        remedy = "or give --dataloader_drop_last" if batch_size > 1 else "it is 1"
+        remedy = ", or add --dataloader_drop_last" if batch_size > 1 else ""
         raise UserError(
             f"A batch of one image, the last of {num_images} images in batches of {batch_size}, has no statistics for the "
-            f"batch normalisation of this network: change --per_device_train_batch_size ({remedy})."
+            f"batch normalisation of this network: change --per_device_train_batch_size{remedy}."
         )
 
 
 def has_batch_of_one(num_images: int, args) -> bool:
-    """Whether training normalises over one image; several processes fill up their last batches."""
+    """Whether training meets a batch of one image. Several processes fill up their last batches."""
     if args.world_size > 1:
         return False
     if args.train_batch_size == 1:
@@ -51,7 +51,7 @@ def has_batch_of_one(num_images: int, args) -> bool:
 
 
 def trains_on_one_image(network: nn.Module) -> bool:
-    """A forward in training mode on the meta device, which has shapes alone."""
+    """Try a forward in training mode on the meta device, which computes shapes only."""
     size = getattr(network.config, "image_size", None)
     if size is None:
         return True
@@ -61,13 +61,13 @@ def trains_on_one_image(network: nn.Module) -> bool:
             network.train()(pixel_values=torch.empty(1, 3, height, width, device="meta"))
     except ValueError as error:
         return ONE_VALUE not in str(error)
-    except (RuntimeError, NotImplementedError):  # of networks that need more than shapes nothing is known
+    except (RuntimeError, NotImplementedError):  # this network needs more than shapes, so assume that it trains
         return True
     return True
 
 
 class MetaBatchNorm(TorchDispatchMode):
-    """Gives the statistics of rows their shape: PyTorch has no meta kernel for them."""
+    """Computes the shapes of batch norm statistics, for which PyTorch has no meta kernel."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is not torch.ops.aten.batch_norm_update_stats.default:

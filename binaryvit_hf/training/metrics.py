@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy as an `evaluate.Metric` of our own: loading one by name would download its code."""
+"""Top-1 and top-5 accuracy as an `evaluate.Metric`: loading one by name would download its code."""
 
 import datasets
 import evaluate
@@ -7,11 +7,10 @@ import numpy as np
 
 class TopKAccuracy(evaluate.Metric):
     """
-    Share of images whose label is the first (`accuracy`) or among the first five (`top5_accuracy`) predictions. An image with
-    a logit that is NaN counts as wrong.
+    `accuracy`: share of images whose label has the largest logit. `top5_accuracy`: share of images whose label has one of
+    the five largest logits; absent for five labels or fewer, where it is always 1. An image with a NaN logit counts as wrong.
 
-    Predictions are logits `(images, labels)`, references class indices `(images,)`. With five labels or fewer every
-    top-5 prediction is right, so there is no `top5_accuracy`.
+    Predictions are logits `(images, labels)`, references class indices `(images,)`.
     """
 
     def _info(self):
@@ -25,7 +24,7 @@ class TopKAccuracy(evaluate.Metric):
 
     def _compute(self, predictions, references):
         logits, labels = np.asarray(predictions), np.asarray(references)
-        # An equal logit counts against the image: a network that says the same for all classes knows nothing.
+        # An equal logit counts against the image: a network with the same logit for all classes scores 0.
         label_logits = np.take_along_axis(logits, labels[:, None], axis=1)
         rank = np.where(np.isnan(logits).any(axis=1), np.inf, (logits >= label_logits).sum(axis=1))
         results = {"accuracy": float((rank <= 1).mean())}

@@ -1,37 +1,22 @@
-"""The models and image processors of a run: student, teacher and first stage, from a folder, the Hub or a config."""
+"""Load the models and image processors of a run: student, teacher and first stage, from a folder, the Hub or a config."""
 
 import copy
 import logging
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import loading
 from ..data.arguments import DataArguments
 from ..data.label_names import compare_labels
-from ..data.model_inputs import (
-    RGB,
-    create_image_processor,
-    describe_input,
-)
-from ..errors import (
-    LoadingError,
-    UserError,
-    first_sentence,
-)
+from ..data.model_inputs import RGB, create_image_processor, describe_input
+from ..errors import LoadingError, UserError, first_sentence
 from ..network.quantization_binaryvit import LATENT
 from ..resources import shipped_configs
-from .arguments import (
-    ModelArguments,
-)
+from .arguments import ModelArguments
 from .two_stage import first_stage_weights, load_first_stage, override_config
 
 
@@ -39,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
-    """The network's config, with the labels that it comes with."""
+    """The network's config; raises UserError if it cannot be loaded or its network cannot be used here."""
     name = arguments.config_name or arguments.model_name_or_path
     source = name if Path(name).exists() else str(shipped_configs().get(name, name))
     try:
@@ -48,20 +33,7 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
         raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
     if arguments.config_overrides:
         config = override_config(config, arguments.config_overrides)
-    if do_train and getattr(config, "quantization_config", None):
-        raise UserError(
-            f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train the latent weights that it "
-            f"was packed from; where they lie beside it, with --subfolder {LATENT}."
-        )
-    if getattr(config, "num_channels", 3) != 3:
-        raise UserError(
-            f"{name!r} takes images of {config.num_channels} channels; this script reads colour images, so 3."
-        )
-    if arguments.config_name and getattr(config, "image_size", None) is None:
-        raise UserError(
-            f"--config_name {name!r} is a {config.model_type!r} without an image_size, which this script cannot begin; give "
-            "a trained one as --model_name_or_path."
-        )
+    check_config(name, config, arguments, do_train)
     if arguments.drop_path_rate is not None:
         if hasattr(config, "drop_path_rate"):
             config.drop_path_rate = arguments.drop_path_rate
@@ -70,12 +42,30 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
     return config
 
 
+def check_config(name: str, config: PreTrainedConfig, arguments: ModelArguments, do_train: bool) -> None:
+    """Raise UserError for packed weights to train, for images without colours, and for a new network without image size."""
+    if do_train and getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train its latent weights; if they "
+            f"lie beside the packed ones, add --subfolder {LATENT}."
+        )
+    if getattr(config, "num_channels", 3) != 3:
+        raise UserError(
+            f"{name!r} takes images of {config.num_channels} channels; training reads colour images, so 3."
+        )
+    if arguments.config_name and getattr(config, "image_size", None) is None:
+        raise UserError(
+            f"--config_name {name!r} is a {config.model_type!r} without an image_size, so it cannot be trained from scratch; "
+            "give a trained one as --model_name_or_path."
+        )
+
+
 def build_meta_network(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The network on the meta device, where it takes no memory."""
+    """The network on the meta device, where it takes no memory; raises UserError if it is no image classifier."""
     try:
         with torch.device("meta"):
             return AutoModelForImageClassification.from_config(config, trust_remote_code=arguments.trust_remote_code)
-    except Exception as error:  # of configs that are no image classifier's, or have no network
+    except Exception as error:  # networks raise any kind of error
         name = arguments.config_name or arguments.model_name_or_path
         raise UserError(f"{name!r} is no image classifier to train: {first_sentence(error)}") from error
 
@@ -84,13 +74,15 @@ def load_model(
     arguments: ModelArguments, config: PreTrainedConfig, finished_run: Path | None, new_head: bool | None = None
 ) -> PreTrainedModel:
     """
-    The network with its weights, as far as there are any.
+    The network with its weights, or with random ones for a new network.
 
     Args:
-        new_head: whether the head begins anew; `None` of a model that is not trained, so needs all of its weights.
+        finished_run: output directory to load the weights from, instead of `model_name_or_path`.
+        new_head: whether to train the head from scratch; `None` if the model is not trained, so that it needs all of its
+            weights.
 
     Raises:
-        UserError: it cannot be loaded, or weights that it needs are missing.
+        UserError: it cannot be loaded, or lacks weights that it needs.
     """
     source: str | Path | None = arguments.model_name_or_path
     subfolder = arguments.subfolder
@@ -100,37 +92,23 @@ def load_model(
         return loading.build_classifier(config, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code)
     # Half precision would lose the optimiser's small steps; packed weights have their own types.
     precision = {} if getattr(config, "quantization_config", None) else {"dtype": torch.float32}
+    options = {"config": config, "subfolder": subfolder, **precision, **hub_arguments(arguments)}
     try:
+        if new_head is None:
+            return loading.load_classifier(source, **options)
         model, info = loading.fetch_classifier(
-            source,
-            config=config,
-            **precision,
-            subfolder=subfolder,
-            ignore_mismatched_sizes=arguments.ignore_mismatched_sizes and new_head is not None,
-            **hub_arguments(arguments),
+            source, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options
         )
     except LoadingError as error:
         raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {error}") from error
-    if new_head is None:
-        check_complete(model, info, f"--model_name_or_path {str(source)!r}", "train it first")
-    # transformers makes a new head where the number of labels is another, and only there.
+    # transformers makes a new head only if the number of labels differs.
     if new_head and finished_run is None and not info["mismatched_keys"]:
         model.load_state_dict(create_head(config, arguments.trust_remote_code), strict=False)
     return model
 
 
-def check_complete(model: PreTrainedModel, info: dict, who: str, remedy: str) -> None:
-    """
-    Raises:
-        UserError: the checkpoint lacks weights, which are random now, as those of a head that was never trained.
-    """
-    missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
-    if missing:
-        raise UserError(f"{who} has no weights {missing[0]!r}, so its answers would be random; {remedy}.")
-
-
 def create_head(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, torch.Tensor]:
-    """New weights of every tensor of a network that has a value for each label."""
+    """Random weights for every tensor whose shape depends on the number of labels."""
     fresh = AutoModelForImageClassification.from_config(
         config, dtype=torch.float32, trust_remote_code=trust_remote_code
     ).state_dict()
@@ -144,7 +122,7 @@ def create_head(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, 
 def load_first_weights(
     arguments: ModelArguments, config: PreTrainedConfig, labels: list[str]
 ) -> dict[str, torch.Tensor]:
-    """What the network takes over from --init_from, checked against it."""
+    """The tensors of `--init_from` for a new network; raises UserError if labels or shapes differ."""
     first = load_first_stage(arguments.init_from, **hub_arguments(arguments))
     compare_labels(first.config, labels, f"--init_from {arguments.init_from!r}", "choose a model of these labels")
     with torch.device("meta"):
@@ -152,31 +130,32 @@ def load_first_weights(
     return first_stage_weights(first, network, arguments.init_from)
 
 
-def load_teacher(arguments: ModelArguments, student: PreTrainedConfig):
-    """The teacher of the student's labels and its image processor (`None` where it has none); or twice `None`."""
+def load_teacher(
+    arguments: ModelArguments, student: PreTrainedConfig
+) -> tuple[PreTrainedModel | None, BaseImageProcessor | None]:
+    """The teacher and its image processor, if any; raises UserError if the teacher lacks weights or has other labels."""
     name = arguments.teacher_model_name_or_path
     if name is None:
         return None, None
-    try:
-        teacher, info = loading.fetch_classifier(name, dtype=torch.float32, **hub_arguments(arguments))
-    except LoadingError as error:
-        raise UserError(f"--teacher_model_name_or_path {name!r} cannot be loaded: {error}") from error
     flag = f"--teacher_model_name_or_path {name!r}"
+    try:
+        teacher = loading.load_classifier(name, dtype=torch.float32, **hub_arguments(arguments))
+    except LoadingError as error:
+        raise UserError(f"{flag} cannot be loaded: {error}") from error
     compare_labels(teacher.config, list(student.id2label.values()), flag, "choose a teacher of these images' labels")
-    check_complete(teacher, info, flag, "choose a trained teacher")
     return teacher, load_image_processor(name, arguments)
 
 
 def load_processor(
-    arguments: ModelArguments, data_arguments: DataArguments, config: PreTrainedConfig, own_folder: Path | str | None
+    arguments: ModelArguments, data_arguments: DataArguments, config: PreTrainedConfig, earlier_run: Path | str | None
 ) -> BaseImageProcessor | None:
     """
-    The image processor of the run so far or of the model that it goes on with, or a new one with the first stage's mean and
-    deviation. `None`: the teacher may decide.
+    The student's image processor: that of the earlier run, of `--model_name_or_path`, or a new one with the mean and
+    deviation of `--init_from`. `None` if there is none of these: it then depends on the teacher's.
     """
-    for source in (own_folder, arguments.model_name_or_path):
+    for source in (earlier_run, arguments.model_name_or_path):
         if source and (processor := load_image_processor(str(source), arguments)):
-            describe_input(processor, str(source))  # refused now, not after the teacher's training
+            describe_input(processor, str(source))  # refuses it now, not after the teacher's training
             return processor
     if arguments.init_from and (first := load_image_processor(arguments.init_from, arguments)):
         who = f"--init_from {arguments.init_from!r}"
@@ -186,7 +165,7 @@ def load_processor(
         return create_image_processor(config, data_arguments.crop_pct, like)
     for source in (arguments.model_name_or_path, arguments.init_from):
         if source:
-            logger.warning("%r has no image processor; one is made.", source)
+            logger.warning("%r has no image processor; a new one is made.", source)
     return None
 
 
@@ -198,7 +177,7 @@ def load_image_processor(source: str, arguments: ModelArguments) -> BaseImagePro
 
 
 def hub_revision(name: str, arguments: ModelArguments) -> str | None:
-    """The commit that a model of the Hub was loaded from; `None` of a local one."""
+    """The commit that a model of the Hub was loaded from; `None` for a local model."""
     file = cached_file(name, CONFIG_NAME, cache_dir=arguments.cache_dir, token=arguments.token)
     return extract_commit_hash(file, None)
 

@@ -1,7 +1,7 @@
 """
-Training in two stages: binary activations first, then binary weights too, from the weights of the first (ReActNet, Liu et
-al., ECCV 2020; Real-to-Binary, Martinez et al., ICLR 2020). A stage is a config with some fields changed; the second begins
-with the first's latent weights.
+Training in two stages: first binary activations only, then binary weights too, starting from the first stage's latent
+weights (ReActNet, Liu et al., ECCV 2020; Real-to-Binary, Martinez et al., ICLR 2020). A stage is a config with some fields
+changed.
 """
 
 import difflib
@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import LoadingError, UserError, first_sentence
-from ..loading import fetch_classifier, load_config
+from ..loading import load_classifier, load_config
 from ..network.quantization_binaryvit import LATENT
 
 
-# What a network of other bits, or of another row, has or has not. It begins as a new network's does.
+# Tensors that networks of other bits or of another row may have or lack. They keep a new network's initial values.
 ONLY_IN_ONE = re.compile(
     r"\.attention\.probability_clip$|\.avg_pool_branches\.|\.layer_scale[12]\."
     r"|\.patch_embeddings\.(norm2|norm_activation)\.|\.patch_embeddings\.projection\.shift$"
@@ -29,16 +29,19 @@ logger = logging.getLogger(__name__)
 
 def override_config(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
     """
-    A config with some fields changed, "weight_bits=32,depths=[2, 2]": names and JSON values.
+    Change fields of a config.
+
+    Args:
+        overrides: names and JSON values, such as "weight_bits=32,depths=[2, 2]".
 
     Raises:
-        UserError: an unknown field, no value, or what the config's own checks refuse.
+        UserError: a field is unknown, has no value, or fails the config's own checks.
     """
     fields, known = {}, list(type(config).__annotations__)
-    for part in re.split(r",(?=\s*\w+\s*=)", overrides):  # not the commas of a list
+    for part in re.split(r",(?=\s*\w+\s*=)", overrides):  # no NAME= follows a comma inside a list
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise UserError(f"--config_overrides is NAME=VALUE,…; {part.strip()!r} is not.")
+            raise UserError(f"--config_overrides takes NAME=VALUE,…: {part.strip()!r} is not of this form.")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise UserError(
@@ -48,41 +51,40 @@ def override_config(config: PreTrainedConfig, overrides: str) -> PreTrainedConfi
         try:
             fields[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
-            raise UserError(f"--config_overrides: {name}={value} is no number, list, true or false.") from None
+            raise UserError(f"--config_overrides: {name}={value} must be a number, a list, true or false.") from None
     try:
         return type(config).from_dict(config.to_dict() | fields)
-    except Exception as error:  # the checks of each config raise what they like
+    except Exception as error:  # configs raise any kind of error
         raise UserError(f"--config_overrides {overrides!r}: {first_sentence(error)}") from error
 
 
 def load_first_stage(source: str, **hub_arguments) -> nn.Module:
     """
-    A trained model with its latent weights, from a folder or from the Hub: its own, or, where those are packed, those in
-    its folder `latent`.
+    Load a trained model with its latent weights from a folder or the Hub. A packed model has them in its folder `latent`.
 
     Raises:
-        UserError: it cannot be loaded, is incomplete, or is packed without latent weights beside it.
+        UserError: it cannot be loaded, lacks tensors, or is packed without latent weights beside it.
     """
     subfolder = ""
     try:
         if getattr(load_config(source, **hub_arguments), "quantization_config", None):
             subfolder = LATENT
-        model, loading_info = fetch_classifier(source, subfolder=subfolder, dtype=torch.float32, **hub_arguments)
+        return load_classifier(source, subfolder=subfolder, dtype=torch.float32, **hub_arguments)
     except LoadingError as error:
         packed = f" is packed, and its latent weights in {LATENT!r}" if subfolder else ""
         raise UserError(f"--init_from {source!r}{packed} cannot be loaded: {error}") from error
-    if missing := loading_info["missing_keys"]:
-        raise UserError(f"--init_from {source!r} lacks the tensor {min(missing)!r} of its own network.")
-    return model
 
 
 def first_stage_weights(first: nn.Module, network: nn.Module, source: str) -> dict[str, torch.Tensor]:
     """
-    What a new network takes over of a model: every tensor but those of `ONLY_IN_ONE`, which the log tells. The network may
-    be on the meta device.
+    The tensors that a new network takes over from a first stage. Logs those that only one of them has.
+
+    Args:
+        network: the new network; it may be on the meta device.
+        source: the first stage's name, for messages.
 
     Raises:
-        UserError: another tensor is in one of them only, or has another shape.
+        UserError: a tensor's shape differs, or only one of them has a tensor that `ONLY_IN_ONE` does not match.
     """
     ours, theirs = network.state_dict(), first.state_dict()
     for name, tensor in ours.items():
@@ -91,18 +93,18 @@ def first_stage_weights(first: nn.Module, network: nn.Module, source: str) -> di
                 f"--init_from {source!r}: tensor {name!r} is {tuple(theirs[name].shape)} there and {tuple(tensor.shape)} "
                 "in the new network; the two must have the same shapes."
             )
-    new, left = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    for names, who, other in ((new, "the new network", "it"), (left, "it", "the new network")):
-        if strange := [name for name in names if not ONLY_IN_ONE.search(name)]:
+    new, unused = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    for names, owner, other in ((new, "the new network", "it"), (unused, "it", "the new network")):
+        if unknown := [name for name in names if not ONLY_IN_ONE.search(name)]:
             raise UserError(
-                f"--init_from {source!r}: {who} has the tensor {strange[0]!r}, {other} has not ({len(strange)} such in all); "
-                "the two must be of the same shape."
+                f"--init_from {source!r}: {owner} has {len(unknown)} tensor(s) that {other} lacks, such as {unknown[0]!r}; "
+                "the two must have the same depths and parts."
             )
     logger.info(
-        "Begins with %d tensors of %s; new: %s; left there: %s",
+        "Initialised %d tensors from %s; new: %s; unused: %s",
         len(ours) - len(new),
         source,
         ", ".join(new) or "none",
-        ", ".join(left) or "none",
+        ", ".join(unused) or "none",
     )
     return {name: tensor for name, tensor in theirs.items() if name in ours}

@@ -24,7 +24,7 @@ from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.image_checks import check_images
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.errors import LINE_LENGTH, UserError
-from binaryvit_hf.training.report import plot_learning_curves, read_log_history
+from binaryvit_hf.training.learning_curves import plot_learning_curves, read_log_history
 from binaryvit_hf.training.run import main as train
 
 

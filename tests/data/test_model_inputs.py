@@ -46,7 +46,7 @@ from binaryvit_hf.errors import UserError
 from binaryvit_hf.training import models
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.arguments import ModelArguments
-from binaryvit_hf.training.trainer import distillation_loss
+from binaryvit_hf.training.losses import distillation_loss
 from binaryvit_hf.training.two_stage import load_first_stage
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 import binaryvit_hf  # noqa: F401, registers the model
 from binaryvit_hf.convert import convert_name, convert_original_state_dict
-from binaryvit_hf.training.trainer import distillation_loss
+from binaryvit_hf.training.losses import distillation_loss
 
 
 TOLERANCE = 1e-6

@@ -21,7 +21,8 @@ from tiny import tiny_config, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from binaryvit_hf.training.metrics import TopKAccuracy
-from binaryvit_hf.training.trainer import DistillationTrainer, DistillationTrainingArguments
+from binaryvit_hf.training.arguments import DistillationTrainingArguments
+from binaryvit_hf.training.trainer import DistillationTrainer
 
 output, batch = sys.argv[1:]
 torch.set_num_threads(1)

@@ -4,7 +4,8 @@ import torch
 from tiny import tiny_images, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
 
-from binaryvit_hf.training.trainer import DistillationTrainer, DistillationTrainingArguments
+from binaryvit_hf.training.arguments import DistillationTrainingArguments
+from binaryvit_hf.training.trainer import DistillationTrainer
 
 
 def tiny_teacher() -> ViTForImageClassification:

@@ -15,7 +15,7 @@ from transformers import ViTConfig
 
 from binaryvit_hf.cli import main
 from binaryvit_hf.training.ablation import Ablation, mean_and_deviation
-from binaryvit_hf.training.arguments import RUN_ARGUMENTS
+from binaryvit_hf.training.run_folder import RUN_ARGUMENTS
 
 
 ROOT = Path(__file__).parents[2]

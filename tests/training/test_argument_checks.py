@@ -1,4 +1,4 @@
-"""Every argument: of its type and in its range, or refused in one sentence that names it."""
+"""Every argument has its type and its range, or is refused in one sentence that names it."""
 
 import json
 import math
@@ -11,48 +11,48 @@ import pytest
 from binaryvit_hf.argument_checks import check_supported
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.resources import shipped_configs
-from binaryvit_hf.training.arguments import PARTS, parse_phases
-from binaryvit_hf.training.trainer import DistillationTrainingArguments
+from binaryvit_hf.training.arguments import DistillationTrainingArguments
+from binaryvit_hf.training.command_line import ARGUMENT_CLASSES, parse_runs
 from binaryvit_hf.training.unused_arguments import find_unused
 
 
 ARGUMENTS = [
     (name, hint)
-    for part in PARTS
+    for part in ARGUMENT_CLASSES
     for name, hint in get_type_hints(part).items()
     if name in {field.name for field in fields(part)}
 ]
 WRONG = [None, True, 1, 1.5, math.nan, math.inf, -1e9, "x", ["x"], {"a": 1}]
-TOLD_BY_OTHERS = {"accelerator_config", "deepspeed", "fsdp"}  # whose own messages name no flag
+CHECKED_BY_TRANSFORMERS = {"accelerator_config", "deepspeed", "fsdp"}  # its messages name no flag
 
 
 def parse_file(folder: Path, values: dict, *flags: str):
     (folder / "run.json").write_text(json.dumps({"output_dir": str(folder / "out"), "use_cpu": True} | values))
-    return parse_phases([str(folder / "run.json"), *flags])[0]
+    return parse_runs([str(folder / "run.json"), *flags])[0]
 
 
-def is_of(value, hint) -> bool:
+def has_type(value, hint) -> bool:
     kinds = get_args(hint) if get_args(hint) and get_origin(hint) not in (list, dict) else (hint,)
     kinds = tuple(get_origin(kind) or kind for kind in kinds)
     return any(type(value) is kind or (isinstance(kind, type) and isinstance(value, kind)) for kind in kinds)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
-def test_every_argument_is_of_its_type_or_refused_in_one_sentence(wrong, tmp_path):
+def test_every_argument_has_its_type_or_is_refused_in_one_sentence(wrong, tmp_path):
     for name, hint in ARGUMENTS:
         try:
-            phase = parse_file(tmp_path, {name: wrong})
+            run = parse_file(tmp_path, {name: wrong})
         except UserError as error:
             assert "\n" not in str(error)
-            assert name in str(error) or name in TOLD_BY_OTHERS, str(error)
+            assert name in str(error) or name in CHECKED_BY_TRANSFORMERS, str(error)
             continue
-        (part,) = (part for part, kind in zip(phase, PARTS) if name in get_type_hints(kind))
+        (part,) = (part for part, kind in zip(run, ARGUMENT_CLASSES) if name in get_type_hints(kind))
         value = getattr(part, name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert math.isfinite(value) and value > -1e8, name
             assert float not in (hint, *get_args(hint)) or isinstance(value, float) or name.endswith("_steps"), name
-        if value == wrong and type(value) is type(wrong) and name != "fsdp":  # which alone stands for true
-            assert is_of(wrong, hint), name
+        if value == wrong and type(value) is type(wrong) and name != "fsdp":  # --fsdp without a value means true
+            assert has_type(wrong, hint), name
 
 
 @pytest.mark.parametrize(
@@ -76,28 +76,28 @@ def test_every_argument_is_of_its_type_or_refused_in_one_sentence(wrong, tmp_pat
         ({"auto_find_batch_size": True, "learning_rate_batch_size": 8}, "leave one of them out"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_flag(values, message, tmp_path, monkeypatch):
+def test_the_message_for_a_wrong_value_names_its_flag(values, message, tmp_path, monkeypatch):
     monkeypatch.setattr("binaryvit_hf.argument_checks.get_available_reporting_integrations", list)
     with pytest.raises(UserError) as error:
         parse_file(tmp_path, values)
     assert message in str(error.value)
 
 
-def test_a_whole_number_is_a_number_and_text_that_is_one_too(tmp_path):
+def test_a_whole_number_and_a_number_as_text_are_numbers(tmp_path):
     _, data, training = parse_file(tmp_path, {"mixup_alpha": 1, "learning_rate": "1e-3", "max_steps": 2.0})
     assert (data.mixup_alpha, training.learning_rate, training.max_steps) == (1.0, 1e-3, 2)
     assert isinstance(data.mixup_alpha, float) and isinstance(training.max_steps, int)
 
 
 @pytest.mark.parametrize("flag", ["--no_save_packed", "--no-save-packed", "--save_packed=False"])
-def test_flags_say_no(flag, tmp_path):
+def test_flags_can_be_negated(flag, tmp_path):
     assert parse_file(tmp_path, {}, flag)[2].save_packed is False
     with pytest.raises(UserError, match="Unknown argument 'no_save_packed'"):
         parse_file(tmp_path, {"no_save_packed": True})
 
 
 @pytest.mark.parametrize("values, flags", [({}, ["--resume_from_checkpoint"]), ({"resume_from_checkpoint": True}, [])])
-def test_to_resume_from_a_checkpoint_without_a_name_is_true(values, flags, tmp_path):
+def test_resume_from_checkpoint_without_a_value_is_true(values, flags, tmp_path):
     assert parse_file(tmp_path, values, *flags, "--do_train")[2].resume_from_checkpoint == "true"
 
 
@@ -107,8 +107,8 @@ def test_to_resume_from_a_checkpoint_without_a_name_is_true(values, flags, tmp_p
         ("a.json", b'{"seed": ' + b"[" * 100_000, "nested too deeply"),
         ("a.yaml", b"seed: " + b"[" * 2_000, "a.yaml' cannot be read"),
         ("a.json", b'{"seed": "\xff"}', "a.json' cannot be read"),
-        ("a.json", b'{"seed": 1, "seed": 2}', "'seed' stands there twice"),
-        ("a.yaml", b"seed: 1\nseed: 2\n", "'seed' stands there twice"),
+        ("a.json", b'{"seed": 1, "seed": 2}', "'seed' is given twice"),
+        ("a.yaml", b"seed: 1\nseed: 2\n", "'seed' is given twice"),
         ("a.json", b"[1]", "must hold an object"),
         ("a.json", b'{"seed": ' + b"9" * 5000 + b"}", "a.json' cannot be read"),
     ],
@@ -116,11 +116,11 @@ def test_to_resume_from_a_checkpoint_without_a_name_is_true(values, flags, tmp_p
 def test_a_damaged_file_of_arguments_is_one_sentence(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        parse_phases([str(tmp_path / name)])
+        parse_runs([str(tmp_path / name)])
     assert message in str(error.value)
     (tmp_path / "b.json").mkdir()
     with pytest.raises(UserError, match="no file of arguments"):
-        parse_phases([str(tmp_path / "b.json")])
+        parse_runs([str(tmp_path / "b.json")])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_damaged_file_of_arguments_is_one_sentence(name, content, message, tmp
         ({"metric_for_best_model": "f1"}, "--metric_for_best_model must be one of loss"),
     ],
 )
-def test_what_the_script_does_not_do_is_refused(arguments, message, tmp_path):
+def test_unsupported_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
         check_supported(DistillationTrainingArguments(str(tmp_path), use_cpu=True, **arguments))
 
@@ -166,21 +166,21 @@ def test_optimiser_and_schedule_are_tried_before_training(arguments, tmp_path):
         (["--hub_model_id=me/it"], "hub_model_id"),
     ],
 )
-def test_an_argument_without_effect_says_so(flags, unused, tmp_path):
-    phase = parse_file(tmp_path, {"do_train": True, "config_name": "x"}, *flags)
-    assert [name for name, _ in find_unused(phase)] == [unused]
+def test_an_argument_without_effect_is_found(flags, unused, tmp_path):
+    run = parse_file(tmp_path, {"do_train": True, "config_name": "x"}, *flags)
+    assert [name for name, _ in find_unused(run)] == [unused]
     with_model = parse_file(tmp_path, {"do_eval": True, "model_name_or_path": "x"}, "--crop_pct=1.0")
     assert [name for name, _ in find_unused(with_model)] == ["crop_pct"]
 
 
 @pytest.mark.parametrize("flags", [["--label_loss_weight=0.5"], ["--mixup_alpha=0.8"]])
-def test_smoothing_has_effect_where_labels_are_learned_beside_a_teacher(flags, tmp_path):
+def test_label_smoothing_has_an_effect_if_labels_have_a_share_in_the_loss(flags, tmp_path):
     taught = ["--teacher_model_name_or_path=t", "--label_smoothing_factor=0.1"]
     assert find_unused(parse_file(tmp_path, {"do_train": True, "config_name": "x"}, *taught, *flags)) == []
 
 
-def test_the_recipes_say_nothing_without_effect():
+def test_the_recipes_have_no_arguments_without_effect():
     for folder in shipped_configs().values():
         if (folder / "train.json").is_file():
-            for phase in parse_phases([str(folder / "train.json"), "--use_cpu", "--bf16=False"]):
-                assert {name for name, _ in find_unused(phase)} <= {"color_jitter"}  # of DeiT's own recipe
+            for run in parse_runs([str(folder / "train.json"), "--use_cpu", "--bf16=False"]):
+                assert {name for name, _ in find_unused(run)} <= {"color_jitter"}  # DeiT's recipe has it

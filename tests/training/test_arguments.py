@@ -1,4 +1,4 @@
-"""Bad arguments, folders and configs, refused before anything is written: the script's own entry, without a process."""
+"""`main` refuses bad arguments, folders and configs before it writes anything; and the arguments of a teacher's run."""
 
 import json
 
@@ -9,7 +9,8 @@ from tiny import tiny_config
 
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.training import run as script
-from binaryvit_hf.training.arguments import RUN_ARGUMENTS, compare_with_recorded, describe, parse_phases
+from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, arguments_to_json, compare_with_recorded
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_bad_config_is_one_sentence(capsys, photos, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_teacher_phase_inherits_the_file_and_shared_flags(tmp_path):
+def test_the_teachers_run_inherits_the_file_and_shared_flags(tmp_path):
     (tmp_path / "run.json").write_text(
         json.dumps(
             {
@@ -112,7 +113,7 @@ def test_teacher_phase_inherits_the_file_and_shared_flags(tmp_path):
         )
     )
     flags = ["--num_train_epochs", "7", "--max_train_samples=11", "--teacher.warmup_steps", "4"]
-    teacher, student = parse_phases([str(tmp_path / "run.json"), *flags])
+    teacher, student = parse_runs([str(tmp_path / "run.json"), *flags])
     assert student[0].config_name == "student"
     assert student[0].teacher_model_name_or_path == teacher[2].output_dir == str(tmp_path / "out-teacher")
     assert (student[2].num_train_epochs, teacher[2].num_train_epochs) == (7, 5)
@@ -124,11 +125,11 @@ def test_teacher_phase_inherits_the_file_and_shared_flags(tmp_path):
 
 def test_named_teacher_replaces_the_one_to_train(tmp_path):
     (tmp_path / "run.json").write_text('{"config_name": "student", "teacher": {"config_name": "teacher"}}')
-    phases = parse_phases([str(tmp_path / "run.json"), "--teacher_model_name_or_path", "some/teacher"])
-    assert len(phases) == 1
+    runs = parse_runs([str(tmp_path / "run.json"), "--teacher_model_name_or_path", "some/teacher"])
+    assert len(runs) == 1
 
 
-def test_what_is_wrong_with_the_student_does_not_wait_for_its_teacher(capsys, photos, tmp_path):
+def test_the_student_is_checked_before_its_teacher_is_trained(capsys, photos, tmp_path):
     values = {
         "config_name": "no-such-row",
         "train_dir": str(photos),
@@ -140,20 +141,20 @@ def test_what_is_wrong_with_the_student_does_not_wait_for_its_teacher(capsys, ph
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_from_before_an_argument_was_there_had_its_default(tmp_path):
+def test_a_run_of_a_version_without_an_argument_had_the_arguments_default(tmp_path):
     arguments = ["--do_train", "--config_name", "x", "--use_cpu", "--output_dir", str(tmp_path)]
-    (phase,) = parse_phases(arguments)
-    recorded = {name: value for name, value in describe(phase).items() if name != "cutmix_alpha"}
+    (run,) = parse_runs(arguments)
+    recorded = {name: value for name, value in arguments_to_json(run).items() if name != "cutmix_alpha"}
     (tmp_path / RUN_ARGUMENTS).write_text(json.dumps(recorded))
-    compare_with_recorded(tmp_path, phase)
+    compare_with_recorded(tmp_path, run)
     with pytest.raises(UserError, match=r"cutmix_alpha was 0.0, not 1.0"):
-        compare_with_recorded(tmp_path, *parse_phases([*arguments, "--cutmix_alpha", "1.0"]))
+        compare_with_recorded(tmp_path, *parse_runs([*arguments, "--cutmix_alpha", "1.0"]))
 
 
-def test_an_interruption_is_told_in_one_sentence(capsys, monkeypatch):
+def test_an_interruption_is_one_sentence(capsys, monkeypatch):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "parse_phases", interrupt)
+    monkeypatch.setattr(script, "parse_runs", interrupt)
     assert script.main([]) == 130
-    assert "error: Interrupted; the same command goes on" in capsys.readouterr().err
+    assert "error: Interrupted. Run the same command again to resume" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Model cards, the models that come with the package, and what both say of themselves."""
+"""Model cards and the shipped models: both hold what the recorded results say."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from binaryvit_hf.cli import main
 from binaryvit_hf.data.decoding import decode_image
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_digits_splits, load_fashion_mnist_splits
 from binaryvit_hf.ops import count_operations, readable, total
-from binaryvit_hf.training.arguments import parse_phases
+from binaryvit_hf.training.command_line import parse_runs
 
 
 CARDS = CONFIGS.parent / "model_cards"
@@ -28,7 +28,7 @@ needs_fashion_mnist = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_card_of_a_row_is_what_the_template_makes_of_it_today(row, tmp_path, monkeypatch):
+def test_the_card_of_a_row_is_up_to_date_with_the_template(row, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     assert main(["card", f"configs/{row}", "--out", str(tmp_path / "card.md")]) == 0
     assert (tmp_path / "card.md").read_text() == (CARDS / f"{row}.md").read_text()
@@ -47,13 +47,13 @@ def test_the_card_of_a_row_says_that_it_has_no_trained_weights_and_what_it_costs
 
 @pytest.mark.parametrize("row", sorted(path.parent.name for path in CONFIGS.glob("*/train.json")))
 def test_the_recipe_of_a_row_is_one_that_the_script_takes_and_packs(row):
-    ((model_arguments, _, training_arguments),) = parse_phases([str(CONFIGS / row / "train.json"), "--use_cpu"])
+    ((model_arguments, _, training_arguments),) = parse_runs([str(CONFIGS / row / "train.json"), "--use_cpu"])
     assert model_arguments.config_name == row
     assert training_arguments.save_packed
 
 
 def seen_by(folder, splits: list[Dataset]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of some splits as a shipped model sees them, and their labels."""
+    """Images of some splits as the model in `folder` takes them, and their labels."""
     processor = AutoImageProcessor.from_pretrained(folder)
     pixels = [decode_image(image) for split in splits for image in split["image"]]
     labels = [label for split in splits for label in split["label"]]
@@ -72,11 +72,11 @@ def predict(folder, images) -> torch.Tensor:
 
 
 def check_card(folder, metric: str, images, labels) -> None:
-    """The model is as good as its card says, and the card says what the run recorded."""
+    """The model reaches the accuracy of its card, and the card has the run's results."""
     accuracy = (predict(folder, images) == labels).double().mean().item()
     card = ModelCard.load(folder / "README.md")
     claimed = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    # Another processor may flip a sign that decides an image.
+    # On another CPU a sign may flip and decide an image.
     assert accuracy == pytest.approx(claimed["top-1 accuracy"], abs=max(2 / len(labels), 0.001))
     recorded = json.loads((folder / "all_results.json").read_text())
     assert claimed["top-1 accuracy"] == recorded[metric]
@@ -111,7 +111,7 @@ def test_the_engine_answers_as_pytorch_on_clothes(monkeypatch):
 
 
 def test_half_precision_changes_no_answer_that_counts(tmp_path):
-    images, labels = digits("train", "validation")  # of the held-out ones alone, one image is 0.28 points
+    images, labels = digits("train", "validation")  # one of the held-out images would be 0.28 points
     assert main(["pack", str(DIGITS), str(tmp_path / "half"), "--half"]) == 0
     full, half = predict(DIGITS, images), predict(tmp_path / "half", images)
     assert (full != half).double().mean() <= 0.005

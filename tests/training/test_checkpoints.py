@@ -1,4 +1,4 @@
-"""Whole checkpoints: told from damaged ones, and runs that are ended at any moment."""
+"""Checkpoints are whole, damaged ones are passed over, and SIGTERM saves one."""
 
 import json
 import logging
@@ -8,7 +8,8 @@ import pytest
 from tiny_training import EVERY_STEP, tiny_trainer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from binaryvit_hf.training.checkpoints import SaveOnTermination, describe_damage, last_whole_checkpoint
+from binaryvit_hf.training.callbacks.termination import SaveOnTermination
+from binaryvit_hf.training.checkpoints import describe_damage, last_whole_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_checkpoints_are_whole_and_the_older_ones_and_what_was_aside_are_gone(run):
+def test_checkpoints_are_whole_and_old_ones_and_the_staging_folder_are_removed(run):
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     for path in run.iterdir():
         assert describe_damage(path) is None
@@ -39,7 +40,7 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(run, tmp_path,
         assert last_whole_checkpoint(copy) == copy / "checkpoint-2"
     assert f"checkpoint-3 is damaged ({name}" in caplog.text
     file.unlink()
-    if name != "rng_state.pth":  # one for each process, whose number a checkpoint does not tell
+    if name != "rng_state.pth":  # one per process, and a checkpoint does not record their number
         assert describe_damage(copy / "checkpoint-3") == f"{name} is missing"
 
 
@@ -48,7 +49,7 @@ def test_no_checkpoint_is_none(tmp_path):
     assert last_whole_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_the_best_checkpoint_is_known_by_its_own_name(tmp_path):
+def test_the_best_checkpoint_is_recorded_by_its_final_name(tmp_path):
     trainer = tiny_trainer(
         tmp_path,
         **EVERY_STEP,
@@ -66,7 +67,7 @@ def test_the_best_checkpoint_is_known_by_its_own_name(tmp_path):
     "field, value",
     [("global_step", 2), ("epoch", float("nan")), ("best_model_checkpoint", 0.5), ("log_history", None)],
 )
-def test_a_checkpoint_of_another_state_is_passed_over_for_the_one_before(run, tmp_path, field, value):
+def test_a_checkpoint_with_a_wrong_state_is_passed_over_for_the_one_before(run, tmp_path, field, value):
     copy = shutil.copytree(run, tmp_path / "copy")
     file = copy / "checkpoint-3" / "trainer_state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
@@ -74,7 +75,7 @@ def test_a_checkpoint_of_another_state_is_passed_over_for_the_one_before(run, tm
     assert field in describe_damage(copy / "checkpoint-3")
 
 
-def test_a_run_that_is_told_to_end_saves_and_does_not_evaluate_first():
+def test_on_sigterm_a_run_saves_and_does_not_evaluate_first():
     callback, control = SaveOnTermination(), TrainerControl(should_evaluate=True)
     args, state = TrainingArguments(use_cpu=True), TrainerState()
     callback.on_step_end(args, state, control)

@@ -1,4 +1,4 @@
-"""Two processes against one with the doubled batch."""
+"""Two processes train as one process with the doubled batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights that oscillate: which are frozen, when, and that their bit then stays whatever moves around them."""
+"""Oscillating weights are frozen, and a frozen bit stays constant."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def test_the_first_flip_is_no_oscillation_and_each_later_one_is():
     assert watched.state["frequency"][0, 1].item() == pytest.approx(0.99 * quiet, rel=2e-3)
 
 
-def test_a_frozen_weight_takes_the_value_that_its_majority_stood_for():
+def test_a_frozen_weight_takes_the_value_of_its_majority_sign():
     watched = watched_linear([[0.5, 0.25, -0.75]])
     for value in (-0.25, 0.25, -0.25):  # positive at first, so positive by majority
         watched.layer.weight.data = torch.tensor([[0.5, value, -0.25 - value]])
@@ -49,8 +49,8 @@ def test_a_frozen_weight_takes_the_value_that_its_majority_stood_for():
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.05, -0.05])
-def test_a_frozen_bit_stays_whatever_moves_the_rows_mean(drift):
-    """Noise that flips signs, and a drift of whole rows that would carry every latent weight over zero and back."""
+def test_a_frozen_bit_stays_when_the_rows_mean_moves(drift):
+    """The noise flips signs; the drift of whole rows would move every latent weight across zero and back."""
     generator = torch.Generator().manual_seed(0)
     layer = BinaryLinear(tiny_config(), 16, 8)
     layer.weight.data = 0.1 * torch.randn(8, 16, generator=generator)
@@ -70,7 +70,7 @@ def test_a_frozen_bit_stays_whatever_moves_the_rows_mean(drift):
 
 
 def test_the_last_weights_of_a_row_stay_free():
-    """Two weights at the same distance from their mean flip together, and cannot be held at distances that differ."""
+    """Two weights at the same distance from their mean flip together, and cannot be frozen at different distances."""
     watched = watched_linear([[0.5, -0.5]])
     for value in (-0.5, 0.5, -0.5, 0.5):
         watched.layer.weight.data = torch.tensor([[value, -value]])
@@ -102,7 +102,7 @@ def test_a_convolutions_weights_are_frozen_at_a_distance_from_zero():
     assert layer.weight.flatten().tolist() == [0.5, -8.5, 0.5, -8.5]
 
 
-def test_training_leaves_frozen_bits_alone_and_tells_their_share(tmp_path, caplog):
+def test_training_keeps_frozen_bits_and_logs_their_share(tmp_path, caplog):
     trainer = tiny_trainer(
         tmp_path, oscillation_freezing_threshold=0.015, max_steps=12, learning_rate=0.05, weight_decay=0.1
     )
@@ -125,7 +125,7 @@ def test_training_leaves_frozen_bits_alone_and_tells_their_share(tmp_path, caplo
     assert f"{100 * freezing.share_frozen():.2f} % of the 1-bit weights oscillated" in caplog.text
 
 
-def test_what_is_watched_is_what_binarisation_sees():
+def test_the_watched_signs_are_those_of_binarisation():
     model = tiny_model()
     for module in model.modules():
         if isinstance(module, BinaryLinear | BinaryPatchConv):

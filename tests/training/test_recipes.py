@@ -1,4 +1,4 @@
-"""The paper's recipes: what the schedule and the stochastic depth do with them."""
+"""The paper's recipes: their values, learning rate schedules and stochastic depth."""
 
 import json
 import math
@@ -10,17 +10,17 @@ from tiny import tiny_images
 from tiny_training import tiny_teacher, tiny_trainer
 from transformers import ViTConfig
 
-from binaryvit_hf.training.arguments import parse_phases
+from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.stochastic_depth import add_drop_path
 
 
 ROWS = sorted(path.parent.name for path in CONFIGS.glob("*-224*/train.json"))
-STEPS = 4  # of an epoch of eight images in batches of two
+STEPS = 4  # per epoch: eight images in batches of two
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_recipe_is_the_papers_where_the_batch_is(row):
-    ((_, data, training),) = parse_phases([str(CONFIGS / row / "train.json"), "--use_cpu"])
+def test_a_recipe_at_its_batch_size_is_the_papers(row):
+    ((_, data, training),) = parse_runs([str(CONFIGS / row / "train.json"), "--use_cpu"])
     assert training.num_train_epochs == 300
     assert training.learning_rate / training.learning_rate_batch_size == 5e-4 / 512
     assert 8 * training.per_device_train_batch_size == 512
@@ -30,7 +30,7 @@ def test_recipe_is_the_papers_where_the_batch_is(row):
 
 
 def learning_rates(tmp_path, epochs: int, **arguments) -> list[float]:
-    """Of every step, by the trainer's own optimiser and schedule."""
+    """The learning rate of every step."""
     trainer = tiny_trainer(tmp_path, max_steps=-1, num_train_epochs=epochs, learning_rate=5e-4, **arguments)
     trainer.create_optimizer_and_scheduler(STEPS * epochs)
     rates = []
@@ -60,7 +60,7 @@ def test_teachers_rate_warms_up_from_a_millionth_in_five_epochs(tmp_path):
 
 
 def test_schedule_by_epochs_needs_epochs(tmp_path):
-    with pytest.raises(ValueError, match="needs num_train_epochs"):
+    with pytest.raises(ValueError, match="needs --num_train_epochs"):
         tiny_trainer(tmp_path, lr_schedule_per_epoch=True, max_steps=3)
     with pytest.raises(ValueError, match="a function of the step"):
         tiny_trainer(tmp_path, max_steps=-1, lr_schedule_per_epoch=True, lr_scheduler_type="constant")
@@ -82,4 +82,4 @@ def test_drop_path_drops_whole_branches_of_the_deeper_layers_in_training_alone()
         layer_inputs = torch.randn(200, 9, 8)
         torch.testing.assert_close(model.vit.layers[0](layer_inputs), model.vit.layers[0].eval()(layer_inputs))
         change = (model.vit.layers[1](layer_inputs) - layer_inputs).abs().sum((1, 2))
-    assert 0.15 < (change == 0).double().mean() < 0.35  # both branches of an image: a quarter
+    assert 0.15 < (change == 0).double().mean() < 0.35  # a quarter of the images drop both branches

@@ -1,4 +1,4 @@
-"""Runs that go on: after their last step, beyond their end, from what cannot be gone on from, and under other spellings."""
+"""Resumed runs: after the last step, with more steps, from unusable checkpoints, and with other spellings of paths."""
 
 import json
 import logging
@@ -14,15 +14,16 @@ from transformers import ResNetConfig, ViTConfig
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.functional_binaryvit import batch_statistics
 from binaryvit_hf.training import run as script
-from binaryvit_hf.training.arguments import (
+from binaryvit_hf.training import steps as run_steps
+from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.model_card import write_model_card
+from binaryvit_hf.training.run_folder import (
     RUN_ARGUMENTS,
     UNFINISHED_RUN_ARGUMENTS,
+    arguments_to_json,
     compare_with_recorded,
-    describe,
     is_finished,
-    parse_phases,
 )
-from binaryvit_hf.training.report import write_model_card
 
 
 @pytest.fixture
@@ -55,14 +56,14 @@ def recorded_steps(out) -> int:
     return json.loads((out / RUN_ARGUMENTS).read_text())["max_steps"]
 
 
-def test_a_run_ends_at_its_last_step_and_one_that_goes_on_has_the_old_results_until_it_ends(
+def test_a_run_ends_at_its_last_step_and_a_continued_run_keeps_the_old_results_until_it_ends(
     command, tmp_path, monkeypatch
 ):
-    out, finish = tmp_path / "out", script.record_end
-    steps = [*command, "--max_steps=10", "--save_steps=10"]  # in the midst of an epoch of 4
-    monkeypatch.setattr(script, "record_end", interrupt)
+    out, finish = tmp_path / "out", run_steps.record_end
+    steps = [*command, "--max_steps=10", "--save_steps=10"]  # an epoch has 4
+    monkeypatch.setattr(run_steps, "record_end", interrupt)
     assert script.main(steps) == 130
-    monkeypatch.setattr(script, "record_end", finish)
+    monkeypatch.setattr(run_steps, "record_end", finish)
     assert not is_finished(out)
     assert script.main(steps) == 0
     assert is_finished(out)
@@ -70,19 +71,19 @@ def test_a_run_ends_at_its_last_step_and_one_that_goes_on_has_the_old_results_un
     last, final = load_file(out / "checkpoint-10" / "model.safetensors"), load_file(out / "latent/model.safetensors")
     assert all(torch.equal(final[name], tensor) for name, tensor in last.items())
     results = json.loads((out / "train_results.json").read_text())
-    assert "train_loss" not in results  # nothing was trained, and 0 is no loss
+    assert "train_loss" not in results  # nothing was trained, and a loss of 0 would mislead
     assert results["train_samples"] == 14
 
     more = [*command, "--max_steps=12", "--save_steps=10", "--resume_from_checkpoint"]
-    monkeypatch.setattr(script, "record_end", interrupt)
+    monkeypatch.setattr(run_steps, "record_end", interrupt)
     assert script.main(more) == 130
-    monkeypatch.setattr(script, "record_end", finish)
+    monkeypatch.setattr(run_steps, "record_end", finish)
     assert not is_finished(out)
     assert recorded_steps(out) == 10
     write_model_card(out, "x", tmp_path / "card.md")
     assert "| max_steps | 10 |" in (tmp_path / "card.md").read_text()
     with pytest.raises(UserError, match="max_steps was 12, not 10"):
-        compare_with_recorded(out, *parse_phases(steps))
+        compare_with_recorded(out, *parse_runs(steps))
     assert script.main(more[:-1]) == 0
     assert is_finished(out)
     assert recorded_steps(out) == 12
@@ -90,19 +91,19 @@ def test_a_run_ends_at_its_last_step_and_one_that_goes_on_has_the_old_results_un
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 12
 
 
-def test_a_checkpoint_of_weights_alone_is_not_gone_on_from_and_not_called_damaged(
+def test_a_checkpoint_of_weights_only_is_not_resumed_from_and_not_called_damaged(
     command, tmp_path, monkeypatch, caplog, capsys
 ):
-    monkeypatch.setattr(script, "record_end", interrupt)
+    monkeypatch.setattr(run_steps, "record_end", interrupt)
     steps = [*command, "--max_steps=2", "--save_steps=1", "--save_only_model"]
     assert script.main(steps) == 130
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert script.main([*steps, f"--resume_from_checkpoint={checkpoint}"]) == 2
-    assert "holds the weights alone (--save_only_model)" in capsys.readouterr().err
+    assert "holds weights only (--save_only_model)" in capsys.readouterr().err
     with caplog.at_level(logging.WARNING):
         assert script.main([*steps, "--resume_from_checkpoint"]) == 2
-    assert "holds no checkpoint to go on from" in capsys.readouterr().err
-    assert "checkpoint-2 holds the weights alone (--save_only_model), so training cannot go on" in caplog.text
+    assert "holds no checkpoint to resume from" in capsys.readouterr().err
+    assert "checkpoint-2 holds weights only (--save_only_model): training cannot resume" in caplog.text
     assert "damaged" not in caplog.text
     (checkpoint / "trainer_state.json").unlink()
     assert script.main([*steps, f"--resume_from_checkpoint={checkpoint}"]) == 2
@@ -118,24 +119,24 @@ def test_a_checkpoint_of_weights_alone_is_not_gone_on_from_and_not_called_damage
         ([], ["--do_eval", "--save_total_limit=2", "--hub_model_id=me/it"]),
     ],
 )
-def test_what_cannot_change_a_weight_makes_no_other_run(before, now, tmp_path, monkeypatch):
+def test_arguments_that_cannot_change_a_weight_may_differ(before, now, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ["--do_train", "--config_name=x", "--output_dir=out", "--use_cpu"]
-    (phase,), (again,) = (parse_phases([*common, *flags]) for flags in (before, now))
+    (run,), (again,) = (parse_runs([*common, *flags]) for flags in (before, now))
     (tmp_path / RUN_ARGUMENTS).write_text(
-        json.dumps(describe(phase) | dict(flag[2:].split("=") for flag in before if "dir" in flag))
+        json.dumps(arguments_to_json(run) | dict(flag[2:].split("=") for flag in before if "dir" in flag))
     )
     compare_with_recorded(tmp_path, again)
     with pytest.raises(UserError, match="per_device_train_batch_size was 8, not 4"):
-        compare_with_recorded(tmp_path, *parse_phases([*common, *now, "--per_device_train_batch_size=4"]))
+        compare_with_recorded(tmp_path, *parse_runs([*common, *now, "--per_device_train_batch_size=4"]))
     (tmp_path / RUN_ARGUMENTS).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         compare_with_recorded(tmp_path, again)
 
 
-def test_a_slash_behind_the_output_directory_is_not_in_the_teachers_name(tmp_path):
+def test_a_trailing_slash_of_the_output_directory_is_not_in_the_teachers_name(tmp_path):
     (tmp_path / "run.json").write_text('{"config_name": "student", "teacher": {"config_name": "teacher"}}')
-    teacher, student = parse_phases([str(tmp_path / "run.json"), f"--output_dir={tmp_path / 'out'}/"])
+    teacher, student = parse_runs([str(tmp_path / "run.json"), f"--output_dir={tmp_path / 'out'}/"])
     assert student[0].teacher_model_name_or_path == teacher[2].output_dir == str(tmp_path / "out-teacher")
 
 
@@ -155,9 +156,7 @@ VIT = ViTConfig(image_size=[16, 32], patch_size=8, hidden_size=8, num_hidden_lay
     ],
     ids=["nothing", "no-batch", "no-norm", "last-of-one", "ones", "resnet"],
 )
-def test_batches_that_cannot_be_trained_with_are_told_before_training(
-    config, flags, message, command, tmp_path, capsys
-):
+def test_unusable_batches_are_refused_before_training(config, flags, message, command, tmp_path, capsys):
     config.save_pretrained(tmp_path / "tiny")
     assert script.main([*command, "--max_steps=5", *flags]) == 2
     assert message in capsys.readouterr().err
@@ -172,21 +171,21 @@ def test_batches_that_cannot_be_trained_with_are_told_before_training(
         (tiny_config(), ["--per_device_train_batch_size=13"]),
     ],
 )
-def test_a_last_batch_of_one_image_that_can_be_trained_with_is(config, flags, command, tmp_path):
+def test_a_usable_last_batch_of_one_image_is_trained_with(config, flags, command, tmp_path):
     config.save_pretrained(tmp_path / "tiny")
     assert script.main([*command, "--max_steps=2", "--save_strategy=no", *flags]) == 0
 
 
-def test_statistics_of_one_row_are_refused_as_by_pytorch():
+def test_statistics_of_one_row_are_refused_as_in_pytorch():
     norm = tiny_model().binaryvit.embeddings.norm.batch_norm
     rows = torch.randn(1, norm.num_features)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         batch_statistics([rows], norm)
 
 
-def test_a_run_that_is_gone_on_from_its_end_keeps_what_its_training_took(command, tmp_path):
+def test_a_run_resumed_after_its_end_keeps_its_training_time(command, tmp_path):
     command = [*command, "--max_steps=2", "--save_strategy=steps", "--save_steps=1", "--report_to=none"]
     assert script.main(command) == 0
-    took = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    before = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert script.main([*command, "--resume_from_checkpoint"]) == 0
-    assert json.loads((tmp_path / "out" / "train_results.json").read_text()) == took
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text()) == before

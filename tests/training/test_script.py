@@ -232,7 +232,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tm
             shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
         result = run_script(*common)
         assert result.returncode == 0, result.stderr
-        assert f"Going on from {tmp_path / 'out' / f'checkpoint-{last}'}" in result.stderr
+        assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{last}'}" in result.stderr
         again = load_file(tmp_path / "out" / "latent" / "model.safetensors")
         for name, tensor in load(weights).items():
             assert torch.equal(again[name], tensor), name
@@ -258,12 +258,12 @@ def test_a_run_that_is_killed_or_told_to_end_goes_on_by_the_same_command(photos,
         _, said = process.communicate(timeout=60)
         assert process.returncode == code, said
         if ending == signal.SIGTERM:
-            assert "the same command goes on from it" in said
+            assert "Run the same command again to resume" in said
             assert "Traceback" not in said
         assert not (folder / "train_results.json").exists()
         result = run_script(*command(ending.name))
         assert result.returncode == 0, result.stderr
-        assert "Going on from" in result.stderr
+        assert "Resuming from" in result.stderr
         weights = load_file(folder / "latent" / "model.safetensors")
         assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
         assert not (folder / "_writing").exists()

@@ -1,4 +1,4 @@
-"""Other gradients of the sign: their closed forms, where they reach, and that the default one stays."""
+"""Gradients of the sign: their closed forms, and that a network takes the chosen one everywhere."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.functional_binaryvit import ApproxSign, SignLinear, approx_sign_slope
-from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, clip_slope, sign_takers
+from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, binary_activation_modules, clip_slope
 
 
 BESIDE_ONE = math.nextafter(1.0, 2.0)
@@ -27,7 +27,7 @@ def test_clip_is_one_up_to_its_edge(value, slope):
 
 
 @pytest.mark.parametrize("progress, t, k", [(0.0, 0.1, 10.0), (0.5, 1.0, 1.0), (1.0, 10.0, 1.0)])
-def test_tanh_is_the_slope_of_a_tanh_that_steepens(progress, t, k):
+def test_tanh_is_the_slope_of_a_tanh_that_sharpens(progress, t, k):
     slope = TanhSlope()
     slope.set_progress(progress)
     x = torch.tensor([-2.0, -0.1, 0.0, 0.3, 1.5], dtype=torch.float64, requires_grad=True)
@@ -53,18 +53,18 @@ def test_product_takes_the_same_gradient_and_leaves_its_input_alone(slope):
 def test_every_sign_of_a_network_gets_the_gradient_that_training_chose(tmp_path):
     trainer = tiny_trainer(tmp_path, sign_gradient="tanh", max_steps=4)
     trainer.train()
-    takers = sign_takers(trainer.model)
+    takers = binary_activation_modules(trainer.model)
     # three layers: query, key, value, output, fc1, fc2 and the attention's own; two reductions; one patch embedding
     assert len(takers) == 3 * 7 + 2 + 1
     assert all(taker.sign_slope is takers[0].sign_slope for taker in takers)
-    assert takers[0].sign_slope.steepness.item() == 0.1 * 100**0.75  # of the last step's beginning
+    assert takers[0].sign_slope.steepness.item() == 0.1 * 100**0.75  # set when the last step begins
     assert "sign_gradient" not in trainer.model.config.to_dict()
 
 
 def test_no_sign_of_a_network_keeps_the_default_gradient(monkeypatch):
-    """A slope of zero lets nothing through to query, key and value; any other sign would."""
+    """With a slope of zero no gradient reaches query, key and value."""
     model = tiny_model().train()
-    for taker in sign_takers(model):
+    for taker in binary_activation_modules(model):
         taker.sign_slope = torch.zeros_like
     model(tiny_images()).logits.sum().backward()
     shifts = [p.grad for name, p in model.named_parameters() if name.endswith(("linear.shift", "projection.shift"))]
@@ -78,18 +78,18 @@ def test_no_sign_of_a_network_keeps_the_default_gradient(monkeypatch):
 def test_the_next_training_begins_with_the_gradient_that_it_chose(tmp_path):
     model = tiny_model()
     tiny_trainer(tmp_path, model=model, sign_gradient="clip", max_steps=1).train()
-    assert {taker.sign_slope for taker in sign_takers(model)} == {clip_slope}
+    assert {taker.sign_slope for taker in binary_activation_modules(model)} == {clip_slope}
     tiny_trainer(tmp_path, model=model, max_steps=1).train()
-    assert {taker.sign_slope for taker in sign_takers(model)} == {approx_sign_slope}
+    assert {taker.sign_slope for taker in binary_activation_modules(model)} == {approx_sign_slope}
 
 
-def test_a_network_without_signs_is_told(tmp_path):
+def test_a_network_without_binary_activations_is_refused(tmp_path):
     with pytest.raises(UserError, match="--sign_gradient clip is for networks of 1-bit activations"):
         tiny_trainer(tmp_path, model=tiny_model(tiny_config(input_bits=32)), sign_gradient="clip").train()
 
 
 @pytest.mark.parametrize("slope", [clip_slope, TanhSlope()])
-def test_the_gradient_is_not_compiled_anew_as_it_steepens(slope):
+def test_the_gradient_is_not_compiled_again_as_it_sharpens(slope):
     shift, weight = torch.zeros(4), torch.randn(3, 4)
     x = torch.randn(5, 4, requires_grad=True)
     counter = CompileCounterWithBackend("aot_eager")

@@ -1,4 +1,4 @@
-"""Distillation: the loss, and what the trainer does to the teacher."""
+"""The distillation loss, and the training, evaluation and checkpoints of the trainer."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from transformers import TrainerCallback
 
 from binaryvit_hf.errors import NonFiniteLossError
 from binaryvit_hf.network.modeling_binaryvit import BinaryViTAttention
+from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.callbacks.positive_clips import SMALLEST_CLIP
+from binaryvit_hf.training.losses import distillation_loss
 from binaryvit_hf.training.metrics import TopKAccuracy
-from binaryvit_hf.training.trainer import DistillationTrainingArguments, distillation_loss
 
 
 STUDENT = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
@@ -38,7 +39,7 @@ def test_label_weight_and_temperature_enter_as_documented():
 
 
 @pytest.mark.parametrize("arguments", [{"label_loss_weight": 1.5}, {"distillation_temperature": 0.0}])
-def test_senseless_loss_arguments_are_refused(arguments, tmp_path):
+def test_loss_arguments_out_of_range_are_refused(arguments, tmp_path):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         DistillationTrainingArguments(str(tmp_path), **arguments)
 
@@ -61,7 +62,7 @@ def test_teacher_is_neither_trained_nor_saved_nor_optimised(tmp_path):
 
 @pytest.mark.parametrize("taught", [True, False])
 def test_gradient_accumulation_is_the_mean_over_its_steps(tmp_path, taught):
-    """With frozen statistics and one image a step, four steps of accumulation see the gradient of a batch of four."""
+    """With frozen statistics, the gradient of four accumulated images is that of a batch of four."""
     grads = []
     for batch, steps in ((4, 1), (1, 4)):
         teacher = tiny_teacher() if taught else None
@@ -87,7 +88,7 @@ def test_gradient_accumulation_is_the_mean_over_its_steps(tmp_path, taught):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_at_its_step(tmp_path):
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
     trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
     step = trainer.training_step
     broken = []
@@ -105,7 +106,7 @@ def test_a_loss_that_is_no_number_stops_at_its_step(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_evaluation_loss_that_is_no_number_stops_before_it_is_the_best(tmp_path, value):
+def test_an_evaluation_loss_that_is_not_finite_stops_before_it_is_the_best(tmp_path, value):
     trainer = tiny_trainer(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", **EVERY_STEP)
     whole = trainer.prediction_step
 
@@ -122,7 +123,7 @@ def test_an_evaluation_loss_that_is_no_number_stops_before_it_is_the_best(tmp_pa
     assert not (tmp_path / "checkpoint-2").exists()
 
 
-def test_an_evaluation_loss_that_is_no_number_is_told_of_a_trained_model(tmp_path):
+def test_an_evaluation_loss_of_a_trained_model_that_is_not_finite_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.model.classifier.bias.data.fill_(float("nan"))
     with pytest.raises(NonFiniteLossError, match="The evaluation loss is nan"):
@@ -130,7 +131,7 @@ def test_an_evaluation_loss_that_is_no_number_is_told_of_a_trained_model(tmp_pat
 
 
 @pytest.mark.parametrize("drop_last, steps", [(False, 3), (True, 2)])
-def test_batches_that_are_not_whole_are_dropped_of_training_alone(tmp_path, drop_last, steps):
+def test_only_training_drops_incomplete_batches(tmp_path, drop_last, steps):
     sizes = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "dataloader_drop_last": drop_last}
     trainer = tiny_trainer(tmp_path, **sizes)
     evaluated = [trainer.get_eval_dataloader(), trainer.get_test_dataloader(trainer.eval_dataset)]
@@ -163,7 +164,7 @@ def test_metric_counts_an_image_with_a_logit_that_is_nan_as_wrong(broken):
     }
 
 
-def test_metric_gives_nothing_for_indifference():
+def test_metric_is_zero_for_equal_logits():
     assert TopKAccuracy().compute(predictions=[[1.0, 1.0]], references=[0]) == {"accuracy": 0.0}
 
 
@@ -248,7 +249,7 @@ def test_the_best_model_is_loaded_with_every_weight(tmp_path):
     torch.testing.assert_close(dict(trainer.model.state_dict()), dict(best.state_dict()), rtol=0, atol=0)
 
 
-def test_a_clip_that_a_step_takes_below_zero_comes_back_so_that_its_attention_lives_on(tmp_path):
+def test_a_clip_below_zero_is_raised_after_the_step(tmp_path):
     trainer = tiny_trainer(tmp_path, learning_rate=0.05, max_steps=3)
     attention = next(module for module in trainer.model.modules() if isinstance(module, BinaryViTAttention))
 

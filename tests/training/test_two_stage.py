@@ -1,4 +1,4 @@
-"""Two stages: a config with fields changed, and a network that begins with the weights of another or not at all."""
+"""Two stages: config overrides, and a network that starts from the weights of the first stage."""
 
 import json
 import logging
@@ -28,8 +28,8 @@ def test_overrides_are_names_and_values_lists_included():
     "overrides, message",
     [
         ("weight_bit=32", "the config has no field 'weight_bit'; did you mean 'weight_bits'?"),
-        ("weight_bits", "'weight_bits' is not"),
-        ("weight_bits=", "weight_bits= is no number"),
+        ("weight_bits", "'weight_bits' is not of this form"),
+        ("weight_bits=", "weight_bits= must be a number"),
         ("weight_bits=9", "weight_bits is 1, 2 to 8, or 32"),
         ("depths=[1]", "One value per stage"),
         ("weight_bits=[1]", "weight_bits"),
@@ -42,22 +42,20 @@ def test_a_bad_override_is_one_sentence(overrides, message):
     assert "\n" not in str(refused.value)
 
 
-def test_every_tensor_of_the_first_stage_is_taken_over_and_the_rest_told(caplog):
-    """Weights and inputs of full precision first: no probability is clipped."""
+def test_every_tensor_of_the_first_stage_is_taken_over_and_the_others_are_logged(caplog):
+    """The first stage has full-precision weights and inputs, so it clips no probability."""
     first, network = tiny_model(tiny_config(weight_bits=32, input_bits=32)), tiny_model()
     with caplog.at_level(logging.INFO):
         weights = first_stage_weights(first, network, "first")
     own = {name for name in network.state_dict() if name not in weights}
     assert own == {name for name in network.state_dict() if name.endswith("probability_clip")}
     assert len(own) == 3
-    assert (
-        f"Begins with {len(weights)} tensors of first; new: {', '.join(sorted(own))}; left there: none" in caplog.text
-    )
+    assert f"Initialised {len(weights)} tensors from first; new: {', '.join(sorted(own))}; unused: none" in caplog.text
     network.load_state_dict(weights, strict=False)
     assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in weights.items())
 
 
-def test_another_row_is_taken_over_but_for_the_parts_that_it_lacks():
+def test_another_row_is_taken_over_except_for_the_parts_that_it_lacks():
     row = tiny_config(avg_pool_kernel_sizes=[], use_layer_scale=False, binarize_patch_embeddings=False)
     weights = first_stage_weights(tiny_model(row), tiny_model(), "first")
     own = {name for name in tiny_model().state_dict() if name not in weights}
@@ -74,9 +72,12 @@ def test_another_row_is_taken_over_but_for_the_parts_that_it_lacks():
     "changes, message",
     [
         ({"hidden_sizes": [16, 32]}, r"tensor '.*' is \(.*16.*\) there and \(.*8.*\) in the new network"),
-        ({"depths": [1, 1]}, "the new network has the tensor '.*layers.1.*', it has not"),
-        ({"depths": [2, 2]}, "it has the tensor '.*layers.1.*', the new network has not"),
-        ({"use_stem_norm": False}, "the new network has the tensor '.*embeddings.norm.*', it has not"),
+        ({"depths": [1, 1]}, r"the new network has \d+ tensor\(s\) that it lacks, such as '.*layers.1.*'"),
+        ({"depths": [2, 2]}, r"it has \d+ tensor\(s\) that the new network lacks, such as '.*layers.1.*'"),
+        (
+            {"use_stem_norm": False},
+            r"the new network has \d+ tensor\(s\) that it lacks, such as '.*embeddings.norm.*'",
+        ),
         ({"num_labels": 4}, r"tensor 'classifier.*' is \(4"),
     ],
 )
@@ -103,7 +104,7 @@ def test_a_first_stage_that_lacks_a_tensor_is_refused(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["classifier.bias"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks the tensor 'classifier.bias' of its own network"):
+    with pytest.raises(UserError, match=r"cannot be loaded: the checkpoint lacks the tensor 'classifier.bias'"):
         load_first_stage(str(tmp_path))
 
 
@@ -162,6 +163,6 @@ def test_a_bad_first_stage_is_one_sentence(capsys, photos, tmp_path, arguments, 
 
 
 @pytest.mark.parametrize("flag", ["--config_overrides=weight_bits=32", "--init_from=first"])
-def test_two_stages_are_for_networks_that_begin(capsys, photos, tmp_path, flag):
+def test_two_stages_need_a_new_network(capsys, photos, tmp_path, flag):
     arguments = ["--do_train", "--model_name_or_path", "x", "--train_dir", photos, "--output_dir", tmp_path / "out"]
-    assert "is for a network that --config_name begins" in refusal(capsys, *arguments, flag)
+    assert "needs --config_name" in refusal(capsys, *arguments, flag)

@@ -1,6 +1,7 @@
 """
-Methods that act during training, one file each: weight averaging, oscillation freezing, sign gradients that sharpen,
-re-estimation of batch norm statistics, positive attention clips.
+Callbacks of `DistillationTrainer`, one file each.
 
-Each is a `TrainerCallback` that `DistillationTrainer` adds when its argument is given.
+Optional methods, which `--NAME` arguments of `optional_methods.py` switch on: `averaging.py`, `oscillation.py`,
+`sign_gradient.py`, and `batch_norm_reestimation.py`, which the trainer calls directly. Always on: `positive_clips.py` and
+`termination.py`. `checkpointed.py` is the base class of callbacks whose tensors belong in every checkpoint.
 """

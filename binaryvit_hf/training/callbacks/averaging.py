@@ -1,18 +1,18 @@
-"""The moving average of the weights of a training, which is what it evaluates and leaves behind."""
+"""The moving average of the weights, which training evaluates and saves in their place."""
 
 import torch
 from timm.utils import ModelEmaV3
 
-from ..checkpoints import CheckpointedCallback
+from .checkpointed import CheckpointedCallback
 
 
 class WeightAverage(CheckpointedCallback):
     """
-    After every step `average = decay * average + (1 - decay) * weights`, beginning at the initial weights (Polyak & Juditsky,
-    1992; timm's ModelEmaV3).
+    After every step `average = decay * average + (1 - decay) * weights`; the first average is the initial weights (Polyak &
+    Juditsky, 1992; timm's ModelEmaV3).
 
-    Running statistics are averaged like weights, and batches are counted as the training counts them. These statistics are
-    of the networks that trained, whose signs are not those of the average: to take the average's own, re-estimate them.
+    Running statistics are averaged too. They belong to the trained networks, whose signs differ from the average's: combine
+    this with `--batch_norm_reestimation_batches`, which computes the average's own statistics.
     """
 
     file = "average.safetensors"

@@ -1,6 +1,6 @@
 """
-Statistics of batch normalisation as they are, not as they were: the running ones lag behind weights whose signs flip, and
-of averaged weights they never were.
+Re-estimation of batch norm statistics. Running statistics lag behind weights whose signs flip, and averaged weights have
+none of their own.
 """
 
 import itertools
@@ -17,17 +17,17 @@ from ...errors import UserError
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """
-    Make the running statistics of a model the mean of those of `batches` of images, `(batch, channels, height, width)`.
+    Set the running statistics of a model to their mean over `batches` of images, `(batch, channels, height, width)`.
 
-    Each batch is normalised by its own statistics, of all processes, as in training; all else is as in evaluation, and the
-    model is left in that mode. Batches of training stay the only ones counted. ("precise BN", Wu & Johnson, 2021; for
-    quantised weights Nagel et al., ICML 2022).
+    Each batch is normalised by its own statistics over all processes, as in training; every other module is in evaluation
+    mode, as is the whole model afterwards. `num_batches_tracked` does not change. ("Precise BN", Wu & Johnson, 2021; for
+    quantised weights Nagel et al., ICML 2022.)
 
     Raises:
-        UserError: there is no batch normalisation.
+        UserError: the model has no batch normalisation.
     """
     norms = find_batch_norms(model)
-    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.eval()
     for norm in norms:
         norm.train()
@@ -35,17 +35,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
         for norm in norms:
             norm.momentum = 1 / number
         model(pixel_values=images)
-    for norm, (momentum, count) in zip(norms, kept):
+    for norm, (momentum, count) in zip(norms, before):
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(count)
     model.eval()
 
 
 def find_batch_norms(model: nn.Module) -> list[nn.Module]:
-    """
-    Raises:
-        UserError: there are none.
-    """
+    """The batch norm modules; raises UserError if there are none."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise UserError(
@@ -55,13 +52,10 @@ def find_batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def count_whole_batches(num_images: int, batch_size: int) -> int:
-    """
-    Raises:
-        UserError: there is none.
-    """
+    """Number of whole batches; raises UserError if there are none."""
     if num_images < batch_size:
         raise UserError(
-            f"--batch_norm_reestimation_batches: {num_images} images make no whole batch of {batch_size}; give a smaller "
+            f"--batch_norm_reestimation_batches: {num_images} images make no whole batch of {batch_size}; reduce "
             "--per_device_train_batch_size."
         )
     return num_images // batch_size
@@ -69,11 +63,14 @@ def count_whole_batches(num_images: int, batch_size: int) -> int:
 
 def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iterator[torch.Tensor]:
     """
-    The images of the first `count` batches that a training by `args` of any length begins with, those of this process;
-    fewer where the data set has no more whole ones. Random numbers of the training are not touched.
+    This process's images of the first `count` training batches; fewer if the dataset has fewer whole batches. The random
+    state of training does not change.
+
+    Args:
+        args: the `DistillationTrainingArguments`.
 
     Raises:
-        UserError: it has none.
+        UserError: the dataset has no whole batch.
     """
     batch, processes, rank = args.train_batch_size, args.world_size, args.process_index
     count = min(count, count_whole_batches(len(dataset), batch * processes))

@@ -1,5 +1,6 @@
 """
-Weights that flip to and fro, frozen ("Overcoming Oscillations in Quantization-Aware Training", Nagel et al., ICML 2022).
+Freezing of weights whose sign oscillates ("Overcoming Oscillations in Quantization-Aware Training", Nagel et al., ICML
+2022).
 """
 
 import logging
@@ -8,18 +9,18 @@ import torch
 
 from ...network.functional_binaryvit import binary_sign, center_rows, row_scale
 from ...network.layers_binaryvit import BinaryLinear, BinaryPatchConv
-from ..checkpoints import CheckpointedCallback
-from ..latent_weights import one_bit_layers
+from ...network.quantization_binaryvit import binary_layers
+from .checkpointed import CheckpointedCallback
 
 
-MOMENTUM = 0.01  # of the paper
+MOMENTUM = 0.01  # as in the paper
 
 logger = logging.getLogger(__name__)
 
 
 class OscillationFreezing(CheckpointedCallback):
     """
-    Freeze the sign of every weight that oscillates more often than `threshold`, in flips a step, for the rest of the
+    Freeze the sign of every 1-bit weight that oscillates more often than `threshold`, in flips per step, for the rest of
     training.
     """
 
@@ -29,7 +30,8 @@ class OscillationFreezing(CheckpointedCallback):
         self.threshold = threshold
 
     def begin(self, model) -> None:
-        self.watched = {name: WatchedWeight(layer) for name, layer in one_bit_layers(model).items()}
+        layers = binary_layers(model).items()
+        self.watched = {name: WatchedWeight(layer) for name, layer in layers if layer.weight_bits == 1}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -51,17 +53,16 @@ class OscillationFreezing(CheckpointedCallback):
 
 class WatchedWeight:
     """
-    The flips of one weight `(out, in)`, and the elements that are frozen for them.
+    The latent weight of one layer, `(out, in)`, with the flips of its signs and its frozen elements.
 
-    A sign's flip is always against its last, so a weight oscillates where it flips and has flipped before. The state, of
-    the weight's shape but for the last:
-        positive: the sign.
-        flipped: whether it has ever flipped.
-        frequency: of oscillation, `f = 0.99 * f + 0.01 * [oscillates]`, float16.
-        majority: of the sign, averaged likewise, float16.
-        frozen: whether the frequency has passed the threshold; the other state is then left as it is.
-        magnitude: `(out, 1)`, how far frozen weights of a row are from zero: its scale when the first froze, so that they
-            take the value that they stood for.
+    A flip always reverses the previous one, so an element oscillates if it flips and has flipped before. The state has the
+    weight's shape, except `magnitude`:
+        positive: whether the sign is positive.
+        flipped: whether the sign has ever flipped.
+        frequency: frequency of oscillation, `f = 0.99 * f + 0.01 * [oscillates]`, float16.
+        majority: moving average of the sign, with the same factors, float16.
+        frozen: whether the frequency has passed the threshold; frequency, majority and flips then stay constant.
+        magnitude: `(out, 1)`, distance of a row's frozen elements from zero: the row's scale when its first element froze.
     """
 
     def __init__(self, layer: BinaryLinear | BinaryPatchConv):
@@ -82,18 +83,18 @@ class WatchedWeight:
 
     @property
     def centered(self) -> bool:
-        """Whether the layer takes the sign of the distance from the row's mean."""
+        """Whether the layer subtracts the row's mean before it takes signs."""
         return isinstance(self.layer, BinaryLinear)
 
     def signs(self) -> torch.Tensor:
         return binary_sign(center_rows(self.rows) if self.centered else self.rows)
 
     def step(self, threshold: float) -> None:
-        """Follow a step of the optimiser."""
-        self.hold()
+        """Update the state and the frozen elements after a step of the optimiser."""
+        self.restore_frozen()
         self.count_flips()
         self.freeze(threshold)
-        self.hold()
+        self.restore_frozen()
 
     def count_flips(self) -> None:
         state, signs = self.state, self.signs()
@@ -109,21 +110,21 @@ class WatchedWeight:
         state = self.state
         frozen = state["frozen"] | (state["frequency"] > threshold)
         if self.centered:
-            # The distances from a mean sum to zero, so one element at least must be free.
+            # Distances from a mean sum to zero, so at least one element must stay free.
             frozen = torch.where(frozen.all(1, keepdim=True), state["frozen"], frozen)
         first = frozen.any(1, keepdim=True) & ~state["frozen"].any(1, keepdim=True)
         state["magnitude"].copy_(torch.where(first, row_scale(self.rows), state["magnitude"]))
         state["frozen"].copy_(frozen)
 
-    def hold(self) -> None:
+    def restore_frozen(self) -> None:
         """
-        Put frozen elements back to their sign times the magnitude: from zero, or, where the sign is of the distance from
-        the row's mean, from that mean, which the free elements move. With n elements, frozen ones at `mean + v` and free
-        ones at `w`, `mean = (sum(w) + sum(v)) / (n - number of v)`.
+        Set frozen elements to `v`, their sign times the magnitude, or to `mean + v` if the layer is centered.
+
+        The free elements `w` determine the row's mean: `mean = (sum(w) + sum(v)) / number of free elements`.
         """
         frozen, rows = self.state["frozen"], self.rows
-        held = binary_sign(self.state["majority"]).to(rows.dtype) * self.state["magnitude"]
+        values = binary_sign(self.state["majority"]).to(rows.dtype) * self.state["magnitude"]
         if self.centered:
-            total = torch.where(frozen, held, rows).sum(1, keepdim=True)
-            held = held + total / (~frozen).sum(1, keepdim=True)
-        rows.copy_(torch.where(frozen, held, rows))
+            total = torch.where(frozen, values, rows).sum(1, keepdim=True)
+            values = values + total / (~frozen).sum(1, keepdim=True)
+        rows.copy_(torch.where(frozen, values, rows))

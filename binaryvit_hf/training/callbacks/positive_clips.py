@@ -1,4 +1,4 @@
-"""What an attention probability that is "on" stands for, kept positive in training."""
+"""A lower bound for the learned clips of attention probabilities."""
 
 import torch
 from transformers import TrainerCallback
@@ -11,11 +11,11 @@ SMALLEST_CLIP = 1e-3
 
 class PositiveClips(TrainerCallback):
     """
-    Put every attention's learned clip that a step of the optimiser took below `SMALLEST_CLIP` back to it.
+    After every step of the optimiser, raise each attention's learned clip to at least `SMALLEST_CLIP`.
 
-    At or below zero no probability is on, whatever its size, and none has a gradient: such an attention would give zeros
-    for the rest of the training, and the normalisation after it would multiply all gradients by `batch_norm_eps**-0.5`.
-    BiT, from which the clip is, keeps it positive, too (Liu et al., NeurIPS 2022).
+    With a clip of zero or less every quantised probability is 0 and has no gradient. The attention would stay 0 for the rest
+    of training, and the normalisation after it would multiply all gradients by `batch_norm_eps**-0.5`. BiT, which introduced
+    the clip, also keeps it positive (Liu et al., NeurIPS 2022).
     """
 
     def __init__(self, model: torch.nn.Module):

@@ -1,6 +1,6 @@
 """
-Gradients to give the sign of an activation in training. They are no part of a network: which of them it was trained with
-changes neither its config nor what it computes.
+Gradients for the sign of an activation. They act during training only: neither the config nor the outputs of a network
+depend on them.
 """
 
 import torch
@@ -11,7 +11,7 @@ from ...network.functional_binaryvit import approx_sign_slope
 
 
 SIGN_GRADIENTS = ("polynomial", "clip", "tanh")
-FLATTEST, STEEPEST = 0.1, 10.0  # of the paper
+FLATTEST, STEEPEST = 0.1, 10.0  # as in the paper
 
 
 def clip_slope(x: torch.Tensor) -> torch.Tensor:
@@ -21,10 +21,10 @@ def clip_slope(x: torch.Tensor) -> torch.Tensor:
 
 class TanhSlope:
     """
-    `k * t * (1 - tanh(t * x)**2)`, the slope of `k * tanh(t * x)`, with `t = 0.1 * 100**progress` and `k = max(1 / t, 1)`:
-    at first nearly 1 wherever x is, in the end as steep as a sign (IR-Net, Qin et al., CVPR 2020, error decay estimator).
+    `k * t * (1 - tanh(t * x)**2)`, the slope of `k * tanh(t * x)`, with `t = 0.1 * 100**progress` and `k = max(1 / t, 1)`.
+    It begins near 1 for every x and ends nearly as steep as a sign (IR-Net, Qin et al., CVPR 2020, error decay estimator).
 
-    t and k * t are tensors, for a compiler takes numbers for constants and would compile every step anew.
+    t and k * t are tensors: a compiler treats Python numbers as constants and would compile again at every step.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class TanhSlope:
         self.set_progress(0.0)
 
     def set_progress(self, progress: float) -> None:
-        """The share of the training that is over, from 0 to 1."""
+        """Set the share of training that is over, from 0 to 1."""
         t = FLATTEST * (STEEPEST / FLATTEST) ** progress
         self.steepness.fill_(t)
         self.height.fill_(max(1 / t, 1.0) * t)
@@ -42,20 +42,21 @@ class TanhSlope:
 
 
 class SignGradient(TrainerCallback):
-    """Give every sign of an activation the gradient of this name, one of `SIGN_GRADIENTS`."""
+    """Give every sign of an activation the gradient `name`, one of `SIGN_GRADIENTS`."""
 
     def __init__(self, name: str):
         self.slope = {"polynomial": approx_sign_slope, "clip": clip_slope, "tanh": TanhSlope()}[name]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        for module in sign_takers(model):
+        for module in binary_activation_modules(model):
             module.sign_slope = self.slope
 
     def on_step_begin(self, args, state, control, **kwargs):
         if isinstance(self.slope, TanhSlope):
-            # Of the step alone, so that a resumed run goes on where it was.
+            # A function of the step only, so that a resumed run continues it.
             self.slope.set_progress(state.global_step / state.max_steps)
 
 
-def sign_takers(model: nn.Module) -> list[nn.Module]:
+def binary_activation_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that take signs of activations."""
     return [module for module in model.modules() if hasattr(module, "sign_slope") and module.input_bits == 1]

@@ -1,4 +1,4 @@
-"""Options of training: their formulas, and that a run that was interrupted ends with every bit of one that was not."""
+"""The optional methods: their formulas, and bit-identical weights after an interruption."""
 
 import json
 import shutil
@@ -17,10 +17,11 @@ from transformers.trainer_utils import HubStrategy
 from binaryvit_hf import BinaryViTForImageClassification
 from binaryvit_hf.data.sampling import seeded_rng
 from binaryvit_hf.errors import UserError
-from binaryvit_hf.training.arguments import parse_phases
+from binaryvit_hf.network.quantization_binaryvit import binary_layers
+from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.checkpoints import describe_damage, last_whole_checkpoint
-from binaryvit_hf.training.latent_weights import distance_from_one, one_bit_layers
-from binaryvit_hf.training.trainer import DistillationTrainingArguments
+from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.losses import distance_from_one
 
 
 EVERYTHING = {
@@ -57,12 +58,12 @@ def noisy_trainer(folder: Path, **arguments):
         {"oscillation_freezing_threshold": 1.0},
     ],
 )
-def test_senseless_options_are_refused(arguments, tmp_path):
+def test_values_out_of_range_are_refused(arguments, tmp_path):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         DistillationTrainingArguments(str(tmp_path), **arguments)
 
 
-def test_average_is_that_of_every_steps_weights_and_is_what_is_evaluated_and_saved(tmp_path):
+def test_the_average_over_every_step_is_evaluated_and_saved(tmp_path):
     trainer = tiny_trainer(
         tmp_path, ema_decay=0.75, max_steps=3, learning_rate=0.05, eval_strategy="steps", eval_steps=1
     )
@@ -97,7 +98,7 @@ def test_average_is_that_of_every_steps_weights_and_is_what_is_evaluated_and_sav
 @pytest.mark.parametrize(
     "option", [*({name: EVERYTHING[name]} for name in ("ema_decay", "oscillation_freezing_threshold")), EVERYTHING]
 )
-def test_an_interrupted_run_ends_with_every_bit_of_one_that_was_not(option, tmp_path):
+def test_a_resumed_run_ends_with_bit_identical_weights(option, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8, "eval_strategy": "steps", "eval_steps": 3}
     whole = noisy_trainer(tmp_path / "run", **saving, **option)
     whole.train()
@@ -112,12 +113,12 @@ def test_an_interrupted_run_ends_with_every_bit_of_one_that_was_not(option, tmp_
         for file in files:
             assert equal(load_file(file), load_file(tmp_path / "run" / f"checkpoint-{step}" / file.name))
     if option == EVERYTHING:
-        assert load_file(tmp_path / "whole-8" / "oscillation.safetensors")  # and not for nothing:
+        assert load_file(tmp_path / "whole-8" / "oscillation.safetensors")  # the method has acted:
         assert whole.checkpointed[0].share_frozen() > 0
 
 
 @pytest.mark.parametrize("option", [{}, EVERYTHING])
-def test_how_often_it_is_evaluated_changes_no_bit_of_a_training(option, tmp_path):
+def test_the_number_of_evaluations_changes_no_bit_of_the_weights(option, tmp_path):
     ends = []
     for every in (1, 4):
         trainer = noisy_trainer(tmp_path / str(every), max_steps=4, eval_strategy="steps", eval_steps=every, **option)
@@ -135,7 +136,7 @@ def test_a_checkpoint_without_its_average_is_damaged(tmp_path):
     assert DistillationTrainingArguments(str(tmp_path)).checkpoint_files == []
     last = tmp_path / "checkpoint-2"
     assert describe_damage(last, files) is None
-    (last / "model.safetensors").rename(tmp_path / "aside")  # the average is no model
+    (last / "model.safetensors").rename(tmp_path / "aside")  # the average does not replace the weights
     assert describe_damage(last, files) == "model.safetensors is missing"
     (tmp_path / "aside").rename(last / "model.safetensors")
     average = (last / "average.safetensors").read_bytes()
@@ -149,12 +150,12 @@ def test_a_checkpoint_without_its_average_is_damaged(tmp_path):
         tiny_trainer(tmp_path, ema_decay=0.5, **saving).train(resume_from_checkpoint=str(last))
 
 
-def test_the_best_model_is_the_average_that_was_best(tmp_path):
+def test_the_best_model_is_the_average_of_the_best_checkpoint(tmp_path):
     trainer = tiny_trainer(
         tmp_path,
         ema_decay=0.5,
         learning_rate=1.0,
-        warmup_steps=1,  # so that the first step, which moves statistics alone, is the best
+        warmup_steps=1,  # the first step then moves statistics only, and is the best
         **EVERY_STEP,
         max_steps=3,
         load_best_model_at_end=True,
@@ -168,7 +169,7 @@ def test_the_best_model_is_the_average_that_was_best(tmp_path):
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
 
 
-def test_what_is_uploaded_on_the_way_is_the_average(tmp_path, monkeypatch):
+def test_uploads_during_training_hold_the_average(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, ema_decay=0.5, learning_rate=0.05, save_strategy="steps", save_steps=1)
     uploads, done = [], Future()
     done.set_result(None)
@@ -214,7 +215,7 @@ def test_regulariser_is_added_to_the_training_loss_alone(tmp_path):
         tiny_trainer(tmp_path, model=model.train(), weight_regularization=factor).compute_loss(model, dict(inputs))
         for factor in (0.0, 3.0)
     ]
-    weights = [layer.weight for layer in one_bit_layers(model).values()]
+    weights = [layer.weight for layer in binary_layers(model).values() if layer.weight_bits == 1]
     assert len(weights) == 3 * 6 + 2 + 1
     torch.testing.assert_close(losses[1] - losses[0], 3 * distance_from_one(weights))
     evaluated = [
@@ -226,13 +227,13 @@ def test_regulariser_is_added_to_the_training_loss_alone(tmp_path):
 
 @pytest.mark.parametrize("option", ["weight_regularization", "oscillation_freezing_threshold"])
 @pytest.mark.parametrize("model", [tiny_model(tiny_config(weight_bits=2)), tiny_teacher()], ids=["ternary", "vit"])
-def test_a_network_without_bits_is_told(option, model, tmp_path):
+def test_a_network_without_1_bit_weights_is_refused(option, model, tmp_path):
     with pytest.raises(UserError, match=f"--{option} is for networks of 1-bit weights"):
         tiny_trainer(tmp_path, model=model, **{option: 0.5}).train()
 
 
-def test_statistics_are_the_mean_over_the_first_batches_and_all_else_is_as_before(tmp_path):
-    """Against batch statistics that hooks compute from what enters the first normalisation."""
+def test_reestimated_statistics_are_the_mean_over_the_first_batches_and_nothing_else_changes(tmp_path):
+    """Hooks compute the expected batch statistics from the inputs of the first normalisation."""
     trainer = tiny_trainer(
         tmp_path, model=tiny_model(tiny_config(hidden_dropout_prob=0.5)), batch_norm_reestimation_batches=3
     )
@@ -244,7 +245,7 @@ def test_statistics_are_the_mean_over_the_first_batches_and_all_else_is_as_befor
         lambda module, inputs, output: dropped.append(not torch.equal(output, inputs[0]))
     )
     before, random = state_of(model), torch.get_rng_state()
-    trainer.finish_weights()
+    trainer.apply_final_step()
     assert torch.equal(torch.get_rng_state(), random)
     assert len(seen) == 3
     assert not any(dropped)
@@ -255,11 +256,11 @@ def test_statistics_are_the_mean_over_the_first_batches_and_all_else_is_as_befor
     assert changed == {name for name in after if name.endswith(("running_mean", "running_var"))}
     assert {module.momentum for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d)} == {0.1}
     assert not any(module.training for module in model.modules())
-    trainer.finish_weights()
+    trainer.apply_final_step()
     assert equal(state_of(model), after)
 
 
-def test_the_batches_are_those_that_training_begins_with(tmp_path):
+def test_reestimation_uses_the_first_training_batches(tmp_path):
     trainer = tiny_trainer(tmp_path, batch_norm_reestimation_batches=100, seed=5)
     with seeded_rng(0):
         begun = [batch["pixel_values"] for batch in trainer.get_train_dataloader()]
@@ -267,19 +268,19 @@ def test_the_batches_are_those_that_training_begins_with(tmp_path):
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
     )
-    trainer.finish_weights()
-    assert len(seen) == 4  # no more than there are
+    trainer.apply_final_step()
+    assert len(seen) == 4  # the dataset has four batches
     assert torch.equal(torch.cat(seen), torch.cat(begun))
 
 
-def test_statistics_of_nothing_are_refused(tmp_path):
+def test_reestimation_without_batches_or_batch_norm_is_refused(tmp_path):
     with pytest.raises(UserError, match="8 images make no whole batch of 16"):
-        tiny_trainer(tmp_path, batch_norm_reestimation_batches=1, per_device_train_batch_size=16).finish_weights()
+        tiny_trainer(tmp_path, batch_norm_reestimation_batches=1, per_device_train_batch_size=16).apply_final_step()
     with pytest.raises(UserError, match="for networks with batch normalisation"):
-        tiny_trainer(tmp_path, model=tiny_teacher(), batch_norm_reestimation_batches=1).finish_weights()
+        tiny_trainer(tmp_path, model=tiny_teacher(), batch_norm_reestimation_batches=1).apply_final_step()
 
 
-def test_two_processes_train_as_one_with_every_option(tmp_path):
+def test_two_processes_train_as_one_with_every_method(tmp_path):
     options = "ema_decay=0.5, weight_regularization=1.0, batch_norm_reestimation_batches=2, eval_strategy='epoch',"
     options += "oscillation_freezing_threshold=0.015,"
     losses, _, weights = train(1, tmp_path / "one", 8, options)
@@ -289,10 +290,10 @@ def test_two_processes_train_as_one_with_every_option(tmp_path):
         torch.testing.assert_close(shared_weights[name].double(), tensor.double(), rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_the_options_are_the_students_alone(tmp_path):
+def test_the_methods_are_not_passed_on_to_the_teacher(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"ema_decay": 0.5, "teacher": {"config_name": "vit-digits"}}))
     flags = ["--batch_norm_reestimation_batches=3", "--teacher.ema_decay=0.25", "--sign_gradient=clip"]
-    teacher, student = (phase[2] for phase in parse_phases([str(tmp_path / "run.json"), *flags]))
+    teacher, student = (phase[2] for phase in parse_runs([str(tmp_path / "run.json"), *flags]))
     assert (student.ema_decay, student.batch_norm_reestimation_batches, student.sign_gradient) == (0.5, 3, "clip")
     assert (teacher.ema_decay, teacher.batch_norm_reestimation_batches, teacher.sign_gradient) == (
         0.25,

@@ -1,4 +1,4 @@
-"""Two processes of the script: a teacher is whole before it is loaded, and an error of any rank is shown once and ends both."""
+"""Two processes: the teacher is written before any loads it, and an error of one process is shown once and ends both."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from binaryvit_hf.data.sampling import TrainSampler
 
 
 ROOT = Path(__file__).parents[2]
-# The script, with a first rank that is slow to write, and a second that finds a loss that is no number, or an image broken.
+# Rank 0 saves slowly; rank 1 meets a loss that is NaN, or a broken image.
 DRIVER = """
 import os
 import sys
@@ -102,10 +102,10 @@ def assert_shown_once(result: subprocess.CompletedProcess, message: str, code: i
     assert len(shown) == 1, result.stderr
     assert shown[0].startswith(f"error: rank 1: {message}"), result.stderr
     assert f"exitcode  : {code} " in result.stderr
-    assert result.stderr.count("Traceback") <= 1, result.stderr  # torchrun's own
+    assert result.stderr.count("Traceback") <= 1, result.stderr  # torchrun prints one
 
 
-def test_a_teacher_is_whole_before_any_rank_loads_it_and_a_loss_of_one_rank_ends_both(photos, tmp_path):
+def test_every_rank_loads_a_whole_teacher_and_a_nan_loss_of_one_rank_ends_both(photos, tmp_path):
     fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTConfig(image_size=[16, 32], patch_size=8, **fields).save_pretrained(tmp_path / "vit")
     result = run_two(tmp_path, {"teacher": {"config_name": str(tmp_path / "vit"), "max_steps": 1}})

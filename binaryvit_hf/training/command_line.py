@@ -1,0 +1,152 @@
+"""Parse the command line and configuration files into the arguments of one run, or of a teacher's and its student's."""
+
+import difflib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..argument_checks import convert
+from ..errors import UserError, first_sentence
+from .arguments import RunArguments
+from .optional_methods import OptionalMethodArguments
+
+
+TEACHER_PREFIX = "teacher."
+ARGUMENT_CLASSES = tuple(RunArguments.__annotations__.values())
+# Arguments that the teacher's run does not take over from the student's.
+STUDENT_ONLY = {
+    *("model_name_or_path", "subfolder", "config_name", "config_overrides", "init_from", "teacher_model_name_or_path"),
+    *("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
+    *("label_loss_weight", "distillation_temperature"),
+    *(field.name for field in fields(OptionalMethodArguments)),
+}
+Flags = list[tuple[str, list[str]]]
+
+
+def parse_runs(arguments: list[str]) -> list[RunArguments]:
+    """
+    Parse a command line into one run, or into a teacher's run and its student's.
+
+    Args:
+        arguments: may begin with a JSON or YAML file of arguments; flags after it override the file. An object `teacher` in
+            the file holds the teacher's own arguments, and `--teacher.NAME VALUE` overrides these.
+
+    Raises:
+        UserError: an unknown or malformed argument, or a file that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    if arguments and arguments[0].lower().endswith((".json", ".yaml", ".yml")):
+        values, arguments = read_argument_file(Path(arguments[0])), arguments[1:]
+    teacher_values = values.pop("teacher", None)
+    flags, teacher_flags = [], []
+    for name, words in group_flags(arguments):
+        of_teacher = name.startswith(TEACHER_PREFIX)
+        (teacher_flags if of_teacher else flags).append((name.removeprefix(TEACHER_PREFIX), words))
+    if teacher_flags and teacher_values is None:
+        raise UserError("--teacher.… flags need a file of arguments with a 'teacher' object.")
+    if not isinstance(teacher_values, (dict, type(None))):
+        raise UserError("'teacher' in the file of arguments must be an object of arguments.")
+
+    student = parse(values, flags)
+    if teacher_values is None or student.model.teacher_model_name_or_path:  # a trained teacher replaces the file's
+        return [student]
+    own = STUDENT_ONLY | teacher_values.keys()
+    shared_values = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
+    shared_flags = [(name, words) for name, words in flags if not {name, name.removeprefix("no_")} & own]
+    default_dir = {"output_dir": f"{student.training.output_dir}-teacher"}
+    try:
+        teacher = parse(shared_values | default_dir | teacher_values, shared_flags + teacher_flags)
+    except UserError as error:
+        raise UserError(f"teacher: {error}") from error
+    student.model.teacher_model_name_or_path = teacher.training.output_dir
+    return [teacher, student]
+
+
+def read_argument_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"There is no file of arguments {str(path)!r}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":
+            values = json.loads(text, object_pairs_hook=object_without_duplicates)
+        else:
+            values = yaml.load(text, UniqueKeyLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{str(path)!r} cannot be read: its values are nested too deeply.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} must hold an object of arguments.")
+    return values
+
+
+def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, and raise ValueError for a repeated name, which Python's reader accepts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return values
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Raises ValueError for a repeated name, which PyYAML accepts."""
+
+    def construct_mapping(self, node, deep=False):
+        object_without_duplicates([(key.value, None) for key, _ in node.value if isinstance(key.value, str)])
+        return super().construct_mapping(node, deep)
+
+
+def group_flags(arguments: list[str]) -> Flags:
+    """Group `--name value …` and `--name=value` into `(name, [value, …])`, in order."""
+    groups: Flags = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            groups.append((name.replace("-", "_"), [value] if equals else []))
+        elif argument == "-h":
+            groups.append(("help", []))
+        elif groups:
+            groups[-1][1].append(argument)
+        else:
+            raise UserError(
+                f"Unknown argument {argument!r}: a file of arguments ends in .json or .yaml, a flag begins with --."
+            )
+    return groups
+
+
+def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
+    """Parse one run: the `values` of a file, overridden by `flags`."""
+    # With abbreviations a typing error could name another argument.
+    parser = HfArgumentParser(
+        ARGUMENT_CLASSES, allow_abbrev=False, description="Train and evaluate image classifiers."
+    )
+    parser.error = raise_user_error
+    actions = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
+    fields_by_name = {action.dest: action for action in reversed(parser._actions)}
+    for names, known in ((values, fields_by_name), ([name for name, _ in flags], actions)):
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                raise UserError(f"Unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+    parser.set_defaults(**values)
+    line = [word for name, words in flags for word in (f"--{name}", *words)]
+    hints = {name: hint for part in ARGUMENT_CLASSES for name, hint in get_type_hints(part).items()}
+    try:
+        parsed = vars(parser.parse_args(line))
+        for name in {*values, *(actions[name].dest for name, _ in flags)}:
+            action = fields_by_name[name]
+            parsed[name] = convert(name, parsed[name], hints[name], action.choices, action.const)
+        return RunArguments(*parser.parse_dict(parsed))
+    except UserError:
+        raise
+    except Exception as error:  # the checks of the dataclasses raise any kind of error
+        raise UserError(" ".join(first_sentence(error).split())) from error
+
+
+def raise_user_error(message: str):
+    raise UserError(message)

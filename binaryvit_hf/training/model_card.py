@@ -1,0 +1,157 @@
+"""The model card, written from the files in a model's folder."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..data.arguments import DataArguments
+from ..data.known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
+from ..errors import LoadingError, UserError
+from ..loading import load_config
+from ..network.quantization_binaryvit import LATENT
+from ..ops import CONFIG_CLASSES, count_operations, readable, total
+from ..resources import shipped_folder
+from ..writing import write_file
+from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
+from .run_folder import arguments_to_json, finite_numbers, read_json
+
+
+METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
+
+
+def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> None:
+    """
+    Write the card of a model, with metadata in the Hub's format, from the files in its folder.
+
+    Args:
+        folder: a run's output directory, or a folder of a config without weights. It must hold `config.json`. The card uses
+            `run_arguments.json`, `all_results.json`, the weights and the picture of the learning curves if they are there.
+        model_id: the id on the Hub or path that the card's code loads the model from.
+        path: the card, by default `README.md` in the folder.
+
+    Raises:
+        UserError: the config describes no network, a file of the folder is damaged, or the card cannot be written.
+    """
+    try:
+        config = load_config(folder)
+        cost = total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None
+    except LoadingError as error:
+        raise UserError(f"config.json of {str(folder)!r} describes no network: {error}") from error
+    documents = {name: read_json(folder / f"{name}.json") for name in ("all_results", "run_arguments", "train")}
+    results, arguments, recipe = (
+        finite_numbers(documents["all_results"]),
+        documents["run_arguments"],
+        documents["train"],
+    )
+    teacher, dataset = text(arguments or recipe, "teacher_model_name_or_path"), image_source(arguments or recipe)
+    dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
+    metrics, test_metrics = named_metrics(results, "eval"), named_metrics(results, "test")
+    card = ModelCard.from_template(
+        card_metadata(
+            license=text(arguments, "license") or DEFAULT_LICENSE,
+            is_binary=config.model_type == "binaryvit",
+            dataset=dataset,
+            teacher_id=teacher if "teacher_revision" in documents["all_results"] or not arguments else None,
+            model_name=Path(model_id).name,
+            metrics=test_metrics or metrics,
+        ),
+        template_path=str(shipped_folder("model_cards") / "template.md"),
+        model_id=model_id,
+        name=Path(model_id).name,
+        config=config,
+        binary=config.model_type == "binaryvit",
+        trained=bool(arguments),
+        weights=weight_bytes(folder) > 0,
+        dataset=dataset,
+        results=results,
+        metrics=metrics,
+        test_metrics=test_metrics,
+        teacher=teacher,
+        teacher_metrics=named_metrics(results, "teacher"),
+        sizes=sizes_on_disk(folder, results),
+        cost=cost,
+        readable=readable,
+        carries_code=(folder / "modeling_binaryvit.py").is_file(),
+        learning_curves=(folder / "learning_curves.png").is_file(),
+        recipe=recipe,
+        arguments=arguments,
+        chosen=chosen_arguments(arguments),
+    )
+    write_file(path or folder / "README.md", str(card))
+
+
+def named_metrics(results: dict[str, float], prefix: str) -> dict[str, float]:
+    """The accuracies of one evaluation, by their names in the card."""
+    return {name: results[f"{prefix}_{key}"] for key, name in METRIC_NAMES.items() if f"{prefix}_{key}" in results}
+
+
+def card_metadata(
+    license: str,
+    is_binary: bool,
+    dataset: str | None,
+    teacher_id: str | None,
+    model_name: str,
+    metrics: dict[str, float],
+) -> ModelCardData:
+    """The card's metadata in the Hub's format, where a model name, results and their dataset need each other."""
+    # The metadata must name a dataset on the Hub: neither a local path nor scikit-learn's digits is one.
+    on_hub = dataset is not None and dataset != DIGITS and not os.path.exists(dataset)
+    metrics = metrics if dataset else {}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset if on_hub else "local",
+            dataset_name=dataset,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+    return ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "binaryvit_hf", *(["1-bit"] if is_binary else [])],
+        datasets=[dataset] if on_hub else None,
+        base_model=teacher_id,
+        model_name=model_name if results else None,
+        eval_results=results or None,
+    )
+
+
+def text(content: dict, name: str) -> str | None:
+    value = content.get(name)
+    return value if isinstance(value, str) else None
+
+
+def image_source(arguments: dict) -> str | None:
+    return text(arguments, "dataset_name") or text(arguments, "train_dir") or text(arguments, "validation_dir")
+
+
+def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:
+    """Bytes of the model's weights, its latent weights and its teacher's weights, without zeros."""
+    packed = bool(read_json(folder / "config.json").get("quantization_config"))
+    sizes = {
+        "packed, a bit a weight" if packed else "float32": weight_bytes(folder),
+        "latent, float32": weight_bytes(folder / LATENT),
+        "its teacher": results.get("teacher_bytes", 0),
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def chosen_arguments(arguments: dict) -> dict:
+    """The arguments of a run that differ from their defaults."""
+    if not arguments:
+        return {}
+    # Defaults of the run's device: without `use_cpu` the arguments may refuse this machine's.
+    training_arguments = DistillationTrainingArguments(
+        text(arguments, "output_dir") or "output", use_cpu=arguments.get("use_cpu") is True
+    )
+    defaults = arguments_to_json(RunArguments(ModelArguments(), DataArguments(), training_arguments))
+    return {name: value for name, value in arguments.items() if value != defaults.get(name)}

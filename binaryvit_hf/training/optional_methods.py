@@ -1,0 +1,83 @@
+"""Training methods beyond the paper's recipe. Each has one argument and is off by default."""
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedConfig, TrainerCallback
+
+from ..errors import UserError
+from .callbacks.averaging import WeightAverage
+from .callbacks.checkpointed import CheckpointedCallback
+from .callbacks.oscillation import OscillationFreezing
+from .callbacks.sign_gradient import SIGN_GRADIENTS, SignGradient
+
+
+@dataclass
+class OptionalMethodArguments:
+    """Arguments of the optional methods; `callbacks/` holds most of the methods."""
+
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate, save and upload the exponential moving average of the weights and running statistics, with this "
+            "decay per step (timm's ModelEmaV3). It averages about the last 1 / (1 - decay) steps. Default: no average."
+        },
+    )
+    weight_regularization: float = field(
+        default=0.0,
+        metadata={
+            "help": "Add this factor times the mean of |1 - |w|| over all latent 1-bit weights w to the training loss (BNN+, "
+            "Darabi et al., 2018). The paper sums instead; the mean begins near 1 for networks of every size."
+        },
+    )
+    sign_gradient: str = field(
+        default="polynomial",
+        metadata={
+            "help": "Gradient of the sign of an activation x. 'polynomial': 2 - 2|x| on [-1, 1] (Bi-Real Net, Liu et al., "
+            "ECCV 2018). 'clip': 1 on [-1, 1] (Hubara et al., NeurIPS 2016). 'tanh': the slope of a tanh that sharpens "
+            "during training (IR-Net, Qin et al., CVPR 2020)."
+        },
+    )
+    batch_norm_reestimation_batches: int = field(
+        default=0,
+        metadata={
+            "help": "Before each evaluation and for the final model, compute the batch norm statistics anew as the mean over "
+            "this many training batches, augmented but not mixed (Wu & Johnson, 2021; Nagel et al., ICML 2022). 0: use the "
+            "running statistics."
+        },
+    )
+    oscillation_freezing_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Freeze 1-bit weights whose sign flips back and forth more often than this, in flips per step, averaged "
+            "over about 100 steps (Nagel et al., ICML 2022). Default: no weight is frozen."
+        },
+    )
+
+    def check_methods(self) -> None:
+        """Raise UserError if `sign_gradient` is unknown."""
+        if self.sign_gradient not in SIGN_GRADIENTS:
+            raise UserError(f"--sign_gradient must be one of {', '.join(SIGN_GRADIENTS)}, not {self.sign_gradient!r}.")
+
+    def check_network(self, config: PreTrainedConfig) -> None:
+        """Raise UserError if a method needs 1-bit weights or activations that the config's network lacks."""
+        weight_bits, input_bits = (getattr(config, field, 32) for field in ("weight_bits", "input_bits"))
+        for name in ("weight_regularization", "oscillation_freezing_threshold"):
+            if getattr(self, name) and weight_bits != 1:
+                raise UserError(f"--{name} is for networks of 1-bit weights, which this is not.")
+        if self.sign_gradient != "polynomial" and input_bits != 1:
+            raise UserError(
+                f"--sign_gradient {self.sign_gradient} is for networks of 1-bit activations, which this is not."
+            )
+
+    def create_callbacks(self) -> list[TrainerCallback]:
+        callbacks: list[TrainerCallback] = [SignGradient(self.sign_gradient)]
+        if self.oscillation_freezing_threshold is not None:
+            callbacks.append(OscillationFreezing(self.oscillation_freezing_threshold))
+        if self.ema_decay is not None:
+            callbacks.append(WeightAverage(self.ema_decay))
+        return callbacks
+
+    @property
+    def checkpoint_files(self) -> list[str]:
+        """Files that the methods add to every checkpoint."""
+        return [callback.file for callback in self.create_callbacks() if isinstance(callback, CheckpointedCallback)]

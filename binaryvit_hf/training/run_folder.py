@@ -1,0 +1,121 @@
+"""The files that describe a run in its output directory: its arguments and results."""
+
+import json
+import os
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, first_sentence
+from .arguments import RunArguments
+
+
+RUN_ARGUMENTS = "run_arguments.json"  # the arguments of the run that made the weights in the folder
+UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # of a run that continues a finished one; not uploaded
+TRAIN_RESULTS = "train_results.json"  # the last file that training writes
+RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results.json")
+# Secrets, and arguments that may differ each time a run is resumed.
+NOT_RECORDED = {
+    *("token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank"),
+}
+# Recorded arguments that may differ when a run is resumed: none of them can change a weight.
+WITHOUT_EFFECT_ON_WEIGHTS = {
+    # A finished run can be evaluated again.
+    *("do_eval", "do_predict"),
+    # The metrics of an image do not depend on its batch.
+    *("per_device_eval_batch_size", "eval_accumulation_steps", "eval_use_gather_object"),
+    # Each image has its own random numbers (`data/sampling.py`), whichever worker loads it.
+    *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
+    *("dataloader_pin_memory", "dataloader_multiprocessing_context"),
+    # Logging, reporting and uploads.
+    *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
+    *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "skip_memory_metrics"),
+    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    # The number of checkpoints to keep; the best one is always kept.
+    "save_total_limit",
+    # How long processes wait for each other.
+    "ddp_timeout",
+}
+PATHS = {
+    *("model_name_or_path", "config_name", "init_from", "teacher_model_name_or_path", "output_dir"),
+    *("dataset_name", "train_dir", "validation_dir", "class_names"),
+}
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, empty if there is no file; raises UserError if the file is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is damaged: {first_sentence(error)}; repair or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object; repair or remove it.")
+    return content
+
+
+def finite_numbers(content: dict) -> dict[str, float]:
+    """The entries that are finite numbers."""
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+    }
+
+
+def arguments_to_json(arguments: RunArguments) -> dict:
+    """The arguments of a run as JSON types, without `NOT_RECORDED`."""
+    model_arguments, data_arguments, training_arguments = arguments
+    values = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
+    values = {name: value for name, value in values.items() if name not in NOT_RECORDED and not name.startswith("_")}
+    return json.loads(json.dumps(values, default=str, sort_keys=True))
+
+
+def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
+    """Raise UserError if the output directory holds a run of other arguments."""
+    unfinished = output_dir / UNFINISHED_RUN_ARGUMENTS
+    file = unfinished if unfinished.is_file() else output_dir / RUN_ARGUMENTS
+    if not file.is_file():
+        return
+    recorded, given = read_json(file), arguments_to_json(arguments)
+    # An older version may lack an argument: it ran with the argument's default.
+    defaults = {
+        field.name: field.default for part in arguments for field in fields(part) if field.default is not MISSING
+    }
+    recorded = {name: default for name, default in defaults.items() if name in given} | recorded
+    for name in sorted((recorded.keys() | given.keys()) - WITHOUT_EFFECT_ON_WEIGHTS):
+        before, now = recorded.get(name), given.get(name)
+        if normalize(name, before) != normalize(name, now):
+            raise UserError(
+                f"--output_dir {str(output_dir)!r} holds a run of other arguments ({name} was {before}, not {now}): choose "
+                "another --output_dir, remove this one, or continue it with --resume_from_checkpoint."
+            )
+
+
+def normalize(name: str, value: Any) -> Any:
+    """Make paths absolute: `photos`, `photos/` and `./photos` are one folder."""
+    return os.path.abspath(value) if name in PATHS and isinstance(value, str) else value
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether the last training in this folder ended."""
+    return (output_dir / TRAIN_RESULTS).is_file() and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
+
+
+def record_start(output_dir: Path, arguments: RunArguments) -> None:
+    """Write the arguments of a run that starts. A finished run in the folder keeps its own until `record_end`."""
+    continues = any((output_dir / name).is_file() for name in (TRAIN_RESULTS, UNFINISHED_RUN_ARGUMENTS))
+    name = UNFINISHED_RUN_ARGUMENTS if continues else RUN_ARGUMENTS
+    partial = output_dir / f"{name}.writing"
+    partial.write_text(json.dumps(arguments_to_json(arguments), indent=2) + "\n", encoding="utf-8")
+    partial.replace(output_dir / name)
+
+
+def record_end(output_dir: Path) -> None:
+    """Before the weights of a finished run are replaced, remove its results and arguments."""
+    if not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file():
+        return
+    for name in RESULTS:
+        (output_dir / name).unlink(missing_ok=True)
+    (output_dir / UNFINISHED_RUN_ARGUMENTS).replace(output_dir / RUN_ARGUMENTS)

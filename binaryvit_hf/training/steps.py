@@ -1,0 +1,187 @@
+"""The steps of one run: load, train, evaluate, test, report, upload."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..data.augmentation import create_mix
+from ..data.model_inputs import (
+    adapt_input,
+    check_forward,
+    create_image_processor,
+    describe_input,
+    describe_teacher_input,
+    teacher_normalization,
+)
+from ..data.transforms import add_transforms, collate_images
+from ..errors import TerminatedError
+from ..hub import resumable_upload
+from ..ops import CONFIG_CLASSES, count_operations, total
+from .arguments import DistillationTrainingArguments, RunArguments
+from .learning_curves import plot_learning_curves, read_log_history
+from .metrics import TopKAccuracy
+from .model_card import write_model_card
+from .models import hub_revision, load_model, load_teacher
+from .preparation import Inputs
+from .run_folder import TRAIN_RESULTS, read_json, record_end, record_start
+from .stochastic_depth import add_drop_path
+from .trainer import DistillationTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """Loads the models of a run, and holds its steps, which `run` calls in order."""
+
+    def __init__(self, arguments: RunArguments, inputs: Inputs):
+        self.arguments, self.inputs = arguments, inputs
+        self.output_dir = Path(arguments.training.output_dir)
+        self.metric = TopKAccuracy()
+        self.teacher, teacher_processor = load_teacher(arguments.model, inputs.config)
+        self.student = self.load_student()
+        self.processor = inputs.processor or create_image_processor(
+            inputs.config, arguments.data.crop_pct, like=teacher_normalization(teacher_processor, inputs.config)
+        )
+        self.check_inputs_of_models(teacher_processor)
+        self.datasets = add_transforms(inputs.images, self.processor, arguments.data, arguments.training.seed)
+        self.trainer = self.create_trainer(self.student, self.teacher)
+        if inputs.finished:
+            self.trainer.state.epoch = read_json(self.output_dir / TRAINER_STATE_NAME).get("epoch")  # for the results
+
+    def load_student(self) -> PreTrainedModel:
+        arguments, inputs = self.arguments.model, self.inputs
+        finished_run = self.output_dir if inputs.finished else None
+        student = load_model(arguments, inputs.config, finished_run, inputs.new_head)
+        if arguments.drop_path_rate and inputs.config.model_type == "vit":
+            add_drop_path(student.vit, arguments.drop_path_rate)
+        if inputs.first_weights is not None:
+            student.load_state_dict(inputs.first_weights, strict=False)  # two_stage.py has checked the missing ones
+        return student
+
+    def check_inputs_of_models(self, teacher_processor: BaseImageProcessor | None) -> None:
+        """Try each model on an image, and let the teacher take the student's images."""
+        arguments = self.arguments.model
+        student_input = describe_input(self.processor, "The student")
+        if arguments.model_name_or_path:
+            check_forward(self.student, student_input, f"--model_name_or_path {arguments.model_name_or_path!r}")
+        if self.teacher is not None:
+            flag = f"--teacher_model_name_or_path {arguments.teacher_model_name_or_path!r}"
+            teacher_input = describe_teacher_input(self.teacher, teacher_processor, student_input, flag)
+            check_forward(self.teacher, teacher_input, flag)
+            adapt_input(self.teacher, given=student_input, wanted=teacher_input)
+
+    def create_trainer(self, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> DistillationTrainer:
+        return DistillationTrainer(
+            model=model,
+            args=self.arguments.training,
+            teacher=teacher,
+            mix=create_mix(self.arguments.data, self.inputs.config.num_labels),
+            train_dataset=self.datasets.get("train"),
+            eval_dataset=self.datasets["validation"],
+            data_collator=collate_images,
+            processing_class=self.processor,
+            compute_metrics=self.compute_metrics,
+        )
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return self.metric.compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
+
+    def train(self) -> None:
+        """Train and save the final model; on SIGTERM save a checkpoint and raise TerminatedError."""
+        trainer, arguments = self.trainer, self.arguments.training
+        if trainer.is_world_process_zero():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            log_batch(arguments)
+            if self.arguments.data.streaming:
+                logger.info("Streaming: %s", self.inputs.images["train"])
+            record_start(self.output_dir, self.arguments)
+        earlier_metrics = read_json(self.output_dir / TRAIN_RESULTS)
+        result = trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
+        if trainer.termination.terminated:
+            saved = "the weights only (--save_only_model)" if arguments.save_only_model else "a checkpoint"
+            outcome = "start anew" if arguments.save_only_model else "resume"
+            raise TerminatedError(
+                f"Training got a SIGTERM, saved {saved} and stopped after step {trainer.state.global_step}. Run the same "
+                f"command again to {outcome}."
+            )
+        if trainer.is_world_process_zero():
+            record_end(self.output_dir)
+        trainer.save_model(_internal_call=True)  # otherwise it uploads, before there is a card
+        trainer.save_state()
+        metrics = {**result.metrics, "train_samples": len(self.inputs.images["train"])}
+        if "train_loss" not in metrics:  # training resumed after its last step
+            metrics = earlier_metrics or metrics
+        trainer.save_metrics("train", metrics)
+
+    def evaluate(self) -> None:
+        """Evaluate student and teacher on the validation images."""
+        metrics = self.trainer.evaluate()
+        metrics["eval_samples"] = len(self.inputs.images["validation"])
+        if self.teacher is not None:
+            metrics |= self.describe_teacher(self.teacher)
+        if self.inputs.broken:
+            metrics["skipped_images"] = len(self.inputs.broken)
+        self.save_metrics("eval", metrics)
+
+    def describe_teacher(self, teacher: PreTrainedModel) -> dict:
+        """The teacher's accuracy, size and operations, and its commit on the Hub."""
+        metrics = self.create_trainer(teacher).evaluate(metric_key_prefix="teacher")
+        names = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
+        described = {name: metrics[name] for name in names if name in metrics}
+        if revision := hub_revision(self.arguments.model.teacher_model_name_or_path, self.arguments.model):
+            described["teacher_revision"] = revision
+        described["teacher_bytes"] = sum(tensor.nbytes for tensor in teacher.state_dict().values())
+        if teacher.config.model_type in CONFIG_CLASSES:
+            described["teacher_ops"] = total(count_operations(teacher.config)).ops
+        return described
+
+    def test(self) -> None:
+        """Evaluate on the test images, which no choice depends on."""
+        metrics = self.trainer.evaluate(self.datasets["test"], metric_key_prefix="test")
+        metrics["test_samples"] = len(self.inputs.images["test"])
+        self.save_metrics("test", metrics)
+
+    def save_metrics(self, split: str, metrics: dict) -> None:
+        self.trainer.log_metrics(split, metrics)
+        self.trainer.save_metrics(split, metrics)
+
+    def report(self) -> None:
+        """Write `learning_curves.png` and the model card, `README.md`, from the files of the run."""
+        if not self.trainer.is_world_process_zero():
+            return
+        teacher = self.arguments.model.teacher_model_name_or_path
+        histories = {"student" if teacher else "model": read_log_history(self.output_dir)}
+        if teacher:
+            histories["teacher"] = read_log_history(Path(teacher))
+        histories = {name: history for name, history in histories.items() if history}
+        if histories:
+            plot_learning_curves(histories, self.output_dir / "learning_curves.png")
+        write_model_card(self.output_dir, self.trainer.hub_model_id or str(self.output_dir))
+
+    def upload(self) -> None:
+        with resumable_upload(self.output_dir, self.trainer.hub_model_id):
+            self.trainer.push_to_hub()
+
+
+def log_batch(arguments: DistillationTrainingArguments) -> None:
+    batch, recipe_batch = arguments.effective_batch_size, arguments.learning_rate_batch_size
+    logger.info(
+        "Batch: %d images (%d processes of %d, %d accumulated); learning rate: %g",
+        batch,
+        arguments.world_size,
+        arguments.train_batch_size,
+        arguments.gradient_accumulation_steps,
+        arguments.scaled_learning_rate,
+    )
+    if recipe_batch is not None and batch != recipe_batch:
+        logger.warning(
+            "The recipe is for a batch of %d images, so the learning rate was scaled from %g. For the recipe's own batch "
+            "change --per_device_train_batch_size, --gradient_accumulation_steps or the number of processes.",
+            recipe_batch,
+            arguments.learning_rate,
+        )
