@@ -335,11 +335,10 @@ def norm_gradient(
     spread = torch.rsqrt(variance + eps)
     grad_bias, grad_weight = sums[0], sums[1] * spread
     of_grad = weight * spread
-    is_synced = isinstance(batch_rows, torch.Tensor)
-    if not is_synced and batch_rows == 0:
+    if not isinstance(batch_rows, torch.Tensor) and batch_rows == 0:
         return (of_grad, torch.zeros_like(of_grad), torch.zeros_like(of_grad)), grad_weight, grad_bias
     means = torch.stack((grad_bias, grad_weight))
-    if is_synced:  # the statistics connect each row with the rows of all processes
+    if isinstance(batch_rows, torch.Tensor):  # the statistics connect each row with the rows of all processes
         dist.all_reduce(means)
         batch_rows = batch_rows.to(means.dtype)
     mean_grad, mean_grad_normed = means / batch_rows
