@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Upload a trained model to the Hub: packed weights, latent weights in the folder 'latent', card, image processor."""
     from ..hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
-    from ..network.quantization_binaryvit import QUANT_METHOD, ShippedModel
+    from ..network.quantization_binaryvit import ShippedModel, is_latent
     from .models import load_model, load_processor
 
     folder = options.folder
@@ -36,8 +36,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging) / "model"
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
-        latent = model.config.model_type == QUANT_METHOD and model.config.weight_bits < 32 and not model.is_packed
-        (ShippedModel(model) if latent else model).save_pretrained(staged)  # also copies the modelling code
+        (ShippedModel(model) if is_latent(model) else model).save_pretrained(staged)  # also copies the modelling code
         readme = staged / "README.md"
         if readme.is_file():  # its examples name the local folder
             text = readme.read_text(encoding="utf-8").replace(f'"{folder}"', f'"{repository}"')

@@ -1,4 +1,10 @@
-"""Configuration of BinaryViT: one class for every binary row of the paper's ablation (Le & Li, CVPRW 2023, Table 3)."""
+# SPDX-License-Identifier: Apache-2.0
+"""
+Configuration of BinaryViT: one class for every binary row of the paper's ablation.
+
+References:
+    Le & Li, CVPRW 2023, Table 3, https://arxiv.org/abs/2306.16678
+"""
 
 import math
 
@@ -9,8 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 PER_STAGE_FIELDS = ("depths", "num_attention_heads", "intermediate_sizes", "sequence_reduction_ratios")
 BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
-# Bounds are far beyond any network of use. They keep a damaged config from taking all time or memory.
-MAX_LIST_LENGTH = 16  # stages, or kernels
+# All bounds are far above useful networks. They stop a damaged config before it takes all time or memory.
+MAX_LIST_LENGTH = 16  # stages or kernels
 MAX_LAYERS = 200
 MAX_LABELS = 100_000
 MAX_PARAMETERS = 10**10
@@ -39,40 +45,41 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @strict
 class BinaryViTConfig(PreTrainedConfig):
     r"""
-    A vision transformer with binary weights and activations, as a pyramid of one or more stages. DeiT is a pyramid of
-    one stage. The defaults are BinaryViT-small at 224 x 224 pixels. `RANGES` and the constants above it bound every field.
+    Configuration of a vision transformer with binary weights and activations: a pyramid of one or more stages.
+
+    The defaults are BinaryViT-small at 224 x 224 pixels. DeiT is a pyramid of one stage. `RANGES` bounds the fields.
 
     Args:
         image_size: height and width of the input in pixels, or one number for both.
         patch_size: height and width of a patch of the stem in pixels, or one number for both.
         num_channels: channels of the input image.
-        hidden_sizes: channels of each stage; each a multiple of the one before.
+        hidden_sizes: channels of each stage; each is a multiple of the one before.
         depths: layers of each stage.
         num_attention_heads: heads of each stage; they divide its hidden size.
         intermediate_sizes: inner channels of each stage's MLP; multiples of its hidden size.
         sequence_reduction_ratios: keys and values of each stage see the token map averaged over squares of this side.
-        use_class_token: classify from a class token instead of the mean over tokens. A token that has no place on
-            the map cannot be pooled, so it needs one stage, no reduction and no pooling branches.
+        use_class_token: classify from a class token instead of the mean over tokens. It has no place on the map and
+            cannot be pooled, so it needs one stage, no reduction and no pooling branches.
         use_stem_norm: batch normalisation after the stem's convolution.
         use_layer_scale: LayerScale at the end of the attention and the MLP branch.
-        layer_scale_init_value: initial scale of these two; the pooling branches always begin at 0.
-        avg_pool_kernel_sizes: odd kernel sizes of the average-pooling branches beside the MLP, two branches for each
-            (vertical and horizontal); empty leaves them out.
-        binarize_patch_embeddings: whether the embeddings between the stages are binary or full precision.
-        weight_bits: 1 (binary), 2 (ternary), 3 to 8 (uniform) or 32 (untouched) bits of the layers' weights.
-        input_bits: the same for everything that enters a product: inputs of linear layers, query, key, value and
-            attention probabilities.
+        layer_scale_init_value: initial scale of these two LayerScales. The pooling branches begin at 0.
+        avg_pool_kernel_sizes: odd kernel sizes of the average-pooling branches beside the MLP. Each has a vertical and
+            a horizontal branch. Empty for no branches.
+        binarize_patch_embeddings: binary instead of full-precision patch embeddings between the stages.
+        weight_bits: bits of the layers' weights: 1 (binary), 2 (ternary), 3 to 8 (uniform) or 32 (not quantised).
+        input_bits: bits of all inputs of products: inputs of linear layers, query, key, value and attention
+            probabilities. Same values as `weight_bits`.
         quantization_clip_value: range of 2 to 8 bit quantisers; weights and inputs beyond it are clipped.
-        attention_clip_init_value: initial value of an attention probability that is "on" (the paper's c).
+        attention_clip_init_value: initial step of the quantised attention probabilities (the paper's c).
         hidden_dropout_prob: dropout after the stem and at the end of the attention and the MLP branch.
         attention_probs_dropout_prob: dropout of the quantised attention probabilities.
-        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0.
+        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first.
         batch_norm_eps: added to the variance in every batch normalisation.
         batch_norm_momentum: weight of the new batch in the running statistics.
-        initializer_range: deviation of the truncated normal that fills position embeddings and class token.
+        initializer_range: standard deviation of the truncated normal that fills position embeddings and class token.
 
     Raises:
-        ValueError: if the fields do not describe a network; the message says which and why.
+        ValueError: the fields do not describe a network; the message says which and why.
     """
 
     model_type = "binaryvit"
@@ -103,12 +110,12 @@ class BinaryViTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        # Before transformers makes a label for each of `num_labels`.
+        # Checked first, because transformers makes a label for each of `num_labels`.
         check_labels(self.id2label, kwargs.get("num_labels"))
         check_dtype(self.dtype if self.dtype is not None else kwargs.get("torch_dtype"))
         packing = kwargs.get("quantization_config")
         if not (packing is None or isinstance(packing, dict) or hasattr(packing, "quant_method")):
-            raise ValueError(f"quantization_config is an object with a quant_method, not {packing!r}.")
+            raise ValueError(f"quantization_config must be an object with a quant_method, not {packing!r}.")
         super().__post_init__(**kwargs)
 
     @property
@@ -128,17 +135,17 @@ class BinaryViTConfig(PreTrainedConfig):
         self._check_size()
         for field in ("weight_bits", "input_bits"):
             if getattr(self, field) not in BIT_WIDTHS:
-                raise ValueError(f"{field} is 1, 2 to 8, or 32 (untouched), not {getattr(self, field)}.")
+                raise ValueError(f"{field} must be from 1 to 8, or 32 (not quantised), not {getattr(self, field)}.")
         if any(kernel % 2 == 0 for kernel in self.avg_pool_kernel_sizes):
             raise ValueError(
-                f"avg_pool_kernel_sizes={list(self.avg_pool_kernel_sizes)}: the kernels must be odd, to keep the map's size."
+                f"avg_pool_kernel_sizes={list(self.avg_pool_kernel_sizes)} must be odd, to keep the size of the map."
             )
         if self.use_class_token and (
             len(self.hidden_sizes) > 1 or self.avg_pool_kernel_sizes or max(self.sequence_reduction_ratios) > 1
         ):
             raise ValueError(
                 "use_class_token needs one stage, sequence_reduction_ratios of 1 and avg_pool_kernel_sizes of []: "
-                "a class token has no place on the map that these pool."
+                "a class token has no place on the map and cannot be pooled."
             )
 
     def _check_ranges(self):
@@ -146,24 +153,24 @@ class BinaryViTConfig(PreTrainedConfig):
             value = getattr(self, field)
             values = [value] if isinstance(value, (int, float)) else value
             if len(values) > MAX_LIST_LENGTH:
-                raise ValueError(f"{field} has {len(values)} values; {MAX_LIST_LENGTH} are the most.")
-            if not all(least <= number <= most for number in values):  # not a number is in no range
+                raise ValueError(f"{field} has {len(values)} values; the maximum is {MAX_LIST_LENGTH}.")
+            if not all(least <= number <= most for number in values):  # also refuses NaN
                 raise ValueError(f"{field} must be from {least:g} to {most:g}, not {value}.")
         for field in PROBABILITIES:
             if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} is a probability below 1, not {getattr(self, field)}.")
+                raise ValueError(f"{field} must be a probability below 1, not {getattr(self, field)}.")
 
     def _check_stages(self):
         for field in PER_STAGE_FIELDS:
             if len(getattr(self, field)) != len(self.hidden_sizes):
                 raise ValueError(
-                    f"One value per stage: {field}={list(getattr(self, field))} does not fit "
+                    f"{field}={list(getattr(self, field))} must have one value per stage, as "
                     f"hidden_sizes={list(self.hidden_sizes)}."
                 )
         if not self.hidden_sizes:
-            raise ValueError("hidden_sizes is empty: a network has a stage or more.")
+            raise ValueError("hidden_sizes is empty, but a network has at least one stage.")
         if sum(self.depths) > MAX_LAYERS:
-            raise ValueError(f"depths={list(self.depths)} are {sum(self.depths)} layers; {MAX_LAYERS} are the most.")
+            raise ValueError(f"depths={list(self.depths)} are {sum(self.depths)} layers; the maximum is {MAX_LAYERS}.")
         for stage, channels in enumerate(self.hidden_sizes):
             heads, inner = self.num_attention_heads[stage], self.intermediate_sizes[stage]
             if channels % heads:
@@ -172,38 +179,38 @@ class BinaryViTConfig(PreTrainedConfig):
                 )
             if inner % channels:
                 raise ValueError(
-                    f"intermediate_sizes={inner} is no multiple of hidden_sizes={channels} of stage {stage}, "
+                    f"intermediate_sizes={inner} is not a multiple of hidden_sizes={channels} of stage {stage}, "
                     "which the MLP's shortcut repeats."
                 )
             if stage and channels % self.hidden_sizes[stage - 1]:
                 raise ValueError(
-                    f"hidden_sizes={channels} of stage {stage} is no multiple of {self.hidden_sizes[stage - 1]} of the "
-                    "stage before, which the shortcut repeats."
+                    f"hidden_sizes={channels} of stage {stage} is not a multiple of {self.hidden_sizes[stage - 1]} of "
+                    "the stage before, which the shortcut repeats."
                 )
 
     def _check_map(self):
         for field in ("image_size", "patch_size"):
             pair = as_pair(getattr(self, field))
             if len(pair) != 2:
-                raise ValueError(f"{field} is one number or (height, width), not {getattr(self, field)}.")
+                raise ValueError(f"{field} must be one number or (height, width), not {getattr(self, field)}.")
         for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)):
             if size % patch:
-                raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}.")
+                raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}.")
             for stage, ratio in enumerate(self.sequence_reduction_ratios):
-                tokens, rest = divmod(size // patch, 2**stage)
-                if rest:
+                tokens, remainder = divmod(size // patch, 2**stage)
+                if remainder:
                     raise ValueError(
-                        f"image_size={self.image_size} with patch_size={self.patch_size} gives {size // patch} tokens a "
-                        f"side, which cannot be halved {stage} times."
+                        f"image_size={self.image_size} with patch_size={self.patch_size} gives {size // patch} tokens "
+                        f"a side, which cannot be halved {stage} times."
                     )
                 if tokens % ratio:
                     raise ValueError(
-                        f"sequence_reduction_ratios={ratio} does not divide the {tokens} tokens a side of stage {stage} "
-                        f"(image_size={self.image_size}, patch_size={self.patch_size})."
+                        f"sequence_reduction_ratios={ratio} does not divide the {tokens} tokens a side of stage "
+                        f"{stage} (image_size={self.image_size}, patch_size={self.patch_size})."
                     )
 
     def _check_size(self):
-        """By arithmetic alone, before there is any module."""
+        """Bounds weights and activations by arithmetic, before any module exists."""
         inputs = self.num_channels * math.prod(as_pair(self.patch_size))
         parameters = self.hidden_sizes[-1] * self.num_labels
         for stage, (height, width) in enumerate(self.grid_sizes):
@@ -216,48 +223,51 @@ class BinaryViTConfig(PreTrainedConfig):
             probabilities = self.num_attention_heads[stage] * tokens * (tokens // ratio**2)
             if max(probabilities, tokens * inner) > MAX_ACTIVATIONS:
                 raise ValueError(
-                    f"Stage {stage} has {tokens} tokens of an image, which are too many for its attention or its MLP; "
-                    "choose a smaller image_size or a larger patch_size."
+                    f"Stage {stage} has {tokens} tokens an image, too many for its attention or MLP: choose a smaller "
+                    "image_size or a larger patch_size."
                 )
         if parameters > MAX_PARAMETERS:
-            raise ValueError(f"The network has {parameters:.1e} weights; {MAX_PARAMETERS:.0e} are the most.")
+            raise ValueError(f"The network has {parameters:.1e} weights; the maximum is {MAX_PARAMETERS:.0e}.")
 
 
 def check_labels(id2label, num_labels) -> None:
     """
+    Check labels before transformers uses them.
+
     Args:
-        id2label: a label for each of 0, 1, 2, …, the keys whole numbers or, as in JSON, strings of them; or `None`.
-        num_labels: their number; or `None`. Where it is another than that of `id2label`, transformers makes new labels.
+        id2label: a dictionary of labels, or None. Its keys are 0, 1, 2, …, or strings of these numbers, as in JSON.
+        num_labels: number of labels, or None. transformers makes new labels if it differs from the length of
+            `id2label`.
 
     Raises:
-        ValueError: they are no labels, or more than `MAX_LABELS`.
+        ValueError: they are not labels, or more than `MAX_LABELS`.
     """
     if num_labels is not None and not (isinstance(num_labels, int) and 1 <= num_labels <= MAX_LABELS):
-        raise ValueError(f"num_labels is a whole number from 1 to {MAX_LABELS}, not {num_labels!r}.")
+        raise ValueError(f"num_labels must be a whole number from 1 to {MAX_LABELS}, not {num_labels!r}.")
     if id2label is None:
         return
     if not isinstance(id2label, dict):
-        raise ValueError(f"id2label maps numbers to labels; it is no {type(id2label).__name__}.")
+        raise ValueError(f"id2label must map numbers to labels; it is a {type(id2label).__name__}.")
     if not 1 <= len(id2label) <= MAX_LABELS:
         raise ValueError(f"id2label has {len(id2label)} labels; it must have from 1 to {MAX_LABELS}.")
     if {str(key) for key in id2label} != {str(index) for index in range(len(id2label))}:
-        raise ValueError(f"The keys of id2label are not 0 to {len(id2label) - 1}, one of each.")
+        raise ValueError(f"The keys of id2label must be 0 to {len(id2label) - 1}, one of each.")
     wrong = next((index for index, label in id2label.items() if not isinstance(label, (str, int))), None)
     if wrong is not None:
-        raise ValueError(f"id2label has no text for label {wrong}.")
+        raise ValueError(f"Label {wrong} of id2label must be text.")
 
 
 def check_dtype(dtype) -> None:
     """
     Raises:
-        ValueError: it is neither a floating-point dtype that networks are computed in, nor the name of one, nor `None`.
+        ValueError: `dtype` is not one of `DTYPES`, nor the name of one, nor None.
     """
     if dtype is not None and dtype not in (*DTYPES, *(str(known).removeprefix("torch.") for known in DTYPES)):
-        raise ValueError(f"dtype is float32, bfloat16, float16 or float64, not {dtype!r}.")
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, not {dtype!r}.")
 
 
 def as_pair(size) -> tuple[int, int]:
-    """`(height, width)` of a size given as one number or as a pair."""
+    """`(height, width)` of a size that is one number or a pair."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

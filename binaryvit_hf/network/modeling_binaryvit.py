@@ -1,4 +1,13 @@
-"""BinaryViT: a pyramid vision transformer of one-bit weights and activations (Le & Li, CVPRW 2023, arXiv 2306.16678)."""
+# SPDX-License-Identifier: Apache-2.0
+"""
+BinaryViT: a pyramid vision transformer of 1-bit weights and activations.
+
+Tokens are `(batch, height * width, channels)`. Each stage but the first halves height and width.
+
+References:
+    Le & Li, "BinaryViT: Pushing Binary Vision Transformers Towards Convolutional Models", CVPRW 2023,
+    https://arxiv.org/abs/2306.16678; the authors' code: https://github.com/Phuoc-Hoan-Le/BinaryViT
+"""
 
 import contextlib
 import functools
@@ -14,7 +23,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
-from .engine_binaryvit import EngineChoice, EngineSlot, choose_engine, compute, compute_logits
+from .engine_binaryvit import EngineChoice, EngineSlot, choose_engine, compute_by_engine, logits_by_engine
 from .functional_binaryvit import (
     BinaryAttentionProducts,
     approx_sign_slope,
@@ -43,7 +52,7 @@ from .quantization_binaryvit import PackableModel
 
 
 class BinaryViTEmbeddings(nn.Module):
-    """The stem, in full precision: image `(batch, channels, height, width)` to tokens."""
+    """The stem, in full precision: `(batch, num_channels, height, width) -> (batch, tokens, hidden_sizes[0])`."""
 
     def __init__(self, config):
         super().__init__()
@@ -59,6 +68,10 @@ class BinaryViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def check(self, pixel_values: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: the images have another size or number of channels than the config.
+        """
         expected = (self.num_channels, *self.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
@@ -75,7 +88,11 @@ class BinaryViTEmbeddings(nn.Module):
 
 
 class BinaryPatchEmbeddings(nn.Module):
-    """Between two stages: halves the map and widens the channels, `(batch, height * width, in) -> (batch, .../4, out)`."""
+    """
+    Binary patch embeddings between two stages: `(batch, height * width, in) -> (batch, height / 2 * width / 2, out)`.
+
+    A 2 x 2 convolution with a shortcut, the mean of the four tokens.
+    """
 
     def __init__(self, config, stage: int):
         super().__init__()
@@ -92,7 +109,11 @@ class BinaryPatchEmbeddings(nn.Module):
 
 
 class FullPrecisionPatchEmbeddings(nn.Module):
-    """The same in full precision, without shortcut and activation."""
+    """
+    Full-precision patch embeddings: a 2 x 2 convolution between two normalisations; no shortcut, no activation.
+
+    `(batch, height * width, in) -> (batch, height / 2 * width / 2, out)`.
+    """
 
     def __init__(self, config, stage: int):
         super().__init__()
@@ -109,9 +130,13 @@ class FullPrecisionPatchEmbeddings(nn.Module):
 
 
 class BinaryViTAttention(nn.Module):
-    """Attention of binary query, key, value and probabilities, each with its shortcut; the map of keys may be reduced."""
+    """
+    `output(RPReLU(BN(attention) + query + key + value))` of binary query, key, value and probabilities.
 
-    sign_slope = staticmethod(approx_sign_slope)  # as of BinaryLinear
+    `(batch, tokens, channels)`, also the result's shape. The map of keys and values may be averaged over squares.
+    """
+
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the signs of query, key and value
 
     def __init__(self, config, stage: int):
         super().__init__()
@@ -130,7 +155,7 @@ class BinaryViTAttention(nn.Module):
         self.value_shift = nn.Parameter(torch.zeros(hidden_size))
         self.probability_clip_init = float(config.attention_clip_init_value)
         clip = nn.Parameter(torch.tensor(self.probability_clip_init)) if self.input_bits < 32 else None
-        self.register_parameter("probability_clip", clip)  # none untouched: a parameter without use stops DDP
+        self.register_parameter("probability_clip", clip)  # None at 32 bits: DDP fails on unused parameters
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.norm_activation = NormActivation(config, hidden_size)
         self.output = BinaryProjection(config, hidden_size, hidden_size)
@@ -148,7 +173,7 @@ class BinaryViTAttention(nn.Module):
         return self.output(self.norm_activation(context, query + shortcut)), probabilities
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each query takes from the values, `(batch, queries, channels)`, and the probabilities it takes it by."""
+        """Returns attended values `(batch, queries, channels)` and probabilities `(batch, heads, queries, keys)`."""
         if self.training and self.input_bits == 1 and self.dropout.p == 0:
             shifts = self.query_shift, self.key_shift, self.value_shift
             return BinaryAttentionProducts.apply(
@@ -161,7 +186,7 @@ class BinaryViTAttention(nn.Module):
         return merge_heads(probabilities @ self.to_heads(value, self.value_shift)), probabilities
 
     def to_heads(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Quantised, with a scale per head and token where there are scales."""
+        """Shift, quantise and split into heads; 2 to 8 bits have a scale per head and token."""
         heads = hidden_states.unflatten(-1, (self.num_heads, self.head_dim))
         shift = shift.view(self.num_heads, self.head_dim)
         heads = quantize_input(heads, shift, self.input_bits, self.clip_value, self.sign_slope)
@@ -169,6 +194,8 @@ class BinaryViTAttention(nn.Module):
 
 
 class BinaryViTMLP(nn.Module):
+    """`fc2(fc1(x))`, two binary projections: `(batch, tokens, channels)`, also the result's shape."""
+
     def __init__(self, config, stage: int):
         super().__init__()
         hidden_size, intermediate_size = config.hidden_sizes[stage], config.intermediate_sizes[stage]
@@ -184,6 +211,11 @@ class BinaryViTMLP(nn.Module):
 
 
 class BinaryViTLayer(GradientCheckpointingLayer):
+    """
+    Three branches, of tokens `(batch, height * width, channels)`: `x = x + LayerScale(attention(norm1(x)))`, then
+    `x + LayerScale(mlp(norm2(x))) + sum_i LayerScale_i(average_pool_i(norm2(x)))`.
+    """
+
     def __init__(self, config, stage: int, drop_path_rate: float):
         super().__init__()
         hidden_size = config.hidden_sizes[stage]
@@ -191,10 +223,8 @@ class BinaryViTLayer(GradientCheckpointingLayer):
         self.attention = BinaryViTAttention(config, stage)
         self.norm2 = TokenBatchNorm(config, hidden_size)
         self.mlp = BinaryViTMLP(config, stage)
-        self.layer_scale1, self.layer_scale2 = (
-            LayerScale(hidden_size, config.layer_scale_init_value) if config.use_layer_scale else nn.Identity()
-            for _ in range(2)
-        )
+        self.layer_scale1 = make_layer_scale(config, hidden_size)
+        self.layer_scale2 = make_layer_scale(config, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate)
         kernels = [shape for size in config.avg_pool_kernel_sizes for shape in ((size, 1), (1, size))]
@@ -205,12 +235,16 @@ class BinaryViTLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
         normed = self.norm2(hidden_states)
         hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.dropout(self.mlp(normed))))
-        # full-precision detail that the 1-bit MLP discards
+        # The branches keep full-precision detail that the 1-bit MLP discards.
         return self.avg_pool_branches(hidden_states, normed, grid_size)
 
 
+def make_layer_scale(config, num_channels: int) -> nn.Module:
+    return LayerScale(num_channels, config.layer_scale_init_value) if config.use_layer_scale else nn.Identity()
+
+
 class BinaryViTStage(nn.Module):
-    """Patch embeddings (but for the first stage, which the stem feeds), then layers of one width on one map."""
+    """Patch embeddings, which the first stage has not, then layers of one width on one map."""
 
     def __init__(self, config, stage: int, rates: list[float]):
         super().__init__()
@@ -220,6 +254,8 @@ class BinaryViTStage(nn.Module):
 
 
 class BinaryViTPreTrainedModel(PackableModel):
+    """Base of `BinaryViTModel` and `BinaryViTForImageClassification`: initialisation, engine and packing."""
+
     config: BinaryViTConfig
     config_class = BinaryViTConfig
     base_model_prefix = "binaryvit"
@@ -236,26 +272,32 @@ class BinaryViTPreTrainedModel(PackableModel):
 
     def refresh_engine(self) -> None:
         """
-        Let the engine read the model anew at the next call.
+        Make the engine read the model again at the next call.
 
-        Needed only after changes that PyTorch does not count: in place through `.data` or `.numpy()`
-        (`weight.data.add_(1)`), and to plain attributes of modules (`norm.eps = 1e-3`).
+        Call it after changes that PyTorch does not count:
+        - in place through `.data` or `.numpy()`, such as `weight.data.add_(1)`;
+        - to plain attributes of modules, such as `norm.eps = 1e-3`.
         """
         self.base_model.engine_slot.folded = None
 
     @property
     def engine(self) -> EngineChoice:
-        """What computes this model in evaluation, by its `name`, and the `reason`."""
+        """
+        The kernels that compute this model in evaluation, `torch` for PyTorch, and the reason.
+
+        Raises:
+            ValueError: the environment variable BINARYVIT_ENGINE names kernels that this machine does not have.
+        """
         return choose_engine(self.base_model)
 
     @property
     def backbone_class(self) -> type:
-        """The class that the engine stands for; its subclasses run in PyTorch."""
+        """The class that the engine computes. Its subclasses run in PyTorch."""
         return BinaryViTModel
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Linear and convolution layers as PyTorch does, embeddings truncated normal, the rest constants."""
+        """Linear and convolution layers begin as PyTorch's, embeddings truncated normal, all others constant."""
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -283,11 +325,11 @@ class BinaryViTPreTrainedModel(PackableModel):
             super()._init_weights(module)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        """Batch normalisation must see each batch once: the second forward pass leaves its statistics alone."""
+        """The second forward pass leaves batch normalisation's statistics alone, so that each batch counts once."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
-                "BinaryViT needs gradient checkpointing with use_reentrant=False: the reentrant kind would count every "
-                "batch twice in the statistics of batch normalisation."
+                "Use gradient checkpointing with use_reentrant=False: the reentrant kind counts every batch twice in "
+                "batch normalisation's statistics."
             )
         checkpoint_once = functools.partial(
             gradient_checkpointing_func, context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self))
@@ -296,7 +338,12 @@ class BinaryViTPreTrainedModel(PackableModel):
 
 
 class BinaryViTModel(BinaryViTPreTrainedModel):
-    """The network without its classifier."""
+    """
+    BinaryViT backbone without classifier (Le & Li, CVPRW 2023, arXiv 2306.16678).
+
+    Raises:
+        ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
@@ -321,21 +368,21 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
-            output_hidden_states: also return the input of every layer and the output of the last. Where a stage ends,
-                that is after the patch embeddings that follow. Default: the config's.
+            output_hidden_states: also return `hidden_states`. Default: the config's.
 
         Returns:
             `last_hidden_state` `(batch, tokens, channels)` after the last normalisation; `pooler_output`
-            `(batch, channels)`, its class token or mean over tokens; `attentions`, quantised,
-            `(batch, heads, queries, keys)` of every layer if `output_attentions`.
+            `(batch, channels)`, its class token or mean over tokens; `hidden_states`, the input
+            `(batch, tokens, channels)` of every layer and the output of the last; `attentions`, quantised
+            probabilities `(batch, heads, queries, keys)` of every layer, if `output_attentions`.
 
         Raises:
-            ValueError: if the images have not the size and channels of the config.
+            ValueError: the images have another size or number of channels than the config.
         """
         self.embeddings.check(pixel_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs = compute(self, pixel_values, output_hidden_states, kwargs)
+        outputs = compute_by_engine(self, pixel_values, output_hidden_states, kwargs)
         if outputs is not None:
             return outputs
         hidden_states = self.embeddings(pixel_values)
@@ -358,7 +405,12 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
 
 
 class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
-    """BinaryViT with a full-precision linear classifier."""
+    """
+    BinaryViT with a full-precision linear classifier (Le & Li, CVPRW 2023, arXiv 2306.16678).
+
+    Raises:
+        ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
+    """
 
     def __init__(self, config: BinaryViTConfig):
         super().__init__(config)
@@ -374,13 +426,19 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
-            labels: `(batch,)` class indices; gives the loss.
+            labels: `(batch,)` class indices.
 
         Returns:
-            `logits` `(batch, num_labels)`, `loss` if there are labels, hidden states and attentions as the backbone.
+            `logits` `(batch, num_labels)`; `loss`, the cross-entropy, if there are labels; `hidden_states` and
+            `attentions` of the backbone, if `output_hidden_states` and `output_attentions` ask for them.
+
+        Raises:
+            ValueError: the images have another size or number of channels than the config.
         """
-        logits = self.logits_by_engine(pixel_values) if not kwargs else None
-        hidden_states = attentions = None
+        logits = hidden_states = attentions = None
+        only_logits = not (kwargs or self.config.output_hidden_states or self.config.output_attentions)
+        if only_logits and type(self.binaryvit) is BinaryViTModel:
+            logits = logits_by_engine(self.binaryvit, self.classifier, pixel_values)
         if logits is None:
             outputs = self.binaryvit(pixel_values, **kwargs)
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
@@ -388,18 +446,10 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
 
-    def logits_by_engine(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        """`(batch, num_labels)`; none where the engine cannot, or the config asks for more."""
-        if type(self.binaryvit) is not BinaryViTModel:
-            return None
-        if self.config.output_hidden_states or self.config.output_attentions:
-            return None
-        return compute_logits(self.binaryvit, self.classifier, pixel_values)
-
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module):
-    """Batch normalisation neither updates nor counts inside of this; in training it uses the batch as ever."""
+    """Inside, batch normalisation keeps its running statistics. In training mode it still normalises by the batch."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms]

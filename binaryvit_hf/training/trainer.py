@@ -23,7 +23,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
 from ..errors import NonFiniteLossError
-from ..network.quantization_binaryvit import LATENT, ShippedModel, binary_layers, pack_folder
+from ..network.quantization_binaryvit import LATENT, ShippedModel, binary_layers, is_latent, pack_folder
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .callbacks.checkpointed import CheckpointedCallback
@@ -75,9 +75,7 @@ class DistillationTrainer(Trainer):
     @property
     def saves_packed(self) -> bool:
         """Whether the final model is saved packed: it has latent binary weights, and `--save_packed` is on."""
-        model = self.plain_model
-        latent = model.config.model_type == "binaryvit" and model.config.weight_bits < 32 and not model.is_packed
-        return self.args.save_packed and latent
+        return self.args.save_packed and is_latent(self.plain_model)
 
     # Training
 

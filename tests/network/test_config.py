@@ -17,34 +17,37 @@ NAN = float("nan")
     "changes, message",
     [
         ({"num_attention_heads": [3, 4]}, "num_attention_heads=3 does not divide hidden_sizes=8 of stage 0"),
-        ({"depths": [2]}, "One value per stage: depths"),
+        ({"depths": [2]}, "depths=[2] must have one value per stage"),
         ({"depths": [2, 0]}, "depths must be from 1 to 200, not [2, 0]"),
-        ({"image_size": 30}, "image_size=30 is no multiple of patch_size=4"),
+        ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=4"),
         ({"image_size": 20, "sequence_reduction_ratios": [1, 1]}, "5 tokens a side, which cannot be halved 1 times"),
         ({"sequence_reduction_ratios": [3, 1]}, "sequence_reduction_ratios=3 does not divide the 4 tokens"),
-        ({"intermediate_sizes": [12, 64]}, "intermediate_sizes=12 is no multiple of hidden_sizes=8"),
-        ({"hidden_sizes": [8, 12], "intermediate_sizes": [16, 60]}, "hidden_sizes=12 of stage 1 is no multiple of 8"),
-        ({"weight_bits": 9}, "weight_bits is 1, 2 to 8, or 32"),
-        ({"input_bits": 0}, "input_bits is 1, 2 to 8, or 32"),
-        ({"avg_pool_kernel_sizes": [4]}, "the kernels must be odd"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate is a probability below 1"),
+        ({"intermediate_sizes": [12, 64]}, "intermediate_sizes=12 is not a multiple of hidden_sizes=8"),
+        (
+            {"hidden_sizes": [8, 12], "intermediate_sizes": [16, 60]},
+            "hidden_sizes=12 of stage 1 is not a multiple of 8",
+        ),
+        ({"weight_bits": 9}, "weight_bits must be from 1 to 8, or 32"),
+        ({"input_bits": 0}, "input_bits must be from 1 to 8, or 32"),
+        ({"avg_pool_kernel_sizes": [4]}, "avg_pool_kernel_sizes=[4] must be odd"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be a probability below 1"),
         ({"use_class_token": True}, "use_class_token needs one stage"),
-        ({"hidden_sizes": []}, "One value per stage"),
+        ({"hidden_sizes": []}, "must have one value per stage"),
         ({"depths": [10**9, 1]}, "depths must be from 1 to 200, not [1000000000, 1]"),
-        ({"depths": [150, 150]}, "are 300 layers; 200 are the most"),
-        ({"avg_pool_kernel_sizes": [3] * 100_000}, "avg_pool_kernel_sizes has 100000 values; 16 are the most"),
+        ({"depths": [150, 150]}, "are 300 layers; the maximum is 200"),
+        ({"avg_pool_kernel_sizes": [3] * 100_000}, "avg_pool_kernel_sizes has 100000 values; the maximum is 16"),
         ({"image_size": 2**30}, "image_size must be from 1 to 16384"),
-        ({"image_size": 2**13}, "Stage 0 has 4194304 tokens of an image, which are too many"),
+        ({"image_size": 2**13}, "Stage 0 has 4194304 tokens an image, too many"),
         ({"hidden_sizes": [2**16, 2**16], "intermediate_sizes": [2**16, 2**16]}, "The network has 1.0e+11 weights"),
         ({"batch_norm_eps": NAN}, "batch_norm_eps must be from 1e-30 to 10000, not nan"),
         ({"batch_norm_eps": 0.0}, "batch_norm_eps must be from"),
         ({"batch_norm_momentum": NAN}, "batch_norm_momentum must be from 0 to 1, not nan"),
-        ({"hidden_dropout_prob": NAN}, "hidden_dropout_prob is a probability below 1, not nan"),
+        ({"hidden_dropout_prob": NAN}, "hidden_dropout_prob must be a probability below 1, not nan"),
         ({"quantization_clip_value": float("inf")}, "quantization_clip_value must be from"),
         ({"attention_clip_init_value": 0}, "attention_clip_init_value must be from"),
     ],
 )
-def test_config_that_describes_no_network_says_why(changes, message):
+def test_a_config_that_describes_no_network_says_why(changes, message):
     with pytest.raises(StrictDataclassClassValidationError, match=re.escape(message)):
         tiny_config(**changes)
 
@@ -52,25 +55,25 @@ def test_config_that_describes_no_network_says_why(changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_labels": 10**9}, "num_labels is a whole number from 1 to 100000, not 1000000000"),
-        ({"num_labels": 0}, "num_labels is a whole number from 1"),
-        ({"num_labels": "many"}, "num_labels is a whole number from 1"),
+        ({"num_labels": 10**9}, "num_labels must be a whole number from 1 to 100000, not 1000000000"),
+        ({"num_labels": 0}, "num_labels must be a whole number from 1"),
+        ({"num_labels": "many"}, "num_labels must be a whole number from 1"),
         ({"id2label": dict.fromkeys(range(10**5 + 1), "ant")}, "id2label has 100001 labels"),
-        ({"id2label": {0: "ant", 2: "bee"}}, "The keys of id2label are not 0 to 1"),
-        ({"id2label": {"a": "ant"}}, "The keys of id2label are not 0 to 0"),
-        ({"id2label": {0: "ant", 1: None}}, "id2label has no text for label 1"),
-        ({"id2label": ["ant", "bee"]}, "id2label maps numbers to labels; it is no list"),
-        ({"dtype": "float3"}, "dtype is float32, bfloat16, float16 or float64, not 'float3'"),
+        ({"id2label": {0: "ant", 2: "bee"}}, "The keys of id2label must be 0 to 1"),
+        ({"id2label": {"a": "ant"}}, "The keys of id2label must be 0 to 0"),
+        ({"id2label": {0: "ant", 1: None}}, "Label 1 of id2label must be text"),
+        ({"id2label": ["ant", "bee"]}, "id2label must map numbers to labels; it is a list"),
+        ({"dtype": "float3"}, "dtype must be float32, bfloat16, float16 or float64, not 'float3'"),
         ({"torch_dtype": "int8"}, "not 'int8'"),
     ],
 )
-def test_labels_and_dtype_are_checked_before_transformers_makes_anything_of_them(changes, message):
+def test_labels_and_dtype_are_checked_before_transformers_uses_them(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_config(**changes)
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_row_says_every_field_and_no_other(row):
+def test_the_config_of_a_row_sets_every_field_and_no_other(row):
     written = json.loads((CONFIGS / row / "config.json").read_text())
     config = AutoConfig.from_pretrained(CONFIGS / row)
     assert config.num_labels == 1000
@@ -79,7 +82,7 @@ def test_row_says_every_field_and_no_other(row):
         assert set(written) == own
 
 
-def test_config_survives_saving(tmp_path):
+def test_a_config_survives_saving(tmp_path):
     config = tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}, weight_bits=2)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)

@@ -87,8 +87,8 @@ def test_validation_class_that_training_lacks_is_named(capsys, photos, tmp_path)
     "changes, message",
     [
         ({"num_attention_heads": [3, 4]}, "num_attention_heads=3 does not divide"),
-        ({"depths": [2]}, "One value per stage"),
-        ({"image_size": 30}, "no multiple of patch_size"),
+        ({"depths": [2]}, "must have one value per stage"),
+        ({"image_size": 30}, "not a multiple of patch_size"),
         ({"num_channels": 1}, "takes images of 1 channels"),
     ],
 )

@@ -30,8 +30,8 @@ def test_overrides_are_names_and_values_lists_included():
         ("weight_bit=32", "the config has no field 'weight_bit'; did you mean 'weight_bits'?"),
         ("weight_bits", "'weight_bits' is not of this form"),
         ("weight_bits=", "weight_bits= must be a number"),
-        ("weight_bits=9", "weight_bits is 1, 2 to 8, or 32"),
-        ("depths=[1]", "One value per stage"),
+        ("weight_bits=9", "weight_bits must be from 1 to 8, or 32"),
+        ("depths=[1]", "must have one value per stage"),
         ("weight_bits=[1]", "weight_bits"),
     ],
 )
