@@ -14,6 +14,14 @@ from .errors import UserError, first_sentence, shorten
 
 MAX_SHOWN_CHARACTERS = 60  # of a wrong value in a message
 MAX_COUNT = 2**31 - 1
+TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class Range(NamedTuple):
@@ -184,31 +192,24 @@ def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = N
         return bare
     if value is None and NoneType in kinds:
         return None
+    shown = shorten(repr(value), MAX_SHOWN_CHARACTERS)
     names = [member.value for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for member in kind]
     choices = names or choices
     if choices is not None:
         if value in list(choices):
             return value
-        raise UserError(
-            f"--{name} must be one of {', '.join(map(str, choices))}, not {shorten(repr(value), MAX_SHOWN_CHARACTERS)}."
-        )
+        raise UserError(f"--{name} must be one of {', '.join(map(str, choices))}, not {shown}.")
     if isinstance(value, str) and value.startswith("{") and any((get_origin(kind) or kind) is dict for kind in kinds):
-        check_json(name, value)
+        try:
+            json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--{name} {shown} is not JSON: {first_sentence(error)}.") from error
     for kind in kinds:
         converted = convert_to(kind, value)
         if converted is not None:
             return converted
     wanted = " or ".join(dict.fromkeys(describe_type(kind) for kind in kinds if kind is not NoneType))
-    raise UserError(f"--{name} must be {wanted}, not {shorten(repr(value), MAX_SHOWN_CHARACTERS)}.")
-
-
-def check_json(name: str, text: str) -> None:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"--{name} {shorten(repr(text), MAX_SHOWN_CHARACTERS)} is not JSON: {first_sentence(error)}."
-        ) from error
+    raise UserError(f"--{name} must be {wanted}, not {shown}.")
 
 
 def convert_to(kind: Any, value: Any) -> Any:
@@ -236,13 +237,5 @@ def convert_to(kind: Any, value: Any) -> Any:
 
 
 def describe_type(kind: Any) -> str:
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
     origin = get_origin(kind) or kind
-    return names.get(origin, getattr(origin, "__name__", str(origin)))
+    return TYPES.get(origin, getattr(origin, "__name__", str(origin)))

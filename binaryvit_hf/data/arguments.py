@@ -23,12 +23,8 @@ class DataArguments(AugmentationArguments):
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of training images, one sub-folder per class."}
-    )
-    validation_dir: str | None = field(
-        default=None, metadata={"help": "Folder of evaluation images, one sub-folder per class."}
-    )
+    train_dir: str | None = field(default=None, metadata={"help": "Training images, one sub-folder per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Evaluation images, one sub-folder per class."})
     train_files: str | None = field(
         default=None,
         metadata={"help": "Train only on these files of --dataset_name: a pattern such as 'train-*.tar'."},
@@ -39,8 +35,7 @@ class DataArguments(AugmentationArguments):
     )
     train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split_name: str | None = field(
-        default=None,
-        metadata={"help": "Split to evaluate on. Default: 'validation', or else 'test'."},
+        default=None, metadata={"help": "Split to evaluate on. Default: 'validation', or else 'test'."}
     )
     test_split_name: str = field(default="test", metadata={"help": "Split that --do_predict tests on."})
     image_column_name: str = field(
@@ -63,8 +58,7 @@ class DataArguments(AugmentationArguments):
         metadata={"help": "Read the images of --dataset_name during training instead of downloading them first."},
     )
     shuffle_buffer_size: int = field(
-        default=1000,
-        metadata={"help": "Streamed training images are shuffled within a buffer of this many images."},
+        default=1000, metadata={"help": "Streamed training images are shuffled within a buffer of this many images."}
     )
     train_val_split: float | None = field(
         default=None,
@@ -73,14 +67,8 @@ class DataArguments(AugmentationArguments):
             f"They do not depend on the seed. Default: {HELD_OUT_SHARE} if there are no evaluation images."
         },
     )
-    max_train_samples: int | None = field(
-        default=None,
-        metadata={"help": "Train on at most this many images: random ones, or the first ones of a stream."},
-    )
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={"help": "Evaluate on at most this many images: random ones, or the first ones of a stream."},
-    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
     skip_broken_images: bool = field(
         default=False,
         metadata={"help": "Decode all images before training, and leave out broken ones instead of stopping."},

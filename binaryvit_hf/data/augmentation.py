@@ -35,12 +35,8 @@ class AugmentationArguments:
     random_erasing_prob: float = field(
         default=0.0, metadata={"help": "Probability of filling a rectangle of a training image with noise."}
     )
-    mixup_alpha: float = field(
-        default=0.0, metadata={"help": "Mixup: shares are drawn from Beta(alpha, alpha); 0 is off."}
-    )
-    cutmix_alpha: float = field(
-        default=0.0, metadata={"help": "CutMix: areas are drawn from Beta(alpha, alpha); 0 is off."}
-    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup: shares are from Beta(alpha, alpha); 0 is off."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix: areas are from Beta(alpha, alpha); 0 is off."})
     mixup_prob: float = field(default=1.0, metadata={"help": "Probability of mixing a batch, if mixing is on."})
     mixup_switch_prob: float = field(
         default=0.5, metadata={"help": "Probability of CutMix instead of mixup, if both are on."}

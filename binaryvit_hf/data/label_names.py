@@ -46,9 +46,7 @@ def match_labels(config: PreTrainedConfig, labels: list[str], model_name: str) -
     for label in labels:
         found = [index for index, name in enumerate(model_labels) if name == label]
         if not found and (wanted := first_synonym(label)):
-            found = [
-                index for index, name in enumerate(model_labels) if synonym_of[index] == wanted and name not in exact
-            ]
+            found = [i for i, name in enumerate(model_labels) if synonym_of[i] == wanted and name not in exact]
         if not found:
             raise UserError(
                 f"{model_name} has no class {label!r}, which the images have; evaluate it on images of its own classes."
