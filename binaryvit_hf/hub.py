@@ -24,17 +24,17 @@ from .errors import UploadError, UserError, first_sentence
 
 # Checkpoints for resuming, hidden files, unfinished files of a run, and a pickle that may hold a token.
 NOT_UPLOADED = ["checkpoint-*", ".*", "_*", "training_args.bin"]
-LOG_IN = "log in with `hf auth login`, or give a token that may"
+LOG_IN = "log in with `hf auth login`, or pass a token with access"
 CAUSES = {
     GatedRepoError: "the repository is gated: ask for access on its page, then log in with `hf auth login`",
     RepositoryNotFoundError: f"the Hub has no such repository, or it is private: check the name, or {LOG_IN}",
     RevisionNotFoundError: "the repository has no such revision: check the name of the branch, tag or commit",
-    OfflineModeIsEnabled: "it is not in the cache, and HF_HUB_OFFLINE forbids to download it",
+    OfflineModeIsEnabled: "it is not in the cache, and HF_HUB_OFFLINE forbids downloads",
 }
 STATUSES = {
-    401: f"the Hub does not take this token (401): {LOG_IN}",
+    401: f"the Hub rejects this token (401): {LOG_IN}",
     403: f"the Hub forbids it (403): {LOG_IN}",
-    429: "the Hub takes no more requests for now (429): try again later",
+    429: "too many requests to the Hub (429): try again later",
 }
 HTTP_LIBRARIES = (
     "httpx",
@@ -64,7 +64,7 @@ def explain_hub_error(error: BaseException) -> str | None:
         if isinstance(error, HfHubHTTPError) and response is not None and not isinstance(error, EntryNotFoundError):
             status = response.status_code
             if status >= 500:
-                return f"the Hub has a fault of its own ({status}): try again later"
+                return f"the Hub has an internal error ({status}): try again later"
             return STATUSES.get(status, f"the Hub refuses it ({status}): {first_sentence(error)}")
     if is_offline_mode() and any(isinstance(error, LocalEntryNotFoundError) for error in seen):
         return CAUSES[OfflineModeIsEnabled]
@@ -95,7 +95,7 @@ def create_repository(repo_id: str, token: str | None, private: bool | None) -> 
         return repo_id
     except Exception as error:
         raise UserError(
-            f"The repository {repo_id!r} cannot be made or written to on the Hub: {explain_error(error)}."
+            f"The repository {repo_id!r} cannot be created or written to: {explain_error(error)}."
         ) from error
 
 

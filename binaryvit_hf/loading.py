@@ -289,6 +289,6 @@ def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfi
     # `not (...)`, because a comparison with NaN is false.
     if not (least >= -MAX_VALUE).all() & (most <= MAX_VALUE).all() & (most - least >= MIN_CONTRAST).all():
         raise LoadingError(
-            f"it turns black and white into numbers from {least.min():g} to {most.max():g}; see its rescale_factor, "
+            f"it turns black and white into numbers from {least.min():g} to {most.max():g}: check its rescale_factor, "
             "image_mean and image_std."
         )

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
-from .errors import first_sentence
+from .errors import UserError, first_sentence
 
 
 # By EXIF orientation, as in `PIL.ImageOps.exif_transpose`. Orientation 1 is upright.
@@ -171,11 +171,11 @@ def is_of_one_colour(picture: Image.Image) -> bool:
 def check_background(colour: str | None) -> None:
     """
     Raises:
-        ValueError: the colour is not opaque, or Pillow does not know it.
+        UserError: the colour is not opaque, or Pillow does not know it.
     """
     try:
         opaque = colour is None or len(ImageColor.getrgb(colour)) == 3
     except (AttributeError, TypeError, ValueError):
         opaque = False
     if not opaque:
-        raise ValueError(f"--background must be an opaque colour such as white or '#ffcc00', not {colour!r}.")
+        raise UserError(f"--background must be an opaque colour such as white or '#ffcc00', not {colour!r}.")

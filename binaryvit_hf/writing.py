@@ -42,7 +42,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     with reported_write_errors(out):
         target = out.resolve()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise UserError(f"{str(out)!r} is there already: choose another name, or remove it.")
+            raise UserError(f"{str(out)!r} already exists: choose another name, or remove it.")
         with parent_folders(target), staging_folder(target) as staging:
             folder = staging / target.name
             folder.mkdir()
@@ -171,10 +171,38 @@ def describe_full_disk(error: Exception) -> str | None:
 def staging_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `target` and remove it at the end. Also removes those of killed processes."""
     prefix = f".{target.name[:100]}{UNFINISHED}"
-    with sigterm_as_exit():
+    with sigterm_as_exit(), contextlib.ExitStack() as stack:
         remove_leftovers(target.parent, prefix)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as folder, locked(Path(folder)):
-            yield Path(folder)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix)))
+        with contextlib.suppress(OSError):  # there are no locks
+            stack.enter_context(lock(folder))
+        yield folder
+
+
+def remove_leftovers(parent: Path, prefix: str) -> None:
+    """Remove staging folders whose process has ended."""
+    for folder in parent.iterdir():
+        if folder.name.startswith(prefix) and folder.is_dir() and not folder.is_symlink():
+            with contextlib.suppress(OSError), lock(folder):
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """
+    Hold a lock, which tells other processes that a folder is in use. It ends with this process at the latest.
+
+    Raises:
+        OSError: another process holds the lock, or the system has no locks.
+    """
+    if fcntl is None:
+        raise OSError("no locks on this system")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -189,31 +217,3 @@ def sigterm_as_exit() -> Iterator[None]:
     finally:
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder, which tells other processes that it is in use. The system releases it if this one dies."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # the file system has no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove staging folders whose process has ended."""
-    for folder in parent.iterdir() if fcntl else ():
-        if folder.name.startswith(prefix) and folder.is_dir() and not folder.is_symlink():
-            with contextlib.suppress(OSError):  # a living process holds the lock, or another one removes the folder
-                descriptor = os.open(folder, os.O_RDONLY)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
-                finally:
-                    os.close(descriptor)

@@ -242,7 +242,7 @@ def test_a_token_that_may_not_write_is_refused_before_training(server, photos, t
     for token in (BOB, None):
         refused = train(server, tmp_path, photos, token)
         assert refused.returncode == 2, refused.stderr
-        assert "'alice/photos' cannot be made or written to" in refused.stderr
+        assert "'alice/photos' cannot be created or written to" in refused.stderr
         assert "Traceback" not in refused.stderr
     assert not (tmp_path / "run").exists()
 

@@ -1,4 +1,4 @@
-"""What the Hub answers when something is wrong, by the real client, and what the commands say of it."""
+"""Faults of the Hub, met by its real client, and the error messages of the commands."""
 
 import json
 import subprocess
@@ -15,8 +15,8 @@ from binaryvit_hf.errors import LINE_LENGTH
 
 
 ALICE, BOB = "token-of-alice", "token-of-bob"
-# The Hub is of the same process, which imports the client once for all faults. The client's waits between two tries pass at
-# once.
+# One process runs the Hub and all commands, so that the libraries are imported once. The client's waits between two tries are
+# skipped.
 SCRIPT = """
 import contextlib
 import io
@@ -95,13 +95,13 @@ with server.down():
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> dict[str, dict]:
-    """Exit code, lines of stderr and stdout of every command, by its fault."""
+    """Exit code, lines of stderr, and stdout of every command, by the name of its fault."""
     root = tmp_path_factory.mktemp("faults")
     model = tiny_model(tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}))
     model.save_pretrained(root / "model")
     create_image_processor(model.config, crop_pct=1.0).save_pretrained(root / "model")
     Image.new("RGB", (32, 16), (9, 200, 30)).save(root / "a.png")
-    with HubServer(users={}) as server:  # for the names of the environment alone
+    with HubServer(users={}) as server:  # only for the variables of its environment
         environment = client_environment(server, root / "home")
     tests = Path(__file__).parent
     command = [sys.executable, "-c", SCRIPT, str(tests / "support"), str(root / "model")]
@@ -137,7 +137,7 @@ def said(tmp_path_factory) -> dict[str, dict]:
         ("damaged and down", 2, ("'bob/damaged'", "models--bob--damaged/blobs/", "damaged", "downloaded again")),
     ],
 )
-def test_a_fault_of_the_hub_is_named_with_what_to_do(said, fault, code, words):
+def test_a_fault_of_the_hub_is_named_with_a_remedy(said, fault, code, words):
     assert said[fault]["code"] == code, said[fault]
     (line,) = [line for line in said[fault]["errors"] if line.startswith("error: ")]
     assert len(line) <= LINE_LENGTH
@@ -146,7 +146,7 @@ def test_a_fault_of_the_hub_is_named_with_what_to_do(said, fault, code, words):
     assert "token-of" not in line
 
 
-def test_a_damaged_file_of_the_cache_is_fetched_again(said):
+def test_a_damaged_file_in_the_cache_is_downloaded_again(said):
     first = said["fetched"]
     assert first["code"] == 0
     for fault in [name for name in said if name.startswith("again ")]:

@@ -1,4 +1,4 @@
-"""Operations and bytes: the paper's rows, small networks counted by hand, PyTorch's own counter, saved files."""
+"""Operations and bytes against the paper's rows, counts by hand, PyTorch's own counter, and saved checkpoints."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def costs_by_kind(config) -> dict[str, LayerCost]:
 
 
 def one_stage(**changes):
-    """12 channels, whose bits do not fill their bytes, on 4 x 8 tokens, with everything that one stage can have."""
+    """One stage with every kind of layer, of 12 channels (not a multiple of 8 bits), on 4 x 8 tokens."""
     fields = {
         "hidden_sizes": [12],
         "depths": [1],
@@ -60,12 +60,12 @@ def one_stage(**changes):
 
 
 @pytest.mark.parametrize("row, expected", ROWS.items(), ids=ROWS)
-def test_row_costs_what_its_shapes_say(row, expected):
+def test_operations_of_a_row_follow_from_its_shapes(row, expected):
     cost = total(count_operations(AutoConfig.from_pretrained(CONFIGS / row)))
     assert (cost.bops, cost.flops, cost.ops) == pytest.approx(expected, rel=0.01)
 
 
-def test_operations_of_a_pyramid_are_those_counted_by_hand():
+def test_operations_of_a_pyramid_equal_a_count_by_hand():
     # 32 tokens of 8 channels with 8 keys, twice; then 8 tokens of 16 channels.
     costs = costs_by_kind(tiny_config())
     assert {kind: cost.bops for kind, cost in costs.items() if cost.bops} == {
@@ -122,12 +122,12 @@ def test_full_precision_on_either_side_is_a_flop(weight_bits, input_bits):
     assert (wide["MLP"].bops, wide["MLP"].flops) == (0, binary["MLP"].bops)
 
 
-def test_attention_products_are_binary_whatever_the_weights_are():
+def test_attention_products_are_binary_with_any_weights():
     binary, wide = costs_by_kind(one_stage()), costs_by_kind(one_stage(weight_bits=32))
     assert wide["attention products"].bops == binary["attention products"].bops
 
 
-def test_packed_bytes_are_those_counted_by_hand():
+def test_packed_bytes_equal_a_count_by_hand():
     # 12 bits fill 2 bytes and 36 bits 5; every row has a scale and every input channel a shift of 4 bytes.
     square = 12 * (2 + 4) + 12 * 4
     norm, wide_norm = 4 * 12 * 4 + 8, 4 * 36 * 4 + 8
@@ -152,7 +152,7 @@ def test_wider_weights_have_one_scale_for_the_tensor(bits, row_bytes):
 
 @pytest.mark.parametrize("weight_bits", [1, 2, 3, 8])
 @pytest.mark.parametrize("make_config", [tiny_config, one_stage])
-def test_packed_bytes_are_those_of_a_saved_packed_checkpoint(make_config, weight_bits, tmp_path):
+def test_packed_bytes_equal_those_of_a_saved_packed_checkpoint(make_config, weight_bits, tmp_path):
     config = make_config(weight_bits=weight_bits)
     BinaryViTForImageClassification(config).save_pretrained(tmp_path / "latent")
     packed = BinaryViTForImageClassification.from_pretrained(
@@ -164,12 +164,12 @@ def test_packed_bytes_are_those_of_a_saved_packed_checkpoint(make_config, weight
 
 
 @pytest.mark.parametrize("config", [tiny_config(weight_bits=32), TINY_VIT], ids=["32 bits", "ViT"])
-def test_what_has_nothing_to_pack_keeps_its_bytes(config):
+def test_a_network_of_full_precision_weights_keeps_its_bytes(config):
     cost = total(count_operations(config))
     assert cost.packed_bytes == cost.float_bytes
 
 
-def test_config_of_packed_weights_is_counted_and_left_as_it_was():
+def test_a_config_of_packed_weights_is_counted_and_not_changed():
     config = tiny_config(quantization_config=BinaryViTQuantizationConfig(half=True).to_dict())
     assert count_operations(config) == count_operations(tiny_config())
     assert config.quantization_config["half"] is True

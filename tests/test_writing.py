@@ -1,4 +1,4 @@
-"""Commands leave a whole result or nothing, and tell of a place where nothing can be written before they work."""
+"""Commands write a whole result or nothing, and check first that they can write."""
 
 import contextlib
 import os
@@ -52,7 +52,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("out, words", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_a_place_where_nothing_can_be_written_is_told_first(out, words, latent, tmp_path, capsys, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_first(out, words, latent, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
@@ -67,7 +67,7 @@ def test_a_place_where_nothing_can_be_written_is_told_first(out, words, latent, 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_that_is_write_protected_is_told_first(tmp_path):
+def test_a_write_protected_folder_is_refused_first(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     tmp_path.chmod(0o500)
@@ -76,7 +76,7 @@ def test_a_folder_that_is_write_protected_is_told_first(tmp_path):
             check(tmp_path / "out")
 
 
-def test_to_check_a_folder_leaves_it_as_it_was(tmp_path):
+def test_checking_a_folder_leaves_nothing_in_it(tmp_path):
     check_writable(tmp_path / "new" / "out")
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_nothing_behind(size, latent, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_card_is_written_whole_or_the_old_one_stays(latent, tmp_path, capsys):
+def test_a_file_is_written_whole_or_the_old_one_stays(latent, tmp_path, capsys):
     (tmp_path / "card.md").write_text("old")
     with files_up_to(100):
         assert_refused(capsys, ["card", latent, "--out", tmp_path / "card.md"], "cannot be written", "File too large")
@@ -100,7 +100,7 @@ def test_a_card_is_written_whole_or_the_old_one_stays(latent, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [5000, 60_000], ids=["at the start", "at the checkpoint"])
-def test_a_run_on_a_full_disk_ends_with_a_sentence(size, latent, tmp_path, capsys):
+def test_training_on_a_full_disk_ends_with_one_sentence(size, latent, tmp_path, capsys):
     arguments = ["--config_name", latent, "--train_dir", tmp_path / "images", "--output_dir", tmp_path / "run"]
     arguments += ["--train_val_split", "0.5", "--do_train", "--max_steps", "1", "--use_cpu", "--report_to", "none"]
     for label in ("ant", "bee", "cat"):
@@ -117,7 +117,7 @@ WAIT = """
 import sys, time, types
 from pathlib import Path
 
-# The package without what it imports, which takes seconds.
+# The package without its __init__, whose imports take seconds.
 sys.modules["binaryvit_hf"] = types.ModuleType("binaryvit_hf")
 sys.modules["binaryvit_hf"].__path__ = [sys.argv[2]]
 from binaryvit_hf.writing import new_folder
@@ -144,8 +144,8 @@ def waiting(out):
             process.kill()
 
 
-def test_what_a_process_leaves_behind_goes_with_a_signal_or_when_it_is_written_again(tmp_path):
-    mine = tmp_path / ".out.unfinished-notes"  # no folder of ours
+def test_leftovers_are_removed_at_sigterm_or_when_the_folder_is_written_again(tmp_path):
+    mine = tmp_path / ".out.unfinished-notes"  # a file, so not one of our folders
     mine.touch()
     with waiting(tmp_path / "out") as killed, waiting(tmp_path / "out") as alive:
         killed.kill()
@@ -153,14 +153,14 @@ def test_what_a_process_leaves_behind_goes_with_a_signal_or_when_it_is_written_a
         assert len(list(tmp_path.iterdir())) == 3
         with new_folder(tmp_path / "out") as folder:
             (folder / "weights").touch()
-        # That of the living process stays.
+        # The staging folder of the living process stays.
         assert len(list(tmp_path.glob(".out.unfinished-*/out"))) == 1
         alive.send_signal(signal.SIGTERM)
         assert alive.wait() == 128 + signal.SIGTERM
     assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "out"]
 
 
-def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_when_the_file_is_written_again(tmp_path):
     (tmp_path / ".README.md.unfinished-abc").mkdir()
     (tmp_path / ".README.md.unfinished-abc" / "README.md").write_text("half of")
     write_file(tmp_path / "README.md", "whole")
@@ -183,6 +183,6 @@ def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written_again(tmp_
         (OSError("no number"), None),
     ],
 )
-def test_failures_of_the_file_system_are_told_from_others(error, described):
+def test_errors_of_the_file_system_are_distinguished_from_others(error, described):
     failure = describe_write_failure(error)
     assert failure is None if described is None else failure.startswith(described)

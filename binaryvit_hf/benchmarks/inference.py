@@ -115,14 +115,19 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[PEER]))
     peer, half = save(model, "peer"), save(model.to(torch.bfloat16), "half")
     competitors = [
-        Competitor(network, kernels, packed, functools.partial(load_packed, kernels=kernels))
+        Competitor(network, kernels, packed, functools.partial(load_in_pytorch, kernels=kernels))
         for kernels in engine.kernels_here()
     ]
     competitors += [
         Competitor(network, "PyTorch, simulated", latent, functools.partial(load_in_pytorch, change=simulate)),
         Competitor(PEER, PEER_ENGINE, peer, load_in_pytorch),
         Competitor(PEER, "PyTorch bfloat16", half, functools.partial(load_in_pytorch, dtype=torch.bfloat16)),
-        Competitor(PEER, "torch.compile", peer, functools.partial(load_in_pytorch, change=compile_for_each_batch)),
+        Competitor(
+            PEER,
+            "torch.compile",
+            peer,
+            functools.partial(load_in_pytorch, change=functools.partial(torch.compile, dynamic=False)),
+        ),
     ]
     if importlib.util.find_spec("onnxruntime"):
         from .onnx_peers import export_networks, load_onnx
@@ -244,14 +249,16 @@ def measure(forward: Forward, batch_size: int) -> float:
     return time.perf_counter() - start
 
 
-def load_packed(file: Path, threads: int, kernels: str) -> Forward:
-    os.environ[ENGINE_VARIABLE] = kernels
-    return load_in_pytorch(file, threads)
-
-
 def load_in_pytorch(
-    file: Path, threads: int, dtype: torch.dtype = torch.float32, change: Callable | None = None
+    file: Path,
+    threads: int,
+    dtype: torch.dtype = torch.float32,
+    change: Callable | None = None,
+    kernels: str | None = None,
 ) -> Forward:
+    """The forward of a model of transformers: as `change` returns it, or on the engine's `kernels` if it is packed."""
+    if kernels:
+        os.environ[ENGINE_VARIABLE] = kernels
     torch.set_num_threads(threads)
     model = AutoModelForImageClassification.from_pretrained(file.parent, dtype=dtype).eval()
     shape = (model.config.num_channels, *as_pair(model.config.image_size))
@@ -263,10 +270,6 @@ def load_in_pytorch(
             return forward(create_images(batch_size)).logits
 
     return compute
-
-
-def compile_for_each_batch(model: torch.nn.Module) -> torch.nn.Module:
-    return torch.compile(model, dynamic=False)
 
 
 def count_threads(threads: int) -> str:

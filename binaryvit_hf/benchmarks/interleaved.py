@@ -10,18 +10,12 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import UserError, first_sentence
 
 
 MAX_IDLE_WAIT = 2.0  # seconds
-
-
-class Failure(NamedTuple):
-    """The answer of a worker that raised an exception: its message, in one sentence."""
-
-    sentence: str
 
 
 class Worker:
@@ -48,14 +42,14 @@ class Worker:
         Raises:
             UserError: the worker raised an exception, or ran out of memory.
         """
-        with contextlib.suppress(ConnectionError):  # the worker has ended; its Failure may be in the pipe
+        with contextlib.suppress(ConnectionError):  # the worker has ended; its error may be in the pipe
             self.pipe.send(message)
         try:
             answer = self.pipe.recv()
-        except (EOFError, ConnectionError) as error:  # no Failure: the system killed it, for its memory
+        except (EOFError, ConnectionError) as error:  # no error in the pipe: the system killed it, for its memory
             raise UserError(f"{self.name} ran out of memory; try a smaller --batch-size.") from error
-        if isinstance(answer, Failure):
-            raise UserError(f"{self.name} failed: {answer.sentence}")
+        if isinstance(answer, UserError):
+            raise UserError(f"{self.name} failed: {answer}")
         return answer
 
     def stop(self) -> None:
@@ -76,7 +70,7 @@ def serve(pipe: Connection, create: Callable, arguments: tuple) -> None:
             wait_for_idle_threads()
             pipe.send(answer)
     except Exception as error:
-        pipe.send(Failure(first_sentence(error)))
+        pipe.send(UserError(first_sentence(error)))  # the exception itself may not pickle
 
 
 def wait_for_idle_threads() -> None:

@@ -38,15 +38,6 @@ class Competitor:
         return self.network if self.mode == "eager" else f"{self.network}, {self.mode}"
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Seconds of each step, and the peak memory in bytes: of the GPU if there is one, else of the process."""
-
-    competitor: Competitor
-    seconds: list[float]
-    peak_bytes: int
-
-
 def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict:
     """
     Time training steps (forward, cross-entropy, backward, AdamW) of a row of configs/, of its simulation and of DeiT-S.
@@ -72,13 +63,22 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
     modes = ("eager", "compiled") if device == "cuda" else ("eager",)
     competitors = [Competitor(name, mode) for name in (PEER, network) for mode in modes]
     competitors.append(Competitor(network, "simulated"))
-    measurements = take_turns(competitors, batch_size, steps, device)
-    peer = statistics.median(measurements[0].seconds)
+    seconds, peaks = take_turns(competitors, batch_size, steps, device)
+    peer_seconds = statistics.median(seconds[0])
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
-        "results": [describe(measurement, batch_size, peer) for measurement in measurements],
+        "results": [
+            {
+                "contestant": str(competitor),
+                **describe_seconds(times),
+                "images_per_second": batch_size / statistics.median(times),
+                "peak_bytes": peak,
+                "ratio": statistics.median(times) / peer_seconds,
+            }
+            for competitor, times, peak in zip(competitors, seconds, peaks)
+        ],
     }
 
 
@@ -101,24 +101,20 @@ def format_steps(measured: dict) -> str:
     return f"{head}\n{align_columns(rows)}"
 
 
-def describe(measurement: Measurement, batch_size: int, peer_seconds: float) -> dict:
-    median = statistics.median(measurement.seconds)
-    return {
-        "contestant": str(measurement.competitor),
-        **describe_seconds(measurement.seconds),
-        "images_per_second": batch_size / median,
-        "peak_bytes": measurement.peak_bytes,
-        "ratio": median / peer_seconds,
-    }
+def take_turns(
+    competitors: list[Competitor], batch_size: int, steps: int, device: str
+) -> tuple[list[tuple[float, ...]], list[int]]:
+    """
+    Train all competitors in turns.
 
-
-def take_turns(competitors: list[Competitor], batch_size: int, steps: int, device: str) -> list[Measurement]:
+    Returns:
+        For each competitor, the seconds of its steps; and its peak memory in bytes, of the GPU if there is one, else of the
+        process.
+    """
     arguments = (batch_size, device, torch.get_num_threads())
     workers = [Worker(str(competitor), create_responder, competitor, *arguments) for competitor in competitors]
     rounds = [[worker.request("step") for worker in workers] for _ in range(WARM_UP_TURNS + steps)]
-    seconds = map(list, zip(*rounds[WARM_UP_TURNS:]))
-    peaks = [worker.request("peak") for worker in workers]
-    return [Measurement(*parts) for parts in zip(competitors, seconds, peaks)]
+    return list(zip(*rounds[WARM_UP_TURNS:])), [worker.request("peak") for worker in workers]
 
 
 def create_responder(competitor: Competitor, batch_size: int, device: str, threads: int) -> Callable:

@@ -22,6 +22,7 @@ Modules here import PyTorch and transformers only inside of `run`, so that `--he
 
 import argparse
 import codecs
+import importlib
 import io
 import os
 import signal
@@ -30,21 +31,10 @@ import sys
 from .. import __version__
 from ..errors import RunError, UploadError, UserError
 from ..writing import describe_full_disk
-from . import ablation, benchmark, card, classify, convert, doctor, ops, pack, push
 from .common import print_error
 
 
-COMMANDS = {
-    "pack": pack,
-    "convert": convert,
-    "ops": ops,
-    "classify": classify,
-    "push": push,
-    "benchmark": benchmark,
-    "ablation": ablation,
-    "doctor": doctor,
-    "card": card,
-}
+COMMANDS = ("pack", "convert", "ops", "classify", "push", "benchmark", "ablation", "doctor", "card")
 BROKEN_PIPE = 128 + 13  # the exit code that a shell reports for SIGPIPE
 
 
@@ -79,7 +69,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="binaryvit", description="1-bit vision transformers: ship and run them.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
+    for name in COMMANDS:
+        module = importlib.import_module(f".{name}", __package__)
         command = commands.add_parser(
             name,
             help=module.run.__doc__,

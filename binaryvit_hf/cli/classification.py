@@ -84,24 +84,19 @@ def classify_batch(
     """
     readable = [answer for answer in answers if answer.error is None]
     try:
-        for answer, labels in zip(readable, compute_labels(classifier, inputs, top_k)):
-            answer.labels = labels
+        if inputs:
+            batch = {name: torch.cat([tensors[name] for tensors in inputs]) for name in inputs[0]}
+            logits = classifier.forward(batch)["logits"]
+            if not logits.isfinite().all():
+                name = classifier.model.name_or_path
+                raise UserError(
+                    f"The logits of the model {name!r} are not finite: it is damaged, or its training diverged."
+                )
+            for answer, row in zip(readable, logits):
+                answer.labels = classifier.postprocess({"logits": row[None]}, top_k=top_k)
     except UserError:
         raise
     except Exception as error:  # layers may raise anything
         for answer in readable:
             answer.error = f"{answer.image!r} cannot be classified: the network fails ({first_sentence(error)})."
     yield from answers
-
-
-def compute_labels(
-    classifier: ImageClassificationPipeline, inputs: list[dict[str, torch.Tensor]], top_k: int
-) -> list[list[dict]]:
-    if not inputs:
-        return []
-    batch = {name: torch.cat([tensors[name] for tensors in inputs]) for name in inputs[0]}
-    logits = classifier.forward(batch)["logits"]
-    if not logits.isfinite().all():
-        name = classifier.model.name_or_path
-        raise UserError(f"The logits of the model {name!r} are not finite: it is damaged, or its training diverged.")
-    return [classifier.postprocess({"logits": row[None]}, top_k=top_k) for row in logits]

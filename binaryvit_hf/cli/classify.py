@@ -25,17 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Classify images: print the most likely labels."""
+    from transformers import pipeline
+
     from ..data.image_files import list_images
-    from ..pixels import describe_transparent
+    from ..pixels import check_background, describe_transparent
     from .classification import classify_files
+    from .models import find_model, load_model
 
     if options.top_k < 1:
         raise UserError(f"--top-k is the number of labels to print, 1 or more, not {options.top_k}.")
-    check_background_argument(options.background)
+    check_background(options.background)
     files, notes = list_images(options.images)
-    classifier = load_pipeline(options.model, options.token)
+    source, _ = find_model(options.model, options.token, shipped_models())
+    model, processor = load_model(options.model, source, options.token)
+    if processor is None:
+        raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).")
     for note in notes:
         print(note, file=sys.stderr)
+    classifier = pipeline("image-classification", model=model, image_processor=processor)
     answers = []
     for answer in classify_files(classifier, files, options.background, options.top_k):
         answers.append(answer)
@@ -51,35 +58,3 @@ def run(options: argparse.Namespace) -> int:
     if transparent and options.background is None:
         print(describe_transparent(len(transparent), f"{len(answers)} images", transparent[0]), file=sys.stderr)
     return 1 if any(answer.error for answer in answers) else 0
-
-
-def check_background_argument(background: str | None) -> None:
-    """
-    Raises:
-        UserError: it is no colour.
-    """
-    from ..pixels import check_background
-
-    try:
-        check_background(background)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def load_pipeline(name: str, token: str | None):
-    """
-    transformers' `ImageClassificationPipeline` of the model that the user names.
-
-    Raises:
-        UserError: the model cannot be loaded, or has no image processor.
-    """
-    from transformers import pipeline
-
-    from .models import find_model, load_model, load_processor
-
-    source, _ = find_model(name, token, shipped_models())
-    model = load_model(name, source, token)
-    processor = load_processor(name, source, token, model.config)
-    if processor is None:
-        raise UserError(f"{name!r} has no image processor (preprocessor_config.json).")
-    return pipeline("image-classification", model=model, image_processor=processor)

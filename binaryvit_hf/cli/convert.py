@@ -31,13 +31,15 @@ def run(options: argparse.Namespace) -> None:
 
     if not options.config and not options.teacher:
         raise UserError(
-            f"Say which network it is: --config with one of {', '.join(sorted(shipped_configs()))}; or --teacher."
+            f"Name the network: --config with one of {', '.join(sorted(shipped_configs()))}; or --teacher."
         )
     with new_folder(options.out) as folder:
         _, config = find_model(options.config or TEACHER_ROW, None, shipped_configs())
         state_dict = load_original_checkpoint(options.checkpoint)
         if config.model_type not in CONFIG_CLASSES:
-            raise UserError(f"--config {options.config!r} is a {config.model_type!r}, which that code does not train.")
+            raise UserError(
+                f"--config {options.config!r} is a {config.model_type!r}, which the public code does not train."
+            )
         config.num_labels = count_labels(state_dict, otherwise=config.num_labels)
         try:
             converted = convert_original_state_dict(state_dict, config)

@@ -36,28 +36,25 @@ def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[
         ) from error
 
 
-def load_model(name: str, source: str, token: str | None, **kwargs) -> PreTrainedModel:
+def load_model(
+    name: str, source: str, token: str | None, **kwargs
+) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
     """
-    The image classifier in `source`, with every weight. `name` is the user's word for it, for messages.
+    Load the image classifier in `source` and its image processor, which is `None` if there is none.
+
+    Args:
+        name: what the user calls the model, for messages.
+        kwargs: of `from_pretrained` of the model.
 
     Raises:
-        UserError: the weights are missing, damaged or do not fit the config.
+        UserError: weights are missing or damaged, or the image processor is damaged or does not fit the network.
     """
     try:
-        return load_classifier(source, token=token, **kwargs)
+        model = load_classifier(source, token=token, **kwargs)
     except LoadingError as error:
         raise UserError(f"The weights of {name!r} cannot be loaded: {error}") from error
-
-
-def load_processor(name: str, source: str, token: str | None, config: PreTrainedConfig) -> BaseImageProcessor | None:
-    """
-    The image processor in `source`, or `None` if there is none. `name` is the user's word for the model, for messages.
-
-    Raises:
-        UserError: it is damaged, or does not fit the network of `config`.
-    """
     try:
-        return load_image_processor(source, config, token=token)
+        return model, load_image_processor(source, model.config, token=token)
     except LoadingError as error:
         raise UserError(
             f"The image processor of {name!r} (preprocessor_config.json) cannot be used: {error}"

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     """Pack a model's weights: 1 bit each, or as many bits as its config says."""
     from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig, fits_half
     from ..ops import readable
-    from .models import find_model, load_model, load_processor
+    from .models import find_model, load_model
 
     with new_folder(options.out) as folder:
         source, config = find_model(options.model, options.token, shipped_models())
@@ -34,8 +34,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"{options.model!r} is a {config.model_type!r}; only binary networks can be packed.")
         latent = getattr(config, "quantization_config", None) is None
         packing = {"quantization_config": BinaryViTQuantizationConfig()} if latent else {}
-        model = load_model(options.model, source, options.token, **packing)
-        processor = load_processor(options.model, source, options.token, config)
+        model, processor = load_model(options.model, source, options.token, **packing)
         model.config.quantization_config.half = options.half
         model.save_pretrained(folder)
         if processor is not None:

@@ -1,4 +1,4 @@
-"""The peers of benchmarks are what they say they are, and the benchmarks run."""
+"""Benchmarks run, and their peers compute what their names say."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def test_simulation_has_the_networks_outputs_and_gradients(changes):
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_networks_of_more_bits_are_not_simulated():
+def test_only_networks_of_1_bit_are_simulated():
     with pytest.raises(ValueError, match="1-bit"):
         simulate(tiny_model(tiny_config(weight_bits=2)))
 
@@ -97,7 +97,7 @@ def compete(*competitors: inference.Competitor) -> tuple[list[dict], list[dict]]
     return inference.compete(list(competitors), batch_sizes=[1, 2], threads=1, turns=2)
 
 
-def test_who_cannot_run_is_left_out_but_for_the_peer_of_all(tmp_path, caplog):
+def test_a_competitor_that_cannot_run_is_left_out_unless_it_is_the_peer(tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"12345")
     peer = inference.Competitor(inference.PEER, inference.PEER_ENGINE, tmp_path / "file", load_quick)
     broken = dataclasses.replace(peer, engine="torch.compile", load=load_broken)

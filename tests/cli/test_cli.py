@@ -1,4 +1,4 @@
-"""The commands, called as their entry point calls them, and what they say to wrong input."""
+"""The commands, called through `main`, and their error messages for wrong input."""
 
 import argparse
 import importlib.metadata
@@ -83,7 +83,7 @@ assert {"torch", "transformers"}.isdisjoint(sys.modules)
     assert result.returncode == 0, result.stderr
 
 
-def test_doctor_says_what_computes_packed_models_here(capsys, monkeypatch):
+def test_doctor_names_the_kernels_that_run_packed_models_here(capsys, monkeypatch):
     monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
     rows = dict(line.split("  ", 1) for line in run(capsys, "doctor").splitlines())
     rows = {name.strip(): value.strip() for name, value in rows.items()}
@@ -95,13 +95,13 @@ def test_doctor_says_what_computes_packed_models_here(capsys, monkeypatch):
     assert "torch (BINARYVIT_ENGINE says so)" in run(capsys, "doctor")
 
 
-def test_an_engine_that_is_not_here_is_refused_before_anything_else(capsys, monkeypatch):
+def test_kernels_that_this_machine_lacks_are_refused_before_anything_else(capsys, monkeypatch):
     monkeypatch.setenv("BINARYVIT_ENGINE", "abacus")
     assert_refused(capsys, ["ops", "binaryvit-small-patch4-224"], "'abacus'", "torch")
 
 
-def test_pack_writes_a_whole_model_of_bits(latent, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")  # whose numbers are equal to the last bit
+def test_pack_writes_a_complete_packed_model(latent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")  # bit-identical to the latent model
     printed = run(capsys, "pack", latent, tmp_path / "packed")
     assert str(tmp_path / "packed") in printed
     assert torch.equal(logits(tmp_path / "packed"), logits(latent))
@@ -115,7 +115,7 @@ def test_pack_writes_a_whole_model_of_bits(latent, tmp_path, capsys, monkeypatch
     assert sizes[1] < sizes[0]
 
 
-def test_pack_takes_packed_weights_to_half_precision_and_says_what_stays(latent, tmp_path, capsys):
+def test_pack_stores_packed_weights_in_half_precision_and_lists_tensors_that_stay_in_float32(latent, tmp_path, capsys):
     model = AutoModelForImageClassification.from_pretrained(latent)
     with torch.no_grad():
         model.classifier.bias[0] = 1e5
@@ -128,7 +128,7 @@ def test_pack_takes_packed_weights_to_half_precision_and_says_what_stays(latent,
     assert sizes[1] < sizes[0]
 
 
-def test_pack_refuses_what_it_cannot_pack_and_leaves_nothing_behind(latent, tmp_path, capsys):
+def test_pack_refuses_models_that_it_cannot_pack_and_leaves_nothing_behind(latent, tmp_path, capsys):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -136,12 +136,12 @@ def test_pack_refuses_what_it_cannot_pack_and_leaves_nothing_behind(latent, tmp_
     tensors = tmp_path / "latent" / "model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
     assert_refused(capsys, ["pack", latent, tmp_path / "out"], "cannot be loaded")
-    assert_refused(capsys, ["pack", latent, tmp_path / "vit"], "is there already")
+    assert_refused(capsys, ["pack", latent, tmp_path / "vit"], "already exists")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("row", ["binaryvit-small-patch4-224", "deit-small-patch16-224"])
-def test_convert_reads_the_public_codes_file_and_reports_every_tensor(row, tmp_path, capsys):
+def test_convert_reads_checkpoints_of_the_public_code_and_prints_every_tensor(row, tmp_path, capsys):
     state_dict = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in original_state_dict(row, golden_expectations(row)).items()
@@ -174,7 +174,7 @@ class RunsCode:
     ],
     ids=["code", "no model", "list", "unknown tensor"],
 )
-def test_convert_refuses_other_files_and_runs_nothing(content, words, tmp_path, capsys, monkeypatch):
+def test_convert_refuses_other_files_and_runs_no_code(content, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "file.pth")
     arguments = ["convert", "file.pth", "out", "--config", "binaryvit-small-patch4-224"]
@@ -182,7 +182,7 @@ def test_convert_refuses_other_files_and_runs_nothing(content, words, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["file.pth"]
 
 
-def test_convert_refuses_damaged_and_absent_files(tmp_path, capsys):
+def test_convert_refuses_damaged_and_missing_files(tmp_path, capsys):
     (tmp_path / "file.pth").write_bytes(b"PK" + bytes(100))
     options = [tmp_path / "out", "--config", "binaryvit-small-patch4-224"]
     assert_refused(capsys, ["convert", tmp_path / "file.pth", *options], "damaged")
@@ -199,7 +199,7 @@ def test_ops_prints_a_table_and_json(capsys):
     assert sum(layer["bops"] for layer in counted["layers"]) == counted["total"]["bops"]
 
 
-def test_ops_counts_a_packed_checkpoint_as_the_network_it_is(latent, tmp_path, capsys):
+def test_ops_counts_a_packed_checkpoint_like_its_latent_network(latent, tmp_path, capsys):
     run(capsys, "pack", latent, tmp_path / "packed")
     assert run(capsys, "ops", tmp_path / "packed") == run(capsys, "ops", latent)
 
@@ -220,7 +220,7 @@ def test_classify_takes_files_folders_and_patterns(latent, photos, capsys):
     ]
 
 
-def test_classify_refuses_what_it_cannot_read(latent, photos, capsys):
+def test_classify_refuses_wrong_files_models_and_arguments(latent, photos, capsys):
     assert_refused(capsys, ["classify", latent, photos / "none.png"], "none.png' does not exist")
     assert_refused(capsys, ["classify", latent, photos / "*.bmp"], "*.bmp' matches no file")
     assert_refused(capsys, ["classify", latent, photos / "notes.txt"], "notes.txt", "cannot be read", code=1)
@@ -232,7 +232,7 @@ def test_classify_refuses_what_it_cannot_read(latent, photos, capsys):
     assert_refused(capsys, ["classify", latent, photos], "no image processor")
 
 
-def test_push_refuses_what_is_no_model(latent, tmp_path, capsys):
+def test_push_refuses_folders_without_a_model_that_loads(latent, tmp_path, capsys):
     assert_refused(capsys, ["push", tmp_path, "me/x"], "no config.json")
     (latent / "model.safetensors").unlink()
     assert_refused(capsys, ["push", latent, "me/x"], "cannot be loaded")
