@@ -1,4 +1,10 @@
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import ALICE, BOB, HubServer, client_environment
+from warm_python import WarmPython
 
 
 # Before any Hugging Face import: the tests must not reach for a network, nor read the user's own cache of models.
@@ -6,3 +12,33 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Tests run two at a time, on as few as two cores; threads that spin while they wait would take them from each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Runs Python commands without a network. Their Hugging Face cache is `hf` in the folder of the run."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    python = WarmPython(variables | {"HF_HOME": "hf", "HF_HUB_OFFLINE": "1"})
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def hub_and_client() -> Iterator[tuple[HubServer, WarmPython]]:
+    with HubServer(users={ALICE: "alice", BOB: "bob"}) as server:
+        client = WarmPython(client_environment(server, Path("hf")))
+        yield server, client
+        client.close()
+
+
+@pytest.fixture
+def server(hub_and_client) -> HubServer:
+    """An empty Hub with the users alice and bob."""
+    hub_and_client[0].clear()
+    return hub_and_client[0]
+
+
+@pytest.fixture
+def client(hub_and_client, server) -> WarmPython:
+    """Runs Python commands for which `server` is the Hub. Their cache is `hf` in the folder of the run."""
+    return hub_and_client[1]

@@ -2,25 +2,23 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fresh import WITHOUT_PACKAGE
-from hub_server import HubServer, client_environment
+from hub_server import ALICE, BOB
 from PIL import Image
 from safetensors.torch import load
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
+from warm_python import WITHOUT_PACKAGE
 
 from binaryvit_hf.cli import main as binaryvit
 from binaryvit_hf.data.model_inputs import create_image_processor
 
 
 ROOT = Path(__file__).parent.parent
-ALICE, BOB = "token-of-alice", "token-of-bob"
 LABELS = {0: "ant", 1: "bee", 2: "cat"}
 DOWNLOAD = """
 import torch
@@ -52,12 +50,6 @@ print("all equal")
 
 
 @pytest.fixture
-def server():
-    with HubServer(users={ALICE: "alice", BOB: "bob"}) as server:
-        yield server
-
-
-@pytest.fixture
 def latent(tmp_path) -> Path:
     """A model with its image processor, and in `expected.pt` what it must compute."""
     model = tiny_model(tiny_config(id2label=LABELS)).eval()
@@ -80,33 +72,28 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def run(server, home: Path, token: str | None, *command, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        list(map(str, command)),
-        env=client_environment(server, home, token) | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(client, home: Path, token: str | None, *arguments) -> subprocess.CompletedProcess:
+    """Run `python *arguments` on a machine with this home and this token."""
+    return client.run(*arguments, folder=home, variables=client.variables | ({"HF_TOKEN": token} if token else {}))
 
 
-def run_code(server, home, token, code, *arguments, **environment) -> subprocess.CompletedProcess:
-    return run(server, home, token, sys.executable, "-c", code, *arguments, **environment)
+def download(client, home: Path, token: str | None, *arguments) -> subprocess.CompletedProcess:
+    """Run `DOWNLOAD` on a machine without the package."""
+    return run(client, home, token, "-c", WITHOUT_PACKAGE + DOWNLOAD, home.parent, *arguments)
 
 
-def push(server, tmp_path, token, *arguments) -> subprocess.CompletedProcess:
-    return run(server, tmp_path / "home", token, sys.executable, "-m", "binaryvit_hf.cli", "push", *arguments)
+def push(client, tmp_path, token, *arguments) -> subprocess.CompletedProcess:
+    return run(client, tmp_path / "home", token, "-m", "binaryvit_hf.cli", "push", *arguments)
 
 
-def train(server, tmp_path, photos, token, *arguments, launch=()) -> subprocess.CompletedProcess:
+def train(client, tmp_path, photos, token, *arguments, launch=()) -> subprocess.CompletedProcess:
     tiny_config().save_pretrained(tmp_path / "config")
     options = ["--do_train", "--do_eval", "--max_steps=2", "--report_to=none", "--use_cpu", "--crop_pct=1.0"]
     return run(
-        server,
+        client,
         tmp_path / "home",
         token,
-        *[sys.executable, *launch, ROOT / "run_image_classification.py"],
+        *[*launch, ROOT / "run_image_classification.py"],
         *["--config_name", tmp_path / "config", "--train_dir", photos, "--output_dir", tmp_path / "run"],
         *["--push_to_hub", "--hub_model_id", "alice/photos", *options, *arguments],
     )
@@ -125,7 +112,9 @@ def assert_shipped(files: dict[str, bytes]) -> None:
     assert not [name for name in files if "training_args" in name or "checkpoint-" in name]
 
 
-def test_push_to_hub_uploads_bits_and_machines_without_the_package_load_them(server, latent, tmp_path):
+def test_push_to_hub_uploads_bits_and_machines_without_the_package_load_them(
+    server, client, warm_python, latent, tmp_path
+):
     code = """
 import sys
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -140,37 +129,34 @@ packed = AutoModelForImageClassification.from_pretrained(
 )
 packed.push_to_hub("packed-alone")
 """
-    result = run_code(server, tmp_path / "home", ALICE, code, latent)
+    result = run(client, tmp_path / "home", ALICE, "-c", code, latent)
     assert result.returncode == 0, result.stderr
     assert_shipped(server.files("alice/pyramid"))
     assert "latent/config.json" not in server.files("alice/packed-alone")
     assert server.files("alice/packed-alone")["config.json"] == server.files("alice/pyramid")["config.json"]
 
-    code = WITHOUT_PACKAGE + DOWNLOAD
-    pinned = run_code(server, tmp_path / "other", None, code, tmp_path, "alice/pyramid", "v1", "")
+    pinned = download(client, tmp_path / "other", None, "alice/pyramid", "v1", "")
     assert (pinned.stdout, pinned.stderr) == ("all equal\n", "")
     # Of code whose revision is not pinned transformers says, once, that it downloaded it.
-    newest = run_code(server, tmp_path / "other", None, code, tmp_path, "alice/pyramid", "", "latent")
+    newest = download(client, tmp_path / "other", None, "alice/pyramid", "", "latent")
     assert newest.stdout == "all equal\n", newest.stderr
-    offline = {"HF_HUB_OFFLINE": "1"}
-    for subfolder in ("", "latent"):
-        cached = run_code(server, tmp_path / "other", None, code, tmp_path, "alice/pyramid", "", subfolder, **offline)
+    for subfolder in ("", "latent"):  # from the cache, without a network
+        cached = download(warm_python, tmp_path / "other", None, "alice/pyramid", "", subfolder)
         assert (cached.stdout, cached.stderr) == ("all equal\n", "")
 
 
-def test_a_private_repository_opens_to_its_owner_alone(server, latent, tmp_path):
-    result = push(server, tmp_path, ALICE, latent, "alice/secret", "--private")
+def test_a_private_repository_opens_to_its_owner_alone(server, client, latent, tmp_path):
+    result = push(client, tmp_path, ALICE, latent, "alice/secret", "--private")
     assert result.returncode == 0, result.stderr
     assert server.repository("alice/secret").private
-    code = WITHOUT_PACKAGE + DOWNLOAD
     for token, opens in ((ALICE, True), (BOB, False), (None, False)):
-        found = run_code(server, tmp_path / f"home-{token}", token, code, tmp_path, "alice/secret", "main", "")
+        found = download(client, tmp_path / f"home-{token}", token, "alice/secret", "main", "")
         assert (found.stdout == "all equal\n") == opens, found.stderr
         if not opens:
             assert "is not a valid model identifier" in found.stderr
 
 
-def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, photos, tmp_path):
+def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, client, photos, tmp_path):
     fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     teacher = ViTForImageClassification(ViTConfig(image_size=[16, 32], patch_size=8, id2label=LABELS, **fields))
     teacher.save_pretrained(tmp_path / "teacher")
@@ -178,11 +164,11 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, ph
     server.publish("bob/teacher", content, private=True)
 
     teaching = ["--teacher_model_name_or_path", "bob/teacher", "--save_steps=1", "--hub_strategy=checkpoint"]
-    refused = train(server, tmp_path, photos, ALICE, *teaching)
+    refused = train(client, tmp_path, photos, ALICE, *teaching)
     assert refused.returncode == 2, refused.stderr
     assert "'bob/teacher' cannot be loaded" in refused.stderr
     server.repository("bob/teacher").private = False
-    result = train(server, tmp_path, photos, ALICE, *teaching)
+    result = train(client, tmp_path, photos, ALICE, *teaching)
     assert result.returncode == 0, result.stderr
 
     files, run_folder = server.files("alice/photos"), tmp_path / "run"
@@ -205,10 +191,12 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, ph
         assert_shipped(server.files("alice/photos", revision=commit.oid))
 
 
-def test_two_processes_leave_one_model_one_card_and_one_upload_and_say_everything_once(server, photos, tmp_path):
+def test_two_processes_leave_one_model_one_card_and_one_upload_and_say_everything_once(
+    server, client, photos, tmp_path
+):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["--hub_strategy=end", "--per_device_train_batch_size=4"]
-    result = train(server, tmp_path, photos, ALICE, *options, launch=launch)
+    result = train(client, tmp_path, photos, ALICE, *options, launch=launch)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Batch: 8 images (2 processes of 4, 1 accumulated)") == 1
     assert result.stdout.count("its card:") == 1
@@ -218,17 +206,17 @@ def test_two_processes_leave_one_model_one_card_and_one_upload_and_say_everythin
     assert len(server.commits("alice/photos")) == 2  # the empty repository's and the run's
 
 
-def test_a_run_whose_upload_fails_is_whole_and_the_same_command_completes_it(server, photos, tmp_path):
+def test_a_run_whose_upload_fails_is_whole_and_the_same_command_completes_it(server, client, photos, tmp_path):
     quiet = ["--hub_strategy=end"]
     server.fail_next(1, on="commit", how="drop")
-    failed = train(server, tmp_path, photos, ALICE, *quiet)
+    failed = train(client, tmp_path, photos, ALICE, *quiet)
     assert failed.returncode == 1, failed.stderr
     assert "Traceback" not in failed.stderr
     assert f"binaryvit push {tmp_path / 'run'} alice/photos" in failed.stderr
     assert "README.md" not in server.files("alice/photos")
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
 
-    again = train(server, tmp_path, photos, ALICE, *quiet)
+    again = train(client, tmp_path, photos, ALICE, *quiet)
     assert again.returncode == 0, again.stderr
     assert "is trained already" in again.stderr
     files = server.files("alice/photos")
@@ -237,43 +225,41 @@ def test_a_run_whose_upload_fails_is_whole_and_the_same_command_completes_it(ser
     assert all(torch.equal(tensor, load(weights)[name]) for name, tensor in load(files["model.safetensors"]).items())
 
 
-def test_a_token_that_may_not_write_is_refused_before_training(server, photos, tmp_path):
+def test_a_token_that_may_not_write_is_refused_before_training(server, client, photos, tmp_path):
     server.publish("alice/photos", {"config.json": b"{}"})
     for token in (BOB, None):
-        refused = train(server, tmp_path, photos, token)
+        refused = train(client, tmp_path, photos, token)
         assert refused.returncode == 2, refused.stderr
         assert "'alice/photos' cannot be created or written to" in refused.stderr
         assert "Traceback" not in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_push_packs_a_latent_folder_and_writes_its_card(server, latent, tmp_path):
+def test_push_packs_a_latent_folder_and_writes_its_card(server, client, latent, tmp_path):
     server.fail_next(1, on="commit", how=500)
-    failed = push(server, tmp_path, ALICE, latent, "alice/pyramid")
+    failed = push(client, tmp_path, ALICE, latent, "alice/pyramid")
     assert failed.returncode == 1, failed.stderr
     assert failed.stderr.count("\n") == 1
     before = {path.name: path.read_bytes() for path in latent.iterdir()}
-    result = push(server, tmp_path, ALICE, latent, "alice/pyramid", "--revision", "next")
+    result = push(client, tmp_path, ALICE, latent, "alice/pyramid", "--revision", "next")
     assert result.returncode == 0, result.stderr
     assert {path.name: path.read_bytes() for path in latent.iterdir()} == before
     files = server.files("alice/pyramid", revision="next")
     assert_shipped(files)
     assert "1-bit vision transformer" in files["README.md"].decode()
     assert "model.safetensors" not in server.files("alice/pyramid")
-    loaded = run_code(
-        server, tmp_path / "other", None, WITHOUT_PACKAGE + DOWNLOAD, tmp_path, "alice/pyramid", "next", ""
-    )
+    loaded = download(client, tmp_path / "other", None, "alice/pyramid", "next", "")
     assert (loaded.stdout, loaded.stderr) == ("all equal\n", "")
 
 
-def test_push_takes_a_packed_folder_as_it_is(server, latent, tmp_path):
+def test_push_takes_a_packed_folder_as_it_is(server, client, latent, tmp_path):
     assert binaryvit(["pack", str(latent), str(tmp_path / "packed")]) == 0
     (tmp_path / "packed" / "modeling_binaryvit.py").unlink()  # as in the models that come with the package
     (tmp_path / "packed" / "checkpoint-1").mkdir()
     (tmp_path / "packed" / "checkpoint-1" / "optimizer.pt").write_bytes(b"large")
     (tmp_path / "packed" / ".secret").write_text("hidden")
     (tmp_path / "packed" / "_unfinished_run_arguments.json").write_text("{}")
-    result = push(server, tmp_path, ALICE, tmp_path / "packed", "alice/pyramid")
+    result = push(client, tmp_path, ALICE, tmp_path / "packed", "alice/pyramid")
     assert result.returncode == 0, result.stderr
     files = server.files("alice/pyramid")
     ours, theirs = load(files["model.safetensors"]), load((tmp_path / "packed" / "model.safetensors").read_bytes())

@@ -4,7 +4,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from fresh import run_python
 
 
 LOAD = """
@@ -40,8 +39,8 @@ def repository(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("code", ["its own code", "this package's"])
-def test_a_repository_of_version_0_1_0_loads_computes_and_saves(repository, tmp_path, code):
-    result = run_python(LOAD, tmp_path / "home", repository, code)
+def test_a_repository_of_version_0_1_0_loads_computes_and_saves(repository, tmp_path, code, warm_python):
+    result = warm_python.run_bare(LOAD, tmp_path / "home", repository, code)
     assert result.returncode == 0, result.stderr
     packed, latent = result.stdout.split()
     assert packed in ("avx512", "avx2", "neon", "scalar", "torch")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fresh import WITHOUT_PACKAGE, run_python
 from tiny import tiny_images, tiny_model
 from transformers import AutoModelForImageClassification
+from warm_python import WITHOUT_PACKAGE
 
 from binaryvit_hf import BinaryViTQuantizationConfig
 from binaryvit_hf.data.model_inputs import create_image_processor
@@ -105,16 +105,18 @@ def shelf(tmp_path_factory):
     return root
 
 
-def test_a_machine_without_the_package_loads_saves_and_loads_again_bit_equal_without_a_warning(shelf, tmp_path):
-    result = run_python(WITHOUT_PACKAGE + LOAD_EVERYTHING, tmp_path / "home", shelf)
+def test_a_machine_without_the_package_loads_saves_and_loads_again_bit_equal_without_a_warning(
+    shelf, tmp_path, warm_python
+):
+    result = warm_python.run_bare(WITHOUT_PACKAGE + LOAD_EVERYTHING, tmp_path / "home", shelf)
     assert result.stdout == "all equal\n", result.stderr
     assert result.stderr == ""
 
 
 @pytest.mark.parametrize("first", ["package", "copy"])
-def test_package_and_travelling_copy_live_in_one_process_and_both_use_the_engine(shelf, tmp_path, first):
+def test_package_and_travelling_copy_live_in_one_process_and_both_use_the_engine(shelf, tmp_path, first, warm_python):
     # PyTorch at first: what it computes is equal to the last bit.
-    result = run_python(SIDE_BY_SIDE, tmp_path / "home", shelf, first, BINARYVIT_ENGINE="torch")
+    result = warm_python.run_bare(SIDE_BY_SIDE, tmp_path / "home", shelf, first, BINARYVIT_ENGINE="torch")
     assert result.stdout == "all equal\n", result.stderr
 
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
+ALICE, BOB = "token-of-alice", "token-of-bob"
 LFS_SUFFIXES = (".bin", ".parquet", ".png", ".pt", ".pth", ".safetensors")
 LFS_SIZE = 10 * 2**20
 DATE = "2025-01-01T00:00:00.000Z"  # of everything: no test may depend on the time
@@ -170,6 +171,11 @@ class HubServer:
     def __enter__(self) -> "HubServer":
         self._listen(port=0)
         return self
+
+    def clear(self) -> None:
+        """Forget all requests, repositories, uploads and faults."""
+        for content in (self.requests, self.repositories, self.lfs_objects, self.faults):
+            content.clear()
 
     def __exit__(self, *_) -> None:
         self._listener.shutdown()

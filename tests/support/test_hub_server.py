@@ -3,18 +3,15 @@
 import hashlib
 import json
 import random
-import subprocess
-import sys
 from http.client import HTTPConnection
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from hub_server import HubServer, client_environment
+from hub_server import ALICE, client_environment
 from PIL import Image
 
 
-ALICE, BOB = "token-of-alice", "token-of-bob"
 PREAMBLE = """
 import json
 import sys
@@ -35,12 +32,6 @@ def failure(function, *arguments, **keywords):
 
 
 @pytest.fixture
-def server():
-    with HubServer(users={ALICE: "alice", BOB: "bob"}) as server:
-        yield server
-
-
-@pytest.fixture
 def folder(tmp_path) -> Path:
     """Files of both kinds, one of them empty, one with a name to be quoted."""
     folder = tmp_path / "folder"
@@ -57,11 +48,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run_client(server, home, code, *arguments, token=ALICE) -> dict:
-    """What `code` shows, by the names that it gives."""
-    command = [sys.executable, "-c", PREAMBLE + dedent(code), *map(str, arguments)]
-    environment = client_environment(server, home, token)
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def run_client(client, home, code, *arguments, token=ALICE) -> dict:
+    """
+    Returns:
+        The values that `code` passes to `show`, by their names.
+    """
+    variables = client.variables | ({"HF_TOKEN": token} if token else {})
+    result = client.run("-c", PREAMBLE + dedent(code), *arguments, folder=home, variables=variables)
     assert result.returncode == 0, result.stderr
     shown = {}
     for line in result.stdout.splitlines():
@@ -77,7 +70,7 @@ def send(server, method, path, body=b"", **headers) -> tuple[int, bytes]:
     return response.status, response.read()
 
 
-def test_what_is_uploaded_comes_back_bit_for_bit(server, folder, tmp_path):
+def test_what_is_uploaded_comes_back_bit_for_bit(server, client, folder, tmp_path):
     code = """
         show(user=api.whoami()["name"], created=api.create_repo("model").repo_id)
         api.create_repo("alice/model", exist_ok=True)
@@ -90,7 +83,7 @@ def test_what_is_uploaded_comes_back_bit_for_bit(server, folder, tmp_path):
         show(notes=[entry.path for entry in api.list_repo_tree("alice/model", "notes")])
         show(asked=[entry.path for entry in api.get_paths_info("alice/model", ["notes", "config.json", "gone"])])
     """
-    shown = run_client(server, tmp_path / "home", code, folder)
+    shown = run_client(client, tmp_path / "home", code, folder)
     assert (shown["user"], shown["created"], shown["again"]) == ("alice", "alice/model", "HfHubHTTPError")
     files = contents(folder)
     published = server.files("alice/model")
@@ -110,7 +103,7 @@ def test_what_is_uploaded_comes_back_bit_for_bit(server, folder, tmp_path):
     assert upload == f"/lfs/{hashlib.sha256(files['model.safetensors']).hexdigest()}"
 
 
-def test_old_files_stay_where_branch_tag_and_hash_point(server, tmp_path):
+def test_old_files_stay_where_branch_tag_and_hash_point(server, client, tmp_path):
     code = """
         def upload(text, **keywords):
             arguments = {"path_in_repo": "a.txt", "repo_id": "alice/model", "commit_message": text}
@@ -131,7 +124,7 @@ def test_old_files_stay_where_branch_tag_and_hash_point(server, tmp_path):
         show(same_tag=failure(api.create_tag, "alice/model", tag="v1"))
         show(stale_parent=failure(upload, "fourth", parent_commit=first))
     """
-    shown = run_client(server, tmp_path, code)
+    shown = run_client(client, tmp_path, code)
     assert (shown["first"], shown["v1"]) == ("first", "first")
     assert (shown["second"], shown["main"]) == ("second", "second")
     assert shown["dev/x"] == "third"
@@ -141,7 +134,7 @@ def test_old_files_stay_where_branch_tag_and_hash_point(server, tmp_path):
     assert (shown["same_tag"], shown["stale_parent"]) == ("HfHubHTTPError", "HfHubHTTPError")
 
 
-def test_what_is_not_there_is_told_apart(server, tmp_path):
+def test_what_is_not_there_is_told_apart(server, client, tmp_path):
     server.publish("alice/model", {"a.txt": b"a", "b/c.txt": b"c", "b/d.txt": b"d"})
     code = """
         api.delete_file("a.txt", "alice/model")
@@ -153,7 +146,7 @@ def test_what_is_not_there_is_told_apart(server, tmp_path):
         api.delete_repo("alice/model")
         show(deleted=api.repo_exists("alice/model"))
     """
-    assert run_client(server, tmp_path, code) == {
+    assert run_client(client, tmp_path, code) == {
         "file": "RemoteEntryNotFoundError",
         "revision": "RevisionNotFoundError",
         "info": "RevisionNotFoundError",
@@ -163,17 +156,17 @@ def test_what_is_not_there_is_told_apart(server, tmp_path):
     }
 
 
-def test_second_upload_of_the_same_files_makes_no_commit(server, folder, tmp_path):
+def test_second_upload_of_the_same_files_makes_no_commit(server, client, folder, tmp_path):
     code = """
         api.create_repo("alice/model")
         show(oids=[api.upload_folder(repo_id="alice/model", folder_path=sys.argv[1]).oid for _ in range(2)])
     """
-    [first, second] = run_client(server, tmp_path / "home", code, folder)["oids"]
+    [first, second] = run_client(client, tmp_path / "home", code, folder)["oids"]
     assert first == second
     assert [commit.oid for commit in server.commits("alice/model")][:-1] == [first]
 
 
-def test_private_repository_is_there_for_its_owner_alone(server, tmp_path):
+def test_private_repository_is_there_for_its_owner_alone(client, tmp_path):
     code = """
         api.create_repo("alice/secret", private=True)
         api.upload_file(path_or_fileobj=b"secret", path_in_repo="a.txt", repo_id="alice/secret")
@@ -189,12 +182,12 @@ def test_private_repository_is_there_for_its_owner_alone(server, tmp_path):
                 failure(api.upload_file, **upload),
             ]})
     """
-    shown = run_client(server, tmp_path, code, tmp_path / "elsewhere")
+    shown = run_client(client, tmp_path, code, tmp_path / "elsewhere")
     assert (shown["read"], shown["private"]) == ("secret", True)
     assert shown["bob"] == shown["stranger"] == 4 * ["RepositoryNotFoundError"]
 
 
-def test_only_the_owner_writes(server, tmp_path):
+def test_only_the_owner_writes(server, client, tmp_path):
     server.publish("alice/open", {"a.txt": b"open"})
     code = """
         for name, token in (("bob", "token-of-bob"), ("stranger", False), ("impostor", "of nobody")):
@@ -202,17 +195,17 @@ def test_only_the_owner_writes(server, tmp_path):
             show(**{name: [failure(api.upload_file, **upload), failure(api.create_repo, "alice/new", token=token)]})
         show(reading=failure(api.model_info, "alice/open", token="of nobody"))
     """
-    shown = run_client(server, tmp_path, code)
+    shown = run_client(client, tmp_path, code)
     assert shown["bob"] == shown["stranger"] == shown["impostor"] == 2 * ["HfHubHTTPError"]
     assert shown["reading"] == "HfHubHTTPError"  # as on the real Hub a token of nobody is worse than none
     assert server.files("alice/open")["a.txt"] == b"open"
 
 
-def test_download_that_breaks_off_is_completed(server, tmp_path):
+def test_download_that_breaks_off_is_completed(server, client, tmp_path):
     data = random.Random(0).randbytes(24 * 2**20)  # the client keeps whole chunks of 10 MiB
     server.publish("alice/model", {"model.safetensors": data})
     server.fail_next(1, on="download", how="cut")
-    shown = run_client(server, tmp_path, 'show(path=hf_hub_download("alice/model", "model.safetensors"))')
+    shown = run_client(client, tmp_path, 'show(path=hf_hub_download("alice/model", "model.safetensors"))')
     assert Path(shown["path"]).read_bytes() == data
     download = ("GET", "/alice/model/resolve/main/model.safetensors")
     assert server.requests.count(download) == 2
@@ -222,7 +215,7 @@ def test_download_that_breaks_off_is_completed(server, tmp_path):
     assert send(server, *download, Range=f"bytes={len(data)}-")[0] == 416
 
 
-def test_failed_commit_leaves_all_as_it_was_and_the_next_one_completes_it(server, folder, tmp_path):
+def test_failed_commit_leaves_all_as_it_was_and_the_next_one_completes_it(server, client, folder, tmp_path):
     server.publish("alice/model", {"config.json": b"{}"})
     before = server.files("alice/model")
     server.fail_next(1, on="commit")
@@ -231,15 +224,15 @@ def test_failed_commit_leaves_all_as_it_was_and_the_next_one_completes_it(server
         for name in ("status", "drop"):
             show(**{name: failure(api.upload_folder, repo_id="alice/model", folder_path=sys.argv[1])})
     """
-    shown = run_client(server, tmp_path / "home", code, folder)
+    shown = run_client(client, tmp_path / "home", code, folder)
     assert shown == {"status": "HfHubHTTPError", "drop": "RemoteProtocolError"}
     assert server.files("alice/model") == before
-    run_client(server, tmp_path / "home", 'api.upload_folder(repo_id="alice/model", folder_path=sys.argv[1])', folder)
+    run_client(client, tmp_path / "home", 'api.upload_folder(repo_id="alice/model", folder_path=sys.argv[1])', folder)
     assert server.files("alice/model") == before | contents(folder)
     assert [method for method, _ in server.requests].count("PUT") == 1
 
 
-def test_client_overcomes_a_passing_failure_of_an_upload(server, folder, tmp_path):
+def test_client_overcomes_a_passing_failure_of_an_upload(server, client, folder, tmp_path):
     server.fail_next(1, on="create_repo", how=501)
     server.fail_next(1, on="lfs_upload", how="drop")
     code = """
@@ -247,7 +240,7 @@ def test_client_overcomes_a_passing_failure_of_an_upload(server, folder, tmp_pat
         api.create_repo("alice/model")
         api.upload_folder(repo_id="alice/model", folder_path=sys.argv[1])
     """
-    assert run_client(server, tmp_path / "home", code, folder) == {"created": "HfHubHTTPError"}
+    assert run_client(client, tmp_path / "home", code, folder) == {"created": "HfHubHTTPError"}
     assert [method for method, _ in server.requests].count("PUT") == 2
 
 
@@ -258,12 +251,12 @@ def test_only_what_exists_can_fail(server):
         server.fail_next(1, on="commit", how="slowly")
 
 
-def test_server_that_is_down_refuses_connections_and_comes_back(server, tmp_path):
+def test_server_that_is_down_refuses_connections_and_comes_back(server, client, tmp_path):
     server.publish("alice/model", {"a.txt": b"a"})
     code = 'show(failure=failure(api.model_info, "alice/model"))'
     with server.down():
-        assert run_client(server, tmp_path, code) == {"failure": "ConnectError"}
-    assert run_client(server, tmp_path, code) == {"failure": None}
+        assert run_client(client, tmp_path, code) == {"failure": "ConnectError"}
+    assert run_client(client, tmp_path, code) == {"failure": None}
 
 
 def test_content_that_is_not_what_its_hash_says_is_refused(server):
@@ -303,7 +296,7 @@ def test_environment_holds_no_settings_of_the_user(server, tmp_path, monkeypatch
     assert client_environment(server, tmp_path, ALICE) == environment | {"HF_TOKEN": ALICE}
 
 
-def test_datasets_loads_a_private_folder_of_images_and_a_table(server, tmp_path):
+def test_datasets_loads_a_private_folder_of_images_and_a_table(client, tmp_path):
     for name in ("ant", "bee"):
         folder = tmp_path / "pictures" / "train" / name
         folder.mkdir(parents=True)
@@ -325,7 +318,7 @@ def test_datasets_loads_a_private_folder_of_images_and_a_table(server, tmp_path)
         show(table=load_dataset("alice/table", split="train")["x"][:])
         show(streamed=[row["x"] for row in load_dataset("alice/table", split="train", streaming=True)])
     """
-    assert run_client(server, tmp_path / "home", code, tmp_path / "pictures", tmp_path / "table.parquet") == {
+    assert run_client(client, tmp_path / "home", code, tmp_path / "pictures", tmp_path / "table.parquet") == {
         "stranger": "DatasetNotFoundError",
         "names": ["ant", "bee"],
         "labels": [0, 0, 1, 1],
@@ -335,7 +328,7 @@ def test_datasets_loads_a_private_folder_of_images_and_a_table(server, tmp_path)
     }
 
 
-def test_transformers_reads_a_model_by_name_and_revision(server, folder, tmp_path):
+def test_transformers_reads_a_model_by_name_and_revision(server, client, folder, tmp_path):
     commit = server.publish("alice/model", contents(folder))
     server.publish("alice/model", {"config.json": b'{"model_type": "vit", "hidden_size": 16}'})
     code = """
@@ -346,5 +339,5 @@ def test_transformers_reads_a_model_by_name_and_revision(server, folder, tmp_pat
         show(missing=failure(AutoConfig.from_pretrained, "alice/none"))
         show(without_namespace=failure(AutoConfig.from_pretrained, "none"))
     """
-    shown = run_client(server, tmp_path / "home", code, commit.oid, token=None)
+    shown = run_client(client, tmp_path / "home", code, commit.oid, token=None)
     assert shown == {"new": 16, "old": 8, "missing": "OSError", "without_namespace": "OSError"}

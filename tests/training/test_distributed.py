@@ -5,9 +5,9 @@ import torch
 from processes import train
 
 
-def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
-    losses, metrics, weights = train(1, tmp_path / "one", batch=8)
-    shared_losses, shared_metrics, shared_weights = train(2, tmp_path / "two", batch=4)
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, warm_python):
+    losses, metrics, weights = train(warm_python, 1, tmp_path / "one", batch=8)
+    shared_losses, shared_metrics, shared_weights = train(warm_python, 2, tmp_path / "two", batch=4)
     assert len(losses) == 6
     assert shared_losses == pytest.approx(losses, rel=1e-3)
     for name, tensor in weights.items():

@@ -280,11 +280,11 @@ def test_reestimation_without_batches_or_batch_norm_is_refused(tmp_path):
         tiny_trainer(tmp_path, model=tiny_teacher(), batch_norm_reestimation_batches=1).apply_final_step()
 
 
-def test_two_processes_train_as_one_with_every_method(tmp_path):
-    options = "ema_decay=0.5, weight_regularization=1.0, batch_norm_reestimation_batches=2, eval_strategy='epoch',"
-    options += "oscillation_freezing_threshold=0.015,"
-    losses, _, weights = train(1, tmp_path / "one", 8, options)
-    shared_losses, _, shared_weights = train(2, tmp_path / "two", 4, options)
+def test_two_processes_train_as_one_with_every_method(tmp_path, warm_python):
+    options = {"ema_decay": 0.5, "weight_regularization": 1.0, "batch_norm_reestimation_batches": 2}
+    options |= {"eval_strategy": "epoch", "oscillation_freezing_threshold": 0.015}
+    losses, _, weights = train(warm_python, 1, tmp_path / "one", 8, **options)
+    shared_losses, _, shared_weights = train(warm_python, 2, tmp_path / "two", 4, **options)
     assert shared_losses == pytest.approx(losses, rel=1e-3)
     for name, tensor in weights.items():
         torch.testing.assert_close(shared_weights[name].double(), tensor.double(), rtol=1e-6, atol=1e-8, msg=name)

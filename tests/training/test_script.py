@@ -1,5 +1,6 @@
-"""The script as a user runs it: a process of its own, on folders of generated images."""
+"""The training script in processes of its own, on folders of generated images."""
 
+import functools
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from binaryvit_hf.cli import main
 
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "run_image_classification.py"
 TRAIN = [
     "--do_train",
     "--do_eval",
@@ -31,9 +33,9 @@ TRAIN = [
 ]
 
 
-def run_script(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "run_image_classification.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture
+def run_script(warm_python, tmp_path):
+    return functools.partial(warm_python.run, SCRIPT, folder=tmp_path)
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -76,7 +78,9 @@ def teacher(tmp_path) -> Path:
     return tmp_path / "teacher"
 
 
-def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(photos, config, teacher, tmp_path):
+def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(
+    photos, config, teacher, tmp_path, run_script
+):
     output = tmp_path / "out"
     common = ["--train_dir", photos, "--output_dir", output]
     result = run_script("--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN)
@@ -140,7 +144,9 @@ def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(ph
     )
 
 
-def test_packed_weights_are_refused_to_training_and_latent_ones_beside_them_go_on(photos, config, tmp_path):
+def test_packed_weights_are_refused_to_training_and_latent_ones_beside_them_go_on(
+    photos, config, tmp_path, run_script
+):
     common = ["--train_dir", photos, *TRAIN, "--max_steps=1"]
     result = run_script("--config_name", config, "--output_dir", tmp_path / "out", *common)
     assert result.returncode == 0, result.stderr
@@ -153,7 +159,9 @@ def test_packed_weights_are_refused_to_training_and_latent_ones_beside_them_go_o
     assert not (tmp_path / "more" / "latent").exists()
 
 
-def test_everything_that_distorts_and_mixes_trains_together_and_the_batch_is_told(photos, config, teacher, tmp_path):
+def test_everything_that_distorts_and_mixes_trains_together_and_the_batch_is_told(
+    photos, config, teacher, tmp_path, run_script
+):
     result = run_script(
         *["--config_name", config, "--teacher_model_name_or_path", teacher, "--train_dir", photos],
         *["--output_dir", tmp_path / "out", *TRAIN, "--gradient_accumulation_steps=2"],
@@ -167,7 +175,7 @@ def test_everything_that_distorts_and_mixes_trains_together_and_the_batch_is_tol
     assert "| cutmix_alpha | 1.0 |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_quickstart_in_short_then_the_pipeline_in_a_fresh_process(tmp_path):
+def test_quickstart_in_short_then_the_pipeline_in_a_fresh_process(tmp_path, run_script, warm_python):
     short = ["--max_train_samples=96", "--num_train_epochs=2", "--teacher.num_train_epochs=1", "--use_cpu"]
     result = run_script(ROOT / "configs" / "quickstart.json", "--output_dir", tmp_path / "out", *short)
     assert result.returncode == 0, result.stderr
@@ -185,13 +193,13 @@ def test_quickstart_in_short_then_the_pipeline_in_a_fresh_process(tmp_path):
         "import sys, json, binaryvit_hf; from transformers import pipeline;"
         "print(json.dumps(pipeline('image-classification', sys.argv[1])(sys.argv[2])))"
     )
-    command = [sys.executable, "-c", code, str(student), str(tmp_path / "digit.png")]
-    classified = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    classified = warm_python.run("-c", code, student, tmp_path / "digit.png", folder=tmp_path)
+    assert classified.returncode == 0, classified.stderr
     answers = json.loads(classified.stdout)
     assert {answer["label"] for answer in answers} <= {str(digit) for digit in range(10)}
 
 
-def test_local_dataset_by_name_with_its_own_column_names(photos, config, tmp_path):
+def test_local_dataset_by_name_with_its_own_column_names(photos, config, tmp_path, run_script):
     from datasets import Dataset
     from datasets import Image as ImageFeature
 
@@ -210,7 +218,7 @@ def test_local_dataset_by_name_with_its_own_column_names(photos, config, tmp_pat
     }
 
 
-def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tmp_path):
+def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tmp_path, run_script):
     tiny_config(drop_path_rate=0.5, hidden_dropout_prob=0.3).save_pretrained(tmp_path / "config")
     common = [
         *["--config_name", tmp_path / "config", "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN],
@@ -238,20 +246,21 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tm
             assert torch.equal(again[name], tensor), name
 
 
-def test_a_run_that_is_killed_or_told_to_end_goes_on_by_the_same_command(photos, config, tmp_path):
+def test_a_run_that_is_killed_or_told_to_end_goes_on_by_the_same_command(photos, config, tmp_path, run_script):
     def command(folder: str) -> list[str]:
         arguments = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / folder, *TRAIN]
-        return [*arguments, "--max_steps=30", "--save_steps=1", "--save_total_limit=3", "--mixup_alpha=0.8"]
+        return [*map(str, arguments), "--max_steps=15", "--save_steps=1", "--save_total_limit=3", "--mixup_alpha=0.8"]
 
-    assert run_script(*command("whole")).returncode == 0
+    def start(folder: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, SCRIPT, *command(folder)], stderr=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    _, said = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
     expected = load_file(tmp_path / "whole" / "latent" / "model.safetensors")
     for ending, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
         folder = tmp_path / ending.name
-        process = subprocess.Popen(
-            list(map(str, [sys.executable, ROOT / "run_image_classification.py", *command(ending.name)])),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start(ending.name)
         while not (folder / "checkpoint-5").is_dir() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(ending)
@@ -269,7 +278,7 @@ def test_a_run_that_is_killed_or_told_to_end_goes_on_by_the_same_command(photos,
         assert not (folder / "_writing").exists()
 
 
-def test_yaml_file_of_arguments_is_overridden_by_flags(photos, config, tmp_path):
+def test_yaml_file_of_arguments_is_overridden_by_flags(photos, config, tmp_path, run_script):
     (tmp_path / "run.yaml").write_text(
         f"config_name: {config}\ntrain_dir: {photos}\noutput_dir: {tmp_path / 'out'}\ndo_train: true\nmax_steps: 7\n"
         "learning_rate: 1e-3\nuse_cpu: true\nreport_to: none\n"
@@ -280,7 +289,7 @@ def test_yaml_file_of_arguments_is_overridden_by_flags(photos, config, tmp_path)
     assert (recorded["max_steps"], recorded["learning_rate"]) == (1, 1e-3)
 
 
-def test_broken_image_is_named_and_left_out_on_request(photos, config, tmp_path):
+def test_broken_image_is_named_and_left_out_on_request(photos, config, tmp_path, run_script):
     (photos / "bee" / "notes.png").write_text("no image")
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
     assert_refused(run_script(*common), "bee/notes.png", "cannot be read", "--skip_broken_images")
@@ -294,7 +303,7 @@ def test_broken_image_is_named_and_left_out_on_request(photos, config, tmp_path)
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["skipped_images"] == 2
 
 
-def test_truncated_image_is_named_before_training(photos, config, tmp_path):
+def test_truncated_image_is_named_before_training(photos, config, tmp_path, run_script):
     for path in photos.rglob("*.png"):
         path.write_bytes(path.read_bytes()[:-30])
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
@@ -302,7 +311,7 @@ def test_truncated_image_is_named_before_training(photos, config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_loss_that_is_no_number_ends_with_code_one(photos, config, tmp_path):
+def test_loss_that_is_no_number_ends_with_code_one(photos, config, tmp_path, run_script):
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
     result = run_script(*common, "--max_steps=20", "--learning_rate=1e38", "--max_grad_norm=0")
     assert result.returncode == 1, result.stderr
@@ -310,7 +319,7 @@ def test_loss_that_is_no_number_ends_with_code_one(photos, config, tmp_path):
     assert "at step" in result.stderr
 
 
-def test_teacher_of_other_labels_is_refused(photos, config, teacher, tmp_path):
+def test_teacher_of_other_labels_is_refused(photos, config, teacher, tmp_path, run_script):
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
     (photos / "cat").rename(photos / "cow")
     result = run_script(*common, "--teacher_model_name_or_path", teacher)
@@ -322,7 +331,7 @@ def test_teacher_of_other_labels_is_refused(photos, config, teacher, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_output_directory_of_another_model_is_refused(photos, config, tmp_path):
+def test_output_directory_of_another_model_is_refused(photos, config, tmp_path, run_script):
     tiny_model(tiny_config(depths=[1, 1])).save_pretrained(tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]

@@ -1,0 +1,136 @@
+"""
+Python processes that start with the heavy libraries imported.
+
+Importing torch, transformers and what training needs takes 6 s of the CPU. `WarmPython` imports them once, in a process of
+its own, and forks that process for every run. A run is still a process with its own arguments, folder, variables, output and
+exit code, and shares nothing with the runs before it.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+LIBRARIES = [
+    *["accelerate", "datasets", "evaluate", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image"],
+    *["safetensors.torch", "timm.data", "torch", "torchvision.transforms.v2", "transformers.hf_argparser"],
+    *["transformers.models.auto.image_processing_auto", "transformers.models.auto.modeling_auto"],
+    *["transformers.models.vit.image_processing_vit", "transformers.models.vit.modeling_vit"],
+    *["transformers.pipelines", "transformers.trainer"],
+]
+WITHOUT_PACKAGE = (
+    "import sys; sys.modules['binaryvit_hf'] = None\n"  # code begins with it where the package must not help
+)
+FORKING = """
+import gc, importlib, json, os, random, runpy, sys
+
+libraries, sys.argv = sys.argv[1:], [""]
+for library in libraries:
+    importlib.import_module(library)
+gc.collect()
+gc.freeze()  # forks leave these objects alone, so their pages stay shared
+for line in sys.stdin:
+    run = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        break
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    os._exit(0)
+os.chdir(run["folder"])
+os.environ.clear()
+os.environ.update(run["variables"])
+for descriptor, file in enumerate((os.devnull, *run["output"])):
+    os.dup2(os.open(file, os.O_RDWR), descriptor)
+importlib.import_module("numpy").random.seed()  # the forks would share the state of its generator
+first, *rest = run["arguments"]
+if first == "-c":
+    sys.argv[1:] = rest[1:]
+    exec(compile(rest[0], "<string>", "exec"))
+elif first == "-m":
+    sys.argv[1:] = rest[1:]
+    runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+else:
+    sys.argv = [first, *rest]
+    sys.path[0] = os.path.dirname(first)
+    runpy.run_path(first, run_name="__main__")
+"""
+
+
+class WarmPython:
+    """
+    Runs Python commands in forks of a process that has imported `LIBRARIES`.
+
+    Libraries read some variables when they are imported: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, OMP_NUM_THREADS. `variables`
+    must hold the values that the runs need. A relative HF_HOME gives each run a cache in its own folder.
+
+    On systems other than Linux, where such forks are not safe, every run is a new interpreter.
+    """
+
+    def __init__(self, variables: dict[str, str]):
+        self.variables = variables
+        self.forking: subprocess.Popen | None = None
+
+    def run(
+        self, *arguments: object, folder: Path, variables: dict[str, str] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess:
+        """
+        Run `python *arguments` in `folder`, which is created.
+
+        Args:
+            arguments: a script, `-m` and a module, or `-c` and code; then its own arguments.
+            variables: the whole environment of the run; by default that of the libraries.
+        """
+        folder.mkdir(exist_ok=True)
+        arguments = list(map(str, arguments))
+        variables = self.variables if variables is None else variables
+        if sys.platform != "linux":
+            return subprocess.run(
+                [sys.executable, *arguments],
+                cwd=folder,
+                env=variables,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        with tempfile.NamedTemporaryFile("r+") as stdout, tempfile.NamedTemporaryFile("r+") as stderr:
+            request = {"arguments": arguments, "folder": str(folder), "variables": variables}
+            code = self.fork(request | {"output": [stdout.name, stderr.name]}, timeout)
+            return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+
+    def run_bare(self, code: str, home: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
+        """Run `code` offline as another user: in `home`, with the variables that every user has and with `variables`."""
+        bare = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": "hf", "HF_HUB_OFFLINE": "1"}
+        return self.run("-c", code, *arguments, folder=home, variables=bare | variables)
+
+    def fork(self, request: dict, timeout: float) -> int:
+        """
+        Returns:
+            The exit code of a fork that does what `request` says.
+        """
+        if self.forking is None:
+            self.forking = subprocess.Popen(
+                [sys.executable, "-c", FORKING, *LIBRARIES],
+                env=self.variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,  # `select` does not see lines that lie in a buffer
+            )
+        self.forking.stdin.write(json.dumps(request).encode() + b"\n")
+        process = int(self.forking.stdout.readline())
+        if not select.select([self.forking.stdout], [], [], timeout)[0]:
+            os.kill(process, signal.SIGKILL)
+            self.forking.stdout.readline()
+            raise subprocess.TimeoutExpired(request["arguments"], timeout)
+        return int(self.forking.stdout.readline())
+
+    def close(self) -> None:
+        if self.forking is not None:
+            self.forking.communicate()
