@@ -1,4 +1,4 @@
-"""Convert checkpoints of the paper's public training code: read them without running code, and rename their tensors."""
+"""Convert checkpoints of the paper's public code: read them without running code in them, and rename their tensors."""
 
 import argparse
 import mmap
@@ -93,12 +93,11 @@ VIT_NAMES = [
 
 def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """
-    Read the network's tensors from a checkpoint of the public code, `{"model": …, "optimizer": …, "args": …}`, or from a
-    state dict.
+    Read a network from a file of the public code, `{"model": …, "optimizer": …, "args": …}`, or from a state dict.
 
     Raises:
-        UserError: there is no such file, it is damaged, it holds no network, it would run code, or it would take more memory
-            than its size.
+        UserError: there is no such file, it is damaged, it holds no network, it would run code, or it would take more
+            memory than its size.
     """
     if not path.is_file():
         raise UserError(f"There is no file {str(path)!r}.")
@@ -118,9 +117,8 @@ def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not state_dict or not all(map(is_named_tensor, state_dict.items())):
         raise UserError(f"{str(path)!r} holds no network: it has no 'model' of named, dense tensors of numbers.")
-    return {
-        name.removeprefix("module."): tensor for name, tensor in state_dict.items()
-    }  # DistributedDataParallel's prefix
+    # DistributedDataParallel adds the prefix "module.".
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
 
 
 def check_memory(path: Path) -> None:
@@ -138,8 +136,8 @@ def check_memory(path: Path) -> None:
         # PyTorch does not compress: a file that unpacks to more than its size is an attack.
         if unpacked > path.stat().st_size:
             raise UserError(
-                f"{str(path)!r} of {path.stat().st_size} bytes would unpack to {unpacked} bytes, which no checkpoint of "
-                "PyTorch does: it is not opened."
+                f"{str(path)!r} of {path.stat().st_size} bytes would unpack to {unpacked} bytes, which no checkpoint "
+                "of PyTorch does: it is not opened."
             )
 
 
@@ -155,7 +153,7 @@ def is_named_tensor(item: tuple) -> bool:
 
 
 def count_labels(state_dict: dict[str, torch.Tensor], otherwise: int) -> int:
-    """The number of labels of a network of the public code, by its classifier; `otherwise` if it has none that is valid."""
+    """The number of labels of the classifier in a state dict of the public code; `otherwise` without a valid one."""
     bias = state_dict.get("classifier.bias")
     return len(bias) if bias is not None and bias.ndim == 1 and 1 <= len(bias) <= MAX_LABELS else otherwise
 
@@ -171,13 +169,12 @@ def convert_original_state_dict(
         config: the row that it was trained as, of BinaryViT or, for the full-precision row, of transformers' ViT.
 
     Returns:
-        A state dict for `BinaryViTForImageClassification` or `ViTForImageClassification`. Tensors are the same, except that
-        dimensions of size 1 are added or removed.
+        A state dict for `BinaryViTForImageClassification` or `ViTForImageClassification`. Tensors are the same, except
+        that dimensions of size 1 are added or removed.
 
     Raises:
         ValueError: a tensor is unknown or missing, or has another shape or kind of number. The message names it.
     """
-    # Names and shapes suffice.
     with torch.device("meta"):
         expected = build_classifier(config).state_dict()
     converted = {}

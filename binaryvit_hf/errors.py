@@ -4,11 +4,11 @@ from huggingface_hub.errors import StrictDataclassError
 
 
 class UserError(ValueError):
-    """Wrong input: the message says what is wrong and what to do. Commands print only the message and exit with code 2."""
+    """Wrong input. The message says what is wrong and what to do. Commands print only it and exit with code 2."""
 
 
 class LoadingError(UserError):
-    """A config, model or image processor is missing, damaged or unfit. The message says why, the caller adds which one."""
+    """A config, model or image processor is missing, damaged or unfit. The message says why, callers add which one."""
 
 
 class NonFiniteLossError(RuntimeError):

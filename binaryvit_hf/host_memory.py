@@ -16,8 +16,9 @@ def keep_freed_memory() -> bool:
     """
     Keep freed memory in the process for the next tensors, as PyTorch does on a GPU. Returns whether that is possible.
 
-    By default glibc returns it to the system after every training step, and the system zeroes every page again. On a virtual
-    machine that takes a third of a step, and causes most of the spread of its time. Other C libraries are not changed.
+    By default glibc returns it to the system after every training step, and the system zeroes every page again. On a
+    virtual machine that takes a third of a step, and causes most of the spread of its time. Other C libraries stay as
+    they are.
     """
     if os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False

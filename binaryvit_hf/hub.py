@@ -36,13 +36,8 @@ STATUSES = {
     403: f"the Hub forbids it (403): {LOG_IN}",
     429: "too many requests to the Hub (429): try again later",
 }
-HTTP_LIBRARIES = (
-    "httpx",
-    "httpx2",
-    "httpcore",
-    "httpcore2",
-    "requests",
-)  # used by different versions of huggingface_hub
+# Different versions of huggingface_hub use different libraries.
+HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
 def explain_hub_error(error: BaseException) -> str | None:
@@ -51,12 +46,12 @@ def explain_hub_error(error: BaseException) -> str | None:
 
     Looks through the chain of causes, since loaders replace the client's errors by their own.
     """
-    seen: list[BaseException] = []
-    behind: BaseException | None = error
-    while behind is not None and behind not in seen:
-        seen.append(behind)
-        behind = behind.__cause__ or behind.__context__
-    for error in seen:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for error in chain:
         for kind, cause in CAUSES.items():
             if isinstance(error, kind):
                 return cause
@@ -66,9 +61,9 @@ def explain_hub_error(error: BaseException) -> str | None:
             if status >= 500:
                 return f"the Hub has an internal error ({status}): try again later"
             return STATUSES.get(status, f"the Hub refuses it ({status}): {first_sentence(error)}")
-    if is_offline_mode() and any(isinstance(error, LocalEntryNotFoundError) for error in seen):
+    if is_offline_mode() and any(isinstance(error, LocalEntryNotFoundError) for error in chain):
         return CAUSES[OfflineModeIsEnabled]
-    for error in seen:
+    for error in chain:
         if type(error).__module__.split(".")[0] in HTTP_LIBRARIES or isinstance(
             error, (ConnectionError, TimeoutError)
         ):
@@ -100,7 +95,7 @@ def create_repository(repo_id: str, token: str | None, private: bool | None) -> 
 
 
 def upload_folder(folder: Path, repo_id: str, token: str | None, revision: str | None, message: str) -> str:
-    """Upload a folder in a single commit, so that it arrives whole or not at all. Returns the URL of the repository."""
+    """Upload a folder in one commit, so that it arrives whole or not at all. Returns the URL of the repository."""
     api = HfApi(token=token)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -127,8 +122,8 @@ def resumable_upload(folder: Path, repo_id: str, revision: str | None = None) ->
     except Exception as error:
         command = ["binaryvit", "push", str(folder), repo_id, *(["--revision", revision] if revision else [])]
         raise UploadError(
-            f"The upload to {repo_id!r} failed ({explain_error(error)}). Everything is whole in {str(folder)!r}: run the "
-            f"same command again, or `{shlex.join(command)}`, to complete it."
+            f"The upload to {repo_id!r} failed ({explain_error(error)}). Everything is whole in {str(folder)!r}: run "
+            f"the same command again, or `{shlex.join(command)}`, to complete it."
         ) from error
 
 

@@ -1,8 +1,8 @@
 """
 Load configs, models and image processors from folders and the Hub, and check them.
 
-Every failure is a `LoadingError` of one sentence. Sizes are checked before memory of that size is used, and weights that are
-not finite are refused.
+Every failure is a `LoadingError` of one sentence. Sizes are checked before memory of that size is used. Weights must be
+finite.
 """
 
 from collections.abc import Callable
@@ -228,7 +228,8 @@ def check_shapes(source: str, config: PreTrainedConfig | None = None, **argument
         expected = build_classifier(config).state_dict()
     try:
         with safe_open(file, framework="pt") as stored:
-            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118, it is no dict
+            # A file handle cannot be iterated.
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise LoadingError(f"{SAFE_WEIGHTS_NAME} is damaged: {first_sentence(error)}") from error
     for name, shape in shapes.items():
@@ -267,7 +268,8 @@ def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfi
     Try a processor on a picture that is half black, half white.
 
     Raises:
-        LoadingError: it fails, its image does not have the network's size, or black and white are not different finite numbers.
+        LoadingError: it fails, its image does not have the network's size, or black and white do not become different
+            finite numbers.
     """
     picture = Image.new("RGB", (64, 64))
     picture.paste((255, 255, 255), (32, 0, 64, 64))
@@ -286,7 +288,7 @@ def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfi
             f"{expected[1:]}."
         )
     least, most = images.amin((0, 2, 3)), images.amax((0, 2, 3))  # of each channel
-    # `not (...)`, because a comparison with NaN is false.
+    # Also true for NaN, as its comparisons are false.
     if not (least >= -MAX_VALUE).all() & (most <= MAX_VALUE).all() & (most - least >= MIN_CONTRAST).all():
         raise LoadingError(
             f"it turns black and white into numbers from {least.min():g} to {most.max():g}: check its rescale_factor, "

@@ -79,8 +79,8 @@ def count_operations(config: PreTrainedConfig) -> list[LayerCost]:
     - Both operands of the attention products have `input_bits`.
     - Normalisation, activations, softmax, pooling, scales and additions are not counted.
 
-    Every tensor of the checkpoint belongs to one kind, including the statistics of batch normalisation: weights, biases,
-    scales of packed weights and shifts of inputs to the kind of their layer, the others to the last kind.
+    Every tensor of the checkpoint belongs to one kind: weights, biases, scales of packed weights and shifts of inputs
+    to the kind of their layer; the others, such as statistics of batch normalisation, to the last kind.
 
     Args:
         config: of BinaryViT or of transformers' ViT. A config of packed weights counts like its latent network.
@@ -136,7 +136,8 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The latent image classifier of a config on the meta device, in float32."""
     if config.model_type not in CONFIG_CLASSES:
         raise UserError(
-            f"Operations are counted for the model types {' and '.join(CONFIG_CLASSES)}, not for {config.model_type!r}."
+            f"Operations are counted for the model types {' and '.join(CONFIG_CLASSES)}, "
+            f"not for {config.model_type!r}."
         )
     latent = config.to_dict()
     latent.pop("quantization_config", None)

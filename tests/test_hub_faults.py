@@ -15,8 +15,8 @@ from binaryvit_hf.errors import LINE_LENGTH
 
 
 ALICE, BOB = "token-of-alice", "token-of-bob"
-# One process runs the Hub and all commands, so that the libraries are imported once. The client's waits between two tries are
-# skipped.
+# One process runs the Hub and all commands, so that the libraries are imported once. It skips the client's waits between
+# two tries.
 SCRIPT = """
 import contextlib
 import io

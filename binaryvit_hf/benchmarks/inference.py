@@ -1,6 +1,6 @@
 """
-Times of forwards on the CPU: packed models on the engine's kernels, their simulation in PyTorch, and full-precision or int8
-networks in PyTorch and onnxruntime, each in its best ordinary setting.
+Times of forwards on the CPU, each network in its best ordinary setting: packed models on the engine's kernels, their
+simulation in PyTorch, and full-precision and int8 networks in PyTorch and onnxruntime.
 
 Weights are random: the time of a forward does not depend on them.
 """
@@ -74,11 +74,11 @@ def benchmark_inference(network: str, batch_sizes: list[int], threads: list[int]
     Returns:
         A dictionary of two lists:
 
-        - `results`, in the order of the table: `model`, `engine`, `threads`, `batch_size`, `seconds` and `seconds_10_90` of a
-          batch, `images_per_second`, `ratio` (the speed over that of DeiT-S in float32 in PyTorch, with the same threads and
-          batch size), `file_bytes`.
-        - `starts`, for each competitor and number of threads: `model`, `engine`, `threads`, `seconds` of the first forward
-          after loading, of one image, and `bytes`, the growth of memory during it (`None` except on Linux).
+        - `results`, in the order of the table: `model`, `engine`, `threads`, `batch_size`, `seconds` of a batch,
+          `seconds_10_90`, `images_per_second`, `file_bytes`, and `ratio`, the speed divided by the speed of DeiT-S in
+          float32 in PyTorch with the same threads and batch size.
+        - `starts`, for each competitor and number of threads: `model`, `engine`, `threads`, `seconds` of the first
+          forward after loading, of one image, and `bytes`, the growth of memory during it (`None` except on Linux).
 
     Raises:
         UserError: there is no such row, or not enough memory.
@@ -232,7 +232,7 @@ def create_responder(competitor: Competitor, threads: int) -> Callable:
 
 
 def take_turn(forward: Forward, batch_size: int) -> list[float]:
-    """Seconds of each forward in a turn. The first is not counted, as it refills the caches, unless it fills the turn."""
+    """Seconds of each forward in a turn. The first refills the caches and does not count, unless it fills the turn."""
     first = measure(forward, batch_size)
     if first > TURN_SECONDS:
         return [first]
@@ -298,8 +298,8 @@ def format_forwards(measured: dict) -> str:
         if start["engine"] in engine.kernels_here():
             memory = "" if start["bytes"] is None else f", {readable(start['bytes'], 'B')} of memory"
             lines.append(
-                f"{start['model']} on {start['engine']}, {count_threads(start['threads'])}: its first image after loading takes "
-                f"{1000 * start['seconds']:.0f} ms{memory}."
+                f"{start['model']} on {start['engine']}, {count_threads(start['threads'])}: its first image after "
+                f"loading takes {1000 * start['seconds']:.0f} ms{memory}."
             )
     return "\n".join(lines)
 

@@ -77,8 +77,8 @@ def wait_for_idle_threads() -> None:
     """
     Wait until the threads of this process sleep.
 
-    Threads of OpenMP and of onnxruntime spin for a while after their work, often for longer than a forward takes. They would
-    take the cores from the next competitor.
+    Threads of OpenMP and of onnxruntime spin for a while after their work, often for longer than a forward takes. They
+    would take the cores from the next competitor.
     """
     end = time.perf_counter() + MAX_IDLE_WAIT
     while time.perf_counter() < end:

@@ -32,7 +32,7 @@ def benchmark_loader(num_images: int = 64, batch_size: int = 32, rounds: int = 4
     """
     Measure images per second of both loaders on one core, without workers.
 
-    The loaders take turns, batch by batch. The times are CPU times of this process, which other processes hardly change.
+    The loaders take turns, batch by batch. The times are CPU times of this process: other processes hardly matter.
 
     Returns:
         `ours_images_per_second`, `baseline_images_per_second` (of the median batch), their `ratio`, `bytes_per_image`,

@@ -35,7 +35,7 @@ class RandomImages(CalibrationDataReader):
 
 
 def export_networks(folder: Path) -> list[tuple[str, str, Path]]:
-    """Export all networks. Returns the name of the network, the engine and the file of each, as `Competitor` takes them."""
+    """Export all networks. Returns the first arguments of a `Competitor`: name of the network, engine, file."""
     logging.disable(logging.WARNING)  # the exporters warn for almost every tensor
     try:
         return [file for name, in_float in NETWORKS.items() for file in export_network(name, in_float, folder)]

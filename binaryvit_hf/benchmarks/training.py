@@ -40,7 +40,7 @@ class Competitor:
 
 def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict:
     """
-    Time training steps (forward, cross-entropy, backward, AdamW) of a row of configs/, of its simulation and of DeiT-S.
+    Time training steps of a row of configs/, of its simulation and of DeiT-S: forward, cross-entropy, backward, AdamW.
 
     The CPU trains in float32. A GPU trains under autocast to bfloat16, and also the compiled networks.
 
@@ -50,8 +50,9 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
         steps: timed steps of each competitor, 2 or more.
 
     Returns:
-        A dictionary of `device`, `threads`, `batch_size` and `results`, a list in the order of the table: `contestant`,
-        `seconds` and `seconds_10_90` of a step, `images_per_second`, `peak_bytes`, `ratio` (the time over that of DeiT-S).
+        A dictionary of `device`, `threads`, `batch_size` and `results`, a list in the order of the table:
+        `contestant`, `seconds` of a step, `seconds_10_90`, `images_per_second`, `peak_bytes`, and `ratio`, the time
+        divided by the time of DeiT-S.
 
     Raises:
         UserError: there is no such row, or not enough memory.
@@ -108,8 +109,7 @@ def take_turns(
     Train all competitors in turns.
 
     Returns:
-        For each competitor, the seconds of its steps; and its peak memory in bytes, of the GPU if there is one, else of the
-        process.
+        The seconds of each step and the peak memory in bytes (of the GPU, else of the process), for each competitor.
     """
     arguments = (batch_size, device, torch.get_num_threads())
     workers = [Worker(str(competitor), create_responder, competitor, *arguments) for competitor in competitors]

@@ -16,8 +16,8 @@ Each command is a module of its name with
 | 2 | wrong input (`UserError`, or a wrong argument) |
 | 130, 141 | interrupted; the reader of stdout has closed it |
 
-Modules here import PyTorch and transformers only inside of `run`, so that `--help` and wrong arguments do not wait for them.
-`models.py` and `classification.py`, which only `run` imports, may import anything. No other room imports this one.
+Commands import PyTorch and transformers only inside of `run`: `--help` and wrong arguments do not wait for them.
+Only `run` imports `models.py` and `classification.py`, so these may import anything. No other room imports this one.
 """
 
 import argparse

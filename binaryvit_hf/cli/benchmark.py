@@ -19,9 +19,11 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--train", action="store_true", help="training steps, beside DeiT-S and the plain simulation")
     kinds.add_argument(
-        "--loader", action="store_true", help="loading images on one core, beside the paper's public code"
+        "--train", action="store_true", help="measure training steps, beside DeiT-S and the plain simulation"
+    )
+    kinds.add_argument(
+        "--loader", action="store_true", help="measure image loading on one core, beside the paper's public code"
     )
     parser.add_argument("--model", default=DEFAULT_ROW, help="row of configs/ (default %(default)s)")
     parser.add_argument(

@@ -14,7 +14,7 @@ EXAMPLE = f"binaryvit classify {next(iter(shipped_models()), 'MODEL')} photos/ c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder of them, or pattern")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder of images, or pattern")
     parser.add_argument(
         "--background", metavar="COLOUR", help="put this colour behind transparent pixels, such as white or '#ffcc00'"
     )

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
     parser.add_argument("--config", help=f"row of configs/, or a path: {', '.join(sorted(shipped_configs()))}")
     parser.add_argument(
-        "--teacher", action="store_true", help=f"the file holds a DeiT teacher; means --config {TEACHER_ROW}"
+        "--teacher", action="store_true", help=f"the file holds a DeiT teacher; same as --config {TEACHER_ROW}"
     )
 
 

@@ -31,8 +31,8 @@ def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[
         if os.path.isfile(os.path.join(source, "config.json")):
             raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
         raise UserError(
-            f"The model {name!r} cannot be loaded ({str(error).rstrip('.')}); a model is a folder with a config.json, an "
-            f"id of the Hub, or one of {', '.join(sorted(shipped))}."
+            f"The model {name!r} cannot be loaded ({str(error).rstrip('.')}); a model is a folder with a config.json, "
+            f"an id of the Hub, or one of {', '.join(sorted(shipped))}."
         ) from error
 
 

@@ -18,7 +18,9 @@ RUN_FILES = ("learning_curves.png", "run_arguments.json", "all_results.json", "t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a latent or packed model")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
-    parser.add_argument("--half", action="store_true", help="store the other tensors in float16 where they fit it")
+    parser.add_argument(
+        "--half", action="store_true", help="store float tensors in half precision if their values fit it"
+    )
     add_token_argument(parser)
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Upload a trained model to the Hub: packed weights, latent weights in the folder 'latent', card, image processor."""
+    """Upload a trained model to the Hub: packed weights, latent weights (in 'latent'), card and image processor."""
     from ..hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
     from ..network.quantization_binaryvit import ShippedModel, is_latent
     from .models import load_model
