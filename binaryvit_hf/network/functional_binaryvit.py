@@ -40,11 +40,7 @@ def binary_sign_(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
 
 
 def approx_sign_slope(x: torch.Tensor) -> torch.Tensor:
-    """
-    Gradient of the sign in training: `max(0, 2 - 2|x|)`.
-
-    Bi-Real Net, Liu et al., ECCV 2018.
-    """
+    """Gradient of the sign in training: `max(0, 2 - 2|x|)` (Bi-Real Net, Liu et al., ECCV 2018)."""
     return torch.rsub(x.abs(), 2, alpha=2).clamp_(min=0)
 
 
@@ -76,11 +72,7 @@ class ApproxSign(Function):
 
 
 def quantize_weight(weight: torch.Tensor, bits: int, clip_value: float, center: bool) -> torch.Tensor:
-    """
-    Weight `(out, ...)` on `bits` bits.
-
-    1 bit has a scale per row, 2 to 8 bits have a scale per tensor, 32 bits return the weight itself.
-    """
+    """Weight `(out, ...)` on `bits` bits: 1 has a scale per row, 2 to 8 have one per tensor, 32 returns the weight."""
     if bits == 32:
         return weight
     if bits == 1:
@@ -92,10 +84,9 @@ def weight_levels(
     weight: torch.Tensor, bits: int, clip_value: float, center: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The two factors of `quantize_weight`, for packing: whole numbers in the shape of the weight, and their scale.
+    The two factors of `quantize_weight`, for packing: whole numbers in the shape of the weight, and a scale.
 
-    The numbers are -1 and 1 for 1 bit, `-(2**(bits - 1) - 1)` to `2**(bits - 1) - 1` for 2 to 8 bits. The scale
-    broadcasts.
+    The numbers are -1 and 1 for 1 bit, `-(2**(bits - 1) - 1)` to `2**(bits - 1) - 1` for 2 to 8 bits.
     """
     if bits == 1:
         return binary_sign(center_rows(weight) if center else weight), row_scale(weight)
@@ -106,9 +97,8 @@ def quantize_input(
     x: torch.Tensor, shift: torch.Tensor, bits: int, clip_value: float, slope: Callable = approx_sign_slope
 ) -> torch.Tensor:
     """
-    `x + shift` on `bits` bits, x `(..., channels)`.
-
-    2 to 8 bits have a scale per token, so that images stay independent. `slope` is the gradient of the sign for 1 bit.
+    `x + shift` on `bits` bits, x `(..., channels)`; 2 to 8 have a scale per token, so that images stay independent.
+    `slope` is the gradient of the sign for 1 bit.
     """
     if bits == 32:
         return x + shift
@@ -654,10 +644,9 @@ def multiplies_bytes(weight: torch.Tensor) -> bool:
 
 class PackedCounts:
     """
-    Compact storage for the counts of `BinarizedWeight`, for a weight `(out, in)`.
+    Counts of `BinarizedWeight`, for a weight `(out, in)`, in one byte each if they fit, else two.
 
-    A count is a whole number from -in to in. All are even or all are odd, as `in` is. So half of it is stored for an
-    even `in`. It takes one byte if it fits, else two.
+    A count is a whole number from -in to in. An even `in` gives even counts, which are stored halved.
     """
 
     def __init__(self, weight: torch.Tensor):

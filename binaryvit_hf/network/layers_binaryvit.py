@@ -88,11 +88,7 @@ def quantized_linear(
 
 
 class TokenBatchNorm(nn.Module):
-    """
-    Batch normalisation of each channel over all tokens of the batch: `(..., channels)`.
-
-    In training the statistics are over the batches of all processes.
-    """
+    """Batch normalisation over all tokens of a batch, in training over those of all processes: `(..., channels)`."""
 
     def __init__(self, config, num_channels: int):
         super().__init__()
@@ -131,10 +127,7 @@ class TokenBatchNorm(nn.Module):
 
 
 class RPReLU(nn.Module):
-    """
-    Parameters of `PReLU(x - shift_in) + shift_out`, `(channels,)` each (ReActNet, eq. 2). `NormActivation` applies
-    them.
-    """
+    """Parameters of `PReLU(x - shift_in) + shift_out` (ReActNet, eq. 2), which `NormActivation` computes."""
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -144,11 +137,7 @@ class RPReLU(nn.Module):
 
 
 class NormActivation(nn.Module):
-    """
-    `RPReLU(BN(x) + shortcut)`: x and the result `(..., channels)`, shortcut `(..., shortcut_channels)`.
-
-    The channels of the shortcut are repeated or averaged to fit.
-    """
+    """`RPReLU(BN(x) + shortcut)`: `(..., channels)`. Channels of the shortcut are repeated or averaged to fit."""
 
     def __init__(self, config, num_channels: int):
         super().__init__()
@@ -156,19 +145,14 @@ class NormActivation(nn.Module):
         self.activation = RPReLU(num_channels)
 
     def forward(self, hidden_states: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        rows, norm, activation = hidden_states.flatten(0, -2), self.norm.batch_norm, self.activation
-        activated = NormShortcutRPReLU.apply(
-            rows,
-            shortcut.flatten(0, -2),
-            *self.norm.statistics([rows]),
-            norm.eps,
-            norm.weight,
-            norm.bias,
-            activation.shift_in,
-            activation.slope,
-            activation.shift_out,
-        )
+        rows, shortcut_rows = hidden_states.flatten(0, -2), shortcut.flatten(0, -2)
+        activated = NormShortcutRPReLU.apply(rows, shortcut_rows, *self.norm.statistics([rows]), *self.arguments())
         return activated.view(hidden_states.shape)
+
+    def arguments(self) -> tuple:
+        """Arguments of `NormRPReLU` after the statistics: eps, weight, bias, shift_in, slope and shift_out."""
+        norm, activation = self.norm.batch_norm, self.activation
+        return norm.eps, norm.weight, norm.bias, activation.shift_in, activation.slope, activation.shift_out
 
 
 class LayerScale(nn.Module):
@@ -186,10 +170,9 @@ class LayerScale(nn.Module):
 
 class BinaryProjection(nn.Module):
     """
-    Binary linear layer, normalisation, shortcut and activation: `RPReLU(BN(BinaryLinear(x)) + x)`.
+    `RPReLU(BN(BinaryLinear(x)) + x)`: query, key, value, reduction, output and both layers of the MLP.
 
-    `(..., in_features) -> (..., out_features)`; one of the two is a multiple of the other. Query, key, value,
-    reduction, output and both layers of the MLP are binary projections.
+    `(..., in_features) -> (..., out_features)`, one of the two a multiple of the other.
     """
 
     def __init__(self, config, in_features: int, out_features: int):
@@ -208,14 +191,12 @@ def binary_mlp_products(
     Both products of an MLP, fused, for 1-bit weights and inputs.
 
     Args:
-        fc1: first layer of the MLP.
-        linear2: linear layer of its second layer.
-        hidden_states: `(..., channels)`.
+        linear2: linear layer of the second projection.
+        hidden_states: `(..., channels)`, also the shape of both results.
 
-    Returns: `linear2(fc1(hidden_states))`, and its shortcut: `fc1(hidden_states)` averaged over runs of neighbours.
-        Both have the shape of `hidden_states`.
+    Returns:
+        `linear2(fc1(hidden_states))`, and its shortcut: `fc1(hidden_states)` averaged over runs of neighbours.
     """
-    norm, activation = fc1.norm_activation.norm, fc1.norm_activation.activation
     products = BinaryMLPProducts.apply(
         hidden_states.flatten(0, -2),
         fc1.linear.shift,
@@ -223,22 +204,14 @@ def binary_mlp_products(
         linear2.shift,
         linear2.quantized_weight(),
         (fc1.linear.sign_slope, linear2.sign_slope),
-        norm.statistics,
-        norm.batch_norm.eps,
-        norm.batch_norm.weight,
-        norm.batch_norm.bias,
-        activation.shift_in,
-        activation.slope,
-        activation.shift_out,
+        fc1.norm_activation.norm.statistics,
+        *fc1.norm_activation.arguments(),
     )
     return tuple(product.view(hidden_states.shape) for product in products)
 
 
 class AvgPoolBranch(nn.Module):
-    """
-    Parameters of one pooling branch: LayerScale of the mean over `kernel_size` `(height, width)` tokens around each
-    token. `AvgPoolBranches` applies them.
-    """
+    """LayerScale of the mean over `kernel_size` `(height, width)` tokens, which `AvgPoolBranches` computes."""
 
     def __init__(self, num_channels: int, kernel_size: tuple[int, int]):
         super().__init__()
@@ -259,11 +232,7 @@ class AvgPoolBranches(nn.ModuleList):
 
 
 class DropPath(nn.Module):
-    """
-    Stochastic depth: in training, drops the branch of an image with probability `drop_prob`.
-
-    `(batch, tokens, channels)`. Huang et al., ECCV 2016.
-    """
+    """Stochastic depth (Huang et al., ECCV 2016): training drops an image's branch with probability `drop_prob`."""
 
     def __init__(self, drop_prob: float):
         super().__init__()

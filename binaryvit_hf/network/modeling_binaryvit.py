@@ -68,10 +68,6 @@ class BinaryViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def check(self, pixel_values: torch.Tensor) -> None:
-        """
-        Raises:
-            ValueError: the images have another size or number of channels than the config.
-        """
         expected = (self.num_channels, *self.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
@@ -88,11 +84,7 @@ class BinaryViTEmbeddings(nn.Module):
 
 
 class BinaryPatchEmbeddings(nn.Module):
-    """
-    Binary patch embeddings between two stages: `(batch, height * width, in) -> (batch, height / 2 * width / 2, out)`.
-
-    A 2 x 2 convolution with a shortcut, the mean of the four tokens.
-    """
+    """Binary embeddings between stages: `(batch, height * width, in) -> (batch, height / 2 * width / 2, out)`."""
 
     def __init__(self, config, stage: int):
         super().__init__()
@@ -109,11 +101,7 @@ class BinaryPatchEmbeddings(nn.Module):
 
 
 class FullPrecisionPatchEmbeddings(nn.Module):
-    """
-    Full-precision patch embeddings: a 2 x 2 convolution between two normalisations; no shortcut, no activation.
-
-    `(batch, height * width, in) -> (batch, height / 2 * width / 2, out)`.
-    """
+    """Full-precision patch embeddings: convolution between two normalisations; no shortcut, no activation."""
 
     def __init__(self, config, stage: int):
         super().__init__()

@@ -604,10 +604,9 @@ def pack_folder(model_class: type[PreTrainedModel], latent: str | Path, folder: 
 
 def lay_in_one_buffer(model: nn.Module) -> None:
     """
-    Make all tensors of a dtype on the CPU views of one buffer.
+    Make all tensors of a dtype on the CPU views of one buffer, whose changes PyTorch counts together.
 
-    PyTorch counts the changes of a buffer and its views together. So the engine reads one counter per dtype. Thousands
-    of counters, spread over the memory, would take a tenth of a forward.
+    So the engine reads one counter per dtype. A counter for each tensor would take a tenth of a forward.
     """
     by_dtype = defaultdict(list)
     for module in model.modules():
