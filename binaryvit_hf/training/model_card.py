@@ -14,7 +14,7 @@ from ..ops import CONFIG_CLASSES, count_operations, readable, total
 from ..resources import shipped_folder
 from ..writing import write_file
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
-from .run_folder import arguments_to_json, finite_numbers, read_json
+from .run_folder import RUN_ARGUMENTS, arguments_to_json, finite_numbers, read_json
 
 
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
@@ -38,12 +38,9 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         cost = total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None
     except LoadingError as error:
         raise UserError(f"config.json of {str(folder)!r} describes no network: {error}") from error
-    documents = {name: read_json(folder / f"{name}.json") for name in ("all_results", "run_arguments", "train")}
-    results, arguments, recipe = (
-        finite_numbers(documents["all_results"]),
-        documents["run_arguments"],
-        documents["train"],
-    )
+    names = ("all_results.json", RUN_ARGUMENTS, "train.json")
+    recorded, arguments, recipe = (read_json(folder / name) for name in names)
+    results = finite_numbers(recorded)
     teacher, dataset = text(arguments or recipe, "teacher_model_name_or_path"), image_source(arguments or recipe)
     dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
     metrics, test_metrics = named_metrics(results, "eval"), named_metrics(results, "test")
@@ -52,7 +49,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
             license=text(arguments, "license") or DEFAULT_LICENSE,
             is_binary=config.model_type == "binaryvit",
             dataset=dataset,
-            teacher_id=teacher if "teacher_revision" in documents["all_results"] or not arguments else None,
+            teacher_id=teacher if "teacher_revision" in recorded or not arguments else None,
             model_name=Path(model_id).name,
             metrics=test_metrics or metrics,
         ),

@@ -38,7 +38,7 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
     # How long processes wait for each other.
     "ddp_timeout",
 }
-PATHS = {
+PATH_ARGUMENTS = {
     *("model_name_or_path", "config_name", "init_from", "teacher_model_name_or_path", "output_dir"),
     *("dataset_name", "train_dir", "validation_dir", "class_names"),
 }
@@ -95,7 +95,7 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
 
 def normalize(name: str, value: Any) -> Any:
     """Make paths absolute: `photos`, `photos/` and `./photos` are one folder."""
-    return os.path.abspath(value) if name in PATHS and isinstance(value, str) else value
+    return os.path.abspath(value) if name in PATH_ARGUMENTS and isinstance(value, str) else value
 
 
 def is_finished(output_dir: Path) -> bool:
