@@ -110,10 +110,10 @@ def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"{refused[1]!r}, which could run code" if refused else "objects that are no tensors"
+        what = f"{refused[1]!r}, which could run code" if refused else "objects that are not tensors"
         raise UserError(f"{str(path)!r} holds {what}: it is not opened.") from error
     except Exception as error:  # the zip reader and the unpickler may raise anything
-        raise UserError(f"{str(path)!r} is no checkpoint, or a damaged one: {first_sentence(error)}") from error
+        raise UserError(f"{str(path)!r} is not a checkpoint, or is damaged: {first_sentence(error)}") from error
     state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not state_dict or not all(map(is_named_tensor, state_dict.items())):
         raise UserError(f"{str(path)!r} holds no network: it has no 'model' of named, dense tensors of numbers.")
@@ -129,7 +129,7 @@ def check_memory(path: Path) -> None:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         # PyTorch allows this type, and allocates any length that the file gives.
         if content.find(b"bytearray") >= 0:
-            raise UserError(f"{str(path)!r} holds a 'bytearray', which is no tensor: it is not opened.")
+            raise UserError(f"{str(path)!r} holds a 'bytearray', which is not a tensor: it is not opened.")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())

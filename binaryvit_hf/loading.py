@@ -193,7 +193,7 @@ def check_fields(fields: dict) -> None:
         LoadingError: a config.json has no model type, or a field above its bound.
     """
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise LoadingError("config.json is no JSON object with the name of a model type ('model_type').")
+        raise LoadingError("config.json is not a JSON object with the name of a model type ('model_type').")
     check_labels(fields.get("id2label"), fields.get("num_labels"))
     if fields["model_type"] == "binaryvit":
         return

@@ -170,7 +170,7 @@ def count_products(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     try:
         model.eval()(torch.empty(1, config.num_channels, *as_pair(config.image_size), device="meta"))
     except Exception as error:  # layers may raise anything
-        raise LoadingError(f"the network of the config takes no image: {first_sentence(error)}") from error
+        raise LoadingError(f"the network of the config cannot process an image: {first_sentence(error)}") from error
     return products
 
 

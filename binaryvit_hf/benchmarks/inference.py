@@ -114,20 +114,16 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
     )
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[PEER]))
     peer, half = save(model, "peer"), save(model.to(torch.bfloat16), "half")
-    competitors = [
-        Competitor(network, kernels, packed, functools.partial(load_in_pytorch, kernels=kernels))
-        for kernels in engine.kernels_here()
+    in_pytorch: list[tuple[str, str, Path, dict]] = [
+        *((network, kernels, packed, {"kernels": kernels}) for kernels in engine.kernels_here()),
+        (network, "PyTorch, simulated", latent, {"change": simulate}),
+        (PEER, PEER_ENGINE, peer, {}),
+        (PEER, "PyTorch bfloat16", half, {"dtype": torch.bfloat16}),
+        (PEER, "torch.compile", peer, {"change": functools.partial(torch.compile, dynamic=False)}),
     ]
-    competitors += [
-        Competitor(network, "PyTorch, simulated", latent, functools.partial(load_in_pytorch, change=simulate)),
-        Competitor(PEER, PEER_ENGINE, peer, load_in_pytorch),
-        Competitor(PEER, "PyTorch bfloat16", half, functools.partial(load_in_pytorch, dtype=torch.bfloat16)),
-        Competitor(
-            PEER,
-            "torch.compile",
-            peer,
-            functools.partial(load_in_pytorch, change=functools.partial(torch.compile, dynamic=False)),
-        ),
+    competitors = [
+        Competitor(model_name, engine_name, file, functools.partial(load_in_pytorch, **options))
+        for model_name, engine_name, file, options in in_pytorch
     ]
     if importlib.util.find_spec("onnxruntime"):
         from .onnx_peers import export_networks, load_onnx

@@ -8,7 +8,7 @@ import contextlib
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -88,7 +88,7 @@ def wait_for_idle_threads() -> None:
             return
 
 
-def describe_seconds(seconds: list[float]) -> dict:
+def describe_seconds(seconds: Sequence[float]) -> dict:
     """Median, and first and last decile, of two numbers or more."""
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     return {"seconds": statistics.median(seconds), "seconds_10_90": [deciles[0], deciles[-1]]}

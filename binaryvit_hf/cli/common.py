@@ -23,7 +23,7 @@ def check_model_folder(folder: Path) -> None:
         UserError: the folder has no config.json.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} is no folder of a model: it has no config.json.")
+        raise UserError(f"{str(folder)!r} is not a model folder: it has no config.json.")
 
 
 @contextlib.contextmanager
