@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from command_line import assert_refused, run
 from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
+from warm_python import LIBRARIES
 
 from binaryvit_hf import engine
 from binaryvit_hf.benchmarks import inference, onnx_peers
@@ -48,7 +48,18 @@ def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
     assert 10**8 < ours["peak_bytes"] < peer["peak_bytes"]
 
 
-def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(tmp_path, monkeypatch, capsys, caplog):
+@pytest.fixture
+def forked_contestants(monkeypatch):
+    """Contestants fork from a process that has imported the libraries. Spawning, which the training benchmark shows, costs 5 s each."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(["binaryvit_hf.benchmarks.inference", "onnxruntime", *LIBRARIES])
+        forkserver = multiprocessing.get_context("forkserver")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: forkserver)
+
+
+def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
+    tmp_path, monkeypatch, capsys, caplog, forked_contestants
+):
     monkeypatch.setattr(inference, "PEER", "vit-digits")
     monkeypatch.setattr(onnx_peers, "NETWORKS", {"resnet10t": True})
     plot = tmp_path / "latency.png"
@@ -97,7 +108,7 @@ def compete(*competitors: inference.Competitor) -> tuple[list[dict], list[dict]]
     return inference.compete(list(competitors), batch_sizes=[1, 2], threads=1, turns=2)
 
 
-def test_a_competitor_that_cannot_run_is_left_out_unless_it_is_the_peer(tmp_path, caplog):
+def test_a_competitor_that_cannot_run_is_left_out_unless_it_is_the_peer(tmp_path, caplog, forked_contestants):
     (tmp_path / "file").write_bytes(b"12345")
     peer = inference.Competitor(inference.PEER, inference.PEER_ENGINE, tmp_path / "file", load_quick)
     broken = dataclasses.replace(peer, engine="torch.compile", load=load_broken)
@@ -124,7 +135,7 @@ def test_wrong_benchmarks_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-def test_freed_memory_stays_with_the_process():
+def test_freed_memory_stays_with_the_process(tmp_path, warm_python):
     program = """
 import torch
 from binaryvit_hf.host_memory import keep_freed_memory
@@ -135,5 +146,6 @@ before = resident()
 torch.ones(2**26, dtype=torch.uint8)
 print(resident() - before)
 """
-    kept = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kept = warm_python.run("-c", program, folder=tmp_path)
+    assert kept.returncode == 0, kept.stderr
     assert int(kept.stdout) > 0.9 * 2**26

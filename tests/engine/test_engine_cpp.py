@@ -34,7 +34,7 @@ def check(*command) -> str:
 @pytest.mark.parametrize("rounds", [1, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing(sanitizer, rounds, tmp_path):
-    build(COMPILER, tmp_path / "check", "-O1", *SANITIZERS[sanitizer])
+    build(COMPILER, tmp_path / "check", "-Og", *SANITIZERS[sanitizer])  # compiles in half the time of -O1
     check(tmp_path / "check", rounds)
 
 
