@@ -1,4 +1,4 @@
-"""Damaged and hostile files end in one sentence, and nothing wrong comes of them."""
+"""Damaged and hostile files end in one sentence and exit code 2, and nothing is written."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """A latent model, its packed one and a picture."""
+    """Folders `latent` and `packed` of one model, and a picture."""
     root = tmp_path_factory.mktemp("shelf")
     model = tiny_model(tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}))
     model.save_pretrained(root / "latent")
@@ -100,19 +100,21 @@ CONFIGS = {
 
 @pytest.mark.parametrize("content, words", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("command", ["ops", "card"])
-def test_a_bad_config_is_told_by_every_command_that_reads_it(command, content, words, tmp_path, capsys):
+def test_every_command_that_reads_a_bad_config_refuses_it(command, content, words, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = sorted(tmp_path.iterdir())
     assert_refused(capsys, [command, tmp_path], words)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_model_that_is_not_in_the_cache_is_missing_offline(capsys):
+def test_a_model_that_is_not_in_the_cache_is_refused_offline(capsys):
     assert_refused(capsys, ["ops", "no/model"], "'no/model'", "not in the cache", "HF_HUB_OFFLINE")
 
 
-@pytest.mark.parametrize("field, value", [("depths", [10**9, 1]), ("id2label", 5), ("quantization_config", 3)])
-def test_pack_and_classify_tell_of_a_bad_config(field, value, latent, shelf, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "field, value", [("depths", [10**9, 1]), ("id2label", 5), ("quantization_config", 3)], ids=str
+)
+def test_pack_and_classify_refuse_a_bad_config(field, value, latent, shelf, tmp_path, capsys):
     edit_json(latent / "config.json", **{field: value})
     assert_refused(capsys, ["pack", latent, tmp_path / "out"], field)
     assert_refused(capsys, ["classify", latent, shelf / "a.png"], field)
@@ -132,7 +134,7 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("changes, words", PROCESSORS.values(), ids=PROCESSORS)
-def test_a_bad_image_processor_is_told_before_any_image_is_read(changes, words, packed, shelf, tmp_path, capsys):
+def test_a_bad_image_processor_is_refused_before_any_image_is_read(changes, words, packed, shelf, tmp_path, capsys):
     edit_json(packed / "preprocessor_config.json", **changes)
     assert_refused(capsys, ["classify", packed, shelf / "a.png"], "preprocessor_config.json", words)
     assert_refused(capsys, ["pack", packed, tmp_path / "out"], "preprocessor_config.json", words)
@@ -148,18 +150,18 @@ def spoil(folder, change) -> None:
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])
 @pytest.mark.parametrize("name", ["classifier.bias", "binaryvit.norm.batch_norm.running_var"])
-def test_weights_that_are_no_numbers_are_refused_by_name(name, value, latent, shelf, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_refused_by_name(name, value, latent, shelf, tmp_path, capsys):
     spoil(latent, lambda tensors: tensors[name][:1].fill_(value))
     assert_refused(capsys, ["classify", latent, shelf / "a.png"], repr(name), "not finite")
     assert_refused(capsys, ["pack", latent, tmp_path / "out"], repr(name), "not finite")
 
 
-def test_answers_that_are_no_numbers_are_none(latent, shelf, capsys):
+def test_probabilities_that_are_not_finite_are_not_printed(latent, shelf, capsys):
     spoil(latent, lambda tensors: tensors["binaryvit.norm.batch_norm.running_var"].fill_(-1.0))
     assert_refused(capsys, ["classify", latent, shelf / "a.png"], str(latent), "not finite")
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_up_with_random_numbers(latent, shelf, tmp_path, capsys):
+def test_a_missing_tensor_is_not_replaced_by_random_numbers(latent, shelf, tmp_path, capsys):
     spoil(latent, lambda tensors: tensors.pop("binaryvit.norm.batch_norm.weight"))
     for arguments in (["classify", latent, shelf / "a.png"], ["pack", latent, tmp_path / "out"]):
         assert_refused(capsys, arguments, "lacks the tensor 'binaryvit.norm.batch_norm.weight'")
@@ -172,14 +174,15 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_up_with_random_numbers(l
         ({"depths": [1, 1]}, "has no tensor 'binaryvit.stages.0.layers.1."),
         ({"depths": [3, 1]}, "lacks the tensor 'binaryvit.stages.0.layers.2."),
     ],
+    ids=["wider", "fewer layers", "more layers"],
 )
-def test_weights_of_another_config_are_refused_in_a_sentence(changes, words, latent, shelf, tmp_path, capsys):
+def test_weights_of_another_config_are_refused_by_name(changes, words, latent, shelf, tmp_path, capsys):
     edit_json(latent / "config.json", **changes)
     assert_refused(capsys, ["classify", latent, shelf / "a.png"], words)
     assert_refused(capsys, ["pack", latent, tmp_path / "out"], words)
 
 
-def test_metadata_of_a_packed_file_may_say_anything(packed, shelf, capsys):
+def test_damaged_metadata_of_a_packed_file_is_refused(packed, shelf, capsys):
     file = packed / "model.safetensors"
     tensors = load_file(file)
     with safe_open(file, framework="pt") as stored:
@@ -205,13 +208,13 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("content", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("name", ["all_results.json", "run_arguments.json", "train.json"])
-def test_a_card_tells_of_a_document_that_is_none_and_a_model_is_packed_without_it(
+def test_a_card_refuses_a_damaged_document_and_a_model_is_packed_without_a_card(
     name, content, latent, tmp_path, capsys
 ):
     (latent / name).write_text(content)
     assert_refused(capsys, ["card", latent], name)
     assert not (latent / "README.md").exists()
-    if name != "train.json":  # which stays where it is
+    if name != "train.json":  # pack does not copy train.json
         assert main(["pack", str(latent), str(tmp_path / "out")]) == 0
         printed = capsys.readouterr()
         assert printed.err.startswith("There is no model card: ")
@@ -226,9 +229,14 @@ def test_a_card_tells_of_a_document_that_is_none_and_a_model_is_packed_without_i
         {"eval_accuracy": "high", "eval_top5_accuracy": NAN, "teacher_accuracy": None, "eval_samples": [7]},
         {"test_accuracy": 0.5},
     ],
+    ids=["results", "invalid results", "no known result"],
 )
-@pytest.mark.parametrize("arguments", [None, {}, {"output_dir": 5, "use_cpu": "?", "train_dir": [], "license": {}}])
-def test_a_card_is_written_of_what_is_recorded_and_valid(results, arguments, latent, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "arguments",
+    [None, {}, {"output_dir": 5, "use_cpu": "?", "train_dir": [], "license": {}}],
+    ids=["no arguments", "empty arguments", "invalid arguments"],
+)
+def test_a_card_holds_only_recorded_and_valid_results(results, arguments, latent, tmp_path, capsys):
     (latent / "all_results.json").write_text(json.dumps(results))
     if arguments is not None:
         (latent / "run_arguments.json").write_text(json.dumps(arguments))
@@ -236,7 +244,7 @@ def test_a_card_is_written_of_what_is_recorded_and_valid(results, arguments, lat
     text = (latent / "README.md").read_text()
     assert ("90.00 %" in text) == (results.get("eval_accuracy") == 0.9)
     assert "nan" not in text.lower().replace("finance", "")
-    assert "model-index" not in text  # nobody knows the dataset
+    assert "model-index" not in text  # the dataset is unknown
     assert main(["pack", str(latent), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == ""
     assert (tmp_path / "out" / "README.md").is_file()
@@ -261,7 +269,7 @@ class Long:
         return bytearray, (10**12,)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 def test_a_file_that_asks_for_memory_is_not_opened(zipped, tmp_path, capsys):
     torch.save({"model": {"a": Long()}}, tmp_path / "file.pth", _use_new_zipfile_serialization=zipped)
     assert_refused(capsys, convert(tmp_path), "'bytearray'", "not opened")
@@ -278,7 +286,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("tensors", TENSORS.values(), ids=TENSORS)
-def test_a_file_of_other_tensors_holds_no_network(tensors, tmp_path, capsys):
+def test_a_file_of_other_objects_holds_no_network(tensors, tmp_path, capsys):
     torch.save({"model": tensors}, tmp_path / "file.pth")
     assert_refused(capsys, convert(tmp_path), "file.pth", "holds no network")
 
@@ -292,6 +300,7 @@ def test_a_file_of_other_tensors_holds_no_network(tensors, tmp_path, capsys):
         ("classifier.weight", torch.zeros(1).expand(10**5, 10**7), "(100000, 10000000)"),
         ("\x1b[31m" + 10**6 * "x", torch.zeros(1), r"\x1b[31m"),
     ],
+    ids=["long bias", "scalar bias", "integer bias", "huge weight", "unprintable name"],
 )
 def test_a_tensor_of_another_shape_or_kind_is_refused_by_name(name, tensor, words, tmp_path, capsys):
     torch.save({"model": {name: tensor}}, tmp_path / "file.pth")

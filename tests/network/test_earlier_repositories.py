@@ -1,4 +1,4 @@
-"""A repository of the Hub that version 0.1.0 made, before the rooms: its own code, and this package's, go on loading it."""
+"""A Hub repository that version 0.1.0 made still loads, by its own code and by this package's."""
 
 import tarfile
 from pathlib import Path

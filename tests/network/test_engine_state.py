@@ -1,4 +1,4 @@
-"""The engine answers for the model as it stands: after any edit it gives what PyTorch gives."""
+"""After any edit of a model, the engine computes what PyTorch computes."""
 
 import copy
 import gc
@@ -47,7 +47,7 @@ def tensor_of(model, name: str) -> torch.Tensor:
 
 
 def other_value(tensor: torch.Tensor, amount: float) -> torch.Tensor:
-    """Another tensor of the same kind: some bits turned, or floats moved."""
+    """A changed copy of a tensor: some bits flipped, or `amount` added to floats."""
     tensor = tensor.detach().clone()
     return tensor ^ (1 + int(100 * amount)) if tensor.dtype == torch.uint8 else tensor + amount
 
@@ -58,7 +58,7 @@ class Doubled(nn.Module):
 
 
 class LowRankAdapter(nn.Module):
-    """What PEFT's LoRA puts in the place of a layer."""
+    """Replaces a layer, as LoRA of PEFT does."""
 
     def __init__(self, layer: nn.Module, amount: float):
         super().__init__()
@@ -92,7 +92,7 @@ def set_data(model, name, amount):
 
 def set_data_twice(model, name, amount):
     tensor = tensor_of(model, name)
-    for step in (amount, 2 * amount):  # the second may come to lie where the tensor was at first
+    for step in (amount, 2 * amount):  # the second may get the first address again
         tensor.data = other_value(tensor, step)
 
 
@@ -176,7 +176,7 @@ def switch_a_norm_to_training(model, name, amount):
     model.binaryvit.stages[0].layers[0].norm2.train()
 
 
-def cast_to_and_fro(model, name, amount):
+def cast_to_half_and_back(model, name, amount):
     model.half().float()
 
 
@@ -184,19 +184,19 @@ def cast(model, name, amount):
     model.bfloat16()
 
 
-def change_unseen(model, name, amount):
+def change_uncounted_and_refresh(model, name, amount):
     tensor = tensor_of(model, name)
     tensor.data.copy_(other_value(tensor, amount))
     model.refresh_engine()
 
 
-def write_through_numpy(model, name, amount):
+def write_through_numpy_and_refresh(model, name, amount):
     array = tensor_of(model, name).detach().numpy()
     array[...] = other_value(torch.from_numpy(array), amount).numpy()
     model.refresh_engine()
 
 
-def change_an_attribute(model, name, amount):
+def change_an_attribute_and_refresh(model, name, amount):
     model.binaryvit.norm.batch_norm.eps = 0.5 + amount
     model.refresh_engine()
 
@@ -213,8 +213,8 @@ EDITS_OF_TENSORS = [
     write_into_the_dictionary,
     swap,
     take_from_another,
-    change_unseen,
-    write_through_numpy,
+    change_uncounted_and_refresh,
+    write_through_numpy_and_refresh,
 ]
 EDITS_OF_MODULES = [
     exchange_module,
@@ -227,9 +227,9 @@ EDITS_OF_MODULES = [
     parametrise,
     give_an_instance_its_own_forward,
     switch_a_norm_to_training,
-    cast_to_and_fro,
+    cast_to_half_and_back,
     cast,
-    change_an_attribute,
+    change_an_attribute_and_refresh,
 ]
 
 
@@ -250,7 +250,7 @@ def assert_up_to_date(model, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", [SHIFT, BITS, POSITIONS, VARIANCE])
 @pytest.mark.parametrize("edit", EDITS_OF_TENSORS, ids=lambda edit: edit.__name__)
-def test_an_edit_of_a_tensor_is_answered_for(edit, name, monkeypatch):
+def test_the_engine_follows_an_edit_of_a_tensor(edit, name, monkeypatch):
     model = packed_model()
     before = logits_of(model)
     edit(model, name, 0.7)
@@ -260,11 +260,11 @@ def test_an_edit_of_a_tensor_is_answered_for(edit, name, monkeypatch):
 
 
 @pytest.mark.parametrize("edit", EDITS_OF_MODULES, ids=lambda edit: edit.__name__)
-def test_an_edit_of_a_module_is_answered_for(edit, monkeypatch):
+def test_the_engine_follows_an_edit_of_a_module(edit, monkeypatch):
     model = packed_model()
     before = logits_of(model)
     edit(model, SHIFT, 0.7)
-    if edit is not cast_to_and_fro:
+    if edit is not cast_to_half_and_back:
         assert not torch.equal(logits_of(model).float(), before)
     assert_up_to_date(model, monkeypatch)
 
@@ -282,14 +282,14 @@ def test_an_edit_of_a_module_is_answered_for(edit, monkeypatch):
         max_size=8,
     )
 )
-def test_any_sequence_of_edits_is_answered_for(edits):
+def test_the_engine_follows_any_sequence_of_edits(edits):
     model = packed_model()
     with pytest.MonkeyPatch.context() as monkeypatch:
         for edit, name, amount, computes in edits:
             try:
                 edit(model, name, amount)
             except (AttributeError, KeyError, RuntimeError, IndexError):
-                continue  # an earlier edit took away what this one is of
+                continue  # an earlier edit removed the module or tensor
             if computes:
                 assert_up_to_date(model, monkeypatch)
         assert_up_to_date(model, monkeypatch)
@@ -320,8 +320,9 @@ def test_a_subclass_with_other_parts_runs_in_pytorch():
 @pytest.mark.parametrize(
     "field, value",
     [("num_attention_heads", [3, 4]), ("num_attention_heads", [4, 4]), ("avg_pool_kernel_sizes", [5, 7])],
+    ids=str,
 )
-def test_a_config_that_was_edited_does_not_change_what_the_modules_compute(field, value):
+def test_an_edited_config_does_not_change_the_outputs(field, value):
     model = packed_model()
     expected = logits_of(model)
     setattr(model.config, field, value)
@@ -340,7 +341,7 @@ def test_hooks_for_all_modules_are_called():
     assert len(calls) > 50
 
 
-def test_a_model_that_is_loaded_in_inference_mode_uses_the_engine(tmp_path):
+def test_a_model_loaded_in_inference_mode_uses_the_engine(tmp_path):
     tiny_model().save_pretrained(tmp_path / "latent")
     with torch.inference_mode():
         packing = BinaryViTQuantizationConfig()
@@ -362,7 +363,7 @@ def test_a_model_made_in_inference_mode_runs_in_pytorch(monkeypatch):
         assert model(IMAGES).logits.isfinite().all()
 
 
-def test_a_model_that_computed_is_freed():
+def test_a_model_with_an_engine_can_be_freed():
     model = packed_model()
     logits_of(model)
     gone = weakref.ref(model.binaryvit)

@@ -1,4 +1,4 @@
-"""Every row against what the paper's public code computes, in float64, to 1e-6 relative (`golden/README.md`)."""
+"""Every row against values of the paper's public code, in float64, to 1e-6 relative (`tests/golden/README.md`)."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ from binaryvit_hf.training.losses import distillation_loss
 
 
 TOLERANCE = 1e-6
-# A shift before a normalisation has no gradient: what stands in the golden files is rounding of a zero.
+# A shift before a normalisation has gradient 0; the golden files hold its rounding error.
 ROUNDING = 1e-12
 
 
 class Row:
-    """One row, loaded once: its model after a forward pass in eval and a step in train mode."""
+    """One row, loaded once: outputs in evaluation, and losses and gradients of one step in training."""
 
     def __init__(self, name: str):
         self.expected = golden_expectations(name)
@@ -54,30 +54,30 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "") -
     assert error <= TOLERANCE * expected.norm().item() + ROUNDING, f"{name}: {error}"
 
 
-def test_eval_logits(row):
+def test_logits_in_evaluation_equal_the_papers(row):
     assert_close(row.eval.logits, row.expected["eval.logits"])
 
 
-def test_hidden_states(row):
+def test_hidden_states_equal_the_papers(row):
     norms = torch.stack([state.norm() for state in row.eval.hidden_states])
     assert_close(norms, row.expected["eval.hidden_norms"])
     heads = torch.stack([state[:, 0, :8] for state in row.eval.hidden_states])
     assert_close(heads, row.expected["eval.hidden_heads"])
 
 
-def test_attention_sums(row):
+def test_sums_of_attentions_equal_the_papers(row):
     sums = torch.stack([attention.sum() for attention in row.eval.attentions])
     assert_close(sums, row.expected["eval.attention_sums"])
 
 
-def test_train_logits_and_losses(row):
+def test_logits_and_losses_in_training_equal_the_papers(row):
     assert_close(row.train_logits, row.expected["train.logits"])
     assert_close(row.kd_loss, row.expected["train.kd_loss"])
     assert_close(row.soft_ce_loss, row.expected["train.soft_ce_loss"])
     assert_close(row.loss, row.expected["train.loss"])
 
 
-def test_gradient_of_every_parameter(row):
+def test_the_gradient_of_every_parameter_equals_the_papers(row):
     parameters = dict(row.model.named_parameters())
     originals = [key.removeprefix("grad_norm.") for key in row.expected if key.startswith("grad_norm.")]
     assert sorted(convert_name(original, row.config) for original in originals) == sorted(parameters)
@@ -87,7 +87,7 @@ def test_gradient_of_every_parameter(row):
         assert_close(grad.flatten()[:4], row.expected[f"grad_head.{original}"], original)
 
 
-def test_running_means_after_one_step(row):
+def test_running_statistics_after_one_step_equal_the_papers(row):
     state = row.model.state_dict()
     for key, expected in row.expected.items():
         if key.startswith("train.state_norm."):
@@ -95,7 +95,7 @@ def test_running_means_after_one_step(row):
             assert_close(state[convert_name(original, row.config)].norm(), expected, original)
 
 
-def test_conversion_names_what_does_not_fit(row):
+def test_conversion_names_the_tensor_that_does_not_fit(row):
     some = next(key for key in row.state_dict if key.endswith("weight") and "layer.1." in key)
     lacking = {key: tensor for key, tensor in row.state_dict.items() if key != some}
     with pytest.raises(ValueError, match=f"lacks 1 tensor.*{convert_name(some, row.config)}"):

@@ -1,4 +1,4 @@
-"""Each fused or written-for-speed part against its formula, composed of PyTorch's own operations."""
+"""Each fused function and layer against its formula, composed of PyTorch's own operations."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def reference_shortcut(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x.repeat(1, 1, channels // x.shape[-1])
 
 
-# In float32 products are of bytes where the CPU can.
+# float32 uses byte products if the CPU has them.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("weight_bits", [1, 32])
 def test_sign_linear_equals_the_composed_sign_and_product(block_elements, dtype, weight_bits):
@@ -94,7 +94,7 @@ def test_norm_activation_equals_batch_norm_shortcut_and_rprelu(block_elements, t
 
 
 @pytest.mark.parametrize("channels", [3, 64, 254, 256, 511])
-def test_counts_are_packed_without_loss_where_all_signs_agree_too(channels):
+def test_counts_are_packed_without_loss_up_to_the_extremes(channels):
     weight = BinarizeWeight.apply(torch.randn(5, channels), False)
     counts = PackedCounts(weight)
     signs = torch.cat((weight.sign(), -weight.sign(), binary_sign(torch.randn(20, channels))))
@@ -136,7 +136,7 @@ def test_binary_attention_equals_its_steps(used, sign_slope):
     shifts = attention.query_shift, attention.key_shift, attention.value_shift
     wanted = [*inputs, *shifts, attention.probability_clip]
     outcomes = []
-    for training in (True, False):  # evaluation takes the steps one by one
+    for training in (True, False):  # evaluation is composed of single steps
         results = attention.train(training).attend(*inputs)
         grads = torch.autograd.grad(sum(results[index].exp().sum() for index in used), wanted, allow_unused=True)
         outcomes.append((results, [torch.zeros(()) if grad is None or not grad.any() else grad for grad in grads]))
@@ -172,7 +172,7 @@ def test_patch_convolution_is_a_convolution_of_signs():
     torch.testing.assert_close(actual, expected.flatten(2).transpose(1, 2))
 
 
-@pytest.mark.parametrize("kernel_size", [(3, 1), (1, 3), (5, 1), (1, 5)])
+@pytest.mark.parametrize("kernel_size", [(3, 1), (1, 3), (5, 1), (1, 5)], ids=str)
 def test_pooling_branches_are_zero_padded_means_over_the_whole_kernel(block_elements, kernel_size):
     branches = AvgPoolBranches(randomized(AvgPoolBranch(3, size)).double() for size in ((1, 1), kernel_size))
     hidden_states, tokens = (torch.randn(2, 4 * 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -193,7 +193,7 @@ def test_no_pooling_branches_change_nothing():
     assert AvgPoolBranches()(tokens, tokens, (4, 6)) is tokens
 
 
-def test_pooling_and_upsampling_agree_with_two_dimensional_ones():
+def test_pooling_and_upsampling_equal_those_of_images():
     tokens = torch.randn(2, 4 * 6, 3)
     token_map = tokens.transpose(1, 2).unflatten(2, (4, 6))
     pooled = pool_tokens(tokens, (4, 6), 2)
@@ -212,8 +212,8 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert torch.equal(drop_path.eval()(values), values)
 
 
-def test_layers_keep_half_the_bytes_of_the_composed_ones():
-    """A fused projection must keep two activations, its input and its product; composed PyTorch keeps seven."""
+def test_a_projection_keeps_two_activations_for_the_backward_pass():
+    """They are its input and its product. Composed of PyTorch's own operations, it keeps seven."""
     projection = BinaryProjection(tiny_config(), 64, 64).train()
     x = torch.randn(2, 100, 64, requires_grad=True)
     kept = {}
@@ -228,7 +228,7 @@ def test_layers_keep_half_the_bytes_of_the_composed_ones():
     assert len(kept) == 2
 
 
-def test_layer_is_the_block_of_the_paper():
+def test_a_layer_is_the_block_of_the_paper():
     model = tiny_model().double().eval()
     layer, grid_size = model.binaryvit.stages[1].layers[0], (2, 4)
     x = torch.randn(2, 8, 16, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_layer_is_the_block_of_the_paper():
     torch.testing.assert_close(layer(x, grid_size), expected)
 
 
-def test_drop_path_rate_grows_linearly_with_depth():
+def test_the_drop_path_rate_grows_linearly_with_depth():
     model = tiny_model(tiny_config(drop_path_rate=0.2))
     rates = [layer.drop_path.drop_prob for stage in model.binaryvit.stages for layer in stage.layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2])

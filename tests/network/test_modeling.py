@@ -1,4 +1,4 @@
-"""What transformers expects of a model."""
+"""Behaviour that transformers expects of a model: saving, outputs, precision, compilation, checkpointing."""
 
 import copy
 
@@ -24,7 +24,7 @@ def model(request):
     return tiny_model(CONFIG_KINDS[request.param]()).eval()
 
 
-def test_saving_and_loading_is_bit_equal(model, tmp_path):
+def test_a_saved_model_loads_bit_identical(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
@@ -35,7 +35,7 @@ def test_saving_and_loading_is_bit_equal(model, tmp_path):
     assert torch.equal(model(tiny_images()).logits, loaded(tiny_images()).logits)
 
 
-def test_backbone_loads_from_a_classifier_checkpoint(model, tmp_path):
+def test_a_backbone_loads_from_a_classifier_checkpoint(model, tmp_path):
     model.save_pretrained(tmp_path)
     backbone = AutoModel.from_pretrained(tmp_path)
     assert isinstance(backbone, BinaryViTModel)
@@ -44,7 +44,7 @@ def test_backbone_loads_from_a_classifier_checkpoint(model, tmp_path):
 
 
 def test_missing_weights_are_initialised_as_in_a_seeded_new_model(model, tmp_path):
-    # Built without drawing numbers, as from_pretrained builds, so that both draw the same ones after the seed.
+    # Built without random numbers, as from_pretrained builds, so that both draw the same ones after the seed.
     with torch.device("meta"):
         fresh = BinaryViTForImageClassification(copy.deepcopy(model.config))
     fresh.to_empty(device="cpu")
@@ -58,7 +58,7 @@ def test_missing_weights_are_initialised_as_in_a_seeded_new_model(model, tmp_pat
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_one_missing_weight_leaves_the_others_alone(model, tmp_path):
+def test_a_missing_weight_does_not_change_the_others(model, tmp_path):
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["classifier.weight"]
@@ -68,7 +68,7 @@ def test_one_missing_weight_leaves_the_others_alone(model, tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in state.items())
 
 
-def test_initial_values_are_pytorchs_for_layers_and_the_papers_for_the_rest():
+def test_layers_begin_with_pytorchs_values_and_other_parameters_with_the_papers():
     model = BinaryViTForImageClassification(BinaryViTConfig(num_labels=10))
     layer = model.binaryvit.stages[2].layers[0]
     bound = 256**-0.5  # kaiming uniform with a = sqrt(5)
@@ -128,19 +128,19 @@ def test_labels_give_the_cross_entropy(model):
     torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
 
 
-def test_images_of_a_batch_do_not_see_each_other(model):
-    model.double()  # float32 sums in another order for another batch size, and a last bit can flip a sign
+def test_images_of_a_batch_are_independent(model):
+    model.double()  # in float32, sums depend on the batch size in the last bit, which can flip a sign
     images = tiny_images(5).double()
     alone = torch.cat([model(image[None]).logits for image in images])
     torch.testing.assert_close(model(images).logits, alone, rtol=1e-10, atol=1e-10)
 
 
-def test_two_passes_are_equal(model):
+def test_two_forward_passes_are_bit_identical(model):
     assert torch.equal(model(tiny_images()).logits, model(tiny_images()).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs(model, dtype, tmp_path):
+def test_a_model_runs_in_half_precision(model, dtype, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=dtype)
     logits = loaded(tiny_images().to(dtype)).logits
@@ -149,7 +149,7 @@ def test_half_precision_runs(model, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_trains_under_autocast(dtype):
+def test_a_model_trains_under_autocast(dtype):
     model = tiny_model().train()
     with torch.autocast("cpu", dtype):
         loss = model(tiny_images(), labels=torch.tensor([0, 1])).loss
@@ -157,13 +157,13 @@ def test_half_precision_trains_under_autocast(dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_compiles_as_one_graph(model):
+def test_a_model_compiles_as_one_graph(model):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tiny_images()).logits, model(tiny_images()).logits)
 
 
-def test_exports(model):
+def test_a_model_exports(model):
     program = torch.export.export(model, (tiny_images(),), strict=False)
     torch.testing.assert_close(program.module()(tiny_images()).logits, model(tiny_images()).logits)
 
@@ -185,7 +185,7 @@ def test_reentrant_checkpointing_is_refused():
         tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
 
 
-def test_a_head_of_another_size_begins_new(model, tmp_path):
+def test_a_classifier_of_another_size_begins_with_random_weights(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert loaded(tiny_images()).logits.shape == (2, 7)
@@ -202,7 +202,7 @@ def test_auto_classes_know_the_model():
         assert isinstance(AutoModelForImageClassification.from_config(config), BinaryViTForImageClassification)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 32, 16), (2, 1, 16, 32)])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 16), (2, 1, 16, 32)], ids=str)
 def test_images_of_another_shape_are_refused(model, shape):
     with pytest.raises(ValueError, match=r"takes images of \(channels, height, width\) \(3, 16, 32\)"):
         model(torch.zeros(shape))

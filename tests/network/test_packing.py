@@ -1,4 +1,4 @@
-"""Bits in files: the format, bit-equal outputs, and everything that may be wrong with a file."""
+"""Packed weights: the format, bit-identical outputs, and every way that a file may be wrong."""
 
 import json
 import logging
@@ -22,16 +22,16 @@ CONFIGS = {
     "pyramid": tiny_config(),
     "some full precision": tiny_config(binarize_patch_embeddings=False),
     "class token": class_token_config(),
-    # 12 and 36 inputs: neither fills its last byte
+    # 12 and 36 inputs do not fill their last byte.
     "odd channels": tiny_config(hidden_sizes=[12, 36], intermediate_sizes=[12, 36], num_attention_heads=[3, 2]),
     **{f"{bits} bits": tiny_config(weight_bits=bits) for bits in range(2, 9)},
-    "binary weights alone": tiny_config(input_bits=32),
+    "only weights binary": tiny_config(input_bits=32),
 }
 
 
 @pytest.fixture(autouse=True)
 def computed_by_pytorch(monkeypatch):
-    """Which is equal to the last bit; the engine, which rounds elsewhere, has tests of its own."""
+    """PyTorch's outputs are bit-identical. The engine rounds elsewhere; tests/engine has its tests."""
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
 
 
@@ -75,7 +75,7 @@ def read_metadata(folder) -> dict[str, str]:
 
 
 def edit_tensors(folder, change, metadata=()) -> None:
-    """Save the weights anew as `change` left them, with the metadata they had."""
+    """Save the weights again after `change`, with the metadata they had and `metadata`."""
     file, kept = folder / "model.safetensors", read_metadata(folder) | dict(metadata)
     tensors = load_file(file)
     change(tensors)
@@ -83,7 +83,7 @@ def edit_tensors(folder, change, metadata=()) -> None:
 
 
 def assert_same_checkpoint(folder, other) -> None:
-    """The same tensors, metadata and config; bytes differ, for safetensors writes metadata in random order."""
+    """The same tensors, metadata and config. Bytes differ, because safetensors writes metadata in random order."""
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
@@ -100,7 +100,7 @@ def edit_config(folder, **changes) -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 64])
-def test_levels_come_back_from_their_bytes_and_the_rest_of_a_byte_is_zero(width, columns):
+def test_levels_come_back_from_their_bytes_and_zeros_fill_the_last_byte(width, columns):
     top = 1 if width == 1 else 2 ** (width - 1) - 1
     levels = torch.randint(-top, top + 1, (5, columns), generator=torch.Generator().manual_seed(0))
     if width == 1:
@@ -114,13 +114,13 @@ def test_levels_come_back_from_their_bytes_and_the_rest_of_a_byte_is_zero(width,
         assert (packed[:, -1] >> used == 0).all()
 
 
-def test_first_channel_is_the_lowest_bit():
+def test_the_first_channel_is_in_the_lowest_bits():
     assert pack_levels(torch.tensor([[1, -1, -1, -1, -1, -1, -1, 1, 1]]), 1).tolist() == [[0b10000001, 1]]
     assert pack_levels(torch.tensor([[1, 0, -1, 0, 1]]), 2).tolist() == [[0b01_00_01_10, 0b10]]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_packed_outputs_are_bit_equal_before_and_after_saving(config, tmp_path):
+def test_packed_outputs_are_bit_identical_before_and_after_saving(config, tmp_path):
     model = tiny_model(config)
     model.save_pretrained(tmp_path / "latent")
     expected = logits(model.eval())
@@ -141,7 +141,7 @@ def test_saving_a_loaded_packed_model_gives_the_same_checkpoint(packed, tmp_path
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_dequantized_weights_are_levels_times_scale_and_outputs_stay(config, tmp_path):
+def test_dequantized_weights_are_levels_times_scale_and_outputs_stay_close(config, tmp_path):
     model = tiny_model(config).eval()
     model.save_pretrained(tmp_path / "latent")
     packed = load(tmp_path / "latent", quantization_config=BinaryViTQuantizationConfig())
@@ -150,7 +150,7 @@ def test_dequantized_weights_are_levels_times_scale_and_outputs_stay(config, tmp
     if config.weight_bits == 1:
         assert torch.equal(weight.abs(), weight.abs()[:, :1].expand_as(weight))
     assert not plain.is_packed
-    # Not to the last bit: products of full-precision weights are sums of floats, those of binary ones are counted.
+    # Not bit-identical: products of full-precision weights are sums of floats, products of binary ones are counts.
     torch.testing.assert_close(logits(plain), logits(model))
     plain.save_pretrained(tmp_path / "plain")
     again = load(tmp_path / "plain")
@@ -182,7 +182,7 @@ def test_bits_are_intact_with_a_device_map_and_in_shards(packed, tmp_path):
     assert torch.equal(logits(load(tmp_path / "shards")), expected)
 
 
-def test_offloaded_weights_are_not_saved_as_if_they_were_there(packed, tmp_path):
+def test_a_model_with_offloaded_weights_is_not_saved(packed, tmp_path):
     on_disk = {"binaryvit.embeddings": "cpu", "binaryvit.stages": "disk", "binaryvit.norm": "cpu", "classifier": "cpu"}
     model = load(packed, device_map=on_disk, offload_folder=tmp_path / "offload")
     with pytest.raises(ValueError, match="is offloaded"):
@@ -197,7 +197,7 @@ def test_the_backbone_of_a_packed_classifier_loads_without_a_warning(packed):
         assert torch.equal(backbone(tiny_images()).last_hidden_state, expected)
 
 
-def test_half_precision_halves_the_floats_and_keeps_what_it_cannot_hold(latent, tmp_path):
+def test_half_precision_halves_the_floats_and_keeps_those_out_of_its_range(latent, tmp_path):
     model = load(latent)
     with torch.no_grad():
         model.classifier.bias[0] = 1e5
@@ -237,12 +237,13 @@ def test_binaryvit_small_takes_8_9_megabytes_and_6_in_half_precision(tmp_path):
         ("bias", [float("nan"), 1.0], False),
         ("running_var", [1e-7, 1.0], False),
     ],
+    ids=str,
 )
-def test_what_fits_half_precision(name, values, fits):
+def test_a_tensor_fits_half_precision_by_its_largest_value_and_a_variance_by_its_smallest(name, values, fits):
     assert fits_half(name, torch.tensor(values)) == fits
 
 
-def test_packed_weights_refuse_training_and_say_why(packed):
+def test_packed_weights_refuse_training(packed):
     model = load(packed)
     with pytest.raises(ValueError, match="a bit has no gradient"):
         model.train()
@@ -265,22 +266,22 @@ def test_there_is_nothing_to_pack_in_full_precision(tmp_path):
         load(tmp_path, quantization_config=BinaryViTQuantizationConfig())
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"quantization_config": {"quant_method": "binaryvyt"}}, "'binaryvyt'"),
-        ({"quantization_config": {"quant_method": "binaryvit", "halb": True}}, "'halb'"),
-        ({"quantization_config": {"quant_method": "binaryvit", "half": "yes"}}, "half"),
-        ({"quantization_config": None}, r"packed_weight' is packed, but config.json"),
-        ({"depths": [1, 1]}, "depths"),
-        ({"hidden_sizes": [8, 32], "intermediate_sizes": [16, 64]}, "hidden_sizes"),
-        ({"weight_bits": 2}, "weight_bits"),
-        ({"batch_norm_eps": 1e-3}, "batch_norm_eps=0.001"),
-        ({"num_attention_heads": [1, 4]}, "num_attention_heads"),
-        ({"id2label": {"0": "a", "1": "b"}}, r"'classifier\.(weight|bias)'"),
-    ],
-)
-def test_a_config_that_disagrees_with_the_tensors_is_refused(packed, changes, message):
+DISAGREEING_CONFIGS = {  # by message
+    "'binaryvyt'": {"quantization_config": {"quant_method": "binaryvyt"}},
+    "'halb'": {"quantization_config": {"quant_method": "binaryvit", "halb": True}},
+    "half": {"quantization_config": {"quant_method": "binaryvit", "half": "yes"}},
+    r"packed_weight' is packed, but config.json": {"quantization_config": None},
+    "depths": {"depths": [1, 1]},
+    "hidden_sizes": {"hidden_sizes": [8, 32], "intermediate_sizes": [16, 64]},
+    "weight_bits": {"weight_bits": 2},
+    "batch_norm_eps=0.001": {"batch_norm_eps": 1e-3},
+    "num_attention_heads": {"num_attention_heads": [1, 4]},
+    r"'classifier\.(weight|bias)'": {"id2label": {"0": "a", "1": "b"}},
+}
+
+
+@pytest.mark.parametrize("message, changes", DISAGREEING_CONFIGS.items(), ids=DISAGREEING_CONFIGS)
+def test_a_config_that_disagrees_with_the_tensors_is_refused(packed, message, changes):
     edit_config(packed, **changes)
     with pytest.raises(ValueError, match=message):
         AutoModelForImageClassification.from_pretrained(packed)
@@ -300,7 +301,7 @@ NAME = "binaryvit.stages.0.layers.0.mlp.fc1.linear.packed_weight"
     ],
     ids=["missing", "shape", "dtype", "content", "float"],
 )
-@pytest.mark.parametrize("kwargs", [{}, {"ignore_mismatched_sizes": True}], ids=["", "ignore_mismatched_sizes"])
+@pytest.mark.parametrize("kwargs", [{}, {"ignore_mismatched_sizes": True}], ids=["default", "ignore_mismatched_sizes"])
 def test_a_tensor_that_is_not_what_was_saved_is_named(packed, change, message, kwargs):
     edit_tensors(packed, change)
     with pytest.raises(ValueError, match=message) as caught:
@@ -308,7 +309,7 @@ def test_a_tensor_that_is_not_what_was_saved_is_named(packed, change, message, k
     assert NAME in str(caught.value)
 
 
-def test_padding_is_no_way_to_pass_for_another_shape(packed):
+def test_a_shape_that_only_padding_hides_is_refused(packed):
     shapes = {NAME: [16, 7]}
     edit_tensors(packed, lambda tensors: None, {"binaryvit_shapes": json.dumps(shapes)})
     with pytest.raises(ValueError, match="packed from the shape"):
@@ -328,13 +329,13 @@ def test_a_packed_config_builds_no_network_of_random_weights(packed):
         AutoModelForImageClassification.from_config(config)
 
 
-def test_a_backbone_gives_no_packed_classifier(packed, tmp_path):
+def test_a_packed_backbone_is_not_loaded_as_a_classifier(packed, tmp_path):
     AutoModel.from_pretrained(packed).save_pretrained(tmp_path / "backbone")
     with pytest.raises(ValueError, match=r"lacks the tensor 'classifier"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "backbone")
 
 
-def test_hundreds_of_flipped_bytes_of_a_trained_model_load_bit_equal_or_raise_one_clear_error(tmp_path):
+def test_a_trained_model_with_a_flipped_bit_loads_bit_identical_or_raises_one_clear_error(tmp_path):
     packed = shutil.copytree(CONFIG_FILES.parent / "model_cards" / "binaryvit-digits", tmp_path / "digits")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -342,7 +343,7 @@ def test_hundreds_of_flipped_bytes_of_a_trained_model_load_bit_equal_or_raise_on
     file, generator = packed / "model.safetensors", torch.Generator().manual_seed(0)
     good = file.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
-    # Half of them in the header, which is a sixth of the file but has more ways to be wrong.
+    # Half of them are in the header: a sixth of the file, but it has more ways to be wrong.
     offsets = torch.cat([torch.randint(end, (200,), generator=generator) for end in (header, len(good))]).tolist()
     refused = 0
     for offset in [*range(8), *offsets]:
@@ -360,7 +361,7 @@ def test_hundreds_of_flipped_bytes_of_a_trained_model_load_bit_equal_or_raise_on
     assert refused > 390
 
 
-def test_flipped_bytes_in_the_config_never_change_an_output(packed):
+def test_a_flipped_bit_in_the_config_never_changes_an_output(packed):
     expected = logits(load(packed))
     file, generator = packed / "config.json", torch.Generator().manual_seed(0)
     good = file.read_bytes()
@@ -370,6 +371,6 @@ def test_flipped_bytes_in_the_config_never_change_an_output(packed):
         file.write_bytes(damaged)
         try:
             model = BinaryViTForImageClassification.from_pretrained(packed)
-        except (ValueError, OSError, AttributeError, StrictDataclassError):  # AttributeError: a dtype that is none
+        except (ValueError, OSError, AttributeError, StrictDataclassError):  # AttributeError: an unknown dtype
             continue
         assert torch.equal(logits(model), expected), offset

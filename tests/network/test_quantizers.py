@@ -1,3 +1,5 @@
+"""Quantizers and their gradients against closed forms, on and beside every kink."""
+
 import pytest
 import torch
 
@@ -12,7 +14,6 @@ from binaryvit_hf.network.functional_binaryvit import (
 )
 
 
-# Beyond, on and beside every kink.
 KINKS = [(-2.0, 0.0), (-1.0, 0.0), (-0.5, 1.0), (0.0, 2.0), (0.25, 1.5), (0.5, 1.0), (1.0, 0.0), (2.0, 0.0)]
 
 
@@ -47,7 +48,7 @@ def test_binary_weight_is_the_sign_of_the_centred_row_times_the_mean_of_the_unce
     assert BinarizeWeight.apply(weight, False).tolist() == [[2.0, 2.0], [-0.375, 0.375]]
 
 
-@pytest.mark.parametrize("weight", [[[-1.5, -1.0, 0.0, 1.0, 1.0]], [[0.3, -0.4, 2.5, 0.9, 1.7]]])
+@pytest.mark.parametrize("weight", [[[-1.5, -1.0, 0.0, 1.0, 1.0]], [[0.3, -0.4, 2.5, 0.9, 1.7]]], ids=str)
 @pytest.mark.parametrize("center", [True, False])
 def test_binary_weight_gradient_is_that_of_the_clamped_centred_weight(weight, center):
     weight = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
@@ -74,7 +75,7 @@ def test_binary_probability_matches_the_closed_form(probability, value, slope, s
 
 
 def test_two_bit_weight_is_ternary_with_the_threshold_of_twn():
-    weight = torch.tensor([[1.0, -0.1], [0.2, -0.7]])  # mean |w| 0.5, threshold 0.35, scale of the rest 0.85
+    weight = torch.tensor([[1.0, -0.1], [0.2, -0.7]])  # mean |w| 0.5, threshold 0.35, scale (1 + 0.7) / 2
     torch.testing.assert_close(quantize_weight(weight, 2, 2.5, True), torch.tensor([[0.85, 0.0], [0.0, -0.85]]))
 
 
@@ -101,7 +102,7 @@ def test_multi_bit_of_all_zeros_is_zero(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-def test_multi_bit_inputs_of_one_token_do_not_depend_on_the_others(bits):
+def test_multi_bit_inputs_of_images_are_independent(bits):
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     together = quantize_input(x, torch.zeros(8), bits, 2.5)
     assert torch.equal(together[:1], quantize_input(x[:1], torch.zeros(8), bits, 2.5))

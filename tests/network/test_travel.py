@@ -1,4 +1,4 @@
-"""Saved models carry their code: machines without the package load them, and the copy lives beside the package."""
+"""Saved models carry their code. It works without the package, and beside it in one process."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ print("all equal")
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """Folders `latent` and `packed` of one model, and what they must compute."""
+    """Folders `latent` and `packed` of one model, and `expected.pt` with images and logits."""
     root = tmp_path_factory.mktemp("shelf")
     model = tiny_model().eval()
     for folder in ("latent", "packed"):
@@ -105,22 +105,20 @@ def shelf(tmp_path_factory):
     return root
 
 
-def test_a_machine_without_the_package_loads_saves_and_loads_again_bit_equal_without_a_warning(
-    shelf, tmp_path, warm_python
-):
+def test_a_model_loads_saves_and_loads_again_without_the_package_and_without_a_warning(shelf, tmp_path, warm_python):
     result = warm_python.run_bare(WITHOUT_PACKAGE + LOAD_EVERYTHING, tmp_path / "home", shelf)
     assert result.stdout == "all equal\n", result.stderr
     assert result.stderr == ""
 
 
 @pytest.mark.parametrize("first", ["package", "copy"])
-def test_package_and_travelling_copy_live_in_one_process_and_both_use_the_engine(shelf, tmp_path, first, warm_python):
-    # PyTorch at first: what it computes is equal to the last bit.
+def test_package_and_travelling_copy_work_in_one_process_and_both_use_the_engine(shelf, tmp_path, first, warm_python):
+    # The script begins with PyTorch, whose outputs are bit-identical.
     result = warm_python.run_bare(SIDE_BY_SIDE, tmp_path / "home", shelf, first, BINARYVIT_ENGINE="torch")
     assert result.stdout == "all equal\n", result.stderr
 
 
-def test_every_file_that_the_code_imports_travels_and_nothing_of_the_package_is_needed(shelf):
+def test_every_imported_file_travels_and_none_needs_the_package(shelf):
     files = {path.name for path in (shelf / "packed").glob("*.py")}
     assert "modeling_binaryvit.py" in files
     for path in (shelf / "packed").glob("*.py"):
