@@ -220,13 +220,12 @@ def packed_state_dict(model: nn.Module, half: bool) -> tuple[dict[str, torch.Ten
             name: tensor.half() if tensor.dtype == torch.float32 and fits_half(name, tensor) else tensor
             for name, tensor in tensors.items()
         }
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedLinear)]
+    shapes = {f"{name}.packed_weight": layer.weight_shape for name, layer in layers}
     metadata = {
         "binaryvit_format": FORMAT,
         "binaryvit_config": json.dumps(config_fields(model.config)),
-        "binaryvit_shapes": json.dumps(
-            {f"{name}.packed_weight": layer.weight_shape for name, layer in layers.items()}
-        ),
+        "binaryvit_shapes": json.dumps(shapes),
         "binaryvit_crc32": "".join(checksum(tensors[name]) for name in sorted(tensors)),
     }
     return tensors, metadata
@@ -539,13 +538,11 @@ def check_quantization_config(quantization_config) -> None:
     """
     if quantization_config is None:
         return
-    if isinstance(quantization_config, dict):  # from_pretrained would have made an object of it
-        method = quantization_config.get("quant_method")
-    else:
-        method = quantization_config.quant_method
+    is_new = isinstance(quantization_config, dict)  # from_pretrained would have made an object of it
+    method = quantization_config.get("quant_method") if is_new else quantization_config.quant_method
     if method != QUANT_METHOD:
         raise ValueError(f"quant_method must be {QUANT_METHOD!r} for BinaryViT, not {method!r}.")
-    if isinstance(quantization_config, dict):
+    if is_new:
         raise ValueError(
             "The quantization_config is of packed weights, which a new network does not have: load them with "
             "from_pretrained, or remove quantization_config."
@@ -557,9 +554,9 @@ def check_loading(model: PackableModel, loading_info: dict) -> None:
     Raises:
         ValueError: packed weights are missing, or were found and not loaded.
     """
-    random = {*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])}
-    if model.is_packed and random:
-        raise ValueError(f"The checkpoint lacks the tensor {min(random)!r}: load it with the class that saved it.")
+    missing = {*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])}
+    if model.is_packed and missing:
+        raise ValueError(f"The checkpoint lacks the tensor {min(missing)!r}: load it with the class that saved it.")
     packed = [key for key in loading_info["unexpected_keys"] if key.endswith(".packed_weight")]
     if packed:
         raise ValueError(
