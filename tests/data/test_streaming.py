@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import ClassLabel, Dataset, Features, Image
 from datasets import config as datasets_config
+from processes import run_script
 from safetensors.torch import load_file
 from streams import add, encode, tell_numbers, write_archives, write_class_names
 from tiny import tiny_config
@@ -29,7 +27,6 @@ from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.run import main
 
 
-ROOT = Path(__file__).parents[2]
 SHARDS = {"train": [9, 4, 11], "validation": [5, 2]}  # 24 and 7 images
 STEPS = ["--max_steps=9", "--save_steps=2", "--per_device_train_batch_size=4", "--per_device_eval_batch_size=2"]
 QUIET = ["--do_train", "--report_to=none", "--use_cpu", "--crop_pct=1.0", "--save_packed=False"]
@@ -156,23 +153,15 @@ def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_no
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path):
+def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path, warm_python):
     archives = tmp_path / "archives"
     write_archives(archives, SHARDS, num_classes=3)
     write_class_names(archives, 3)
     tell_numbers(archives, SHARDS)
     tiny_config().save_pretrained(tmp_path / "config")
     flags = ["--config_name", tmp_path / "config", "--dataset_name", archives, *QUIET, *STEPS, "--do_eval"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [*launch, ROOT / "run_image_classification.py", "--output_dir", tmp_path / "out", "--streaming"]
-    result = subprocess.run(
-        [*script, *flags, "--dataloader_num_workers=2", "--max_steps=4"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    flags += ["--output_dir", tmp_path / "out", "--streaming", "--dataloader_num_workers=2", "--max_steps=4"]
+    result = run_script(warm_python, 2, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     together = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert together["epoch"] == 4 / 3  # of 24 images in batches of 2 x 4

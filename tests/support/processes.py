@@ -1,6 +1,7 @@
-"""A training by one process, or shared by several."""
+"""Trainings by one process, or shared by several ranks, which are forks and not started by torchrun."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import torch
@@ -9,15 +10,38 @@ from warm_python import WarmPython
 
 
 SUPPORT = str(Path(__file__).parent)
-TRAIN = """
-import json
+RUN_RANKS = """
 import os
 import socket
+
+import torch
+
+
+def start(rank, function, ranks):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    function()
+
+
+def run_ranks(function, ranks):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    torch.multiprocessing.start_processes(start, (function, ranks), nprocs=ranks, start_method="fork")
+
+
+"""
+SCRIPT = """
+import sys
+
+from binaryvit_hf.training.run import main
+
+run_ranks(lambda: sys.exit(main(sys.argv[2:])), int(sys.argv[1]))
+"""
+TRAIN = """
+import json
 import sys
 from pathlib import Path
 
 sys.path.append(sys.argv[1])
-import torch
 from tiny import tiny_config, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -32,9 +56,7 @@ def compute_metrics(prediction):
     return {"images": len(prediction.label_ids), "labels": int(prediction.label_ids.sum())}
 
 
-def train(rank):
-    if int(processes) > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": processes}
+def train():
     torch.set_num_threads(1)
     config = ViTConfig(
         image_size=(16, 32), patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=3
@@ -78,11 +100,14 @@ def train(rank):
 
 
 if processes == "1":
-    train(0)
-with socket.create_server(("127.0.0.1", 0)) as free:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-torch.multiprocessing.start_processes(train, nprocs=int(processes), start_method="fork")
+    train()
+run_ranks(train, int(processes))
 """
+
+
+def run_script(python: WarmPython, ranks: int, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Run the training script in several ranks, in `folder`."""
+    return python.run("-c", RUN_RANKS + SCRIPT, ranks, *arguments, folder=folder)
 
 
 def train(
@@ -94,7 +119,9 @@ def train(
     Returns:
         The losses of all steps, the metrics and the final weights.
     """
-    result = python.run("-c", TRAIN, SUPPORT, folder, batch, processes, json.dumps(options), folder=folder.parent)
+    result = python.run(
+        "-c", RUN_RANKS + TRAIN, SUPPORT, folder, batch, processes, json.dumps(options), folder=folder.parent
+    )
     assert result.returncode == 0, result.stderr
     history, metrics = json.loads((folder / "state.json").read_text())
     losses = [entry["loss"] for entry in history if "loss" in entry]
