@@ -1,4 +1,26 @@
-"""The compiled engine: 1-bit inference on CPUs, in C++ with a C interface, and its binding."""
+"""
+The engine: 1-bit inference on CPUs, in C++ behind a C interface, and its Python binding.
+
+Enters: the sizes in a model's config, the tensors of its packed backbone by name, and normalised images (float32, on
+the CPU). Leaves: hidden states, pooled output and logits. Must not know: torch's modules, transformers, or any other
+room of this package. `library.py` uses torch's tensors and its OpenMP threads; the C++ uses the standard library only.
+
+From top to bottom:
+
+- `library.py` loads the compiled library and calls it: `Engine`, `kernels_here`.
+- `engine.h` is the C interface; `interface.cpp` implements it and divides images among threads.
+- `fold.cpp` folds a checkpoint's tensors into the constants and bits of `model.h`, which draws all data layouts.
+- `forward.inc` computes one step. It includes a file for each kind of layer, `embeddings.inc`, `attention.inc`,
+  `pooling.inc` and `mlp.inc`, and the products that they share, `tiles.inc`.
+- `kernels_avx512.cpp`, `kernels_avx2.cpp`, `kernels_neon.cpp` and `kernels_scalar.cpp` each compile all `.inc` files
+  for one kind of CPU into a table of functions (`kernels.h`). `runs_here` tells whether this CPU has the instructions.
+- `workspace.h` is the memory of a forward, `team.h` its threads.
+
+A new kind of CPU is one new file, with the members that `CpuInterface` in `forward.inc` lists, and one line each in
+`kernels.h` and `built_kernels`.
+
+`tests/engine` compares every step with PyTorch, and runs the C++ alone under sanitisers and on emulated CPUs.
+"""
 
 from .library import Engine, cpu_features, kernels_built, kernels_here, openmp_of_torch, problem
 

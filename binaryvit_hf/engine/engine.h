@@ -1,9 +1,8 @@
 /*
- * The engine's interface: plain C, pointers and sizes, so that anything can drive it.
+ * The engine's interface, in plain C: any language can call it.
  *
- * A model is made of the tensors of a packed checkpoint (weights of 1 bit, inputs of 1 bit) by their names there, without
- * the prefix "binaryvit."; it computes everything but the classifier. Nothing of the tensors is needed afterwards.
- * A model may be run by several threads at once. Floats are float32, images normalised.
+ * A model holds its own copy of the backbone of a packed checkpoint with 1-bit weights and 1-bit inputs. Several
+ * threads may run one model at once. Floats are float32, images are normalised.
  */
 #ifndef BINARYVIT_ENGINE_H
 #define BINARYVIT_ENGINE_H
@@ -16,7 +15,7 @@ extern "C" {
 
 typedef struct {
     int32_t image_height, image_width, patch_height, patch_width, num_channels;
-    int32_t num_stages; /* length of the five arrays that follow */
+    int32_t num_stages; /* length of the next five arrays */
     const int32_t *hidden_sizes, *depths, *num_attention_heads, *intermediate_sizes, *sequence_reduction_ratios;
     int32_t num_avg_pool_kernels;
     const int32_t *avg_pool_kernel_sizes;
@@ -25,33 +24,35 @@ typedef struct {
 } binaryvit_config;
 
 typedef struct {
-    const char *name;
-    const void *data; /* float, or bytes of bits where the name ends in "packed_weight" */
-    int64_t bytes;
+    const char *name; /* as in the checkpoint, without the prefix "binaryvit." */
+    const void *data; /* floats; bits if the name ends in "packed_weight" */
+    int64_t bytes;    /* size of the data */
 } binaryvit_tensor;
 
 typedef struct binaryvit_model binaryvit_model;
 
-/* Names of the kernels that are built and that this CPU runs, best first, separated by spaces. */
+/* The names of the built kernels that this CPU runs, best first, separated by spaces. */
 const char *binaryvit_kernels(void);
 
-/* Names of all kernels that are built, as above. */
+/* The names of all built kernels, best first, separated by spaces. */
 const char *binaryvit_built_kernels(void);
 
-/* Names of those features of this CPU that kernels are made for, as above. */
+/* The instruction sets of this CPU that kernels use, separated by spaces. */
 const char *binaryvit_cpu_features(void);
 
 /*
- * Before any model runs: from now on they run on the threads of an OpenMP runtime that the process has anyway, by its
- * functions GOMP_parallel, omp_get_num_threads and omp_get_thread_num. Its threads spin while they wait, so that others beside
- * them would wait for their cores.
+ * Makes all models run on the threads of an OpenMP runtime that the process already uses. A runtime's threads spin
+ * while they wait, so other threads beside them would lack cores. To be called before any model runs.
+ *
+ * Args:
+ *   parallel, count, which: the runtime's GOMP_parallel, omp_get_num_threads and omp_get_thread_num.
  */
 void binaryvit_share_threads(void (*parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags),
                              int (*count)(void), int (*which)(void));
 
 /*
- * A model for the kernels of that name; null if there is none, with a sentence that says why in `error`.
- * To be freed by binaryvit_free.
+ * Returns a model that the kernels of this name compute, to be freed by binaryvit_free. Copies the tensors. On failure
+ * returns null and writes the reason to `error`, which has `error_bytes` bytes.
  */
 binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,
                                   int32_t num_tensors, char *error, int32_t error_bytes);
@@ -59,52 +60,58 @@ binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *c
 void binaryvit_free(binaryvit_model *model);
 
 /*
+ * Computes the backbone.
+ *
  * Args:
  *   images: (batch, num_channels, image_height, image_width).
- *   threads: how many work on it, this one among them.
- *   last_hidden_state: null, or (batch, tokens, channels) of the last stage.
- *   pooled: (batch, channels).
- *   hidden_states: null, or for every layer its input, then the output of the last: (batch, tokens, channels) each.
+ *   threads: number of threads to use, including the calling one.
+ *   last_hidden_state: null, or written: (batch, tokens, channels) of the last stage.
+ *   pooled: written: (batch, channels).
+ *   hidden_states: null, or written: the input of every layer, then the output of the last, (batch, tokens, channels)
+ * each.
  *
- * Returns 0, or 1 where memory is short.
+ * Returns 0, or 1 if memory runs out.
  */
 int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
                           float *last_hidden_state, float *pooled, float *const *hidden_states);
 
 /*
- * The same for a classifier, a linear layer of floats, which is all that is wanted.
+ * Computes the backbone and a linear classifier.
  *
  * Args:
- *   images, batch, threads: as above.
+ *   images, batch, threads: as of binaryvit_forward.
  *   weight: (num_labels, channels of the last stage).
- *   bias: (num_labels), or null.
- *   logits: (batch, num_labels).
+ *   bias: null, or (num_labels).
+ *   logits: written: (batch, num_labels).
  *
- * Returns 0, or 1 where memory is short.
+ * Returns 0, or 1 if memory runs out.
  */
-int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t batch, int32_t threads, const float *weight,
-                           const float *bias, int32_t num_labels, float *logits);
+int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
+                           const float *weight, const float *bias, int32_t num_labels, float *logits);
 
 /*
- * One step alone, for tests: the stem, then for every stage its patch embeddings (but for the first) and its layers, then the
- * last normalisation.
+ * Computes one step alone, for tests.
  *
  * Args:
- *   input: images for the stem, else (batch, tokens, channels) of the step before.
- *   output: (batch, tokens, channels).
+ *   step: 0 is the stem; then come, stage by stage, the patch embeddings (from the second stage on) and the layers;
+ * last comes the final normalisation. input: images for the stem, else (batch, tokens, channels) of the step before.
+ *   output: written: (batch, tokens, channels).
+ *
+ * Returns 0, or 1 if memory runs out or the threads are not available.
  */
 int32_t binaryvit_run_step(binaryvit_model *model, int32_t step, const float *input, int64_t batch, int32_t threads,
                            float *output);
 
 /*
- * The product that all others are made of, for tests: in how many bits each row of `bits` differs from each row of `matrix`.
+ * Counts in how many bits each row of `bits` differs from each row of `matrix`, for tests: all binary products are
+ * this one.
  *
  * Args:
- *   bits: (rows, ceil(inputs / 8)), the first input in the lowest bit, the last byte filled up with zeros.
- *   matrix: (outputs, ceil(inputs / 8)), the same.
- *   counts: (rows, outputs).
+ *   bits: (rows, ceil(inputs / 8)), the first input in the lowest bit, the last byte padded with zeros.
+ *   matrix: (outputs, ceil(inputs / 8)), in the same format.
+ *   counts: written: (rows, outputs).
  *
- * Returns 0, or 1 where memory is short or there are no such kernels.
+ * Returns 0, or 1 if memory runs out or this CPU does not run such kernels.
  */
 int32_t binaryvit_count(const char *kernels, const uint8_t *bits, int32_t rows, const uint8_t *matrix, int32_t outputs,
                         int32_t inputs, int32_t *counts);

@@ -1,9 +1,9 @@
 /*
- * Folding: all PyTorch modules that follow a product become one multiply-add, and a shift before a sign becomes a threshold. Done
- * in double precision, so that folding adds no rounding of its own.
+ * Folding: all PyTorch modules that follow a product become one multiply-add, and a shift before a sign becomes a
+ * threshold. Done in double precision, so that folding adds no rounding of its own.
  *
- * A binary product of K inputs is `scale * (K - 2 * count)`, where count is the number of bits in which they differ from the
- * weight.
+ * A binary product of K inputs is `scale * (K - 2 * count)`, where count is the number of bits in which they differ
+ * from the weight.
  */
 #include "fold.h"
 
@@ -37,8 +37,8 @@ private:
         auto found = by_name_.find(name);
         if (found == by_name_.end()) throw std::runtime_error("tensor '" + name + "' is missing");
         if (found->second.bytes != bytes)
-            throw std::runtime_error("tensor '" + name + "' has " + std::to_string(found->second.bytes) + " bytes, not " +
-                                     std::to_string(bytes));
+            throw std::runtime_error("tensor '" + name + "' has " + std::to_string(found->second.bytes) +
+                                     " bytes, not " + std::to_string(bytes));
         return found->second.data;
     }
 
@@ -130,7 +130,8 @@ private:
     }
 
     /*
-     * The thresholds for `x + shift >= 0`, of channel order[i] at place i; -1 is no channel. `deferred` is missing from x, by place.
+     * The thresholds for `x + shift >= 0`, of channel order[i] at place i; -1 is no channel. `deferred` is missing
+     * from x, by place.
      */
     Thresholds thresholds(const std::string &name, int channels, const std::vector<int> &order,
                           const std::vector<double> &deferred = {}) const {
@@ -138,7 +139,8 @@ private:
         Thresholds thresholds(order.size());
         for (size_t i = 0; i < order.size(); ++i) {
             bool exists = order[i] >= 0;
-            thresholds[i] = exists ? float(-shift[order[i]] - (deferred.empty() ? 0.0 : deferred[i])) : std::numeric_limits<float>::infinity();
+            thresholds[i] = exists ? float(-shift[order[i]] - (deferred.empty() ? 0.0 : deferred[i]))
+                                   : std::numeric_limits<float>::infinity();
         }
         return thresholds;
     }
@@ -165,7 +167,7 @@ private:
 
     /* A packed weight: its row rows[i] at i, its bit columns[j] of a row at j; -1 is zeros. */
     SignMatrix packed_weight(const std::string &name, int outputs, int inputs, const std::vector<int> &rows,
-                     const std::vector<int> &columns) const {
+                             const std::vector<int> &columns) const {
         int row_bytes = (inputs + 7) / 8;
         const uint8_t *packed = tensors_.bytes(name, int64_t(outputs) * row_bytes);
         SignMatrix matrix(int(rows.size()), int(columns.size()));
@@ -192,15 +194,17 @@ private:
                           const std::vector<int> &rows, const std::vector<int> &columns) const {
         const float *weight_scale = tensors_.floats(linear + ".weight_scale", outputs);
         const std::string norm = norm_activation + ".norm.batch_norm", activation = norm_activation + ".activation";
-        const float *weight = tensors_.floats(norm + ".weight", outputs), *bias = tensors_.floats(norm + ".bias", outputs);
+        const float *weight = tensors_.floats(norm + ".weight", outputs);
+        const float *bias = tensors_.floats(norm + ".bias", outputs);
         const float *mean = tensors_.floats(norm + ".running_mean", outputs);
         const float *variance = tensors_.floats(norm + ".running_var", outputs);
         const float *shift_in = tensors_.floats(activation + ".shift_in", outputs);
         const float *slope = tensors_.floats(activation + ".slope", outputs);
         const float *shift_out = tensors_.floats(activation + ".shift_out", outputs);
         size_t places = rows.size();
-        Projection folded{packed_weight(linear + ".packed_weight", outputs, inputs, rows, columns), Array<float>(places),
-                          Array<float>(places), Array<float>(places), std::vector<double>(places)};
+        Projection folded{packed_weight(linear + ".packed_weight", outputs, inputs, rows, columns),
+                          Array<float>(places), Array<float>(places), Array<float>(places),
+                          std::vector<double>(places)};
         for (size_t i = 0; i < places; ++i) {
             int c = rows[i];
             if (c < 0) continue;
@@ -235,7 +239,9 @@ private:
         } else {
             std::fill_n(stem_norm.scale.data(), channels, 1.0f);
         }
-        Stem stem{Array<float>(size_t(padded) * inputs), Array<float>(size_t(stage.blocks()) * stage.token_block()), {}};
+        Stem stem;
+        stem.weight = Array<float>(size_t(padded) * inputs);
+        stem.positions = Array<float>(size_t(stage.blocks()) * stage.token_block());
         for (int channel = 0; channel < config_.num_channels; ++channel)
             for (int row = 0; row < config_.patch_height; ++row)
                 stem.lines.push_back((channel * config_.image_height + row) * config_.image_width);
@@ -247,7 +253,8 @@ private:
                 stem.positions[place_of(stage, token, c)] =
                     positions[size_t(token) * channels + c] + bias[c] * stem_norm.scale[c] + stem_norm.shift[c];
             if (config_.use_class_token)
-                stem.positions[place_of(stage, 0, c)] = tensors_.floats("embeddings.class_token", channels)[c] + positions[c];
+                stem.positions[place_of(stage, 0, c)] =
+                    tensors_.floats("embeddings.class_token", channels)[c] + positions[c];
         }
         return stem;
     }
@@ -277,7 +284,8 @@ private:
             for (int out = 0; out < outputs; ++out) {
                 for (int neighbour = 0; neighbour < 4; ++neighbour)
                     for (int in = 0; in < inputs; ++in)
-                        embeddings.float_weight[((size_t(out / kLanes) * 4 + neighbour) * inputs + in) * kLanes + out % kLanes] =
+                        embeddings.float_weight[((size_t(out / kLanes) * 4 + neighbour) * inputs + in) * kLanes +
+                                                out % kLanes] =
                             weight[(size_t(out) * inputs + in) * 4 + neighbour] * norm2.scale[out];
                 embeddings.float_bias[out] = norm2.shift[out];
             }
@@ -287,7 +295,8 @@ private:
         for (int token = 0; token < stage.tokens; ++token)
             for (int out = 0; out < outputs; ++out)
                 embeddings.positions[place_of(stage, token, out)] =
-                    float(positions[size_t(token) * outputs + out] + (embeddings.binary ? embeddings.projection.deferred[out] : 0.0));
+                    float(positions[size_t(token) * outputs + out] +
+                          (embeddings.binary ? embeddings.projection.deferred[out] : 0.0));
         return embeddings;
     }
 
@@ -308,8 +317,8 @@ private:
         fold_mlp(layer, name + ".mlp", config_.intermediate_sizes[stage_index] / stage.channels);
         layer.layer_scale2 = layer_scale(name + ".layer_scale2", stage.channels);
         add_constants(layer.layer_scale2, layer.fc2.deferred);
-        // PyTorch's shortcut is a mean over `expansion` channels, ours their sum. Without its constants RPReLU is homogeneous, so
-        // scale and knee grow by that factor and the result shrinks by it.
+        // PyTorch's shortcut is a mean over `expansion` channels, ours their sum. Without its constants RPReLU is
+        // homogeneous, so scale and knee grow by that factor and the result shrinks by it.
         for (size_t i = 0; i < layer.fc2.scale.size(); ++i) {
             layer.fc2.scale[i] *= float(layer.expansion);
             layer.fc2.knee[i] *= float(layer.expansion);
@@ -358,7 +367,8 @@ private:
         std::vector<double> deferred(layer.context_slope.size());
         for (int c = 0; c < channels; ++c) {
             layer.context.scale[c] *= clip;
-            layer.context.shift[c] += float(layer.query.deferred[c] + layer.key.deferred[c] + layer.value.deferred[c] - shift_in[c]);
+            layer.context.shift[c] +=
+                float(layer.query.deferred[c] + layer.key.deferred[c] + layer.value.deferred[c] - shift_in[c]);
             layer.context_slope[c] = float(double(slope[c]) - 1.0);
             deferred[c] = shift_out[c];
         }
@@ -367,8 +377,8 @@ private:
     }
 
     /*
-     * The shortcut of fc2 averages runs of inner channels. Kernels compute a run's channels in turn, for 16 channels of the result
-     * at once, and add up vectors.
+     * The shortcut of fc2 averages runs of inner channels. Kernels compute a run's channels in turn, for 16 channels
+     * of the result at once, and add up vectors.
      */
     void fold_mlp(Layer &layer, const std::string &name, int expansion) const {
         int channels = layer.channels, inner = channels * expansion, blocks = round_up(channels, kLanes) / kLanes;
@@ -386,11 +396,14 @@ private:
             }
         }
         layer.fc1_input = thresholds(name + ".fc1.linear.shift", channels);
-        layer.fc1 = projection(name + ".fc1.linear", name + ".fc1.norm_activation", channels, inner, order, in_order(channels));
+        layer.fc1 = projection(name + ".fc1.linear", name + ".fc1.norm_activation", channels, inner, order,
+                               in_order(channels));
         layer.fc2_input = thresholds(name + ".fc2.linear.shift", inner, order, layer.fc1.deferred);
-        layer.fc2 = projection(name + ".fc2.linear", name + ".fc2.norm_activation", inner, channels, in_order(channels), order);
+        layer.fc2 = projection(name + ".fc2.linear", name + ".fc2.norm_activation", inner, channels,
+                               in_order(channels), order);
         for (size_t i = 0; i < order.size(); ++i)
-            if (order[i] >= 0) add_constant(layer.fc2, size_t(order[i] / expansion), layer.fc1.deferred[i] / expansion);
+            if (order[i] >= 0)
+                add_constant(layer.fc2, size_t(order[i] / expansion), layer.fc1.deferred[i] / expansion);
 
         for (size_t first = 0; first < shortcut.size(); first += kLanes) {
             ChannelIndices indices;
@@ -401,7 +414,7 @@ private:
         }
     }
 
-    /* Means over (K, 1) and (1, K) tokens for every K: a weight for the token itself, and one for each pair at the same distance. */
+    /* Means over (K, 1) and (1, K) tokens: one weight for the token itself, one for each pair at the same distance. */
     void fold_pooling_branches(Layer &layer, const std::string &name) const {
         if (config_.num_avg_pool_kernels == 0) return;
         int per_block = 1 + 2 * model_->stages[layer.stage].reach;

@@ -1,6 +1,7 @@
-/* The C interface: who computes which image with whom. */
+/* The C interface (engine.h): divides images among threads. */
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <cstdio>
 #include <exception>
 #include <mutex>
@@ -16,7 +17,8 @@ namespace binaryvit {
 const std::vector<const Kernels *> &built_kernels() {
     static const std::vector<const Kernels *> kernels = {
 #if defined(__x86_64__)
-        &kAvx512Kernels, &kAvx2Kernels,
+        &kAvx512Kernels,
+        &kAvx2Kernels,
 #elif defined(__aarch64__)
         &kNeonKernels,
 #endif
@@ -60,8 +62,8 @@ std::string cpu_features() {
     return names;
 }
 
-void say(char *error, int32_t error_bytes, const char *what) {
-    if (error_bytes > 0) std::snprintf(error, size_t(error_bytes), "%s", what);
+void write_error(char *error, int32_t error_bytes, const char *message) {
+    if (error_bytes > 0) std::snprintf(error, size_t(error_bytes), "%s", message);
 }
 
 }  // namespace
@@ -69,12 +71,13 @@ void say(char *error, int32_t error_bytes, const char *what) {
 
 using namespace binaryvit;
 
-/* A folded network, and the workspaces that earlier calls left for later ones. */
+/* A folded network, and idle workspaces for later calls. */
 struct binaryvit_model {
     std::unique_ptr<Model> network;
     std::mutex mutex;
     std::vector<std::unique_ptr<Workspace>> idle;
 
+    /* A workspace for a team of `size` members. */
     std::unique_ptr<Workspace> borrow(int size) {
         {
             std::lock_guard<std::mutex> lock(mutex);
@@ -104,12 +107,13 @@ struct Call {
     float *last_hidden_state, *pooled;
     float *const *hidden_states;
 
-    /* One image, by all members of the workspace's team at once. */
+    /* Computes one image; all members of the workspace's team call it at once. */
     void run_image(int64_t image, Workspace &workspace, int member) const {
         size_t pixels = size_t(model.image_channels) * model.image_height * model.image_width;
         const Stage &last = model.stages.back();
-        float *last_of_image = last_hidden_state == nullptr ? workspace.last_hidden_state.data()
-                                                            : last_hidden_state + size_t(image) * last.tokens * last.channels;
+        float *last_of_image = last_hidden_state == nullptr
+                                   ? workspace.last_hidden_state.data()
+                                   : last_hidden_state + size_t(image) * last.tokens * last.channels;
         for (const Step &step : model.steps) {
             if (hidden_states != nullptr && (step.kind == StepKind::kLayer || step.kind == StepKind::kNorm))
                 copy_tokens(step, image, workspace, member);
@@ -122,7 +126,8 @@ struct Call {
         const Stage &stage = model.stage_of(step);
         size_t index = step.kind == StepKind::kLayer ? size_t(step.index) : model.layers.size();
         float *to = hidden_states[index] + size_t(image) * stage.tokens * stage.channels;
-        for (int token = stage.tokens * member / workspace.size; token < stage.tokens * (member + 1) / workspace.size; ++token)
+        for (int token = stage.tokens * member / workspace.size; token < stage.tokens * (member + 1) / workspace.size;
+             ++token)
             copy_token(stage, workspace.tokens, token, to + size_t(token) * stage.channels);
     }
 
@@ -163,7 +168,7 @@ binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *c
                                   int32_t num_tensors, char *error, int32_t error_bytes) {
     const Kernels *found = find_kernels(kernels);
     if (found == nullptr) {
-        say(error, error_bytes, ("there are no kernels '" + std::string(kernels) + "' for this CPU").c_str());
+        write_error(error, error_bytes, ("there are no kernels '" + std::string(kernels) + "' for this CPU").c_str());
         return nullptr;
     }
     try {
@@ -171,19 +176,19 @@ binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *c
         model->network = fold(*config, tensors, num_tensors, *found);
         return model.release();
     } catch (const std::exception &failure) {
-        say(error, error_bytes, failure.what());
+        write_error(error, error_bytes, failure.what());
         return nullptr;
     }
 }
 
 void binaryvit_free(binaryvit_model *model) { delete model; }
 
-int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads, float *last_hidden_state,
-                          float *pooled, float *const *hidden_states) try {
+int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
+                          float *last_hidden_state, float *pooled, float *const *hidden_states) try {
     Call call{*model->network, images, last_hidden_state, pooled, hidden_states};
     threads = std::max(threads, 1);
     int64_t image = 0;
-    // Where there are images enough, one for each thread: nobody waits for anybody, and who is faster computes more of them.
+    // With enough images, each thread computes whole ones: threads never wait, and faster ones compute more.
     if (threads > 1 && batch >= threads) {
         std::vector<std::unique_ptr<Workspace>> workspaces;
         for (int member = 0; member < threads; ++member) workspaces.push_back(model->borrow(1));
@@ -198,8 +203,8 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
     if (image == batch) return 0;
     auto workspace = model->borrow(threads);
     bool ran = threads > 1 && run_team(threads, [&](int member) {
-        for (int64_t own = image; own < batch; ++own) call.run_image(own, *workspace, member);
-    });
+                   for (int64_t own = image; own < batch; ++own) call.run_image(own, *workspace, member);
+               });
     if (!ran) {
         if (threads > 1) {
             model->give_back(std::move(workspace));
@@ -213,8 +218,8 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
     return 1;
 }
 
-int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t batch, int32_t threads, const float *weight,
-                           const float *bias, int32_t num_labels, float *logits) try {
+int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
+                           const float *weight, const float *bias, int32_t num_labels, float *logits) try {
     const Model &network = *model->network;
     const Stage &last = network.stages.back();
     Array<float> pooled(size_t(batch) * last.channels);
@@ -232,6 +237,7 @@ int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t 
 int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *input, int64_t batch, int32_t threads,
                            float *output) try {
     const Model &network = *model->network;
+    assert(index >= 0 && size_t(index) < network.steps.size());
     const Step &step = network.steps[size_t(index)];
     const Stage &to = network.stage_of(step);
     const Stage &from = step.kind == StepKind::kPatchEmbeddings ? network.stages[size_t(step.index) - 1] : to;
@@ -241,7 +247,8 @@ int32_t binaryvit_run_step(binaryvit_model *model, int32_t index, const float *i
         float *result = output + size_t(image) * to.tokens * to.channels;
         if (step.kind != StepKind::kStem)
             for (int token = 0; token < from.tokens; ++token)
-                place_token(from, input + (size_t(image) * from.tokens + token) * from.channels, token, workspace->tokens);
+                place_token(from, input + (size_t(image) * from.tokens + token) * from.channels, token,
+                            workspace->tokens);
         auto work = [&](int member) {
             network.kernels->run(network, step, *workspace, member, input + size_t(image) * pixels, result);
         };
@@ -267,7 +274,8 @@ int32_t binaryvit_count(const char *name, const uint8_t *bits, int32_t rows, con
     SignMatrix tiles(outputs, inputs);
     for (int output = 0; output < outputs; ++output)
         for (int input = 0; input < inputs; ++input)
-            if (matrix[size_t(output) * row_bytes + input / 8] >> input % 8 & 1) tiles.set(kernels->layout, output, input);
+            if (matrix[size_t(output) * row_bytes + input / 8] >> input % 8 & 1)
+                tiles.set(kernels->layout, output, input);
     if (kernels->chains) tiles.chain();
     Array<uint32_t> words(size_t(rows) * tiles.words);
     for (int row = 0; row < rows; ++row)

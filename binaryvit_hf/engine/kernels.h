@@ -13,8 +13,8 @@ struct Kernels {
     bool (*runs_here)();
 
     /*
-     * Computes one step of one image from the workspace's tokens to the workspace's tokens. All members of its team call it at
-     * once.
+     * Computes one step of one image from the workspace's tokens to the workspace's tokens. All members of its team
+     * call it at once.
      *
      * Args:
      *   image: read by the first step, (channels, height, width).
@@ -24,13 +24,13 @@ struct Kernels {
                 float *last_hidden_state);
 
     /*
-     * Writes columns `from` to `to` of products (num_rows, outputs): rows (num_rows, inputs) times weight (outputs, inputs)
-     * transposed, plus bias (outputs), which may be null.
+     * Writes columns `from` to `to` of products (num_rows, outputs): rows (num_rows, inputs) times weight (outputs,
+     * inputs) transposed, plus bias (outputs), which may be null.
      */
-    void (*linear)(const float *rows, int64_t num_rows, int inputs, const float *weight, const float *bias, int outputs,
-                   int from, int to, float *products);
+    void (*linear)(const float *rows, int64_t num_rows, int inputs, const float *weight, const float *bias,
+                   int outputs, int from, int to, float *products);
 
-    /* Counts the bits in which each of `rows` rows of bits differs from each row of the matrix: counts (rows, outputs). */
+    /* Counts the bits in which each of `rows` rows differs from each row of the matrix: counts (rows, outputs). */
     void (*count)(const uint32_t *bits, int rows, const SignMatrix &matrix, int outputs, int32_t *counts);
 };
 

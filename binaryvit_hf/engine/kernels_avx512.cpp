@@ -1,9 +1,9 @@
 /*
  * Kernels for x86 with AVX-512 VPOPCNTDQ (Intel since Ice Lake, AMD since Zen 4).
  *
- * Counting: one register holds a 32-bit word of 16 rows of a matrix (Layout::kWords), another holds 16 copies of a word of the
- * tile's row. Exclusive or, a population count and an addition give 16 sums. The word of the matrix stays in its register for
- * all rows of a tile. Long rows of weights need half as many population counts (Chains).
+ * Counting: one register holds a 32-bit word of 16 rows of a matrix (Layout::kWords), another holds 16 copies of a
+ * word of the tile's row. Exclusive or, a population count and an addition give 16 sums. The word of the matrix stays
+ * in its register for all rows of a tile. Long rows of weights need half as many population counts (Chains).
  */
 #if defined(__x86_64__)
 
@@ -17,7 +17,8 @@
 #include "kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,fma,prefer-vector-width=512")
@@ -32,6 +33,7 @@ constexpr int kRegisterBytes = 64;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
+    static constexpr int kFloatBlocks = 2;
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
@@ -43,13 +45,9 @@ struct Cpu {
         static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
             __m512i counts[rows];
             auto differing = [&](int word, int row) {
-                return _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_load_si512(tile + word * kLanes), _mm512_set1_epi32(int(bits[word * kRows + row]))));
+                return _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_load_si512(tile + word * kLanes),
+                                                            _mm512_set1_epi32(int(bits[word * kRows + row]))));
             };
-            if (words == 2) {  // heads of 64 channels, and the first stage: 1 % of a forward
-                for (int row = 0; row < rows; ++row)
-                    sums[row] = reinterpret_cast<i32x16>(_mm512_add_epi32(differing(0, row), differing(1, row)));
-                return;
-            }
             for (int row = 0; row < rows; ++row) counts[row] = differing(0, row);
             for (int word = 1; word < words; ++word)
                 for (int row = 0; row < rows; ++row) counts[row] = _mm512_add_epi32(counts[row], differing(word, row));
@@ -58,10 +56,10 @@ struct Cpu {
     };
 
     /*
-     * Counts chained weights (SignMatrix::chain) by full adders, which saves 8 % of a forward. An adder takes `odd`, whether the
-     * words so far differ an odd number of times, and the differences in two more words. Chained weights give their sum, the
-     * next `odd`, by one exclusive or. Their carry is `odd == first ? odd : ~sum`: ternary logic 0xd4. A carry counts twice, so
-     * one population count serves two words.
+     * Counts chained weights (SignMatrix::chain) by full adders, which saves 8 % of a forward. An adder takes `odd`,
+     * whether the words so far differ an odd number of times, and the differences in two more words. Chained weights
+     * give their sum, the next `odd`, by one exclusive or. Their carry is `odd == first ? odd : ~sum`: ternary logic
+     * 0xd4. A carry counts twice, so one population count serves two words.
      */
     struct Chains {
         static const Bits *prepare(const uint32_t *bits, int words, uint16_t *prepared) {
@@ -84,7 +82,8 @@ struct Cpu {
 
         /* Rows by a fold expression: GCC keeps arrays in memory that a loop indexes. */
         template <int... row>
-        INLINE static void count_rows(std::integer_sequence<int, row...>, const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
+        INLINE static void count_rows(std::integer_sequence<int, row...>, const uint32_t *bits, const uint32_t *tile,
+                                      int words, i32x16 *sums) {
             __m512i odd[sizeof...(row)], carries[sizeof...(row)];
             auto word = [&tile](int i) { return _mm512_load_si512(tile + i * kLanes); };
             (begin(odd[row], carries[row], word(0), word(1), word(2), bits + row), ...);
@@ -94,21 +93,26 @@ struct Cpu {
             ((sums[row] = end(odd[row], carries[row], word(0), bits[row])), ...);
         }
 
-        INLINE static __m512i differing(__m512i word, uint32_t bits) { return _mm512_xor_si512(word, _mm512_set1_epi32(int(bits))); }
-
-        INLINE static void begin(__m512i &odd, __m512i &carries, __m512i first, __m512i second, __m512i third, const uint32_t *bits) {
-            odd = differing(third, bits[2 * kRows]);
-            carries = _mm512_popcnt_epi32(_mm512_ternarylogic_epi32(differing(first, bits[0]), differing(second, bits[kRows]), odd, 0xd4));
+        INLINE static __m512i differing(__m512i word, uint32_t bits) {
+            return _mm512_xor_si512(word, _mm512_set1_epi32(int(bits)));
         }
 
-        INLINE static void add_four(__m512i &odd, __m512i &carries, __m512i first, __m512i second, __m512i third, __m512i fourth,
-                                    const uint32_t *bits) {
+        INLINE static void begin(__m512i &odd, __m512i &carries, __m512i first, __m512i second, __m512i third,
+                                 const uint32_t *bits) {
+            odd = differing(third, bits[2 * kRows]);
+            carries = _mm512_popcnt_epi32(
+                _mm512_ternarylogic_epi32(differing(first, bits[0]), differing(second, bits[kRows]), odd, 0xd4));
+        }
+
+        INLINE static void add_four(__m512i &odd, __m512i &carries, __m512i first, __m512i second, __m512i third,
+                                    __m512i fourth, const uint32_t *bits) {
             add_two(odd, carries, first, second, bits);
             add_two(odd, carries, third, fourth, bits + 2 * kRows);
         }
 
         /* In assembly: from intrinsics GCC spills some of a tile's 16 accumulators, which costs 2 % of a forward. */
-        INLINE static void add_two(__m512i &odd, __m512i &carries, __m512i first, __m512i second, const uint32_t *bits) {
+        INLINE static void add_two(__m512i &odd, __m512i &carries, __m512i first, __m512i second,
+                                   const uint32_t *bits) {
             __m512i differing, carry = odd;
             asm("vpxord %[first_bits]%{1to16%}, %[first], %[differing]\n\t"
                 "vpxord %[second_bits]%{1to16%}, %[second], %[odd]\n\t"
@@ -139,7 +143,8 @@ struct Cpu {
 
     static inline float sum(Floats x) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x)); }
 
-    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride, float *gathered) {
+    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride,
+                                        float *gathered) {
         int blocks = layer.channels % kLanes == 0 ? layer.channels / kLanes : 0;
         if (layer.expansion == 8 && blocks == 4) return gather_runs<8, 4>(layer, tokens, rows, block_stride, gathered);
         if (layer.expansion == 8 && blocks >= 8) return gather_runs<8, 8>(layer, tokens, rows, block_stride, gathered);
@@ -148,12 +153,13 @@ struct Cpu {
     }
 
     /*
-     * gather_shortcuts for an expansion of `runs`, `runs` shortcuts at a time: shortcut i takes every runs-th channel from channel i
-     * of a block on, so all of them together take `runs` blocks side by side. Only `distinct` of these blocks differ: after a
-     * token's last block comes its first.
+     * gather_shortcuts for an expansion of `runs`, `runs` shortcuts at a time: shortcut i takes every runs-th channel
+     * from channel i of a block on, so all of them together take `runs` blocks side by side. Only `distinct` of these
+     * blocks differ: after a token's last block comes its first.
      */
     template <int runs, int distinct>
-    static void gather_runs(const Layer &layer, const float *const *tokens, int rows, ptrdiff_t block_stride, float *gathered) {
+    static void gather_runs(const Layer &layer, const float *const *tokens, int rows, ptrdiff_t block_stride,
+                            float *gathered) {
         const int blocks = layer.channels / kLanes;
         for (size_t i = 0; i < layer.shortcut_channels.size(); i += runs, gathered += runs * kRows * kLanes) {
             ptrdiff_t places[distinct];
@@ -163,14 +169,15 @@ struct Cpu {
                 __m512 channels[runs];
                 for (int n = 0; n < distinct; ++n) channels[n] = _mm512_loadu_ps(tokens[row] + places[n]);
                 deinterleave<runs, distinct>(channels);
-                for (int run = 0; run < runs; ++run) _mm512_store_ps(gathered + (run * kRows + row) * kLanes, channels[run]);
+                for (int run = 0; run < runs; ++run)
+                    _mm512_store_ps(gathered + (run * kRows + row) * kLanes, channels[run]);
             }
         }
     }
 
     /*
-     * Register i takes every parts-th number of `count` registers, from number i on, again from the beginning until it is full.
-     * Splits even from odd numbers, then each half in turn.
+     * Register i takes every parts-th number of `count` registers, from number i on, again from the beginning until it
+     * is full. Splits even from odd numbers, then each half in turn.
      */
     template <int parts, int count>
     INLINE static void deinterleave(__m512 *numbers) {
@@ -195,7 +202,8 @@ struct Cpu {
 
     struct Exponentials {
         explicit Exponentials(const Layer &layer)
-            : fine(_mm512_load_ps(layer.exponentials_fine.data())), coarse(_mm512_load_ps(layer.exponentials_coarse.data())),
+            : fine(_mm512_load_ps(layer.exponentials_fine.data())),
+              coarse(_mm512_load_ps(layer.exponentials_coarse.data())),
               table(layer.head_dim < kLanes * kLanes ? nullptr : layer.exponentials.data()) {}
         f32x16 operator()(i32x16 i) const {
             auto index = reinterpret_cast<__m512i>(i);
@@ -212,8 +220,9 @@ struct Cpu {
 #include "forward.inc"
 
 bool runs_here() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma");
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 /*
  * Kernels for 64-bit ARM; every one has NEON.
  *
- * Counting: one register holds 8 bits of 16 rows of a matrix (Layout::kBytes), another holds 16 copies of a byte of the tile's
- * row. Exclusive or, a population count of each byte, an addition. Counts stay bytes until they could overflow.
+ * Counting: one register holds 8 bits of 16 rows of a matrix (Layout::kBytes), another holds 16 copies of a byte of
+ * the tile's row. Exclusive or, a population count of each byte, an addition. Counts stay bytes until they could
+ * overflow.
  */
 #if defined(__aarch64__)
 
@@ -23,6 +24,7 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
+    static constexpr int kFloatBlocks = 1;
     static constexpr int kBytesAtOnce = 28;  // 28 counts of at most 8 bits fit a byte; a multiple of a word's 4
 
     using Bits = uint32_t;
@@ -33,7 +35,8 @@ struct Cpu {
 
         template <int rows>
         static inline void count(const uint32_t *bits, const uint32_t *tile, int words, i32x16 *sums) {
-            const auto *matrix = reinterpret_cast<const uint8_t *>(tile), *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
+            const auto *matrix = reinterpret_cast<const uint8_t *>(tile),
+                       *rows_bytes = reinterpret_cast<const uint8_t *>(bits);
             for (int row = 0; row < rows; ++row) sums[row] = i32x16{};
             for (int begin = 0; begin < 4 * words; begin += kBytesAtOnce) {
                 int end = std::min(begin + kBytesAtOnce, 4 * words);
@@ -42,12 +45,17 @@ struct Cpu {
                 for (int byte = begin; byte < end; ++byte) {
                     uint8x16_t column = vld1q_u8(matrix + byte * kLanes);
                     for (int row = 0; row < rows; ++row)
-                        counts[row] = vaddq_u8(counts[row], vcntq_u8(veorq_u8(column, vdupq_n_u8(rows_bytes[(byte / 4 * kRows + row) * 4 + byte % 4]))));
+                        counts[row] =
+                            vaddq_u8(counts[row],
+                                     vcntq_u8(veorq_u8(
+                                         column, vdupq_n_u8(rows_bytes[(byte / 4 * kRows + row) * 4 + byte % 4]))));
                 }
                 for (int row = 0; row < rows; ++row) {
                     uint16x8_t lower = vmovl_u8(vget_low_u8(counts[row])), upper = vmovl_u8(vget_high_u8(counts[row]));
-                    i32x16 sum = {{reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(lower))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(lower)))},
-                                  {reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(upper))), reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(upper)))}};
+                    i32x16 sum = {{reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(lower))),
+                                   reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(lower)))},
+                                  {reinterpret_cast<Ints>(vmovl_u16(vget_low_u16(upper))),
+                                   reinterpret_cast<Ints>(vmovl_u16(vget_high_u16(upper)))}};
                     sums[row] = sums[row] + sum;
                 }
             }
@@ -67,8 +75,8 @@ struct Cpu {
     static inline uint32x4_t mask(Ints of) { return reinterpret_cast<uint32x4_t>(of); }
 
     static inline uint32_t at_least(f32x16 a, f32x16 b) {
-        return gather_bits(mask(a.low.low >= b.low.low), mask(a.low.high >= b.low.high), mask(a.high.low >= b.high.low),
-                           mask(a.high.high >= b.high.high));
+        return gather_bits(mask(a.low.low >= b.low.low), mask(a.low.high >= b.low.high),
+                           mask(a.high.low >= b.high.low), mask(a.high.high >= b.high.high));
     }
 
     static inline uint32_t above(f32x16 a, f32x16 b) {
@@ -80,7 +88,8 @@ struct Cpu {
 
     static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride, float *gathered) {
+    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride,
+                                        float *gathered) {
         gather_one_by_one(layer, tokens, rows, block_stride, gathered);
     }
 

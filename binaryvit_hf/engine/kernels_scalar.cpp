@@ -1,8 +1,8 @@
 /*
  * Portable kernels, in C++ with the vectors of GCC and Clang.
  *
- * Counting: the exclusive or of a 32-bit word of the tile's row and the same word of 16 rows of a matrix (Layout::kWords), and
- * its population count, one row at a time.
+ * Counting: the exclusive or of a 32-bit word of the tile's row and the same word of 16 rows of a matrix
+ * (Layout::kWords), and its population count, one row at a time.
  */
 #include <algorithm>
 #include <cassert>
@@ -19,6 +19,7 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
+    static constexpr int kFloatBlocks = 1;
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
@@ -61,7 +62,8 @@ struct Cpu {
 
     static inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride, float *gathered) {
+    static inline void gather_shortcuts(const Layer &layer, const float *const *tokens, int rows, int block_stride,
+                                        float *gathered) {
         gather_one_by_one(layer, tokens, rows, block_stride, gathered);
     }
 

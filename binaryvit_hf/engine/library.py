@@ -1,4 +1,4 @@
-"""Binding of the engine's C interface (engine.h)."""
+"""Python binding of the engine's C interface, engine.h, by ctypes."""
 
 import contextlib
 import ctypes
@@ -13,15 +13,15 @@ from typing import cast
 import torch
 
 
-NAME = "kernels"  # of the extension module in setup.py; it is loaded as a plain library, Python's part of it does not exist
+EXTENSION_NAME = "kernels"  # as in setup.py; a plain C library, which Python cannot import
 ERROR_BYTES = 500
-SHORT_OF_MEMORY = "The engine got too little memory for its tokens."
+OUT_OF_MEMORY = "The engine ran out of memory; use a smaller batch."
 
-Int32s = ctypes.POINTER(ctypes.c_int32)
+Int32Pointer = ctypes.POINTER(ctypes.c_int32)
 
 
 class Config(ctypes.Structure):
-    """`binaryvit_config`."""
+    """The struct `binaryvit_config` of engine.h."""
 
     _fields_ = [
         ("image_height", ctypes.c_int32),
@@ -30,13 +30,13 @@ class Config(ctypes.Structure):
         ("patch_width", ctypes.c_int32),
         ("num_channels", ctypes.c_int32),
         ("num_stages", ctypes.c_int32),
-        ("hidden_sizes", Int32s),
-        ("depths", Int32s),
-        ("num_attention_heads", Int32s),
-        ("intermediate_sizes", Int32s),
-        ("sequence_reduction_ratios", Int32s),
+        ("hidden_sizes", Int32Pointer),
+        ("depths", Int32Pointer),
+        ("num_attention_heads", Int32Pointer),
+        ("intermediate_sizes", Int32Pointer),
+        ("sequence_reduction_ratios", Int32Pointer),
         ("num_avg_pool_kernels", ctypes.c_int32),
-        ("avg_pool_kernel_sizes", Int32s),
+        ("avg_pool_kernel_sizes", Int32Pointer),
         ("use_class_token", ctypes.c_int32),
         ("use_stem_norm", ctypes.c_int32),
         ("use_layer_scale", ctypes.c_int32),
@@ -46,15 +46,15 @@ class Config(ctypes.Structure):
 
 
 class NamedTensor(ctypes.Structure):
-    """`binaryvit_tensor`."""
+    """The struct `binaryvit_tensor` of engine.h."""
 
     _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("bytes", ctypes.c_int64)]
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL | str:
-    """The compiled library, or why there is none."""
-    files = [Path(__file__).with_name(NAME + suffix) for suffix in EXTENSION_SUFFIXES]
+    """The compiled library, or the reason why it cannot be used."""
+    files = [Path(__file__).with_name(EXTENSION_NAME + suffix) for suffix in EXTENSION_SUFFIXES]
     built = [file for file in files if file.is_file()]
     if not built:
         return "it was not built when the package was installed, which takes a C++ compiler (GCC or Clang)"
@@ -105,10 +105,10 @@ def load_library() -> ctypes.CDLL | str:
 
 
 def openmp_of_torch() -> ctypes.CDLL | None:
-    """The OpenMP runtime on whose threads PyTorch computes, if there is one: its own, or the system's."""
+    """The OpenMP runtime on whose threads PyTorch computes, or `None`."""
     folder = Path(torch.__file__).parent
     for file in [*folder.glob("lib/lib*omp*"), *folder.parent.glob("torch.libs/lib*omp*"), "libgomp.so.1"]:
-        with contextlib.suppress(OSError, AttributeError):  # it is not loaded; Windows cannot ask
+        with contextlib.suppress(OSError, AttributeError):  # not loaded in this process; no RTLD_NOLOAD on Windows
             runtime = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)
             if hasattr(runtime, "GOMP_parallel"):
                 return runtime
@@ -116,64 +116,64 @@ def openmp_of_torch() -> ctypes.CDLL | None:
 
 
 def problem() -> str | None:
-    """Why there is no engine; none where there is one."""
+    """The reason why the engine cannot be used, or `None`."""
     library = load_library()
     return library if isinstance(library, str) else None
 
 
-def names(function: str) -> list[str]:
+def listed_names(function: str) -> list[str]:
+    """The names that a function of the library lists; none without the library."""
     library = load_library()
     return [] if isinstance(library, str) else getattr(library, function)().decode().split()
 
 
 def kernels_here() -> list[str]:
-    """The kernels that are built and that this CPU runs, best first."""
-    return names("binaryvit_kernels")
+    """The built kernels that this CPU runs, best first."""
+    return listed_names("binaryvit_kernels")
 
 
 def kernels_built() -> list[str]:
-    """The kernels that are built, best first."""
-    return names("binaryvit_built_kernels")
+    """All built kernels, best first."""
+    return listed_names("binaryvit_built_kernels")
 
 
 def cpu_features() -> list[str]:
-    """What of that which kernels need this CPU has."""
-    return names("binaryvit_cpu_features")
+    """The instruction sets of this CPU that kernels use."""
+    return listed_names("binaryvit_cpu_features")
 
 
-def int32s(numbers) -> ctypes.Array:
+def int32_array(numbers) -> ctypes.Array:
     return (ctypes.c_int32 * max(len(numbers), 1))(*numbers)
 
 
 class Engine:
     """
-    A packed backbone, folded.
+    Computes a packed backbone on one kind of kernels.
 
     Args:
-        config: of the model; 1-bit weights and inputs.
-        tensors: the backbone's by their names in it, float32 and packed bits, on the CPU; copied.
+        config: a `BinaryViTConfig` with 1-bit weights and inputs.
+        tensors: the backbone's tensors by name, on the CPU: float32, and uint8 for packed weights; copied.
         kernels: one of `kernels_here()`.
 
     Raises:
-        ValueError: a tensor is missing or has another size than the config says.
+        ValueError: a tensor is missing, or its size does not fit the config.
     """
 
     def __init__(self, config, tensors: Mapping[str, torch.Tensor], kernels: str):
         self.library = cast(ctypes.CDLL, load_library())
         self.image_shape = (config.num_channels, *pair(config.image_size))
-        # ctypes keeps what a structure points to alive.
-        described = Config(
+        c_config = Config(
             *pair(config.image_size),
             *pair(config.patch_size),
             config.num_channels,
             len(config.hidden_sizes),
-            int32s(config.hidden_sizes),
-            int32s(config.depths),
-            int32s(config.num_attention_heads),
-            int32s(config.intermediate_sizes),
-            int32s(config.sequence_reduction_ratios),
+            int32_array(config.hidden_sizes),
+            int32_array(config.depths),
+            int32_array(config.num_attention_heads),
+            int32_array(config.intermediate_sizes),
+            int32_array(config.sequence_reduction_ratios),
             len(config.avg_pool_kernel_sizes),
-            int32s(config.avg_pool_kernel_sizes),
+            int32_array(config.avg_pool_kernel_sizes),
             config.use_class_token,
             config.use_stem_norm,
             config.use_layer_scale,
@@ -181,19 +181,19 @@ class Engine:
             config.batch_norm_eps,
         )
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        listed = (NamedTensor * len(tensors))(
+        c_tensors = (NamedTensor * len(tensors))(
             *(NamedTensor(name.encode(), tensor.data_ptr(), tensor.nbytes) for name, tensor in tensors.items())
         )
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self.model = self.library.binaryvit_create(
-            kernels.encode(), ctypes.byref(described), listed, len(listed), error, ERROR_BYTES
+            kernels.encode(), ctypes.byref(c_config), c_tensors, len(c_tensors), error, ERROR_BYTES
         )
         if not self.model:
-            raise ValueError(f"The engine cannot take this model: {error.value.decode()}.")
+            raise ValueError(f"The engine cannot run this model: {error.value.decode()}.")
         tokens = [math.prod(grid_size) + config.use_class_token for grid_size in config.grid_sizes]
         stages = list(zip(tokens, config.hidden_sizes))
         self.last_shape = stages[-1]
-        # What enters each layer, and what leaves the last.
+        # The input of each layer, and the output of the last one.
         self.hidden_shapes = [shape for shape, depth in zip(stages, config.depths) for _ in range(depth)] + stages[-1:]
 
     def __del__(self):
@@ -204,36 +204,40 @@ class Engine:
         self, images: torch.Tensor, threads: int, output_hidden_states: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """
+        Computes the backbone.
+
         Args:
             images: `(batch, num_channels, height, width)`, normalised, float32, on the CPU.
-            threads: how many to use, this one among them.
-            output_hidden_states: whether to return the input of every layer and the output of the last.
+            threads: number of threads to use, including the calling one.
+            output_hidden_states: whether to return the input of every layer and the output of the last one.
 
         Returns:
-            Tokens after the last normalisation `(batch, tokens, channels)`, their pooling `(batch, channels)`, and the hidden
-            states, `(batch, tokens, channels)` of their stages, if asked for.
+            The last hidden state `(batch, tokens, channels)`, normalised; the pooled output `(batch, channels)`; the
+            list of hidden states, each `(batch, tokens, channels)` of its stage, empty unless asked for.
 
         Raises:
-            ValueError: images of another shape or dtype.
-            MemoryError: too little memory.
+            ValueError: the images have another shape or dtype than the model takes.
+            MemoryError: memory runs out.
         """
-        images = self.check(images)
+        images = self.check_images(images)
         batch = images.shape[0]
         last, pooled = torch.empty(batch, *self.last_shape), torch.empty(batch, self.last_shape[1])
         hidden = [torch.empty(batch, *shape) for shape in self.hidden_shapes] if output_hidden_states else []
         pointers = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden)) if hidden else None
-        # ctypes lets go of the interpreter's lock meanwhile.
+        # ctypes releases the interpreter's lock during the call.
         failed = self.library.binaryvit_forward(
             self.model, images.data_ptr(), batch, threads, last.data_ptr(), pooled.data_ptr(), pointers
         )
         if failed:
-            raise MemoryError(SHORT_OF_MEMORY)
+            raise MemoryError(OUT_OF_MEMORY)
         return last, pooled, hidden
 
-    def check(self, images: torch.Tensor) -> torch.Tensor:
+    def check_images(self, images: torch.Tensor) -> torch.Tensor:
+        """The images, contiguous; raises `ValueError` for another shape or dtype."""
         if images.shape[1:] != self.image_shape:
             raise ValueError(
-                f"The model takes images of (channels, height, width) {self.image_shape}, not {tuple(images.shape[1:])}."
+                f"The model takes images of (channels, height, width) {self.image_shape}, "
+                f"not {tuple(images.shape[1:])}."
             )
         if images.dtype != torch.float32:
             raise ValueError(f"The engine takes float32 images, not {images.dtype}.")
@@ -243,20 +247,22 @@ class Engine:
         self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, threads: int
     ) -> torch.Tensor:
         """
-        A forward and a linear layer after the pooling.
+        Computes the backbone and a linear classifier of its pooled output.
 
         Args:
-            images, threads: as of `forward`.
-            weight, bias: `(num_labels, channels)`, `(num_labels,)`; float32, on the CPU and contiguous.
+            images: `(batch, num_channels, height, width)`, normalised, float32, on the CPU.
+            weight, bias: `(num_labels, channels)`, `(num_labels,)`; float32, contiguous, on the CPU.
+            threads: number of threads to use, including the calling one.
 
         Returns:
-            `(batch, num_labels)`.
+            The logits `(batch, num_labels)`.
 
         Raises:
-            ValueError, MemoryError: as `forward`.
+            ValueError: the images have another shape or dtype than the model takes.
+            MemoryError: memory runs out.
         """
-        # Whatever Python does here meets cold caches: a forward fills them with other things.
-        images = self.check(images)
+        # The previous forward evicted these objects from the cache, so every Python operation here is slow.
+        images = self.check_images(images)
         batch, num_labels = images.shape[0], weight.shape[0]
         logits = torch.empty(batch, num_labels)
         failed = self.library.binaryvit_classify(
@@ -270,19 +276,22 @@ class Engine:
             logits.data_ptr(),
         )
         if failed:
-            raise MemoryError(SHORT_OF_MEMORY)
+            raise MemoryError(OUT_OF_MEMORY)
         return logits
 
     def run_step(
         self, step: int, inputs: torch.Tensor, output_shape: tuple[int, int], threads: int = 1
     ) -> torch.Tensor:
         """
-        One step of the network alone: 0 is the stem, then come patch embeddings and layers as they act, at last the
-        normalisation. For tests.
+        Computes one step of the network alone, for tests.
 
         Args:
+            step: 0 is the stem; then come, stage by stage, patch embeddings and layers; last the final normalisation.
             inputs: images for the stem, else tokens `(batch, tokens, channels)`.
-            output_shape: `(tokens, channels)` of what it gives.
+            output_shape: `(tokens, channels)` of the step's output.
+
+        Returns:
+            The step's output `(batch, tokens, channels)`.
         """
         inputs = inputs.detach().contiguous()
         outputs = torch.empty(len(inputs), *output_shape)
@@ -290,19 +299,20 @@ class Engine:
             self.model, step, inputs.data_ptr(), len(inputs), threads, outputs.data_ptr()
         )
         if failed:
-            raise MemoryError(SHORT_OF_MEMORY)
+            raise MemoryError(OUT_OF_MEMORY)
         return outputs
 
 
 def count_differing_bits(kernels: str, bits: torch.Tensor, matrix: torch.Tensor, inputs: int) -> torch.Tensor:
     """
-    In how many of `inputs` bits each row of `bits` differs from each row of `matrix`. For tests.
+    Counts the bits in which each row of `bits` differs from each row of `matrix`, for tests.
 
     Args:
-        bits, matrix: `uint8 (rows, ceil(inputs / 8))`, as `pack_levels` packs 1 bit.
+        bits, matrix: uint8 `(rows, ceil(inputs / 8))`, as `pack_levels` packs 1-bit levels.
+        inputs: number of bits in a row.
 
     Returns:
-        `int32 (rows of bits, rows of matrix)`.
+        int32 `(rows of bits, rows of matrix)`.
     """
     counts = torch.empty(len(bits), len(matrix), dtype=torch.int32)
     failed = cast(ctypes.CDLL, load_library()).binaryvit_count(

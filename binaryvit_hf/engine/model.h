@@ -1,9 +1,9 @@
 /*
- * A network folded for inference. Every scale, normalisation, shift and slope between two products has become one fused
- * multiply-add and one comparison; weights are bits in the order in which kernels read them.
+ * A network folded for inference. Every scale, normalisation, shift and slope between two products has become one
+ * fused multiply-add and one comparison; weights are bits in the order in which kernels read them.
  *
- * Arrays of channels are padded to whole blocks of 16 with zeros, thresholds with infinity. So the values of padding channels are
- * zero, and their bits are 0.
+ * Arrays of channels are padded to whole blocks of 16 with zeros, thresholds with infinity. So the values of padding
+ * channels are zero, and their bits are 0.
  *
  * Layouts:
  *
@@ -12,8 +12,8 @@
  *     block 1:  t0 c16..c31 | t1 c16..c31 | ... | gap
  *
  *   tile of tokens: 8 tokens (rows) that one thread computes at once
- *     floats:   block 0 of r0, r1 .. r7 (16 floats each) | block 1 of r0, r1 .. r7 | ...
- *     bits:     word 0 (channels 0-31, the first in the lowest bit) of r0, r1 .. r7 | word 1 (32-63) of r0, r1 .. r7 | ...
+ *     floats:   channels 0-15 of r0, r1 .. r7 (8 x 16 floats) | channels 16-31 of r0, r1 .. r7 | ...
+ *     bits:     channels 0-31 of r0, r1 .. r7 (8 x uint32)    | channels 32-63 of r0, r1 .. r7 | ...
  *
  *   SignMatrix: blocks of 16 rows r0..r15, each
  *     kWords:   inputs 0-31 of r0, r1 .. r15 (16 x uint32) | inputs 32-63 of r0, r1 .. r15 | ...
@@ -22,8 +22,10 @@
  *   keys of a head:    SignMatrix, rows are keys, inputs are the head's channels
  *   values of a head:  SignMatrix, rows are the head's channels, inputs are keys
  *
- *   map: norm2 of all tokens in blocks, row-major, with a border of Stage::reach zeros for the pooling branches (no border with a
- *   class token)
+ *   map: norm2 of all tokens, in blocks, row by row of the image, with a border of Stage::reach zeros for the pooling
+ *        branches; without a border if there is a class token
+ *
+ * The first bit is the lowest one of its word or byte.
  */
 #pragma once
 
@@ -44,7 +46,7 @@ constexpr int kRows = 8;    // tokens of a tile, computed at once; the bits of a
 
 inline int round_up(int size, int unit) { return (size + unit - 1) / unit * unit; }
 
-/* Floats of one block of `tokens` tokens. Never a multiple of 4096 bytes, at which all blocks would share few places in the cache. */
+/* Floats of one block of tokens. Never a multiple of 4096 bytes: such blocks would share few places in the cache. */
 inline int block_floats(int tokens) { return (round_up(tokens, 64) + kRows) * kLanes; }
 
 /* A zeroed array on a cache line's boundary. */
@@ -89,14 +91,16 @@ inline size_t tile_byte(Layout layout, int lane, int byte) {
 struct SignMatrix {
     SignMatrix() = default;
     SignMatrix(int rows, int bits)
-        : blocks(round_up(rows, kLanes) / kLanes), words(round_up(bits, 32) / 32), tiles(size_t(blocks) * words * kLanes) {}
+        : blocks(round_up(rows, kLanes) / kLanes), words(round_up(bits, 32) / 32),
+          tiles(size_t(blocks) * words * kLanes) {}
 
     void set(Layout layout, int row, int bit) {
         auto *bytes = reinterpret_cast<uint8_t *>(&tiles[size_t(row / kLanes) * words * kLanes]);
         bytes[tile_byte(layout, row % kLanes, bit / 8)] |= uint8_t(1 << bit % 8);
     }
 
-    /* For Cpu::Chains: word i, even and at least 2, becomes the exclusive or of words 0 to i; only for 8, 12, 16 … words. */
+    /* For Cpu::Chains, of 8, 12, 16 ... words only: word i, even and at least 2, becomes the exclusive or of 0 to i.
+     */
     void chain() {
         chained = words >= 8 && words % 4 == 0;
         for (size_t block = 0; chained && block < size_t(blocks); ++block) {
@@ -119,13 +123,15 @@ struct Affine {
 };
 
 /*
- * A product, its normalisation, shortcut and RPReLU, from `count`, the number of bits in which an input differs from a weight:
+ * A product, its normalisation, shortcut and RPReLU, from `count`, the number of bits in which an input differs from a
+ * weight:
  *
  *   v = scale * count + shortcut
  *   RPReLU(v + b) = v + slope * min(v, knee) + deferred
  *
- * RPReLU has the slope `slope + 1` below 0; b is the rest of product and normalisation, knee = -b. Kernels leave out the constant
- * `deferred = b * (1 + slope) + shift_out`: fold.cpp adds it to the thresholds, knees and shifts of all that read the result.
+ * RPReLU has the slope `slope + 1` below 0; b is the rest of product and normalisation, knee = -b. Kernels leave out
+ * the constant `deferred = b * (1 + slope) + shift_out`: fold.cpp adds it to the thresholds, knees and shifts of all
+ * that read the result.
  */
 struct Projection {
     SignMatrix weight;
@@ -148,21 +154,22 @@ struct Layer {
     Projection reduction, query, key, value, output;
     Thresholds query_sign, key_sign, value_sign;  // of the results
 
-    std::vector<float> exponentials;  // [i]: e^(query @ key / sqrt(head_dim)) of a query and a key that differ in i bits
-    Array<float> exponentials_fine, exponentials_coarse;  // [16]: fine[i % 16] * coarse[i / 16] is exponentials[i], for i < 256
-    float probability_threshold;  // quantised probabilities are on above this share of the sum of a query's exponentials
-    Affine context;               // norm_activation.norm of the sum of the signs of the attended values, deferred constants included
-    Array<float> context_slope;   // norm_activation.activation: `x + slope * min(x, 0)`
+    // [i]: e^(query @ key / sqrt(head_dim)) of a query and a key that differ in i bits
+    std::vector<float> exponentials;
+    Array<float> exponentials_fine, exponentials_coarse;  // fine[i % 16] * coarse[i / 16] is exponentials[i]; i < 256
+    float probability_threshold;  // a query attends to keys whose exponentials are above this share of their sum
+    Affine context;  // norm_activation.norm of attended values, with the deferred constants of the shortcut
+    Array<float> context_slope;  // norm_activation.activation: `x + slope * min(x, 0)`
     Affine layer_scale1, norm2;
 
-    int expansion;               // inner channels for each channel; they are a run
+    int expansion;  // inner channels for each channel; they are a run
     Thresholds fc1_input, fc2_input;
-    Projection fc1;              // inner channels in the order [block of channels][run][channel of the block]
-    Projection fc2;              // its shortcut is the sum over a run, not the mean
+    Projection fc1;  // inner channels in the order [block of channels][run][channel of the block]
+    Projection fc2;  // its shortcut is the sum over a run, not the mean
     std::vector<ChannelIndices> shortcut_channels;  // the shortcuts of fc1's blocks, each kind once
     std::vector<int32_t> shortcut_of_block;         // by block of fc1: its index in shortcut_channels
-    Affine layer_scale2;         // includes the shifts of the pooling branches
-    Array<float> pool_weights;   // [block][of the token itself, then by distance: of those beside, of those above and below][16]
+    Affine layer_scale2;                            // includes the shifts of the pooling branches
+    Array<float> pool_weights;  // [block][token itself, then by distance: beside it, above and below it][16]
 };
 
 struct PatchEmbeddings {
@@ -173,13 +180,13 @@ struct PatchEmbeddings {
     Projection projection;      // inputs in the order [neighbour][channel, padded to words]
     Array<float> float_weight;  // [block of outputs][neighbour][channel][16], norm2 folded in
     Array<float> float_bias;
-    Array<float> positions;     // of all tokens, in blocks; includes the projection's deferred constants
+    Array<float> positions;  // of all tokens, in blocks; includes the projection's deferred constants
 };
 
 struct Stem {
     Array<float> weight;         // [block of outputs][channel][row][column][16], the norm folded in
     Array<float> positions;      // of all tokens, in blocks; includes bias and norm, and the class token itself
-    std::vector<int32_t> lines;  // [channel][row] of a patch: floats of the image from the patch's first pixel to this line
+    std::vector<int32_t> lines;  // [channel][row] of a patch: where this line begins, from the patch's first pixel
 };
 
 struct Stage {

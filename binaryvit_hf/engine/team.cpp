@@ -17,9 +17,9 @@
 namespace binaryvit {
 namespace {
 
-// Time, not turns: a pause takes one kind of CPU three times as long as another.
-constexpr std::chrono::microseconds kSpinning{50};  // longer than the members of a team usually are apart
-constexpr std::chrono::microseconds kAwake{1000};   // what a caller takes between two images
+// In microseconds, not pauses: a pause of one CPU is three times as long as another's.
+constexpr std::chrono::microseconds kSpinning{50};  // longer than members of a team usually wait for each other
+constexpr std::chrono::microseconds kAwake{1000};   // longer than a caller usually takes between two images
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ inline void pause() {
 #endif
 }
 
-/* Waits until it is done or the time is over; whether it is done. */
+/* Waits until `done()` or until the time is over; returns whether it is done. */
 template <class Done>
 bool spin_until(Done done, std::chrono::microseconds time) {
     if (done()) return true;
@@ -41,14 +41,14 @@ bool spin_until(Done done, std::chrono::microseconds time) {
     return true;
 }
 
-/* Spin while it is likely to be short, then leave the core to whoever is waited for. */
+/* Spins for a short wait, then yields the core, perhaps to the thread that it waits for. */
 template <class Done>
 void wait_until(Done done) {
     if (spin_until(done, kSpinning)) return;
     while (!done()) std::this_thread::yield();
 }
 
-/* `work` on the threads of an OpenMP runtime; it may give fewer than it was asked for, which must not begin. */
+/* run_team on an OpenMP runtime. It may provide fewer threads than asked for; then none calls `work`. */
 bool run_on(const OpenMp &runtime, int size, const std::function<void(int)> &work) {
     struct Team {
         const OpenMp &runtime;
@@ -57,21 +57,21 @@ bool run_on(const OpenMp &runtime, int size, const std::function<void(int)> &wor
         std::atomic<bool> whole;
     } team{runtime, size, work, {true}};
     auto join = [](void *data) {
-        Team &team = *static_cast<Team *>(data);
-        if (team.runtime.count() == team.size) {
-            team.work(team.runtime.which());
+        Team &joined = *static_cast<Team *>(data);
+        if (joined.runtime.count() == joined.size) {
+            joined.work(joined.runtime.which());
         } else {
-            team.whole = false;
+            joined.whole = false;
         }
     };
     runtime.parallel(join, &team, unsigned(size), 0);
     return team.whole;
 }
 
-/* Threads that wait for work, one caller's at a time. */
+/* Threads that wait for work, of one caller at a time. */
 class Pool {
 public:
-    OpenMp shared{};
+    OpenMp shared{};  // its `parallel` is null without a runtime
 
     bool run(int size, const std::function<void(int)> &work) {
         std::unique_lock<std::mutex> mine(caller_, std::try_to_lock);
@@ -99,7 +99,7 @@ private:
             for (; threads_ < count; ++threads_) {
                 int member = threads_ + 1;
                 uint64_t seen = call_.load(std::memory_order_relaxed);
-                // Detached: they wait until the process ends, and end with it.
+                // Detached: they wait for work until the process ends.
                 std::thread([this, member, seen] { serve(member, seen); }).detach();
             }
         } catch (const std::system_error &) {
@@ -116,7 +116,7 @@ private:
                 wake_.wait(lock, called);
             }
             seen = call_.load(std::memory_order_acquire);
-            // The caller waits for those it counts on alone, and may be gone before the others look.
+            // Only members of this call may touch it: the caller does not wait for the others.
             if (member < int(seen & ((1 << kSizeBits) - 1))) {
                 (*work_)(member);
                 pending_.fetch_sub(1, std::memory_order_release);
@@ -127,16 +127,16 @@ private:
     std::mutex caller_, sleep_;
     std::condition_variable wake_;
     int threads_ = 0;
-    std::atomic<uint64_t> call_{0};  // which one it is, and above how many members
+    std::atomic<uint64_t> call_{0};  // size of the team in the lower kSizeBits, number of the call above
     std::atomic<int> pending_{0};
     const std::function<void(int)> *work_ = nullptr;
 };
 
-/* Never destroyed: its threads outlive whatever ends first when a process does. */
+/* Never destroyed: its threads may still use it while the process ends. */
 Pool *&pool() {
     static Pool *instance = [] {
 #if defined(__unix__) || defined(__APPLE__)
-        // A forked process has none of the threads, and of an OpenMP runtime's neither.
+        // A forked process has neither these threads nor an OpenMP runtime's.
         pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
 #endif
         return new Pool;

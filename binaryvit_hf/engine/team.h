@@ -1,4 +1,4 @@
-/* Threads that work on one image, or each on its own. */
+/* Threads that compute one image together, or one image each. */
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 
 namespace binaryvit {
 
-/* Lets `size` threads wait for each other: none leaves before all have come. */
+/* Lets `size` threads wait for each other: none continues before all have arrived. */
 class Barrier {
 public:
     explicit Barrier(int size) : size_(size) {}
@@ -20,21 +20,22 @@ private:
 };
 
 /*
- * Tiles of one thread's share. Whoever has none left takes from the end of another's, so that a core that others slow down
- * keeps nobody waiting.
+ * The tiles of one thread's share. A thread that has finished its own takes tiles from the end of another's, so that
+ * nobody waits for a slow core.
  */
 class Tiles {
 public:
     void open(int first, int end) { left_.store(pack(first, end), std::memory_order_release); }
 
-    /* The first that is left, for whose share it is, or the last, for others; -1 if there is none. */
+    /* Takes the first tile that is left (`own`: the thread's own share) or the last; -1 if none is left. */
     int take(bool own) {
         uint64_t left = left_.load(std::memory_order_relaxed);
         for (;;) {
             int first = int(uint32_t(left)), end = int(left >> 32);
             if (first >= end) return -1;
             uint64_t fewer = own ? pack(first + 1, end) : pack(first, end - 1);
-            if (left_.compare_exchange_weak(left, fewer, std::memory_order_acquire, std::memory_order_relaxed)) return own ? first : end - 1;
+            if (left_.compare_exchange_weak(left, fewer, std::memory_order_acquire, std::memory_order_relaxed))
+                return own ? first : end - 1;
         }
     }
 
@@ -44,8 +45,8 @@ private:
 };
 
 /*
- * What an OpenMP runtime offers to compiled programs: GOMP_parallel, which calls `work(data)` on so many threads at once, and,
- * called there, how many they are and which one it is.
+ * Functions of an OpenMP runtime. GOMP_parallel calls `work(data)` on `threads` threads at once; omp_get_num_threads
+ * and omp_get_thread_num, called there, return their number and the caller's index.
  */
 struct OpenMp {
     void (*parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
@@ -53,14 +54,14 @@ struct OpenMp {
     int (*which)();
 };
 
-/* From now on teams are of the runtime's threads. */
+/* Makes teams of this runtime's threads from now on. */
 void share_threads(const OpenMp &runtime);
 
 /*
- * Calls `work(member)` for every member below `size` at once, this thread as member 0, and returns when all are done. The
- * threads are kept for the next call; of an OpenMP runtime if there is one to share. `work` must not throw.
+ * Calls `work(member)` for members 0 to `size - 1` at once, this thread as member 0, and returns when all are done.
+ * The threads are kept for the next call, or are those of the OpenMP runtime (share_threads). `work` must not throw.
  *
- * Returns false, having done nothing, where they are another caller's just now or cannot be had.
+ * Returns false, without a call, if another caller uses the threads or if they cannot be started.
  */
 bool run_team(int size, const std::function<void(int)> &work);
 

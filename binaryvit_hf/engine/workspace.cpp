@@ -17,7 +17,8 @@ int largest(const std::vector<Item> &items, Measure measure) {
 
 Scratch::Scratch(const Model &model) {
     stride = largest(model.stages, [](const Stage &stage) { return (stage.blocks() + 1) * kLanes; });
-    int words = largest(model.layers, [](const Layer &layer) { return std::max(layer.fc1.weight.words, layer.fc2.weight.words); });
+    int words = largest(model.layers,
+                        [](const Layer &layer) { return std::max(layer.fc1.weight.words, layer.fc2.weight.words); });
     int patch = model.image_channels * model.patch_height * model.patch_width;
     for (const PatchEmbeddings &embeddings : model.patch_embeddings) {
         words = std::max(words, embeddings.projection.weight.words);
@@ -55,7 +56,8 @@ Workspace::Workspace(const Model &model, int size) : team(size), size(size), til
     for (const Layer &layer : model.layers) {
         const Stage &stage = model.stages[layer.stage];
         keys_size = std::max(keys_size, size_t(layer.heads) * layer.head_words() * round_up(stage.keys, kLanes));
-        values_size = std::max(values_size, size_t(layer.heads) * round_up(layer.head_dim, kLanes) * stage.key_words());
+        values_size =
+            std::max(values_size, size_t(layer.heads) * round_up(layer.head_dim, kLanes) * stage.key_words());
     }
     tokens = Array<float>(tokens_size);
     next_tokens = Array<float>(model.stages.size() > 1 ? tokens_size : 0);

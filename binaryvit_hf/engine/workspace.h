@@ -10,22 +10,22 @@ namespace binaryvit {
 struct Scratch {
     explicit Scratch(const Model &model);
 
-    Array<float> inputs;          // channels: the shortcuts of key, value and attention.output
-    Array<float> context;         // [row][channel], `stride` floats a row
-    Array<float> inner_sums;      // channels: sums over runs of the MLP's inner channels
-    Array<float> shortcuts;       // of fc1: Layer::shortcut_channels; of binary patch embeddings: channels
-    Array<uint32_t> bits;         // signs of the inputs of a projection
-    Array<uint32_t> value_bits;   // signs of the inputs of attention.value
-    Array<uint32_t> signs;        // signs of keys, queries and inner channels, and of the inputs of attention.reduction
-    Array<uint32_t> head_bits;    // signs of keys and queries, each head from a word of its own on
-    Array<uint16_t> prepared;     // any of these bits as a counter takes them
-    Array<int32_t> value_signs;   // [channel]: bit i is the sign of the value of key i
-    Array<uint32_t> attended;     // bits: keys whose quantised probability is on
-    Array<uint32_t> zeros;        // bits: no key
-    Array<float> exponentials;    // keys
-    Array<float> context_base;    // [channel]: context of a query that attends to no key
-    Array<float> patches;         // inputs of a convolution, [line][row][column]
-    int stride;                   // no power of two: such rows would share few places in the cache
+    Array<float> inputs;         // channels: the shortcuts of key, value and attention.output
+    Array<float> context;        // [row][channel], `stride` floats a row
+    Array<float> inner_sums;     // channels: sums over runs of the MLP's inner channels
+    Array<float> shortcuts;      // of fc1: Layer::shortcut_channels; of binary patch embeddings: channels
+    Array<uint32_t> bits;        // signs of the inputs of a projection
+    Array<uint32_t> value_bits;  // signs of the inputs of attention.value
+    Array<uint32_t> signs;       // signs of keys, queries and inner channels, and of the inputs of attention.reduction
+    Array<uint32_t> head_bits;   // signs of keys and queries, each head from a word of its own on
+    Array<uint16_t> prepared;    // any of these bits as a counter takes them
+    Array<int32_t> value_signs;  // [channel]: bit i is the sign of the value of key i
+    Array<uint32_t> attended;    // bits: keys whose quantised probability is on
+    Array<uint32_t> zeros;       // bits: no key
+    Array<float> exponentials;   // keys
+    Array<float> context_base;   // [channel]: context of a query that attends to no key
+    Array<float> patches;        // inputs of a convolution, [line][row][column]
+    int stride;                  // no power of two: such rows would share few places in the cache
 };
 
 struct Workspace {

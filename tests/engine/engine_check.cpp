@@ -1,8 +1,8 @@
 /*
- * The engine through its C interface alone, for sanitisers: networks of random tensors on all kernels, by one thread and by
- * several, called from several threads at once; and tensors that are missing or too short.
+ * Runs the engine through its C interface alone, for sanitisers: networks of random tensors on all kernels, on one
+ * thread and on several, called from several threads at once; and tensors that are missing or too short.
  *
- * Usage: engine_check ROUNDS; the first argument is how often every network is run.
+ * Usage: engine_check ROUNDS, the number of times to run each network.
  */
 #include <cmath>
 #include <cstdio>
@@ -43,16 +43,32 @@ public:
     }
 
     binaryvit_config config() const {
-        return {shape_.height, shape_.width, shape_.patch, shape_.patch, shape_.channels, int32_t(shape_.hidden_sizes.size()),
-                shape_.hidden_sizes.data(), shape_.depths.data(), shape_.heads.data(), shape_.inner.data(), shape_.ratios.data(),
-                int32_t(shape_.kernels.size()), shape_.kernels.data(), shape_.class_token, shape_.stem_norm,
-                shape_.layer_scale, shape_.binary_embeddings, 1e-5f};
+        return {shape_.height,
+                shape_.width,
+                shape_.patch,
+                shape_.patch,
+                shape_.channels,
+                int32_t(shape_.hidden_sizes.size()),
+                shape_.hidden_sizes.data(),
+                shape_.depths.data(),
+                shape_.heads.data(),
+                shape_.inner.data(),
+                shape_.ratios.data(),
+                int32_t(shape_.kernels.size()),
+                shape_.kernels.data(),
+                shape_.class_token,
+                shape_.stem_norm,
+                shape_.layer_scale,
+                shape_.binary_embeddings,
+                1e-5f};
     }
 
     std::vector<binaryvit_tensor> tensors() const {
         std::vector<binaryvit_tensor> listed;
-        for (const auto &tensor : floats_) listed.push_back({tensor.name.c_str(), tensor.items.data(), int64_t(4 * tensor.items.size())});
-        for (const auto &tensor : bits_) listed.push_back({tensor.name.c_str(), tensor.items.data(), int64_t(tensor.items.size())});
+        for (const auto &tensor : floats_)
+            listed.push_back({tensor.name.c_str(), tensor.items.data(), int64_t(4 * tensor.items.size())});
+        for (const auto &tensor : bits_)
+            listed.push_back({tensor.name.c_str(), tensor.items.data(), int64_t(tensor.items.size())});
         return listed;
     }
 
@@ -130,7 +146,8 @@ private:
                 norm(embeddings + ".norm2", channels);
             }
         }
-        for (int layer = 0; layer < shape_.depths[stage]; ++layer) add_layer(name + ".layers." + std::to_string(layer), stage);
+        for (int layer = 0; layer < shape_.depths[stage]; ++layer)
+            add_layer(name + ".layers." + std::to_string(layer), stage);
     }
 
     void add_layer(const std::string &name, size_t stage) {
@@ -169,6 +186,15 @@ void expect(bool holds, const std::string &what) {
     ++failures;
 }
 
+/* Reports the first number that differs. */
+void expect_equal(const std::vector<float> &actual, const std::vector<float> &expected, const std::string &what) {
+    for (size_t i = 0; i < expected.size(); ++i) {
+        if (actual[i] == expected[i]) continue;
+        return expect(false, what + ": [" + std::to_string(i) + "] expected " + std::to_string(expected[i]) +
+                                 ", actual " + std::to_string(actual[i]));
+    }
+}
+
 std::vector<float> random_images(const Network &network, int batch) {
     std::mt19937 random(3);
     std::normal_distribution<float> normal;
@@ -177,14 +203,18 @@ std::vector<float> random_images(const Network &network, int batch) {
     return images;
 }
 
-/* Outputs and logits of all images; freed memory and results of another size are the sanitiser's to find. */
-std::vector<float> run(const Network &network, binaryvit_model *model, const std::vector<float> &images, int batch, int threads) {
+/* Last hidden state, pooled output and logits of all images. Sanitisers find writes beyond their sizes. */
+std::vector<float> run(const Network &network, binaryvit_model *model, const std::vector<float> &images, int batch,
+                       int threads) {
     size_t channels = size_t(network.last_channels);
     std::vector<float> last(size_t(batch) * network.last_tokens * channels), pooled(size_t(batch) * channels);
-    expect(binaryvit_forward(model, images.data(), batch, threads, last.data(), pooled.data(), nullptr) == 0, "a forward");
+    expect(binaryvit_forward(model, images.data(), batch, threads, last.data(), pooled.data(), nullptr) == 0,
+           "a forward");
     constexpr int kLabels = 7;
     std::vector<float> weight(kLabels * channels, 0.5f), bias(kLabels, 1.0f), logits(size_t(batch) * kLabels);
-    expect(binaryvit_classify(model, images.data(), batch, threads, weight.data(), bias.data(), kLabels, logits.data()) == 0, "logits");
+    expect(binaryvit_classify(model, images.data(), batch, threads, weight.data(), bias.data(), kLabels,
+                              logits.data()) == 0,
+           "logits");
     for (const auto &more : {pooled, logits}) last.insert(last.end(), more.begin(), more.end());
     return last;
 }
@@ -202,42 +232,50 @@ void check_network(const Network &network, const std::string &name, int rounds) 
         expect(model != nullptr, name + ": " + error);
         if (model == nullptr) return;
         std::vector<float> alone = run(network, model, images, kBatch, 1);
-        for (float value : alone) expect(std::isfinite(value), name + ": a number on " + kind);
+        for (float value : alone) expect(std::isfinite(value), name + ": a finite number on " + kind);
         for (int round = 0; round < rounds; ++round)
-            for (int threads : {2, 3, 4}) expect(run(network, model, images, kBatch, threads) == alone, name + ": threads on " + kind);
+            for (int threads : {2, 3, 4})
+                expect_equal(run(network, model, images, kBatch, threads), alone,
+                             name + ": " + std::to_string(threads) + " threads on " + kind);
         std::vector<std::thread> callers;
-        std::vector<int> same(3, 0);
-        for (size_t caller = 0; caller < same.size(); ++caller)
-            callers.emplace_back([&, caller] {
-                bool equal = true;
-                for (int round = 0; round < rounds; ++round) equal = equal && run(network, model, images, kBatch, 2) == alone;
-                same[caller] = equal;
+        std::vector<std::vector<float>> results(3);
+        for (std::vector<float> &result : results)
+            callers.emplace_back([&] {
+                for (int round = 0; round < rounds && (round == 0 || result == alone); ++round)
+                    result = run(network, model, images, kBatch, 2);
             });
         for (std::thread &caller : callers) caller.join();
-        for (int equal : same) expect(equal, name + ": callers at once on " + kind);
+        for (const auto &result : results) expect_equal(result, alone, name + ": callers at once on " + kind);
         binaryvit_free(model);
 
         std::vector<binaryvit_tensor> fewer(tensors.begin(), tensors.end() - 1);
-        expect(binaryvit_create(kind.c_str(), &config, fewer.data(), int32_t(fewer.size()), error, sizeof(error)) == nullptr &&
+        expect(binaryvit_create(kind.c_str(), &config, fewer.data(), int32_t(fewer.size()), error, sizeof(error)) ==
+                       nullptr &&
                    std::strstr(error, "is missing") != nullptr,
                name + ": a tensor that is missing");
         fewer = tensors;
         fewer.back().bytes -= 1;
-        expect(binaryvit_create(kind.c_str(), &config, fewer.data(), int32_t(fewer.size()), error, sizeof(error)) == nullptr &&
+        expect(binaryvit_create(kind.c_str(), &config, fewer.data(), int32_t(fewer.size()), error, sizeof(error)) ==
+                       nullptr &&
                    std::strstr(error, "bytes") != nullptr,
                name + ": a tensor that is too short");
     }
-    expect(binaryvit_create("abacus", &config, tensors.data(), int32_t(tensors.size()), error, sizeof(error)) == nullptr,
-           "kernels that do not exist");
+    expect(
+        binaryvit_create("abacus", &config, tensors.data(), int32_t(tensors.size()), error, sizeof(error)) == nullptr,
+        "kernels that do not exist");
 }
 
 }  // namespace
 
 int main(int, char **arguments) {
     int rounds = std::atoi(arguments[1]);
-    check_network(Network({{12, 24}, {1, 2}, {2, 3}, {24, 72}, {2, 1}, {3, 5}, 16, 24, 2, 3, false, true, true, true}), "pyramid", rounds);
-    check_network(Network({{64, 128}, {1, 1}, {1, 2}, {512, 512}, {4, 1}, {3}, 32, 32, 4, 3, false, true, true, false}), "whole words", rounds);
-    check_network(Network({{20}, {2}, {4}, {40}, {1}, {}, 8, 8, 4, 1, true, false, false, true}), "class token", rounds);
+    check_network(Network({{12, 24}, {1, 2}, {2, 3}, {24, 72}, {2, 1}, {3, 5}, 16, 24, 2, 3, false, true, true, true}),
+                  "pyramid", rounds);
+    check_network(
+        Network({{64, 128}, {1, 1}, {1, 2}, {512, 512}, {4, 1}, {3}, 32, 32, 4, 3, false, true, true, false}),
+        "whole words", rounds);
+    check_network(Network({{20}, {2}, {4}, {40}, {1}, {}, 8, 8, 4, 1, true, false, false, true}), "class token",
+                  rounds);
     std::printf("%s: %s\n", binaryvit_kernels(), failures == 0 ? "all equal" : "failed");
     return failures != 0;
 }

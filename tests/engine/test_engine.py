@@ -69,15 +69,23 @@ def record_steps(model, images) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def check_steps(model, images, threads: int = 1, tolerated: int = 0) -> None:
-    """Every step of every kernels, from PyTorch's inputs: tokens are equal but for rounding, or a sign in them differs."""
+    """
+    Compares every step on all kernels with PyTorch's, from the same inputs.
+
+    At most `tolerated` tokens differ by more than rounding: a sign in them differs.
+    """
     steps = record_steps(model, images)
     for kernels in KERNELS:
-        folded, differing = engine_of(model, kernels), 0
-        for index, (inputs, expected) in enumerate(steps):
-            result = folded.run_step(index, inputs, expected.shape[1:], threads)
-            error = (result - expected).abs().amax(-1) / expected.abs().max()
-            differing += (error > 1e-5).sum().item()
-        assert differing <= tolerated, (kernels, differing)
+        folded, differing, worst = engine_of(model, kernels), 0, (0.0, "")
+        for step, (inputs, expected) in enumerate(steps):
+            actual = folded.run_step(step, inputs, expected.shape[1:], threads)
+            errors = (actual - expected).abs() / expected.abs().max()
+            differing += (errors.amax(-1) > 1e-5).sum().item()
+            image, token, channel = np.unravel_index(errors.argmax().item(), errors.shape)
+            place = f"step {step}, image {image}, token {token}, channel {channel}"
+            values = f"expected {expected[image, token, channel]}, actual {actual[image, token, channel]}"
+            worst = max(worst, (errors.max().item(), f"{place}: {values}"))
+        assert differing <= tolerated, f"{differing} tokens differ on {kernels}; the worst: {worst[1]}"
 
 
 @pytest.mark.parametrize("threads", [1, 3])
