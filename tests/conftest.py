@@ -7,10 +7,10 @@ from hub_server import ALICE, BOB, HubServer, client_environment
 from warm_python import WarmPython
 
 
-# Before any Hugging Face import: the tests must not reach for a network, nor read the user's own cache of models.
+# Set before Hugging Face libraries are imported: the tests must not use the network or the user's cache of models.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# Tests run two at a time, on as few as two cores; threads that spin while they wait would take them from each other.
+# Two tests run at once, on as few as two cores. Threads that spin while they wait would slow both.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -1,4 +1,4 @@
-"""Uploads and downloads with the real client, against the hub that `hub_server` runs on loopback."""
+"""Uploads and downloads with the real client and the Hub of `hub_server`."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ print("all equal")
 
 @pytest.fixture
 def latent(tmp_path) -> Path:
-    """A model with its image processor, and in `expected.pt` what it must compute."""
+    """A model with its image processor. `expected.pt` beside it holds images and their logits."""
     model = tiny_model(tiny_config(id2label=LABELS)).eval()
     model.save_pretrained(tmp_path / "latent")
     create_image_processor(model.config, crop_pct=1.0).save_pretrained(tmp_path / "latent")
@@ -104,7 +104,7 @@ def dtypes(content: bytes) -> set[torch.dtype]:
 
 
 def assert_shipped(files: dict[str, bytes]) -> None:
-    """Bits are the repository's weights, the floats lie in `latent/`; both with their code."""
+    """The repository has packed weights, and latent weights in `latent/`. Both have their code."""
     assert torch.uint8 in dtypes(files["model.safetensors"])
     assert dtypes(files["latent/model.safetensors"]) == {torch.float32}
     for folder in ("", "latent/"):
@@ -137,10 +137,10 @@ packed.push_to_hub("packed-alone")
 
     pinned = download(client, tmp_path / "other", None, "alice/pyramid", "v1", "")
     assert (pinned.stdout, pinned.stderr) == ("all equal\n", "")
-    # Of code whose revision is not pinned transformers says, once, that it downloaded it.
+    # stderr is not empty: transformers reports that it downloaded code without a pinned revision.
     newest = download(client, tmp_path / "other", None, "alice/pyramid", "", "latent")
     assert newest.stdout == "all equal\n", newest.stderr
-    for subfolder in ("", "latent"):  # from the cache, without a network
+    for subfolder in ("", "latent"):  # offline, from the cache
         cached = download(warm_python, tmp_path / "other", None, "alice/pyramid", "", subfolder)
         assert (cached.stdout, cached.stderr) == ("all equal\n", "")
 
@@ -203,7 +203,7 @@ def test_two_processes_leave_one_model_one_card_and_one_upload_and_say_everythin
     assert "Warning" not in result.stderr
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["eval_samples"] == 4
     assert_shipped(server.files("alice/photos"))
-    assert len(server.commits("alice/photos")) == 2  # the empty repository's and the run's
+    assert len(server.commits("alice/photos")) == 2  # of the empty repository and of the run
 
 
 def test_a_run_whose_upload_fails_is_whole_and_the_same_command_completes_it(server, client, photos, tmp_path):
@@ -254,7 +254,7 @@ def test_push_packs_a_latent_folder_and_writes_its_card(server, client, latent, 
 
 def test_push_takes_a_packed_folder_as_it_is(server, client, latent, tmp_path):
     assert binaryvit(["pack", str(latent), str(tmp_path / "packed")]) == 0
-    (tmp_path / "packed" / "modeling_binaryvit.py").unlink()  # as in the models that come with the package
+    (tmp_path / "packed" / "modeling_binaryvit.py").unlink()  # the models in the package have no code either
     (tmp_path / "packed" / "checkpoint-1").mkdir()
     (tmp_path / "packed" / "checkpoint-1" / "optimizer.pt").write_bytes(b"large")
     (tmp_path / "packed" / ".secret").write_text("hidden")

@@ -1,7 +1,7 @@
 """
-`pytest -m slow tests/attack` runs all of the sweeps and prints one table; `pytest` runs a small share of each.
+`pytest -m slow tests/attack` runs all sweeps and prints a table. `pytest` runs a few cases of each sweep.
 
-`ATTACK_SEED=N` runs the case of that seed alone, `ATTACK_CASES=N` so many cases of each sweep.
+`ATTACK_SEED=N` runs only the case with this seed, `ATTACK_CASES=N` runs N cases of each sweep.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from shelf import create_look, fill_shelf, training_arguments
 from binaryvit_hf.training.run import main as train
 
 
-COUNTED = "attack"  # the property of a test's report that holds its line of the table
+COUNTED = "attack"  # the property of a test report that holds its row of the table
 
 
 def pytest_collection_modifyitems(items):
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def assert_all_well(request):
-    """Put a sweep into the table. It fails on what was thrown, wrong, too slow or too big, and names the seeds."""
+    """Add a sweep to the table. Fail if a case ended in one of `BAD`, and name the seeds."""
 
     def check(ended: list[Ended], what: str) -> None:
         request.node.user_properties.append((COUNTED, [what, count(ended)]))
@@ -44,7 +44,7 @@ def assert_all_well(request):
 
 @pytest.fixture
 def assert_withstood(assert_all_well, tmp_path_factory):
-    """Run a sweep of so many cases. `apart`: each has a process of its own."""
+    """Run a sweep of `cases` cases. With `apart` each case has its own process."""
 
     def run(attack: Attack, cases: int, what: str, apart: bool = False) -> None:
         ended = sweep(attack, choose_seeds(cases), tmp_path_factory.mktemp("sweep"), apart)
@@ -75,7 +75,7 @@ def shelf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def look_at(shelf) -> Callable[[Path], str]:
-    """Read a picture as training, image checks and classify do, which must agree."""
+    """Read a picture as training, image checks and `classify` do. All three must agree."""
     return create_look(shelf / "packed")
 
 

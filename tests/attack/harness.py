@@ -1,8 +1,8 @@
 """
-Sweeps of seeded cases. Each runs in a forked process, with limits of time and memory, and ends in one of `ENDINGS`.
+Sweeps of seeded cases. Each case runs in a fork with limits of time and memory and ends in one of `ENDINGS`.
 
-An attack is a function of a random generator and an empty folder. It returns "refused" or "answered", raises `Wrong`
-where an answer is not right, and anything else where something was thrown. Equal seeds make equal cases.
+An attack is a function of a random generator and an empty folder. It returns "refused" or "answered", and raises
+`Wrong` if an answer is wrong. Any other exception counts as "thrown". Equal seeds make equal cases.
 """
 
 import contextlib
@@ -25,31 +25,31 @@ import pytest
 from binaryvit_hf.errors import LINE_LENGTH
 
 
-SECONDS, BYTES = 20.0, 2 * 2**30  # of the CPU, so that a busy machine is no fault, and of memory, for a case
-HANGS = 120.0  # seconds by the clock
+SECONDS, BYTES = 20.0, 2 * 2**30  # CPU time and memory of a case; CPU time does not depend on other processes
+HANGS = 120.0  # seconds of wall time for a case
 ENDINGS = ("refused", "answered", "thrown", "wrong", "too slow", "too big")
 BAD = ENDINGS[2:]
-POLL = 0.05  # seconds between two looks at the memory of a process
+POLL = 0.05  # seconds between two checks of the memory of a process
 
 Attack = Callable[[random.Random, Path], str]
 
 
 def few_or_many(few: int, many: int):
-    """The numbers of cases of a test: the ordinary share, and those of `-m slow`."""
+    """Parametrize the number of `cases`: `few` by default, `many` with `-m slow`."""
     return pytest.mark.parametrize(
         "cases", [pytest.param(few, id="share"), pytest.param(many, id="all", marks=pytest.mark.slow)]
     )
 
 
 def choose_seeds(cases: int) -> list[int]:
-    """So many, but for what the environment says: `ATTACK_SEED`, the only one, or `ATTACK_CASES`, the number."""
+    """`cases` seeds. `ATTACK_SEED` selects a single seed, `ATTACK_CASES` another number."""
     if "ATTACK_SEED" in os.environ:
         return [int(os.environ["ATTACK_SEED"])]
     return list(range(int(os.environ.get("ATTACK_CASES", cases))))
 
 
 class Wrong(AssertionError):
-    """An answer that is not right, or something left behind that must not be."""
+    """A wrong answer, or a file that must not be left behind."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Ended:
 
 @dataclass
 class Said:
-    """What a command printed, and its exit code."""
+    """The output of a command and its exit code."""
 
     code: int
     out: str
@@ -72,7 +72,7 @@ class Said:
 
 
 def run(main: Callable[[list[str]], int], *arguments: object) -> Said:
-    """The `main` of a command, in this process."""
+    """Call the `main` of a command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
@@ -81,10 +81,10 @@ def run(main: Callable[[list[str]], int], *arguments: object) -> Said:
 
 def judge(said: Said) -> str:
     """
-    "answered" of the exit code 0, "refused" of one sentence.
+    "answered" for exit code 0, "refused" for an error of one sentence.
 
     Raises:
-        AssertionError: it was told otherwise.
+        AssertionError: the error is not one short sentence, or the exit code is another one.
     """
     if said.code == 0:
         return "answered"
@@ -98,8 +98,8 @@ def judge(said: Said) -> str:
 def sweep(attack: Attack, seeds: Iterable[int], root: Path, apart: bool = False) -> list[Ended]:
     """
     Args:
-        root: a folder for the cases' own, which are removed.
-        apart: each case has a process of its own, as what changes the state of a process needs.
+        root: the folders of the cases are made here and removed.
+        apart: each case has its own process. Attacks that change the state of the process need it.
     """
     waiting, ended = list(seeds), []
     while waiting:
@@ -110,7 +110,7 @@ def sweep(attack: Attack, seeds: Iterable[int], root: Path, apart: bool = False)
 
 
 def run_forked(attack: Attack, seeds: list[int], root: Path) -> list[Ended]:
-    """The cases up to the first that must be ended, or that ends its process."""
+    """Run cases in one fork until all are done, or one must be killed or kills the fork."""
     reader, writer = multiprocessing.Pipe(duplex=False)
     child = os.fork()
     if child == 0:
@@ -146,11 +146,11 @@ def work(attack: Attack, seeds: list[int], root: Path, writer: Connection) -> No
         for seed in seeds:
             writer.send(attempt(attack, seed, root))
     finally:
-        os._exit(0)  # pytest goes on in the parent alone
+        os._exit(0)  # only the parent returns to pytest
 
 
 def silence() -> None:
-    """Loggers keep the standard error of when they were made."""
+    """Redirect at the level of file descriptors: loggers keep the stream that they were created with."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
@@ -176,7 +176,7 @@ def attempt(attack: Attack, seed: int, root: Path) -> Ended:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it waited for."""
+    """CPU time of this process and of the children that it waited for."""
     return sum(os.times()[:4])
 
 
@@ -187,7 +187,7 @@ def describe(error: BaseException) -> str:
 
 
 def resident(process: int) -> int:
-    """Bytes of memory that a process has, 0 of one that is no more."""
+    """Resident memory of a process in bytes, 0 if it has ended."""
     try:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, IndexError):
@@ -200,7 +200,7 @@ def reset_peak() -> None:
 
 
 def peak() -> int:
-    """The most bytes of memory that this process had since `reset_peak`."""
+    """Largest resident memory of this process in bytes since `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
@@ -211,7 +211,7 @@ def count(ended: list[Ended]) -> dict[str, int]:
 
 
 def format_table(rows: dict[str, dict[str, int]]) -> list[str]:
-    """A line for each sweep."""
+    """A header and a line for each sweep."""
     width = max(map(len, rows))
     titles = ("cases", *ENDINGS)
     lines = [" ".join([f"{'sweep':<{width}}", *(f"{title:>9}" for title in titles)])]

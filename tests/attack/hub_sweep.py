@@ -26,7 +26,7 @@ ENDPOINTS = [endpoint for _, _, endpoint in ROUTES]
 
 server = HubServer(users={ALICE: "alice", "token-of-bob": "bob"}).__enter__()
 os.environ["HF_ENDPOINT"] = server.url
-time.sleep = lambda seconds: None  # the client waits between two tries
+time.sleep = lambda seconds: None  # the client waits between retries
 
 from harness import Wrong, attempt, judge, run  # noqa: E402
 from shelf import assert_whole, classify, read_scores  # noqa: E402
@@ -52,7 +52,7 @@ def check(said) -> str:
 
 
 def download(rng: Random, folder: Path) -> str:
-    """With faults on the way; afterwards without."""
+    """First with faults, then without."""
     make_fail(rng, ["head", "download", "download", "info", "tree", "paths_info", "refs"])
     said = classify("bob/model", shelf / "a.png")
     server.faults.clear()
@@ -66,7 +66,7 @@ def download(rng: Random, folder: Path) -> str:
 
 
 def damage(rng: Random, folder: Path) -> str:
-    """A file of the cache, which is downloaded again; or the Hub fails then, too."""
+    """Damage a file of the cache. It is downloaded again, in some cases with faults of the Hub."""
     classify("bob/model", shelf / "a.png")
     file = rng.choice(sorted((cache / "models--bob--model").glob("snapshots/*/*")))
     blob = file.resolve()
@@ -81,7 +81,7 @@ def damage(rng: Random, folder: Path) -> str:
     said = classify("bob/model", shelf / "a.png")
     server.faults.clear()
     ending = check(said)
-    checked = file.name != "preprocessor_config.json"  # whose other numbers are as good as any
+    checked = file.name != "preprocessor_config.json"  # other numbers in it are valid as well
     if ending == "answered" and checked and read_scores(said) != expected:
         raise Wrong(f"scores {read_scores(said)}, not {expected}, of the damaged {file.name}")
     return ending

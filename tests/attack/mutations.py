@@ -1,4 +1,4 @@
-"""Damage: of bytes, of JSON and of safetensors files, by a random generator."""
+"""Random damage to bytes, JSON and safetensors files."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 
-NESTED = "\0nested\0"  # stands for 100,000 lists in each other, which json.dumps does not write
+NESTED = "\0nested\0"  # placeholder for 100,000 nested lists, which json.dumps cannot write
 NUMBERS = (0, 1, -1, 2, 3, 0.5, 1e-45, 1e308, -1e308, 10**9, 2**31, 2**63, 10**30, math.nan, math.inf, -math.inf)
 TEXTS = ("", "1", "x" * 10**6, "\x1b[31m\x00\u202e\ud800", "../../x", "/dev/stdin", "binaryvit", "float16", NESTED)
 OTHERS = (None, True, False, [], {}, [[]], [1] * 100_000, {"a": 1}, [None], {"": {"": []}})
@@ -22,7 +22,7 @@ def mutate_bytes(rng: Random, content: bytes, donor: bytes) -> bytes:
 
 
 def some_range(rng: Random, content: bytes) -> tuple[int, int]:
-    """Most often a short one; three in five anywhere, the others at the beginning, where headers lie."""
+    """A range of bytes, most often short. Three in five lie anywhere, the others at the beginning, in the header."""
     length = int(2 ** rng.uniform(0, math.log2(len(content) + 1)))
     anywhere = rng.randrange(len(content) + 1)
     start = rng.choice([0, rng.randrange(min(len(content), 64) + 1), anywhere, anywhere, anywhere])
@@ -104,7 +104,7 @@ def edit(rng: Random, document: Any) -> Any:
 
 
 def places(document: Any) -> list[tuple[Any, Any]]:
-    """Every container of a document with every key or index of it."""
+    """All pairs of a container in the document and one of its keys or indices."""
     found = []
     if not isinstance(document, (dict, list)):
         return found
@@ -117,7 +117,7 @@ def places(document: Any) -> list[tuple[Any, Any]]:
 
 
 def changed(rng: Random, value: Any) -> Any:
-    """Another value, as often of the same kind as of another."""
+    """Another value. Half of them have the same type."""
     if isinstance(value, bool):
         return rng.choice([not value, *OTHERS])
     if isinstance(value, (int, float)) and rng.random() < 0.6:
@@ -130,7 +130,7 @@ def changed(rng: Random, value: Any) -> Any:
 
 
 def mutate_safetensors(rng: Random, content: bytes, donor: bytes) -> bytes:
-    """Edits of the header, which is JSON, or of any bytes."""
+    """Edit the JSON header or any bytes."""
     if rng.random() < 0.6:
         return mutate_bytes(rng, content, donor)
     length = int.from_bytes(content[:8], "little")

@@ -1,4 +1,4 @@
-"""Whole files for attacks: models, pictures and folders, all tiny."""
+"""Undamaged tiny models, pictures and folders for attacks."""
 
 import argparse
 import json
@@ -49,10 +49,10 @@ def fill_shelf(root: Path) -> Path:
 
 def write_pth(folder: Path) -> dict[str, torch.Tensor]:
     """
-    `whole.pth` of a full-precision network of the public code, and its config in `vit`.
+    Write `whole.pth`, a full-precision network of the public code, and its config in `vit`.
 
     Returns:
-        Its tensors, under transformers' former names of a ViT's.
+        Its tensors under the names that earlier versions of transformers gave them.
     """
     fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     network = ViTForImageClassification(ViTConfig(image_size=[16, 32], patch_size=8, id2label=LABELS, **fields))
@@ -76,10 +76,10 @@ def classify(model: Path, *images: object) -> Said:
 
 def read_scores(said: Said) -> list[list[float]]:
     """
-    Of each image that was classified, largest first.
+    Scores of each classified image, largest first.
 
     Raises:
-        Wrong: they are no probabilities.
+        Wrong: they are not probabilities.
     """
     scores = [[label["score"] for label in answer["labels"]] for answer in json.loads(said.out) if "labels" in answer]
     for some in scores:
@@ -89,7 +89,7 @@ def read_scores(said: Said) -> list[list[float]]:
 
 
 def training_arguments(shelf: Path, out: Path) -> list[str]:
-    """Of a training of a moment: four steps, a checkpoint after each second."""
+    """Arguments of a short training: four steps, with a checkpoint after every second step."""
     return [
         *["--config_name", str(shelf / "latent"), "--train_dir", str(shelf / "photos"), "--output_dir", str(out)],
         *["--do_train", "--do_eval", "--use_cpu", "--report_to=none", "--crop_pct=1.0", "--disable_tqdm=true"],
@@ -101,7 +101,7 @@ def training_arguments(shelf: Path, out: Path) -> list[str]:
 def assert_whole(model: Path, shelf: Path) -> None:
     """
     Raises:
-        Wrong: the folder holds no model that classifies.
+        Wrong: the folder does not hold a model that classifies.
     """
     said = classify(model, shelf / "a.png")
     if said.code != 0:
@@ -118,7 +118,7 @@ def create_look(model: Path) -> Callable[[Path], str]:
     def look(file: Path) -> str:
         """
         Raises:
-            Wrong: training, checks and classify do not agree on whether it is a picture.
+            Wrong: training, image checks and `classify` disagree on whether the file is a picture.
         """
         (answer,) = classify_files(classifier, [ImageFile(str(file))], None, 3)
         row = {"image": [{"bytes": None, "path": str(file)}], "label": [0]}

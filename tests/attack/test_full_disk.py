@@ -1,4 +1,4 @@
-"""Disks that are full at any moment: one sentence, nothing half written, and the same command succeeds when there is room."""
+"""Full disks: commands fail with one sentence, leave no half-written file, and succeed when there is space."""
 
 import contextlib
 import subprocess
@@ -17,7 +17,7 @@ from binaryvit_hf.training.run import main as train
 
 @contextlib.contextmanager
 def disk_of(folder: Path, size: int) -> Iterator[None]:
-    """Takes root."""
+    """Mount a disk of `size` bytes, which needs root."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
         yield
@@ -29,7 +29,7 @@ def disk_of(folder: Path, size: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def mounts(tmp_path_factory) -> bool:
-    """Whether this user mounts disks."""
+    """Whether this user may mount disks."""
     folder = tmp_path_factory.mktemp("disk")
     try:
         with disk_of(folder, 4096):
@@ -40,7 +40,7 @@ def mounts(tmp_path_factory) -> bool:
 
 
 def fill(rng: Random, folder: Path, mounts: bool, largest: int, command: Callable[[], Said]) -> Said:
-    """What a command says that has so little room."""
+    """Run a command on a disk, or with files, of up to `largest` bytes."""
     size = int(2 ** rng.uniform(0, largest.bit_length()))
     with disk_of(folder, max(4096, 2 * size)) if mounts and rng.random() < 0.5 else files_up_to(size):
         return command()

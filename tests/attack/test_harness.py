@@ -1,4 +1,4 @@
-"""The sweeps see what they are there to see."""
+"""The sweeps detect every bad ending."""
 
 import os
 import time

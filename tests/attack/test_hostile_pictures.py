@@ -1,4 +1,4 @@
-"""Pictures and folders that somebody made to be read wrongly: each is answered, or refused in one sentence by name."""
+"""Malicious pictures and folders: each is classified, or refused in one sentence that names it."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def random_picture(rng: Random, mode: str, size: tuple[int, int]) -> Image.Image
 
 
 def ordinary(rng: Random) -> bytes:
-    """Any mode and size in any format, with EXIF of any orientation, right or damaged."""
+    """A picture of any mode, size and format. Its EXIF orientation is valid or damaged."""
     format = rng.choice(list(MODES))
     picture = random_picture(rng, rng.choice(MODES[format]), rng.choice(SIZES))
     options = {}
@@ -116,7 +116,7 @@ def weird_chunks(rng: Random) -> bytes:
 
 
 def bomb(rng: Random) -> bytes:
-    """Few bytes that say to be a large picture."""
+    """A few bytes whose header promises a large picture."""
     large = rng.choice([(2**31 - 1, 2**31 - 1), (2**31 - 1, 1), (60_000, 1), (1, 60_000), (20_000, 20_000)])
     kinds = [
         lambda: png(*large, rows=bytes(100)),
@@ -145,7 +145,7 @@ def elongated() -> bytes:
 
 
 def other(rng: Random) -> bytes:
-    """What is no picture, or one in another language."""
+    """A file that is not a picture, or a picture in a rare format."""
     return rng.choice(
         [
             b"",
@@ -197,7 +197,7 @@ def put_folder(rng: Random, path: Path) -> None:
 
 
 def put_unreadable(rng: Random, path: Path) -> None:
-    """Which root can read all the same."""
+    """A file without read permission. Root can read it nevertheless."""
     path.write_bytes(ordinary(rng))
     path.chmod(0)
 

@@ -1,4 +1,4 @@
-"""Faults of the Hub at any moment. `tests/test_hub_faults.py` is their share of the ordinary tests."""
+"""Random faults of the Hub. The default tests cover fixed faults in `tests/test_hub_faults.py`."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from hub_server import HubServer, client_environment
 
 @pytest.mark.slow
 def test_faults_of_the_hub(assert_all_well, shelf, tmp_path):
-    with HubServer(users={}) as server:  # for the names of the environment alone
+    with HubServer(users={}) as server:  # only for the names of its variables
         environment = client_environment(server, tmp_path / "home")
     (tmp_path / "cases").mkdir()
     script = Path(__file__).with_name("hub_sweep.py")

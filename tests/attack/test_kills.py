@@ -1,4 +1,4 @@
-"""Commands that are ended at any moment: what they write is whole or not there, and the same command again succeeds."""
+"""Commands killed at random times: their output is complete or absent, and the same command succeeds afterwards."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from binaryvit_hf.training.run import main as train
 
 
 def kill(rng: Random, command: Callable[[], Said], longest: float) -> None:
-    """Fork, run the command there, and end it after up to so many seconds."""
+    """Run the command in a fork and kill it after at most `longest` seconds."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -44,7 +44,7 @@ def succeed(command: Callable[[], Said]) -> None:
 def check_names(folder: Path, *names: str) -> None:
     """
     Raises:
-        Wrong: the folder holds others than these.
+        Wrong: the folder holds other names.
     """
     found = sorted(path.name for path in folder.iterdir())
     if found != sorted(names):
@@ -52,7 +52,7 @@ def check_names(folder: Path, *names: str) -> None:
 
 
 def kill_until_whole(rng: Random, command, folder: Path, shelf: Path, seconds: float, times: int = 1) -> str:
-    """Kill a command that writes `folder/out`, then let it finish: `out` is whole wherever it is there."""
+    """Kill a command that writes `folder/out`, then let it finish. `out` is complete whenever it exists."""
     for _ in range(times):
         kill(rng, command, seconds)
         if (folder / "out").exists():
@@ -143,7 +143,7 @@ def test_kills_of_training(cases, assert_withstood, shelf, trained):
         succeed(command)
         assert_whole(folder / "out", shelf)
         check_names(folder, "out")
-        # SIGTERM ends a run with a checkpoint of its step.
+        # SIGTERM makes a run save a checkpoint of its current step.
         check_names(folder / "out", *names, *(path.name for path in (folder / "out").glob("checkpoint-[13]")))
         weights = load_file(folder / "out" / "latent" / "model.safetensors")
         if any(not weights[name].equal(tensor) for name, tensor in expected.items()):

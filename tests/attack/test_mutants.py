@@ -1,4 +1,4 @@
-"""Damaged files of every format: refused in one sentence, or answered rightly."""
+"""Damaged files of every format: refused in one sentence, or answered correctly."""
 
 import contextlib
 import io
@@ -137,7 +137,7 @@ def test_mutants_of_a_runs_documents(cases, assert_withstood, shelf):
         (model / name).write_bytes(mutate_json(rng, json.dumps(DOCUMENTS[name])))
         if rng.random() < 0.3:
             said = run(main, "pack", model, folder / "out")
-            assert said.code == 0, said  # a model without a card is a model all the same
+            assert said.code == 0, said  # packing does not need a card
             assert_whole(folder / "out", shelf)
             return judge(said)
         if name == "trainer_state.json":
@@ -176,7 +176,7 @@ def test_mutants_of_pth_files(cases, assert_withstood, shelf, tmp_path):
 
 
 def write_strange_pth(rng: Random, file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """What torch.save writes, but no network of the public code; or one that is large when it is read."""
+    """Write a file of torch.save that is not a network of the public code, or one that grows when it is read."""
     name = rng.choice(list(tensors))
     others = [
         None,
@@ -198,7 +198,7 @@ def write_strange_pth(rng: Random, file: Path, tensors: dict[str, torch.Tensor])
         [{"model": {**tensors, rng.choice(keys): strange}}, {"model": strange}, {rng.choice(keys): strange}, strange]
     )
     torch.save(content, file, _use_new_zipfile_serialization=rng.random() < 0.8)
-    if rng.random() < 0.3:  # deflated, a large file of zeros is a small one
+    if rng.random() < 0.3:  # zeros shrink when they are compressed
         torch.save({"model": {**tensors, name: torch.zeros(2**26)}}, file)
         with (
             zipfile.ZipFile(file) as stored,

@@ -1,4 +1,4 @@
-"""Models in many threads, in forked processes and for a long time: always the same answers, in no more memory."""
+"""Models in many threads, in forks and for a long time: the answers stay the same and memory does not grow."""
 
 import os
 import threading
@@ -18,13 +18,13 @@ from binaryvit_hf.network.engine_binaryvit import describe_obstacle
 
 
 THREADS = 8
-SECONDS = 2.0  # that a case of the soak takes
-GROWTH = 64 * 2**20  # bytes more than after the first cases
+SECONDS = 2.0  # of a case of the soak test
+GROWTH = 64 * 2**20  # allowed bytes above the memory after the first cases
 IMAGES = torch.randn(8, 3, 16, 32, generator=torch.Generator().manual_seed(2))
 
 
 class Known:
-    """A packed model, and what PyTorch computes with it of `IMAGES`."""
+    """A packed model and its logits of `IMAGES`, computed by PyTorch."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -39,10 +39,10 @@ class Known:
     def check(self, rng: Random, model=None) -> None:
         """
         Raises:
-            Wrong: other answers.
+            Wrong: the logits differ.
         """
         start = rng.randrange(len(IMAGES))
-        # A slice computes nothing, while PyTorch's own kernels hang in a process that was forked after they had two threads.
+        # A slice needs no kernel of PyTorch. In a fork, a kernel hangs if it used two threads before.
         chosen = slice(start, rng.randrange(start, len(IMAGES)) + 1)
         with torch.no_grad():
             logits = (model or self.model)(IMAGES[chosen]).logits
@@ -68,7 +68,7 @@ def known(tmp_path_factory) -> list[Known]:
 
 
 def edit(rng: Random, known: Known) -> None:
-    """Change a model of one's own and change it back; the answers follow."""
+    """Load a model, change its weights and change them back. The logits follow."""
     model = known.load()
     known.check(rng, model)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def edit(rng: Random, known: Known) -> None:
 
 @few_or_many(1, 60)
 def test_threads(cases, assert_withstood, known):
-    """Eight at once: most share a model, some edit ones of their own."""
+    """Eight threads. Most share a model, some edit their own."""
 
     def attack(rng: Random, folder: Path) -> str:
         shared, faults = rng.choice(known), []
@@ -109,7 +109,7 @@ def test_threads(cases, assert_withstood, known):
 
 @few_or_many(5, 200)
 def test_forks_after_a_forward(cases, assert_withstood, known):
-    # PyTorch computes the others.
+    # PyTorch, not the engine, computes the other models.
     known = [one for one in known if describe_obstacle(one.model.base_model) is None]
     assert len(known) == 3
 
@@ -143,7 +143,7 @@ def test_forks_after_a_forward(cases, assert_withstood, known):
 
 @few_or_many(1, 150)
 def test_soak(cases, assert_withstood, known):
-    """Five minutes of models that are loaded, edited and let go, with changing numbers of threads."""
+    """Models are loaded, edited and deleted with changing numbers of threads, with `-m slow` for five minutes."""
     sizes = []
 
     def attack(rng: Random, folder: Path) -> str:

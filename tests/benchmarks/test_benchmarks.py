@@ -50,7 +50,7 @@ def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
 
 @pytest.fixture
 def forked_contestants(monkeypatch):
-    """Contestants fork from a process that has imported the libraries. Spawning, which the training benchmark shows, costs 5 s each."""
+    """Contestants fork from a process that has imported the libraries. Spawning one costs 5 s more."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         multiprocessing.set_forkserver_preload(["binaryvit_hf.benchmarks.inference", "onnxruntime", *LIBRARIES])
         forkserver = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""`binaryvit` and the training script, called in this process."""
+"""Calls `binaryvit` and the training script in this process."""
 
 from binaryvit_hf.cli import main
 from binaryvit_hf.training import run as script
@@ -10,7 +10,7 @@ def run(capsys, *arguments) -> str:
 
 
 def assert_refused(capsys, arguments, *words: str, code: int = 2) -> None:
-    """One sentence and an exit code."""
+    """The command fails with this exit code and one sentence that contains `words`."""
     assert main([str(argument) for argument in arguments]) == code
     message = capsys.readouterr().err
     assert message.startswith("error: ")

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import pytest
 
 
-resource = pytest.importorskip("resource")  # of Unix
+resource = pytest.importorskip("resource")  # Unix only
 
 
 @contextlib.contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Every file of this process ends at `size` bytes: writing beyond raises EFBIG, as Python ignores the signal."""
+    """Limit the files of this process to `size` bytes. Writing more raises EFBIG, because Python ignores SIGXFSZ."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""Weights, images and expectations of `golden/`, as its README.md says they are made."""
+"""The golden numbers, and the weights and images of `golden/README.md`."""
 
 import json
 import zlib

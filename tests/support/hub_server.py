@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback, for the real client: what huggingface_hub asks for, answered from memory."""
+"""A Hugging Face Hub on loopback. It answers the requests of huggingface_hub from memory."""
 
 import base64
 import hashlib
@@ -18,13 +18,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 ALICE, BOB = "token-of-alice", "token-of-bob"
 LFS_SUFFIXES = (".bin", ".parquet", ".png", ".pt", ".pth", ".safetensors")
 LFS_SIZE = 10 * 2**20
-DATE = "2025-01-01T00:00:00.000Z"  # of everything: no test may depend on the time
+DATE = "2025-01-01T00:00:00.000Z"  # the same for everything, so that no test depends on the time
 
 NAME = r"(?P<name>[^/]+(?:/[^/]+)?)"
 API = rf"/api/(?P<kind>models|datasets)/{NAME}"
 WEB = rf"/(?:(?P<kind>datasets)/)?{NAME}"
 REVISION = r"(?P<revision>[^/]+)"
-# Method, path and endpoint: the method of `_Handler` that answers, by whose name `HubServer.fail_next` knows it.
+# HTTP method, path and endpoint. The endpoint is a method of `_Handler` and an argument of `HubServer.fail_next`.
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
@@ -51,7 +51,7 @@ WRITING = {"auth_check", "create_branch", "create_tag", "preupload", "commit", "
 
 @dataclass
 class Answer:
-    """What goes back: bytes as they are, anything else as JSON."""
+    """A response. Bytes are sent unchanged, other content as JSON."""
 
     content: bytes | dict | list
     status: int = 200
@@ -59,7 +59,7 @@ class Answer:
 
 
 class Refused(Exception):
-    """An answer other than success; `code` is what the client chooses its exception by."""
+    """An error response. The client selects its exception by `code`."""
 
     def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -79,7 +79,7 @@ class File:
 
     @property
     def pointer(self) -> bytes:
-        """What lies in git for a file in LFS."""
+        """The content that git stores for a file in LFS."""
         text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.etag}\nsize {len(self.data)}\n"
         return text.encode()
 
@@ -100,12 +100,12 @@ class Commit:
     parent: "Commit | None"
 
     def entries(self) -> dict[PurePosixPath, dict]:
-        """Files and folders, as tree and paths-info describe them."""
+        """Files and folders in the format of the endpoints tree and paths-info."""
         found = {}
         for name, file in sorted(self.files.items()):
             path, size = PurePosixPath(name), len(file.data)
             for folder in list(path.parents)[:-1]:
-                oid = hashlib.sha1(bytes(folder)).hexdigest()  # unlike git's it does not tell of the content
+                oid = hashlib.sha1(bytes(folder)).hexdigest()  # git would hash the content of the folder
                 found[folder] = {"type": "directory", "path": str(folder), "oid": oid}
             found[path] = {"type": "file", "path": name, "size": size, "oid": file.blob_id}
             if file.is_lfs:
@@ -114,7 +114,7 @@ class Commit:
 
 
 class Repository:
-    """Commits by hash, and the hashes that branches and tags stand for."""
+    """Commits by hash. Branches and tags are names of hashes."""
 
     def __init__(self, kind: str, name: str, private: bool):
         self.kind, self.name, self.private = kind, name, private
@@ -127,7 +127,7 @@ class Repository:
         self.commit("main", "initial commit", {".gitattributes": File(attributes.encode(), is_lfs=False)})
 
     def find(self, revision: str) -> Commit:
-        """By branch, tag or hash."""
+        """The commit of a branch, tag or hash."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         if oid not in self.commits:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -135,7 +135,7 @@ class Repository:
 
     def commit(self, branch: str, title: str, files: dict[str, File]) -> Commit:
         parent = self.commits.get(self.branches.get(branch))
-        # The count keeps commits of the same files apart.
+        # The count makes the hashes of commits with equal files differ.
         content = [len(self.commits), title, [(path, file.blob_id) for path, file in sorted(files.items())]]
         oid = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         self.commits[oid] = Commit(oid, title, self.owner, files, parent)
@@ -143,7 +143,7 @@ class Repository:
         return self.commits[oid]
 
     def history(self, revision: str) -> list[Commit]:
-        """Newest first."""
+        """Commits, newest first."""
         found = [self.find(revision)]
         while found[-1].parent:
             found.append(found[-1].parent)
@@ -152,12 +152,12 @@ class Repository:
 
 class HubServer:
     """
-    Serves from `with` on, at `url`, until the block ends.
+    Serves at `url` within its `with` block.
 
     Attributes:
-        users: name of the user that each token belongs to; what is private is there for its owner alone.
-        requests: (method, path) of every request so far, failed ones included; among them the client's own question
-            for /api/agent-harnesses, once in a process.
+        users: user name of each token. Only its owner sees a private repository.
+        requests: (method, path) of every request, including failed ones. Each client process also asks for
+            /api/agent-harnesses once.
     """
 
     def __init__(self, users: dict[str, str]):
@@ -189,7 +189,7 @@ class HubServer:
 
     @contextmanager
     def down(self) -> Iterator[None]:
-        """Refuse connections in the block, to the client a failure like those of `fail_next`; `url` stays the same."""
+        """Refuse connections within the block. `url` stays the same."""
         self.__exit__()
         try:
             yield
@@ -200,14 +200,20 @@ class HubServer:
         """
         Let the next `count` requests to the endpoint `on` (third column of ROUTES) fail.
 
-        `how`: a status, answered before anything happens; "drop", the connection closed instead of an answer; "cut",
-        the request carried out and the connection closed in the middle of the answer.
+        `how` is one of:
 
-        The client (huggingface_hub 2.4) asks again by itself, 5 times, after 1, 2, 4, 8 and 8 seconds: preupload,
-        lfs_batch, lfs_upload, lfs_verify, tree and commits on status 408, 429, 500 and 502 to 504 and on broken
-        connections; head on those statuses if the file is not cached, else it takes the cached one. A download whose
-        connection breaks goes on 5 times, a second apart. Everything else is raised at once: 501 fails quickly
-        everywhere.
+        - a status, which is sent without carrying out the request
+        - "drop": the connection is closed without an answer
+        - "cut": the request is carried out, and the connection is closed in the middle of the answer
+
+        The client (huggingface_hub 2.4) retries 5 times, after 1, 2, 4, 8 and 8 seconds:
+
+        - preupload, lfs_batch, lfs_upload, lfs_verify, tree and commits: on the statuses 408, 429, 500 and 502 to 504,
+          and on broken connections
+        - head: on these statuses if the file is not cached; otherwise it takes the cached file
+        - download: on broken connections, one second apart
+
+        It raises all other errors at once. 501 fails quickly everywhere.
         """
         if on not in {endpoint for _, _, endpoint in ROUTES} or not (isinstance(how, int) or how in ("drop", "cut")):
             raise ValueError(f"nothing to make fail: on={on!r}, how={how!r}")
@@ -216,36 +222,36 @@ class HubServer:
     def publish(
         self, repo_id: str, files: dict[str, bytes], repo_type: str = "model", private: bool = False
     ) -> Commit:
-        """Commit files without a client, to a repository that need not be there yet."""
+        """Commit files without a client. Creates the repository if it does not exist."""
         key = (repo_type + "s", repo_id)
         repository = self.repositories.setdefault(key, Repository(*key, private))
         added = {path: File(data, _belongs_to_lfs(path, len(data))) for path, data in files.items()}
         return repository.commit("main", "published", repository.find("main").files | added)
 
     def repository(self, repo_id: str, repo_type: str = "model") -> Repository:
-        """KeyError if there is none."""
+        """The repository, or KeyError."""
         return self.repositories[repo_type + "s", repo_id]
 
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
-        """Contents by path; as on the real Hub every repository begins with a `.gitattributes`."""
+        """Contents by path. Every repository has a `.gitattributes`, as on the real Hub."""
         commit = self.repository(repo_id, repo_type).find(revision)
         return {path: file.data for path, file in commit.files.items()}
 
     def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Commit]:
-        """Newest first; the last one is the Hub's own "initial commit"."""
+        """Commits, newest first. The last is the "initial commit" of the Hub."""
         return self.repository(repo_id, repo_type).history(revision)
 
 
 def client_environment(server: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
     """
-    Environment of a process for which `server` is the Hub: caches under `home`, no settings of the user's.
+    Environment of a process for which `server` is the Hub. Caches are in `home`, and settings of the user are removed.
 
-    It takes a process: the client reads its environment once, when it is imported, and the tests import it offline.
+    It needs a new process: the client reads its environment when it is imported, and the tests import it offline.
     """
-    older = ("HUGGING", "TRANSFORMERS_")  # names of the token, the caches and offline mode that are still read
+    older = ("HUGGING", "TRANSFORMERS_")  # former names of variables, which are still read
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", *older))}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
-    # With hf_xet installed the client uploads to xet storage without asking the Hub whether it has any.
+    # If hf_xet is installed, the client uploads to xet storage without asking whether the Hub has it.
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     return environment | ({"HF_TOKEN": token} if token else {})
@@ -256,11 +262,11 @@ def _belongs_to_lfs(path: str, size: int) -> bool:
 
 
 class _Listener(ThreadingHTTPServer):
-    request_queue_size = 64  # the client opens many connections at once; 5 would make some of them wait
+    request_queue_size = 64  # the client opens many connections at once; with the default of 5 some would wait
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request; its connection is closed after it (HTTP/1.0), so that none outlives the server."""
+    """Answers one request and closes the connection (HTTP/1.0), so that no connection outlives the server."""
 
     def respond(self) -> None:
         url = urlsplit(self.path)
@@ -298,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def route(self, path: str) -> tuple[str, dict[str, str]]:
-        """The endpoint, and those named parts of the path that are there."""
+        """The endpoint of a path, and the named parts of the path."""
         for method, pattern, endpoint in ROUTES:
             if method == self.command and (match := re.fullmatch(pattern, path)):
                 return endpoint, {name: unquote(part) for name, part in match.groupdict().items() if part}
@@ -308,7 +314,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise Refused(404, f"{self.command} {self.path} is not implemented in tests/hub_server.py")
 
     def user(self) -> str | None:
-        """Name of who asks, None of who does not say."""
+        """Name of the user who sends the request, None without a token."""
         header = self.headers.get("Authorization")
         if header is None:
             return None
@@ -321,14 +327,14 @@ class _Handler(BaseHTTPRequestHandler):
         user = self.user()
         repository = self.hub.repositories.get((kind, name))
         if repository is None or (repository.private and user != repository.owner):
-            # The client takes a 401 without the code for a missing repository too, but only where it comes by https.
+            # Over https the client takes a 401 without this code for a missing repository, but not over http.
             raise Refused(404 if user else 401, "Repository not found", "RepoNotFound")
         if to_write and user != repository.owner:
             raise Refused(403 if user else 401, f"{name} belongs to {repository.owner}")
         return repository
 
     def own_repository(self) -> tuple[str, str]:
-        """Kind and name of what to create or to delete, in the namespace of who asks."""
+        """Kind and name of the repository to create or delete. Its owner must send the request."""
         user, request = self.user(), json.loads(self.body)
         owner = request.get("organization") or user
         if user is None or owner != user:
@@ -352,7 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
         exists = (kind, name) in self.hub.repositories
         private = json.loads(self.body).get("visibility") == "private"
         repository = self.hub.repositories.setdefault((kind, name), Repository(kind, name, private))
-        content = {"url": f"{self.hub.url}/{repository.path}"}  # which the client wants from a refusal as well
+        content = {"url": f"{self.hub.url}/{repository.path}"}  # the client reads it from the error, too
         return Answer(content | {"error": "You already created this repo"}, 409) if exists else Answer(content)
 
     def delete_repo(self) -> dict:
@@ -413,7 +419,7 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for file in json.loads(self.body)["files"]:
             mode = "lfs" if _belongs_to_lfs(file["path"], file["size"]) else "regular"
-            # By its oid the client sees which file has not changed, and leaves it out of the commit.
+            # The client compares the oid and leaves unchanged files out of the commit.
             oid = present[file["path"]].etag if file["path"] in present else None
             answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
@@ -427,7 +433,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"transfer": "basic", "objects": objects}
 
     def lfs_upload(self, oid: str) -> dict:
-        # Nobody is asked who they are: the client sends no token here, as the real Hub's upload URLs are signed.
+        # No token is needed: the upload URLs of the real Hub are signed.
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise Refused(400, f"This is not the content of {oid}")
         self.hub.lfs_objects[oid] = self.body

@@ -66,7 +66,7 @@ def train():
     images = torch.randn(22, 3, 16, 32, generator=torch.Generator().manual_seed(1))
     examples = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)]
     trainer = DistillationTrainer(
-        # Inputs of full precision, or a difference in the last bit would flip signs.
+        # With 1-bit inputs a difference in the last bit would flip signs.
         model=tiny_model(tiny_config(input_bits=32)).double(),
         args=DistillationTrainingArguments(
             output,
@@ -93,7 +93,7 @@ def train():
         Path(output, "state.json").write_text(json.dumps([trainer.state.log_history, metrics]))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    # At the interpreter's own end threads of PyTorch now and then abort one of two processes on a busy machine.
+    # On a busy machine threads of PyTorch sometimes abort a process while its interpreter ends.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

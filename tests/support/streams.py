@@ -1,4 +1,4 @@
-"""Small datasets as archives, each image of another colour and, if wanted, of a class of its own."""
+"""Small datasets as archives. No two images are equal."""
 
 import io
 import tarfile
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def encode(number: int, kind: str = "JPEG") -> bytes:
-    """An image of 24 x 40 pixels, which `number` determines."""
+    """An encoded image of 24 x 40 pixels. `number` is its random seed."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (6, 10, 3)).astype("uint8").repeat(4, 0).repeat(4, 1)
     Image.fromarray(pixels).save(buffer, kind)
@@ -17,7 +17,7 @@ def encode(number: int, kind: str = "JPEG") -> bytes:
 
 
 def write_archives(folder: Path, shards: dict[str, list[int]], num_classes: int, image: str = "jpg") -> None:
-    """`{split: images of each archive}` as a WebDataset; image k, counted over all of them, has the class k % num_classes."""
+    """Write a WebDataset. `shards` holds the sizes of the archives; image k of all has the class k % num_classes."""
     folder.mkdir()
     number = 0
     for split, sizes in shards.items():
@@ -41,7 +41,7 @@ def write_class_names(folder: Path, num_classes: int) -> None:
 
 
 def tell_numbers(folder: Path, shards: dict[str, list[int]]) -> None:
-    """The README.md from which a dataset is known to have so many images."""
+    """Write the README.md that states the number of images of each split."""
     splits = "".join(
         f"  - name: {split}\n    num_examples: {sum(sizes)}\n    num_bytes: 1\n" for split, sizes in shards.items()
     )

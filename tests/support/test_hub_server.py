@@ -1,4 +1,4 @@
-"""The Hub of the tests against the real client, which runs in processes of its own."""
+"""The Hub of the tests answers the real client, which runs in other processes."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def failure(function, *arguments, **keywords):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Files of both kinds, one of them empty, one with a name to be quoted."""
+    """Files in git and in LFS. One is empty, one has a name that URLs must quote."""
     folder = tmp_path / "folder"
     (folder / "notes").mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "vit", "hidden_size": 8}')
@@ -63,7 +63,7 @@ def run_client(client, home, code, *arguments, token=ALICE) -> dict:
 
 
 def send(server, method, path, body=b"", **headers) -> tuple[int, bytes]:
-    """Status and content of a request that the client would not send."""
+    """Send a request that the client would not send. Returns status and content."""
     connection = HTTPConnection(server.url.removeprefix("http://"))
     connection.request(method, path, body, headers)
     response = connection.getresponse()
@@ -197,12 +197,12 @@ def test_only_the_owner_writes(server, client, tmp_path):
     """
     shown = run_client(client, tmp_path, code)
     assert shown["bob"] == shown["stranger"] == shown["impostor"] == 2 * ["HfHubHTTPError"]
-    assert shown["reading"] == "HfHubHTTPError"  # as on the real Hub a token of nobody is worse than none
+    assert shown["reading"] == "HfHubHTTPError"  # the real Hub refuses an unknown token even for public repositories
     assert server.files("alice/open")["a.txt"] == b"open"
 
 
 def test_download_that_breaks_off_is_completed(server, client, tmp_path):
-    data = random.Random(0).randbytes(24 * 2**20)  # the client keeps whole chunks of 10 MiB
+    data = random.Random(0).randbytes(24 * 2**20)  # the client keeps complete chunks of 10 MiB
     server.publish("alice/model", {"model.safetensors": data})
     server.fail_next(1, on="download", how="cut")
     shown = run_client(client, tmp_path, 'show(path=hf_hub_download("alice/model", "model.safetensors"))')

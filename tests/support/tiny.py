@@ -1,4 +1,4 @@
-"""Small networks that have everything the big ones have."""
+"""Small networks with every feature of the large ones."""
 
 import torch
 
@@ -6,7 +6,7 @@ from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification
 
 
 def tiny_config(**changes) -> BinaryViTConfig:
-    """Two stages, reduced keys, several heads, a map that is not square; `changes` override."""
+    """Two stages, sequence reduction, several heads and a map that is not square. `changes` override fields."""
     fields = {
         "image_size": (16, 32),
         "patch_size": 4,
@@ -35,7 +35,7 @@ def class_token_config() -> BinaryViTConfig:
 
 
 def tiny_model(config=None) -> BinaryViTForImageClassification:
-    """Every parameter and statistic random, so that none is hidden behind a 0 or a 1."""
+    """All parameters and statistics are random: with zeros and ones a test would miss errors."""
     torch.manual_seed(0)
     model = BinaryViTForImageClassification(config or tiny_config())
     with torch.no_grad():

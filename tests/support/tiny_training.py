@@ -1,4 +1,4 @@
-"""A small teacher, and a trainer of eight random images."""
+"""A small teacher, and a trainer with eight random images."""
 
 import torch
 from tiny import tiny_images, tiny_model

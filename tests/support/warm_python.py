@@ -1,9 +1,9 @@
 """
 Python processes that start with the heavy libraries imported.
 
-Importing torch, transformers and what training needs takes 6 s of the CPU. `WarmPython` imports them once, in a process of
-its own, and forks that process for every run. A run is still a process with its own arguments, folder, variables, output and
-exit code, and shares nothing with the runs before it.
+Importing torch, transformers and the other libraries of training takes 5 s of CPU time. `WarmPython` imports them
+once, in another process, and forks that process for every run. A run is still a process with its own arguments, folder,
+variables, output and exit code, and it shares no state with earlier runs.
 """
 
 import json
@@ -23,17 +23,15 @@ LIBRARIES = [
     *["transformers.models.vit.image_processing_vit", "transformers.models.vit.modeling_vit"],
     *["transformers.pipelines", "transformers.trainer"],
 ]
-WITHOUT_PACKAGE = (
-    "import sys; sys.modules['binaryvit_hf'] = None\n"  # code begins with it where the package must not help
-)
+# Code that begins with this line cannot import binaryvit_hf.
+WITHOUT_PACKAGE = "import sys; sys.modules['binaryvit_hf'] = None\n"
 FORKING = """
-import gc, importlib, json, os, random, runpy, sys
+import gc, importlib, json, os, runpy, sys
 
-libraries, sys.argv = sys.argv[1:], [""]
-for library in libraries:
+for library in sys.argv[1:]:
     importlib.import_module(library)
 gc.collect()
-gc.freeze()  # forks leave these objects alone, so their pages stay shared
+gc.freeze()  # the garbage collector of a fork would copy their pages
 for line in sys.stdin:
     run = json.loads(line)
     child = os.fork()
@@ -48,13 +46,13 @@ os.environ.clear()
 os.environ.update(run["variables"])
 for descriptor, file in enumerate((os.devnull, *run["output"])):
     os.dup2(os.open(file, os.O_RDWR), descriptor)
-importlib.import_module("numpy").random.seed()  # the forks would share the state of its generator
+importlib.import_module("numpy").random.seed()  # otherwise all forks would draw the same numbers
 first, *rest = run["arguments"]
 if first == "-c":
-    sys.argv[1:] = rest[1:]
+    sys.argv = ["-c", *rest[1:]]
     exec(compile(rest[0], "<string>", "exec"))
 elif first == "-m":
-    sys.argv[1:] = rest[1:]
+    sys.argv = ["-m", *rest[1:]]
     runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
 else:
     sys.argv = [first, *rest]
@@ -67,10 +65,10 @@ class WarmPython:
     """
     Runs Python commands in forks of a process that has imported `LIBRARIES`.
 
-    Libraries read some variables when they are imported: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, OMP_NUM_THREADS. `variables`
-    must hold the values that the runs need. A relative HF_HOME gives each run a cache in its own folder.
+    Libraries read some variables when they are imported: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, OMP_NUM_THREADS.
+    `variables` must hold the values that the runs need. A relative HF_HOME gives each run a cache in its own folder.
 
-    On systems other than Linux, where such forks are not safe, every run is a new interpreter.
+    Such forks are not safe on systems other than Linux. There every run is a new interpreter.
     """
 
     def __init__(self, variables: dict[str, str]):
@@ -106,7 +104,7 @@ class WarmPython:
             return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
 
     def run_bare(self, code: str, home: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
-        """Run `code` offline as another user: in `home`, with the variables that every user has and with `variables`."""
+        """Run `code` offline as another user, whose home is `home` and who has set `variables`."""
         bare = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": "hf", "HF_HUB_OFFLINE": "1"}
         return self.run("-c", code, *arguments, folder=home, variables=bare | variables)
 

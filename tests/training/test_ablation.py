@@ -1,4 +1,4 @@
-"""A whole ablation: run, interrupted, gone on with, its table and what it refuses."""
+"""A complete ablation: its runs, its interruption, its table and its errors."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_told_to_end_the_runs_save_first(folder, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "binaryvit_hf.cli", "ablation", str(folder), str(out)]
     ablation = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while ablation.poll() is None and not (out / "vit" / RUN_ARGUMENTS).is_file():  # written as training begins
+    while ablation.poll() is None and not (out / "vit" / RUN_ARGUMENTS).is_file():  # written when training begins
         time.sleep(0.1)
     time.sleep(2)
     ablation.send_signal(signal.SIGINT)

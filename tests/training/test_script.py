@@ -39,7 +39,7 @@ def run_script(warm_python, tmp_path):
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """One sentence, exit code 2, no stack trace."""
+    """The script ended with exit code 2, one sentence that contains `words`, and no stack trace."""
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -50,7 +50,7 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Eight images of each of three classes, of several sizes and modes."""
+    """Three classes of eight images, of several sizes and modes."""
     rng = np.random.default_rng(0)
     for index, name in enumerate(("ant", "bee", "cat")):
         folder = tmp_path / "photos" / name
@@ -234,7 +234,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tm
     assert result.returncode == 0, result.stderr
     weights = (tmp_path / "out" / "latent" / "model.safetensors").read_bytes()
     steps_of_an_epoch = 5
-    for last in (7, steps_of_an_epoch):  # in the midst of an epoch, and between two
+    for last in (7, steps_of_an_epoch):  # within an epoch, and between two
         (tmp_path / "out" / "train_results.json").unlink()
         for step in range(last + 1, 13):
             shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
