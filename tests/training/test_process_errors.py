@@ -1,9 +1,7 @@
 """Two processes: the teacher is written before any loads it, and an error of one process is shown once and ends both."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_config
 from transformers import ViTConfig
+from warm_python import WarmPython
 
 from binaryvit_hf.data.sampling import TrainSampler
 
@@ -66,7 +65,7 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def run_two(folder: Path, values: dict, broken: str = "") -> subprocess.CompletedProcess:
+def run_two(python: WarmPython, folder: Path, values: dict, broken: str = "") -> subprocess.CompletedProcess:
     (folder / "driver.py").write_text(DRIVER)
     (folder / "broken.txt").write_text(broken)
     tiny_config().save_pretrained(folder / "tiny")
@@ -83,18 +82,10 @@ def run_two(folder: Path, values: dict, broken: str = "") -> subprocess.Complete
         "save_strategy": "no",
     }
     (folder / "run.json").write_text(json.dumps(common | values))
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(folder / "driver.py", folder / "run.json"),
-        ],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    variables = python.variables | {"PYTHONPATH": str(ROOT)}
+    command = [*launch, folder / "driver.py", folder / "run.json"]
+    return python.run(*command, folder=folder, variables=variables, timeout=100)
 
 
 def assert_shown_once(result: subprocess.CompletedProcess, message: str, code: int) -> None:
@@ -105,17 +96,17 @@ def assert_shown_once(result: subprocess.CompletedProcess, message: str, code: i
     assert result.stderr.count("Traceback") <= 1, result.stderr  # torchrun prints one
 
 
-def test_every_rank_loads_a_whole_teacher_and_a_nan_loss_of_one_rank_ends_both(photos, tmp_path):
+def test_every_rank_loads_a_whole_teacher_and_a_nan_loss_of_one_rank_ends_both(photos, tmp_path, warm_python):
     fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTConfig(image_size=[16, 32], patch_size=8, **fields).save_pretrained(tmp_path / "vit")
-    result = run_two(tmp_path, {"teacher": {"config_name": str(tmp_path / "vit"), "max_steps": 1}})
+    result = run_two(warm_python, tmp_path, {"teacher": {"config_name": str(tmp_path / "vit"), "max_steps": 1}})
     assert (tmp_path / "out-teacher" / "train_results.json").is_file(), result.stderr
     assert_shown_once(result, "The loss became nan at step 2", code=1)
     assert not (tmp_path / "out" / "train_results.json").exists()
 
 
-def test_an_image_that_one_rank_cannot_decode_is_named_and_ends_both(photos, tmp_path):
+def test_an_image_that_one_rank_cannot_decode_is_named_and_ends_both(photos, tmp_path, warm_python):
     files = sorted(photos.rglob("*.png"))
     broken = files[list(TrainSampler(8, 1, 2, 2, seed=42))[2]]  # the first of the second rank
-    result = run_two(tmp_path, {}, str(broken))
+    result = run_two(warm_python, tmp_path, {}, str(broken))
     assert_shown_once(result, f"{str(broken)!r} cannot be decoded", code=2)
