@@ -1,8 +1,8 @@
-"""Checks the type and range of every command-line argument before anything is loaded."""
+"""Declares command-line arguments, and checks the type and range of each before anything is loaded."""
 
+import dataclasses
 import json
 import math
-from dataclasses import fields
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -122,6 +122,11 @@ UNSUPPORTED = {
 BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
 
 
+def argument(default: Any, help: str, **argparse_options: Any) -> Any:
+    """A dataclass field that becomes a command-line flag. `argparse_options` go to `ArgumentParser.add_argument`."""
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
+
+
 def check_ranges(arguments: Any) -> None:
     """
     Check all numbers among the fields of a dataclass.
@@ -129,7 +134,7 @@ def check_ranges(arguments: Any) -> None:
     Raises:
         UserError: a number is not finite or not in its range.
     """
-    for field in fields(arguments):
+    for field in dataclasses.fields(arguments):
         value = getattr(arguments, field.name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue

@@ -1,7 +1,8 @@
 """The command line's arguments about images."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..argument_checks import argument
 from ..pixels import check_background
 from .augmentation import AugmentationArguments
 from .known_datasets import KNOWN_DATASETS
@@ -15,74 +16,57 @@ HELD_OUT_SHARE = 0.15
 class DataArguments(AugmentationArguments):
     """The images: their source, columns, number and processing."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or local path of a dataset, also a table (.csv, .parquet, …) or a folder of WebDataset archives "
-            "(.tar); or " + ", ".join(f"{name!r} ({description})" for name, description in KNOWN_DATASETS.items())
-        },
+    dataset_name: str | None = argument(
+        None,
+        "Hub id or local path of a dataset, also a table (.csv, .parquet, …) or a folder of WebDataset archives "
+        "(.tar); or " + ", ".join(f"{name!r} ({description})" for name, description in KNOWN_DATASETS.items()),
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_dir: str | None = field(default=None, metadata={"help": "Training images, one sub-folder per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "Evaluation images, one sub-folder per class."})
-    train_files: str | None = field(
-        default=None,
-        metadata={"help": "Train only on these files of --dataset_name: a pattern such as 'train-*.tar'."},
+    dataset_config_name: str | None = argument(None, "Configuration of the dataset.")
+    train_dir: str | None = argument(None, "Training images, one sub-folder per class.")
+    validation_dir: str | None = argument(None, "Evaluation images, one sub-folder per class.")
+    train_files: str | None = argument(
+        None, "Train only on these files of --dataset_name: a pattern such as 'train-*.tar'."
     )
-    validation_files: str | None = field(
-        default=None,
-        metadata={"help": "Evaluate only on these files of --dataset_name: a pattern such as 'val-*.tar'."},
+    validation_files: str | None = argument(
+        None, "Evaluate only on these files of --dataset_name: a pattern such as 'val-*.tar'."
     )
-    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split_name: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: 'validation', or else 'test'."}
+    train_split_name: str = argument("train", "Split to train on.")
+    validation_split_name: str | None = argument(None, "Split to evaluate on. Default: 'validation', or else 'test'.")
+    test_split_name: str = argument("test", "Split that --do_predict tests on.")
+    image_column_name: str = argument(
+        "image", "Column of the images. Default: 'image', or else the only column of images."
     )
-    test_split_name: str = field(default="test", metadata={"help": "Split that --do_predict tests on."})
-    image_column_name: str = field(
-        default="image",
-        metadata={"help": "Column of the images. Default: 'image', or else the only column of images."},
+    label_column_name: str = argument(
+        "label", "Column of the labels. Default: 'label', or else the only column of classes or 'cls'."
     )
-    label_column_name: str = field(
-        default="label",
-        metadata={"help": "Column of the labels. Default: 'label', or else the only column of classes or 'cls'."},
+    class_names: str | None = argument(
+        None,
+        "File of class names, one per line, for labels that are numbers without names. Default: "
+        f"{CLASS_NAMES} in --dataset_name, or else the numbers.",
     )
-    class_names: str | None = field(
-        default=None,
-        metadata={
-            "help": "File of class names, one per line, for labels that are numbers without names. Default: "
-            f"{CLASS_NAMES} in --dataset_name, or else the numbers."
-        },
+    streaming: bool = argument(
+        False, "Read the images of --dataset_name during training instead of downloading them first."
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the images of --dataset_name during training instead of downloading them first."},
+    shuffle_buffer_size: int = argument(
+        1000, "Streamed training images are shuffled within a buffer of this many images."
     )
-    shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Streamed training images are shuffled within a buffer of this many images."}
+    train_val_split: float | None = argument(
+        None,
+        "Evaluate on this share (below 1) or number (from 1) of the training images, which are not trained on. "
+        f"They do not depend on the seed. Default: {HELD_OUT_SHARE} if there are no evaluation images.",
     )
-    train_val_split: float | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluate on this share (below 1) or number (from 1) of the training images, which are not trained on. "
-            f"They do not depend on the seed. Default: {HELD_OUT_SHARE} if there are no evaluation images."
-        },
+    max_train_samples: int | None = argument(None, "Train on at most this many images.")
+    max_eval_samples: int | None = argument(None, "Evaluate on at most this many images.")
+    skip_broken_images: bool = argument(
+        False, "Decode all images before training, and leave out broken ones instead of stopping."
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many images."})
-    skip_broken_images: bool = field(
-        default=False,
-        metadata={"help": "Decode all images before training, and leave out broken ones instead of stopping."},
+    background: str | None = argument(
+        None,
+        "Colour behind transparent pixels, such as white or #ffcc00. Default: transparency is dropped, which "
+        "shows the colours beneath it, as in transformers' pipelines.",
     )
-    background: str | None = field(
-        default=None,
-        metadata={
-            "help": "Colour behind transparent pixels, such as white or #ffcc00. Default: transparency is dropped, which "
-            "shows the colours beneath it, as in transformers' pipelines."
-        },
-    )
-    crop_pct: float = field(
-        default=0.875,
-        metadata={"help": "For evaluation, resize the shorter side to the image size divided by this, then crop."},
+    crop_pct: float = argument(
+        0.875, "For evaluation, resize the shorter side to the image size divided by this, then crop."
     )
 
     def __post_init__(self):

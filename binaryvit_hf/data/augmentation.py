@@ -1,13 +1,13 @@
 """Augmentation: of each training image when it is read, and mixing of whole batches on the device."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
-from ..argument_checks import check_ranges
+from ..argument_checks import argument, check_ranges
 
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # Zhong et al., AAAI 2020; values of timm
@@ -17,30 +17,23 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # Zhong et al., AAAI
 class AugmentationArguments:
     """How training images are cropped, augmented and mixed. The defaults are those of the paper's students."""
 
-    random_resized_crop_min_scale: float = field(
-        default=0.08, metadata={"help": "Smallest share of the image's area in a random training crop; 1 is no crop."}
+    random_resized_crop_min_scale: float = argument(
+        0.08, "Smallest share of the image's area in a random training crop; 1 is no crop."
     )
-    horizontal_flip_prob: float = field(default=0.5, metadata={"help": "Probability of mirroring a training image."})
-    rand_augment: str | None = field(
-        default=None,
-        metadata={"help": "RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1. Default: none."},
+    horizontal_flip_prob: float = argument(0.5, "Probability of mirroring a training image.")
+    rand_augment: str | None = argument(
+        None, "RandAugment policy in timm's notation, such as rand-m9-mstd0.5-inc1. Default: none."
     )
-    color_jitter: float = field(
-        default=0.0,
-        metadata={
-            "help": "Change brightness, contrast and saturation by up to this share. Ignored with --rand_augment, which "
-            "changes colours itself, as in DeiT's recipe."
-        },
+    color_jitter: float = argument(
+        0.0,
+        "Change brightness, contrast and saturation by up to this share. Ignored with --rand_augment, which "
+        "changes colours itself, as in DeiT's recipe.",
     )
-    random_erasing_prob: float = field(
-        default=0.0, metadata={"help": "Probability of filling a rectangle of a training image with noise."}
-    )
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup: shares are from Beta(alpha, alpha); 0 is off."})
-    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix: areas are from Beta(alpha, alpha); 0 is off."})
-    mixup_prob: float = field(default=1.0, metadata={"help": "Probability of mixing a batch, if mixing is on."})
-    mixup_switch_prob: float = field(
-        default=0.5, metadata={"help": "Probability of CutMix instead of mixup, if both are on."}
-    )
+    random_erasing_prob: float = argument(0.0, "Probability of filling a rectangle of a training image with noise.")
+    mixup_alpha: float = argument(0.0, "Mixup: shares are from Beta(alpha, alpha); 0 is off.")
+    cutmix_alpha: float = argument(0.0, "CutMix: areas are from Beta(alpha, alpha); 0 is off.")
+    mixup_prob: float = argument(1.0, "Probability of mixing a batch, if mixing is on.")
+    mixup_switch_prob: float = argument(0.5, "Probability of CutMix instead of mixup, if both are on.")
 
     def __post_init__(self):
         check_ranges(self)

@@ -1,14 +1,14 @@
 """The arguments of a run: dataclasses whose fields are the flags of the command line."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from ..argument_checks import check_ranges, check_reporting
+from ..argument_checks import argument, check_ranges, check_reporting
 from ..data.arguments import DataArguments
 from ..errors import UserError, first_sentence
 from .optional_methods import OptionalMethodArguments
@@ -22,55 +22,36 @@ STEP_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_
 class ModelArguments:
     """Arguments that choose the network and its teacher."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Trained model to fine-tune or evaluate: a Hub id or a path."}
+    model_name_or_path: str | None = argument(None, "Trained model to fine-tune or evaluate: a Hub id or a path.")
+    subfolder: str = argument(
+        "",
+        "Folder of the model's repository to load from. Where the repository's weights are packed, 'latent' holds "
+        "the latent weights, which can be trained further.",
     )
-    subfolder: str = field(
-        default="",
-        metadata={
-            "help": "Folder of the model's repository to load from. Where the repository's weights are packed, 'latent' holds "
-            "the latent weights, which can be trained further."
-        },
+    config_name: str | None = argument(None, "Network to train from scratch: a row of configs/, a path or a Hub id.")
+    config_overrides: str | None = argument(
+        None,
+        "Config fields of --config_name to change, such as weight_bits=32 for the first of two stages: binary "
+        "activations, full-precision weights (ReActNet, Liu et al., ECCV 2020; Martinez et al., ICLR 2020).",
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Network to train from scratch: a row of configs/, a path or a Hub id."}
+    init_from: str | None = argument(
+        None,
+        "Initialise the network with the latent weights of this model, a Hub id or a path: the second of two "
+        "stages. Shapes must be those of --config_name; bits may differ.",
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Config fields of --config_name to change, such as weight_bits=32 for the first of two stages: binary "
-            "activations, full-precision weights (ReActNet, Liu et al., ECCV 2020; Martinez et al., ICLR 2020)."
-        },
+    teacher_model_name_or_path: str | None = argument(
+        None, "Teacher to distil from: a Hub id or a path. Default: no teacher, train on the labels."
     )
-    init_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Initialise the network with the latent weights of this model, a Hub id or a path: the second of two "
-            "stages. Shapes must be those of --config_name; bits may differ."
-        },
+    drop_path_rate: float | None = argument(
+        None,
+        "Stochastic depth: probability that the last layer's branches are dropped. It grows linearly from 0 with "
+        "depth (Huang et al., ECCV 2016). Default: the config's.",
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Teacher to distil from: a Hub id or a path. Default: no teacher, train on the labels."},
-    )
-    drop_path_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Stochastic depth: probability that the last layer's branches are dropped. It grows linearly from 0 with "
-            "depth (Huang et al., ECCV 2016). Default: the config's."
-        },
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start a new head if the model's head is for other labels."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
-    token: str | None = field(default=None, metadata={"help": "Token of the Hub. Default: the last login's."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code from the repositories of models on the Hub."}
-    )
-    license: str = field(
-        default=DEFAULT_LICENSE, metadata={"help": "Licence of the trained weights, for the model card."}
-    )
+    ignore_mismatched_sizes: bool = argument(False, "Start a new head if the model's head is for other labels.")
+    cache_dir: str | None = argument(None, "Folder for downloads.")
+    token: str | None = argument(None, "Token of the Hub. Default: the last login's.")
+    trust_remote_code: bool = argument(False, "Run code from the repositories of models on the Hub.")
+    license: str = argument(DEFAULT_LICENSE, "Licence of the trained weights, for the model card.")
 
     def __post_init__(self):
         check_ranges(self)
@@ -83,60 +64,43 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     optional methods. Gradients are not clipped by default, as in the paper's runs.
     """
 
-    label_loss_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the cross-entropy with the labels in the distillation loss, from 0 to 1. "
-            "Default: 0, or 0.1 if mixup or CutMix make the labels soft."
-        },
+    label_loss_weight: float | None = argument(
+        None,
+        "Share of the cross-entropy with the labels in the distillation loss, from 0 to 1. "
+        "Default: 0, or 0.1 if mixup or CutMix make the labels soft.",
     )
-    distillation_temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "Temperature of student and teacher in the distillation loss, which is scaled by its square."
-        },
+    distillation_temperature: float = argument(
+        1.0, "Temperature of student and teacher in the distillation loss, which is scaled by its square."
     )
-    max_grad_norm: float = field(
-        default=0.0,
-        metadata={
-            "help": "Clip the gradient at this norm; 0, as in the paper's runs, does not. The gradient of a 1-bit network "
-            "swings between norms of 2 and 300 from step to step, and transformers' default of 1 stalls it."
-        },
+    max_grad_norm: float = argument(
+        0.0,
+        "Clip the gradient at this norm; 0, as in the paper's runs, does not. The gradient of a 1-bit network "
+        "swings between norms of 2 and 300 from step to step, and transformers' default of 1 stalls it.",
     )
-    learning_rate_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Batch size for which --learning_rate is given. The rate is scaled linearly to this run's batch, counting "
-            "all processes and accumulated steps. Default: not scaled."
-        },
+    learning_rate_batch_size: int | None = argument(
+        None,
+        "Batch size for which --learning_rate is given. The rate is scaled linearly to this run's batch, counting "
+        "all processes and accumulated steps. Default: not scaled.",
     )
-    lr_schedule_per_epoch: bool = field(
-        default=False,
-        metadata={"help": "Change the learning rate once per epoch, as in the paper's runs, not at every step."},
+    lr_schedule_per_epoch: bool = argument(
+        False, "Change the learning rate once per epoch, as in the paper's runs, not at every step."
     )
-    repeated_augmentations: int = field(
-        default=1,
-        metadata={"help": "Show each image this many times in neighbouring batches, each time augmented anew."},
+    repeated_augmentations: int = argument(
+        1, "Show each image this many times in neighbouring batches, each time augmented anew."
     )
-    save_packed: bool = field(
-        default=True,
-        metadata={
-            "help": "Save a trained binary network packed, one bit per weight, and its latent float weights in the folder "
-            "'latent'. --no_save_packed saves the latent weights only."
-        },
+    save_packed: bool = argument(
+        True,
+        "Save a trained binary network packed, one bit per weight, and its latent float weights in the folder "
+        "'latent'. --no_save_packed saves the latent weights only.",
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Off: images are decoded and transformed as they are read."}
-    )
+    remove_unused_columns: bool = argument(False, "Off: images are decoded and transformed as they are read.")
 
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Arguments "
-            "may differ from those of the checkpoint's run.",
-            "nargs": "?",
-            "const": "true",
-        },
+    resume_from_checkpoint: str | None = argument(
+        None,
+        "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Arguments "
+        "may differ from those of the checkpoint's run.",
+        nargs="?",
+        const="true",
     )
 
     def __post_init__(self):

@@ -1,9 +1,10 @@
 """Training methods beyond the paper's recipe. Each has one argument and is off by default."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, TrainerCallback
 
+from ..argument_checks import argument
 from ..errors import UserError
 from .callbacks.averaging import WeightAverage
 from .callbacks.checkpointed import CheckpointedCallback
@@ -15,42 +16,32 @@ from .callbacks.sign_gradient import SIGN_GRADIENTS, SignGradient
 class OptionalMethodArguments:
     """Arguments of the optional methods; `callbacks/` holds most of the methods."""
 
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluate, save and upload the exponential moving average of the weights and running statistics, with this "
-            "decay per step (timm's ModelEmaV3). It averages about the last 1 / (1 - decay) steps. Default: no average."
-        },
+    ema_decay: float | None = argument(
+        None,
+        "Evaluate, save and upload the exponential moving average of the weights and running statistics, with this "
+        "decay per step (timm's ModelEmaV3). It averages about the last 1 / (1 - decay) steps. Default: no average.",
     )
-    weight_regularization: float = field(
-        default=0.0,
-        metadata={
-            "help": "Add this factor times the mean of |1 - |w|| over all latent 1-bit weights w to the training loss (BNN+, "
-            "Darabi et al., 2018). The paper sums instead; the mean begins near 1 for networks of every size."
-        },
+    weight_regularization: float = argument(
+        0.0,
+        "Add this factor times the mean of |1 - |w|| over all latent 1-bit weights w to the training loss (BNN+, "
+        "Darabi et al., 2018). The paper sums instead; the mean begins near 1 for networks of every size.",
     )
-    sign_gradient: str = field(
-        default="polynomial",
-        metadata={
-            "help": "Gradient of the sign of an activation x. 'polynomial': 2 - 2|x| on [-1, 1] (Bi-Real Net, Liu et al., "
-            "ECCV 2018). 'clip': 1 on [-1, 1] (Hubara et al., NeurIPS 2016). 'tanh': the slope of a tanh that sharpens "
-            "during training (IR-Net, Qin et al., CVPR 2020)."
-        },
+    sign_gradient: str = argument(
+        "polynomial",
+        "Gradient of the sign of an activation x. 'polynomial': 2 - 2|x| on [-1, 1] (Bi-Real Net, Liu et al., "
+        "ECCV 2018). 'clip': 1 on [-1, 1] (Hubara et al., NeurIPS 2016). 'tanh': the slope of a tanh that sharpens "
+        "during training (IR-Net, Qin et al., CVPR 2020).",
     )
-    batch_norm_reestimation_batches: int = field(
-        default=0,
-        metadata={
-            "help": "Before each evaluation and for the final model, compute the batch norm statistics anew as the mean over "
-            "this many training batches, augmented but not mixed (Wu & Johnson, 2021; Nagel et al., ICML 2022). 0: use the "
-            "running statistics."
-        },
+    batch_norm_reestimation_batches: int = argument(
+        0,
+        "Before each evaluation and for the final model, compute the batch norm statistics anew as the mean over "
+        "this many training batches, augmented but not mixed (Wu & Johnson, 2021; Nagel et al., ICML 2022). 0: use the "
+        "running statistics.",
     )
-    oscillation_freezing_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Freeze 1-bit weights whose sign flips back and forth more often than this, in flips per step, averaged "
-            "over about 100 steps (Nagel et al., ICML 2022). Default: no weight is frozen."
-        },
+    oscillation_freezing_threshold: float | None = argument(
+        None,
+        "Freeze 1-bit weights whose sign flips back and forth more often than this, in flips per step, averaged "
+        "over about 100 steps (Nagel et al., ICML 2022). Default: no weight is frozen.",
     )
 
     def check_methods(self) -> None:
