@@ -156,8 +156,10 @@ def load_named_dataset(
         if saved:
             loaded = load_from_disk(name)
             return loaded if isinstance(loaded, dict) else {arguments.train_split_name: loaded}
+        # Chosen files hold fewer images than the dataset's README says, which datasets < 5.2 takes for damage.
+        verified = "no_checks" if source["data_files"] else None
         return load_known_splits(name) or load_dataset(
-            **source, cache_dir=cache_dir, token=token, streaming=arguments.streaming
+            **source, cache_dir=cache_dir, token=token, streaming=arguments.streaming, verification_mode=verified
         )
     except Exception as error:  # file systems, networks and dataset builders raise any exception
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error

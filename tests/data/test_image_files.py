@@ -79,6 +79,8 @@ def cannot_be_read(monkeypatch, folder: Path) -> None:
 
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    # The pathlib of Python 3.10 holds an `os.listdir` of its own.
+    monkeypatch.setattr(Path, "iterdir", lambda path: (path / name for name in os.listdir(path)))
 
 
 def test_images_of_a_folder_are_regular_files_that_are_called_so(wild):
