@@ -1,4 +1,23 @@
-"""1-bit vision transformers in the Hugging Face ecosystem."""
+"""
+1-bit vision transformers in the Hugging Face ecosystem.
+
+Importing this package registers the model with the `Auto` classes of transformers. Its folders, from the lowest floor up:
+
+- `engine`: 1-bit inference on CPUs, in C++.
+- `network`: the model and its checkpoints. These files travel to the Hub.
+- `data`: images and labels for training and evaluation.
+- `training`: a training run, from its arguments to a packed model.
+- `benchmarks`: times of forwards, training steps and image loading.
+- `cli`: the command `binaryvit`.
+
+The modules beside the folders are shared by the upper ones:
+
+- `loading`, `hub`, `writing`: load checkpoints, upload them, and write files whole or not at all.
+- `pixels`: pictures as the same pixels everywhere.
+- `argument_checks`: types and ranges of command-line arguments.
+- `ops`, `convert`, `doctor`: the commands of these names.
+- `errors`, `resources`, `host_memory`: exceptions, shipped files, and memory of the process.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

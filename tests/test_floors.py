@@ -1,4 +1,4 @@
-"""The floors of the house: a room imports what lies below it, never what lies above."""
+"""Modules and folders of the package import only from their own floor or a lower one (map: .github/CONTRIBUTING.md)."""
 
 import ast
 from pathlib import Path
@@ -65,11 +65,11 @@ def test_imports_point_down(file):
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "network").glob("*.py")), ids=lambda file: file.name)
-def test_a_file_that_travels_imports_its_siblings_and_the_engine_alone(file):
+def test_a_file_that_travels_imports_only_its_siblings_and_the_engine(file):
     assert imported_rooms(file) <= ({"network", "engine"} if file.name == "engine_binaryvit.py" else {"network"})
 
 
-def test_rooms_on_the_same_floor_do_not_know_each_other():
+def test_training_and_benchmarks_do_not_import_each_other():
     for room, other in (("training", "benchmarks"), ("benchmarks", "training")):
         for file in (PACKAGE / room).rglob("*.py"):
             assert other not in imported_rooms(file), file

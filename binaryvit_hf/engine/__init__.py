@@ -1,9 +1,10 @@
 """
 The engine: 1-bit inference on CPUs, in C++ behind a C interface, and its Python binding.
 
-Enters: the sizes in a model's config, the tensors of its packed backbone by name, and normalised images (float32, on
-the CPU). Leaves: hidden states, pooled output and logits. Must not know: torch's modules, transformers, or any other
-room of this package. `library.py` uses torch's tensors and its OpenMP threads; the C++ uses the standard library only.
+Input: the sizes in a model's config, the tensors of its packed backbone by name, and normalised images (float32, on
+the CPU). Output: hidden states, pooled output and logits. The engine must not know torch's modules, transformers, or
+any other folder of this package. `library.py` uses torch's tensors and its OpenMP threads; the C++ uses only the
+standard library.
 
 From top to bottom:
 
