@@ -12,7 +12,6 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from .errors import UserError, first_sentence, shorten
 
 
-MAX_SHOWN_CHARACTERS = 60  # of a wrong value in a message
 MAX_COUNT = 2**31 - 1
 TYPES = {
     bool: "true or false",
@@ -51,7 +50,7 @@ POSITIVE_SHARE = Range(0, 1, without_low=True)
 SHARE_BELOW_ONE = Range(0, 1, without_high=True)
 SHARE_INSIDE = Range(0, 1, without_low=True, without_high=True)
 COUNT = Range(1, MAX_COUNT)
-COUNT_OR_NONE = Range(0, MAX_COUNT)
+COUNT_OR_ZERO = Range(0, MAX_COUNT)
 SEED = Range(0, 2**32 - 1)  # of numpy
 
 # By argument. Any finite number is valid for an argument that is not in this table.
@@ -79,7 +78,7 @@ RANGES = {
     "repeated_augmentations": COUNT,
     "ema_decay": SHARE_INSIDE,
     "weight_regularization": NOT_NEGATIVE,
-    "batch_norm_reestimation_batches": COUNT_OR_NONE,
+    "batch_norm_reestimation_batches": COUNT_OR_ZERO,
     "oscillation_freezing_threshold": SHARE_INSIDE,
     # arguments of transformers that it does not check, or not by name
     "per_device_train_batch_size": COUNT,
@@ -105,13 +104,12 @@ RANGES = {
     "save_total_limit": Range(-1, MAX_COUNT),  # 0 and -1 keep all checkpoints
     "seed": SEED,
     "data_seed": SEED,
-    "dataloader_num_workers": COUNT_OR_NONE,
+    "dataloader_num_workers": COUNT_OR_ZERO,
     "dataloader_prefetch_factor": COUNT,
     "ddp_bucket_cap_mb": COUNT,
     "ddp_timeout": COUNT,
     "local_rank": Range(-1, MAX_COUNT),
 }
-FINITE = Range()
 
 # Arguments of transformers' Trainer that training does not support: the value and the reason.
 UNSUPPORTED = {
@@ -140,7 +138,7 @@ def check_ranges(arguments: Any) -> None:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{field.name} must be a finite number, not {value}.")
-        allowed = RANGES.get(field.name, FINITE)
+        allowed = RANGES.get(field.name, Range())
         if value not in allowed:
             raise UserError(f"--{field.name} must be {allowed}, not {value}.")
 
@@ -197,7 +195,7 @@ def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = N
         return bare
     if value is None and NoneType in kinds:
         return None
-    shown = shorten(repr(value), MAX_SHOWN_CHARACTERS)
+    shown = shorten(repr(value), 60)
     names = [member.value for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for member in kind]
     choices = names or choices
     if choices is not None:

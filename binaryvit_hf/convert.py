@@ -2,11 +2,10 @@
 
 import argparse
 import mmap
-import pathlib
 import pickle
 import re
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,8 +14,6 @@ from .errors import UserError, first_sentence
 from .loading import build_classifier
 from .network.configuration_binaryvit import MAX_LABELS
 
-
-PATH_CLASSES = [pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath]
 
 # Pattern of the public code: our name. The first match counts. Names begin after "vit.encoder.layer.N.".
 LAYER_NAMES = [
@@ -104,7 +101,8 @@ def load_original_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         check_memory(path)
         # The arguments of a run are a Namespace with paths. Other classes could run code and stay forbidden.
-        with torch.serialization.safe_globals([argparse.Namespace, *PATH_CLASSES]):
+        arguments = [argparse.Namespace, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath]
+        with torch.serialization.safe_globals(arguments):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise

@@ -64,9 +64,8 @@ def explain_hub_error(error: BaseException) -> str | None:
     if is_offline_mode() and any(isinstance(error, LocalEntryNotFoundError) for error in chain):
         return CAUSES[OfflineModeIsEnabled]
     for error in chain:
-        if type(error).__module__.split(".")[0] in HTTP_LIBRARIES or isinstance(
-            error, (ConnectionError, TimeoutError)
-        ):
+        library = type(error).__module__.split(".")[0]
+        if library in HTTP_LIBRARIES or isinstance(error, (ConnectionError, TimeoutError)):
             return f"no answer from the Hub at {constants.ENDPOINT} ({type(error).__name__}): check the connection"
     return None
 

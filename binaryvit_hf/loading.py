@@ -277,16 +277,10 @@ def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfi
         images = processor(picture, return_tensors="pt")["pixel_values"]
     except Exception as error:  # unusual settings may raise anything
         raise LoadingError(f"it fails: {first_sentence(error)}") from error
-    expected = (
-        1,
-        getattr(config, "num_channels", 3),
-        *as_pair(getattr(config, "image_size", None) or images.shape[-2:]),
-    )
-    if config.model_type in ("binaryvit", "vit") and tuple(images.shape) != expected:
-        raise LoadingError(
-            f"it makes images of (channels, height, width) {tuple(images.shape[1:])}, the network takes "
-            f"{expected[1:]}."
-        )
+    shape, size = tuple(images.shape[1:]), getattr(config, "image_size", None) or images.shape[-2:]
+    expected = (getattr(config, "num_channels", 3), *as_pair(size))
+    if config.model_type in ("binaryvit", "vit") and shape != expected:
+        raise LoadingError(f"it makes images of (channels, height, width) {shape}, the network takes {expected}.")
     least, most = images.amin((0, 2, 3)), images.amax((0, 2, 3))  # of each channel
     # Also true for NaN, as its comparisons are false.
     if not (least >= -MAX_VALUE).all() & (most <= MAX_VALUE).all() & (most - least >= MIN_CONTRAST).all():

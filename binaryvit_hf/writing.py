@@ -112,13 +112,14 @@ def parent_folders(path: Path, keep: bool = True) -> Iterator[None]:
     above = path.parents[len(missing)]
     if not above.is_dir():
         raise UserError(f"{str(path)!r} cannot be written: {str(above)!r} is a file.")
-    succeeded = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-        succeeded = True
+    except BaseException:
+        keep = False
+        raise
     finally:
-        if not (succeeded and keep):
+        if not keep:
             with contextlib.suppress(OSError):
                 for folder in missing:
                     folder.rmdir()

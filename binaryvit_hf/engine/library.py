@@ -17,30 +17,23 @@ EXTENSION_NAME = "kernels"  # as in setup.py; a plain C library, which Python ca
 ERROR_BYTES = 500
 OUT_OF_MEMORY = "The engine ran out of memory; use a smaller batch."
 
-Int32Pointer = ctypes.POINTER(ctypes.c_int32)
+Pointer, Text, Int32, Int64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
+Int32Array = ctypes.POINTER(Int32)
+
+
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
 
 
 class Config(ctypes.Structure):
     """The struct `binaryvit_config` of engine.h."""
 
     _fields_ = [
-        ("image_height", ctypes.c_int32),
-        ("image_width", ctypes.c_int32),
-        ("patch_height", ctypes.c_int32),
-        ("patch_width", ctypes.c_int32),
-        ("num_channels", ctypes.c_int32),
-        ("num_stages", ctypes.c_int32),
-        ("hidden_sizes", Int32Pointer),
-        ("depths", Int32Pointer),
-        ("num_attention_heads", Int32Pointer),
-        ("intermediate_sizes", Int32Pointer),
-        ("sequence_reduction_ratios", Int32Pointer),
-        ("num_avg_pool_kernels", ctypes.c_int32),
-        ("avg_pool_kernel_sizes", Int32Pointer),
-        ("use_class_token", ctypes.c_int32),
-        ("use_stem_norm", ctypes.c_int32),
-        ("use_layer_scale", ctypes.c_int32),
-        ("binarize_patch_embeddings", ctypes.c_int32),
+        *fields(Int32, "image_height image_width patch_height patch_width num_channels num_stages"),
+        *fields(Int32Array, "hidden_sizes depths num_attention_heads intermediate_sizes sequence_reduction_ratios"),
+        ("num_avg_pool_kernels", Int32),
+        ("avg_pool_kernel_sizes", Int32Array),
+        *fields(Int32, "use_class_token use_stem_norm use_layer_scale binarize_patch_embeddings"),
         ("batch_norm_eps", ctypes.c_float),
     ]
 
@@ -48,7 +41,24 @@ class Config(ctypes.Structure):
 class NamedTensor(ctypes.Structure):
     """The struct `binaryvit_tensor` of engine.h."""
 
-    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("bytes", ctypes.c_int64)]
+    _fields_ = [("name", Text), ("data", Pointer), ("bytes", Int64)]
+
+
+# The functions of engine.h that Python calls with arguments, or that return text: result and arguments.
+FUNCTIONS = {
+    "binaryvit_kernels": (Text, []),
+    "binaryvit_built_kernels": (Text, []),
+    "binaryvit_cpu_features": (Text, []),
+    "binaryvit_create": (
+        Pointer,
+        [Text, ctypes.POINTER(Config), ctypes.POINTER(NamedTensor), Int32, Text, Int32],
+    ),
+    "binaryvit_free": (None, [Pointer]),
+    "binaryvit_forward": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Pointer]),
+    "binaryvit_classify": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Int32, Pointer]),
+    "binaryvit_run_step": (Int32, [Pointer, Int32, Pointer, Int64, Int32, Pointer]),
+    "binaryvit_count": (Int32, [Text, Pointer, Int32, Pointer, Int32, Int32, Pointer]),
+}
 
 
 @functools.cache
@@ -62,42 +72,9 @@ def load_library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"{built[0].name} cannot be loaded: {error}"
-    library.binaryvit_kernels.restype = ctypes.c_char_p
-    library.binaryvit_built_kernels.restype = ctypes.c_char_p
-    library.binaryvit_cpu_features.restype = ctypes.c_char_p
-    library.binaryvit_create.restype = ctypes.c_void_p
-    library.binaryvit_create.argtypes = [
-        ctypes.c_char_p,
-        ctypes.POINTER(Config),
-        ctypes.POINTER(NamedTensor),
-        ctypes.c_int32,
-        ctypes.c_char_p,
-        ctypes.c_int32,
-    ]
-    library.binaryvit_free.restype = None
-    library.binaryvit_free.argtypes = [ctypes.c_void_p]
-    pointer = ctypes.c_void_p
-    library.binaryvit_forward.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer, pointer, pointer]
-    library.binaryvit_classify.argtypes = [
-        pointer,
-        pointer,
-        ctypes.c_int64,
-        ctypes.c_int32,
-        pointer,
-        pointer,
-        ctypes.c_int32,
-        pointer,
-    ]
-    library.binaryvit_run_step.argtypes = [pointer, ctypes.c_int32, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
-    library.binaryvit_count.argtypes = [
-        ctypes.c_char_p,
-        pointer,
-        ctypes.c_int32,
-        pointer,
-        ctypes.c_int32,
-        ctypes.c_int32,
-        pointer,
-    ]
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     runtime = openmp_of_torch()
     if runtime:
         library.binaryvit_share_threads(runtime.GOMP_parallel, runtime.omp_get_num_threads, runtime.omp_get_thread_num)
@@ -143,7 +120,7 @@ def cpu_features() -> list[str]:
 
 
 def int32_array(numbers) -> ctypes.Array:
-    return (ctypes.c_int32 * max(len(numbers), 1))(*numbers)
+    return (Int32 * len(numbers))(*numbers)
 
 
 class Engine:

@@ -56,7 +56,7 @@ def compute_by_engine(
     usable = usable_engine(model, images)
     if usable is None:
         return None
-    last, pooled, hidden_states = usable.forward(as_floats(images), torch.get_num_threads(), output_hidden_states)
+    last, pooled, hidden_states = usable.forward(images.float(), torch.get_num_threads(), output_hidden_states)
     return BaseModelOutputWithPooling(
         last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(hidden_states) or None
     )
@@ -83,11 +83,7 @@ def logits_by_engine(model: torch.nn.Module, classifier: torch.nn.Module, images
     usable = usable_engine(model, images)
     if usable is None:
         return None
-    return usable.classify(as_floats(images), weight, bias, threads=torch.get_num_threads())
-
-
-def as_floats(images: torch.Tensor) -> torch.Tensor:
-    return images if images.dtype == torch.float32 else images.to(torch.float32)
+    return usable.classify(images.float(), weight, bias, threads=torch.get_num_threads())
 
 
 def usable_engine(model: torch.nn.Module, images: torch.Tensor) -> "engine.Engine | None":

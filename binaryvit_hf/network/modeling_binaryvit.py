@@ -56,8 +56,7 @@ class BinaryViTEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.image_size = as_pair(config.image_size)
-        self.num_channels = config.num_channels
+        self.image_shape = (config.num_channels, *as_pair(config.image_size))
         patch_size, hidden_size = as_pair(config.patch_size), config.hidden_sizes[0]
         num_positions = math.prod(config.grid_sizes[0]) + config.use_class_token
 
@@ -68,11 +67,9 @@ class BinaryViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def check(self, pixel_values: torch.Tensor) -> None:
-        expected = (self.num_channels, *self.image_size)
-        if tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"The model takes images of (channels, height, width) {expected}, not {tuple(pixel_values.shape[1:])}."
-            )
+        shape = tuple(pixel_values.shape[1:])
+        if shape != self.image_shape:
+            raise ValueError(f"The model takes images of (channels, height, width) {self.image_shape}, not {shape}.")
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)

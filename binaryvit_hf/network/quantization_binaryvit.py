@@ -163,28 +163,6 @@ def expect_packed_layers(model: nn.Module) -> None:
         model.set_submodule(name, PackedLinear(layer).train(layer.training))
 
 
-def pack_layers(model: nn.Module) -> None:
-    """
-    Pack every binary layer of a model in place.
-
-    Raises:
-        ValueError: a weight is not finite; the model stays as it was.
-    """
-    packed_layers = {name: PackedLinear(layer) for name, layer in binary_layers(model).items()}
-    for name, packed in packed_layers.items():
-        packed.pack(model.get_submodule(name), name)
-    for name, packed in packed_layers.items():
-        model.set_submodule(name, packed.train(model.training))
-
-
-def unpack_layers(model: nn.Module) -> None:
-    """Replace packed layers by full-precision weights `levels * scale`, and set `weight_bits` of the config to 32."""
-    model.config.weight_bits = 32
-    for name, packed in list(model.named_modules()):
-        if isinstance(packed, PackedLinear):
-            model.set_submodule(name, unpacked_layer(packed, model.config).train(packed.training))
-
-
 def unpacked_layer(packed: PackedLinear, config) -> BinaryLinear | BinaryPatchConv:
     out_features, in_features = packed.weight_shape[:2]
     kind = BinaryLinear if len(packed.weight_shape) == 2 else BinaryPatchConv
@@ -198,37 +176,10 @@ def unpacked_layer(packed: PackedLinear, config) -> BinaryLinear | BinaryPatchCo
 # ---- Files ----
 
 
-def packed_state_dict(model: nn.Module, half: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """
-    Tensors and metadata of a packed checkpoint.
-
-    Args:
-        model: a packed model.
-        half: store the floats that fit in half precision (`fits_half`).
-
-    Raises:
-        ValueError: weights are offloaded.
-    """
-    tensors = model.state_dict()
-    offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"Tensor {offloaded[0]!r} is offloaded: load the model without a device_map to save it packed."
-        )
-    if half:
-        tensors = {
-            name: tensor.half() if tensor.dtype == torch.float32 and fits_half(name, tensor) else tensor
-            for name, tensor in tensors.items()
-        }
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedLinear)]
-    shapes = {f"{name}.packed_weight": layer.weight_shape for name, layer in layers}
-    metadata = {
-        "binaryvit_format": FORMAT,
-        "binaryvit_config": json.dumps(config_fields(model.config)),
-        "binaryvit_shapes": json.dumps(shapes),
-        "binaryvit_crc32": "".join(checksum(tensors[name]) for name in sorted(tensors)),
-    }
-    return tensors, metadata
+def packed_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Shapes of the weights before packing, by the name of the packed weight."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    return {f"{name}.packed_weight": list(layer.weight_shape) for name, layer in layers.items()}
 
 
 def fits_half(name: str, tensor: torch.Tensor) -> bool:
@@ -333,6 +284,7 @@ def check_config(checkpoint: PackedCheckpoint, config) -> None:
 
 
 def check_tensors(checkpoint: PackedCheckpoint, model: nn.Module) -> None:
+    shapes = packed_shapes(model)
     for name, expected in model.state_dict().items():
         stored = stored_name(name, checkpoint.tensors, model)
         if stored is None:
@@ -348,16 +300,11 @@ def check_tensors(checkpoint: PackedCheckpoint, model: nn.Module) -> None:
             raise ValueError(
                 f"Tensor {stored!r} of {file!r} has the dtype {tensor.dtype}, but must be {expected.dtype}."
             )
-    for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear):
-            stored = stored_name(f"{name}.packed_weight", checkpoint.tensors, model)
-            assert stored is not None  # a missing tensor has raised above
-            packed_from = checkpoint.shapes.get(stored)
-            if packed_from != list(layer.weight_shape):
-                raise ValueError(
-                    f"Tensor {stored!r} of {checkpoint.origin[stored]!r} was packed from the shape {packed_from}, but "
-                    f"the config makes it {list(layer.weight_shape)}."
-                )
+        if name in shapes and checkpoint.shapes.get(stored) != shapes[name]:
+            raise ValueError(
+                f"Tensor {stored!r} of {file!r} was packed from the shape {checkpoint.shapes.get(stored)}, but the "
+                f"config makes it {shapes[name]}."
+            )
 
 
 def check_checksums(checkpoint: PackedCheckpoint) -> None:
@@ -521,13 +468,53 @@ class PackableModel(PreTrainedModel):
             check_packed_files(checkpoint_files, self)
 
     def pack_weights(self) -> None:
-        pack_layers(self)
+        """
+        Pack every binary layer in place.
+
+        Raises:
+            ValueError: a weight is not finite; the model stays as it was.
+        """
+        packed_layers = {name: PackedLinear(layer) for name, layer in binary_layers(self).items()}
+        for name, packed in packed_layers.items():
+            packed.pack(self.get_submodule(name), name)
+        for name, packed in packed_layers.items():
+            self.set_submodule(name, packed.train(self.training))
 
     def packed_state_dict(self, half: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        return packed_state_dict(self, half)
+        """
+        Tensors and metadata of a packed checkpoint.
+
+        Args:
+            half: store the floats that fit in half precision (`fits_half`).
+
+        Raises:
+            ValueError: weights are offloaded.
+        """
+        tensors = self.state_dict()
+        offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
+        if offloaded:
+            raise ValueError(
+                f"Tensor {offloaded[0]!r} is offloaded: load the model without a device_map to save it packed."
+            )
+        if half:
+            tensors = {
+                name: tensor.half() if tensor.dtype == torch.float32 and fits_half(name, tensor) else tensor
+                for name, tensor in tensors.items()
+            }
+        metadata = {
+            "binaryvit_format": FORMAT,
+            "binaryvit_config": json.dumps(config_fields(self.config)),
+            "binaryvit_shapes": json.dumps(packed_shapes(self)),
+            "binaryvit_crc32": "".join(checksum(tensors[name]) for name in sorted(tensors)),
+        }
+        return tensors, metadata
 
     def unpack_weights(self) -> None:
-        unpack_layers(self)
+        """Replace packed layers by full-precision weights `levels * scale`, and set `weight_bits` to 32."""
+        self.config.weight_bits = 32
+        for name, packed in list(self.named_modules()):
+            if isinstance(packed, PackedLinear):
+                self.set_submodule(name, unpacked_layer(packed, self.config).train(packed.training))
         self.requires_grad_(True)
 
 

@@ -22,7 +22,7 @@ from binaryvit_hf import BinaryViTConfig, engine
 from binaryvit_hf.engine import library
 from binaryvit_hf.engine.library import Engine, count_differing_bits
 from binaryvit_hf.network.configuration_binaryvit import as_pair
-from binaryvit_hf.network.quantization_binaryvit import pack_layers, pack_levels, unpack_levels
+from binaryvit_hf.network.quantization_binaryvit import pack_levels, unpack_levels
 
 
 KERNELS = engine.kernels_here()
@@ -40,7 +40,7 @@ def engine_chosen_by_itself(monkeypatch):
 
 def packed(config) -> torch.nn.Module:
     model = tiny_model(config).eval()
-    pack_layers(model)
+    model.pack_weights()
     model.binaryvit.requires_grad_(False)
     return model
 
@@ -228,9 +228,8 @@ def test_a_forked_process_computes_on_its_own_threads():
     program = """
 import os, torch
 from tiny import tiny_config, tiny_images, tiny_model
-from binaryvit_hf.network.quantization_binaryvit import pack_layers
 torch.set_num_threads(2)
-model = tiny_model(tiny_config()).eval(); pack_layers(model); model.requires_grad_(False)
+model = tiny_model(tiny_config()).eval(); model.pack_weights(); model.requires_grad_(False)
 expected = model(tiny_images(1)).logits
 child = os.fork()
 if child == 0:
@@ -248,8 +247,7 @@ def test_the_engine_works_on_the_threads_of_pytorch_if_it_gets_them(limit):
     program = """
 import os, torch
 from tiny import tiny_config, tiny_images, tiny_model
-from binaryvit_hf.network.quantization_binaryvit import pack_layers
-model = tiny_model(tiny_config()).eval(); pack_layers(model); model.requires_grad_(False)
+model = tiny_model(tiny_config()).eval(); model.pack_weights(); model.requires_grad_(False)
 torch.set_num_threads(1)
 expected = model(tiny_images(1)).logits
 torch.set_num_threads(3)

@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTModel, BinaryViTQuantizationConfig, engine
-from binaryvit_hf.network.quantization_binaryvit import pack_layers
 
 
 pytestmark = pytest.mark.skipif(not engine.kernels_here(), reason=f"there is no engine: {engine.problem()}")
@@ -33,7 +32,7 @@ def packed_model(seed: int = 0):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    pack_layers(model)
+    model.pack_weights()
     return model.requires_grad_(False)
 
 
@@ -313,7 +312,7 @@ def test_a_subclass_with_other_parts_runs_in_pytorch():
 
     model = packed_model()
     own = Own(model.config).eval()
-    pack_layers(own)
+    own.pack_weights()
     assert own.engine.name == "torch"
 
 
