@@ -7,8 +7,6 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
 from .errors import UserError, first_sentence, shorten
 
 
@@ -111,14 +109,6 @@ RANGES = {
     "local_rank": Range(-1, MAX_COUNT),
 }
 
-# Arguments of transformers' Trainer that training does not support: the value and the reason.
-UNSUPPORTED = {
-    "use_liger_kernel": (True, "it is for language models"),
-    "batch_eval_metrics": (True, "accuracy is computed from all images at once"),
-    "eval_do_concat_batches": (False, "accuracy is computed from all images at once"),
-}
-BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
-
 
 def argument(default: Any, help: str, **argparse_options: Any) -> Any:
     """A dataclass field that becomes a command-line flag. `argparse_options` go to `ArgumentParser.add_argument`."""
@@ -141,41 +131,6 @@ def check_ranges(arguments: Any) -> None:
         allowed = RANGES.get(field.name, Range())
         if value not in allowed:
             raise UserError(f"--{field.name} must be {allowed}, not {value}.")
-
-
-def check_reporting(integrations: list[str]) -> None:
-    """
-    Check the names in `--report_to`.
-
-    Raises:
-        UserError: transformers does not know a name, or its package is not installed.
-    """
-    for name in integrations:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(
-                f"--report_to must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, not {name}."
-            )
-        if name not in [*get_available_reporting_integrations(), "flyte"]:  # transformers does not look for flyte
-            raise UserError(f"--report_to {name}: its package is not installed; install it, or give --report_to none.")
-
-
-def check_supported(arguments: Any) -> None:
-    """
-    Check that the training supports its `TrainingArguments`.
-
-    Raises:
-        UserError: it does not support one.
-    """
-    for name, (value, reason) in UNSUPPORTED.items():
-        if getattr(arguments, name, None) is value:
-            raise UserError(f"--{name} {value} is not supported: {reason}.")
-    if arguments.neftune_noise_alpha is not None:
-        raise UserError("--neftune_noise_alpha is not supported: it is for word embeddings.")
-    if arguments.dataloader_persistent_workers and arguments.dataloader_num_workers == 0:
-        raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
-    metric = arguments.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in BEST_METRICS:
-        raise UserError(f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, not {metric!r}.")
 
 
 def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = None) -> Any:

@@ -31,7 +31,11 @@ def run(options: argparse.Namespace) -> None:
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     # As an exception, a signal reaches the code that ends the runs.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    run_ablation(Ablation(options.folder, options.out, tuple(options.seeds)), options.jobs)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers]
+    try:
+        run_ablation(Ablation(options.folder, options.out, tuple(options.seeds)), options.jobs)
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
     print(options.out / "results.md")

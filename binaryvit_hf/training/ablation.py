@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +21,7 @@ from .run_folder import compare_with_recorded, is_finished, read_json
 
 
 TABLE_HEAD = (
-    "row",
-    "test top-1, %",
-    "seeds",
-    "to the teacher",
-    "held-out top-1, %",
-    "weights on disk",
-    "BOPs",
-    "FLOPs",
-    "OPs",
+    "| row | test top-1, % | seeds | to the teacher | held-out top-1, % | weights on disk | BOPs | FLOPs | OPs |"
 )
 
 logger = logging.getLogger(__name__)
@@ -57,31 +48,24 @@ class Ablation:
     def table(self) -> dict:
         return read_json(self.folder / "table.json")
 
-    def run_folders(self, row: str) -> list[Path]:
-        if row == self.table["teacher"]:
-            return [self.out / row]
-        return [self.out / f"{row}-seed{seed}" for seed in self.seeds]
+    def output_dir(self, row: str, seed: int) -> Path:
+        """The folder of a run. The teacher is trained only once, so its folder is the same for all seeds."""
+        return self.out / (row if row == self.table["teacher"] else f"{row}-seed{seed}")
 
-    def teacher_arguments(self) -> list[str]:
-        row = self.table["teacher"]
-        return [str(self.folder / "teacher.json"), *self.row_arguments(row, self.out / row)]
-
-    def student_arguments(self) -> list[list[str]]:
-        """The runs of all rows for the first seed, then for the next: the table soon has every row."""
-        teacher = self.table["teacher"]
-        return [
-            [
-                str(self.folder / "student.json"),
-                *self.row_arguments(row, self.out / f"{row}-seed{seed}"),
-                *("--teacher_model_name_or_path", str(self.out / teacher), "--seed", str(seed)),
-            ]
-            for seed in self.seeds
-            for row in self.table["rows"]
-            if row != teacher
-        ]
-
-    def row_arguments(self, row: str, output_dir: Path) -> list[str]:
-        return ["--config_name", str(self.folder / row), "--output_dir", str(output_dir)]
+    def runs(self) -> dict[Path, list[str]]:
+        """
+        The command line of each run by its folder: the teacher's run, then all rows with the first seed, then all rows with
+        the next. The table soon has every row in this order.
+        """
+        teacher, runs = self.table["teacher"], {}
+        for seed in self.seeds:
+            for row in (teacher, *self.table["rows"]):
+                folder, recipe = self.output_dir(row, seed), "teacher.json" if row == teacher else "student.json"
+                runs[folder] = [str(self.folder / recipe), "--config_name", str(self.folder / row)]
+                runs[folder] += ["--output_dir", str(folder)]
+                if row != teacher:
+                    runs[folder] += ["--teacher_model_name_or_path", str(self.out / teacher), "--seed", str(seed)]
+        return runs
 
 
 def run_ablation(ablation: Ablation, jobs: int) -> None:
@@ -99,22 +83,23 @@ def run_ablation(ablation: Ablation, jobs: int) -> None:
     """
     if not ablation.table:
         raise UserError(f"{str(ablation.folder)!r} is not the folder of an ablation: it has no table.json.")
-    teacher = ablation.teacher_arguments()
     # Check all runs before any training: the folder may hold runs of other recipes.
-    missing = [arguments for arguments in [teacher, *ablation.student_arguments()] if not is_tested(arguments)]
-    train(ablation, [arguments for arguments in missing if arguments == teacher], at_once=1)
-    train(ablation, [arguments for arguments in missing if arguments != teacher], at_once=jobs)
+    waiting = [(folder, line) for folder, line in ablation.runs().items() if not is_tested(folder, line)]
+    teacher = ablation.out / ablation.table["teacher"]
+    if waiting and waiting[0][0] == teacher:  # the students need it
+        train(ablation, [waiting.pop(0)], at_once=1)
+    train(ablation, waiting, at_once=jobs)
     write_results(ablation)
 
 
-def train(ablation: Ablation, waiting: list[list[str]], at_once: int) -> None:
-    """Train runs, given by their arguments, `at_once` at a time. An exception ends them too."""
+def train(ablation: Ablation, waiting: list[tuple[Path, list[str]]], at_once: int) -> None:
+    """Train runs, given by their folders and command lines, `at_once` at a time. An exception ends all of them."""
     running: dict[subprocess.Popen, Path] = {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                folder = output_dir(waiting[0])
-                running[start(waiting.pop(0), folder, at_once)] = folder
+                folder, arguments = waiting.pop(0)
+                running[start(folder, arguments, at_once)] = folder
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
                 folder = running.pop(process)
@@ -129,22 +114,17 @@ def train(ablation: Ablation, waiting: list[list[str]], at_once: int) -> None:
             process.wait()
 
 
-def is_tested(arguments: list[str]) -> bool:
+def is_tested(folder: Path, arguments: list[str]) -> bool:
     """Whether a run is trained and tested; raises UserError if its folder holds a run of other arguments."""
-    folder = output_dir(arguments)
     compare_with_recorded(folder, parse_runs(arguments)[-1])
     return is_finished(folder) and "test_accuracy" in read_json(folder / "all_results.json")
-
-
-def output_dir(arguments: list[str]) -> Path:
-    return Path(arguments[arguments.index("--output_dir") + 1])
 
 
 def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def start(arguments: list[str], folder: Path, at_once: int) -> subprocess.Popen:
+def start(folder: Path, arguments: list[str], at_once: int) -> subprocess.Popen:
     threads = max((os.cpu_count() or 1) // at_once, 1)
     folder.parent.mkdir(parents=True, exist_ok=True)
     logger.info("%s: training, its log is %s", folder, log_of(folder))
@@ -176,21 +156,13 @@ def write_results(ablation: Ablation) -> None:
     teacher = statistics.mean(rows[ablation.table["teacher"]].test)
     title, description = ablation.table["title"], ablation.table["description"]
     plot_rows(list(rows.values()), title, ablation.out / "ablation.png")
-    lines = [f"# {title}", "", description, "", table_line(TABLE_HEAD), "| --- " * len(TABLE_HEAD) + "|"]
+    lines = [f"# {title}", "", description, "", TABLE_HEAD, "| --- " * (TABLE_HEAD.count("|") - 1) + "|"]
     for row in rows.values():
-        lines.append(
-            table_line(
-                (
-                    row.name,
-                    mean_and_deviation(row.test),
-                    str(len(row.test)),
-                    f"{statistics.mean(row.test) - teacher:+.2f}",
-                    mean_and_deviation(row.held_out),
-                    readable(row.weight_bytes, "B"),
-                    *(readable(count) for count in (row.cost.bops, row.cost.flops, row.cost.ops)),
-                )
-            )
-        )
+        to_teacher, cost = statistics.mean(row.test) - teacher, row.cost
+        cells = [row.name, mean_and_deviation(row.test), str(len(row.test)), f"{to_teacher:+.2f}"]
+        cells += [mean_and_deviation(row.held_out), readable(row.weight_bytes, "B")]
+        cells += map(readable, (cost.bops, cost.flops, cost.ops))
+        lines.append(f"| {' | '.join(cells)} |")
     runs = sum(len(row.test) for row in rows.values())
     lines += [
         "",
@@ -206,7 +178,8 @@ def collect_rows(ablation: Ablation) -> dict[str, Row]:
     """The rows that have a finished run, by folder name."""
     rows = {}
     for row, name in ablation.table["rows"].items():
-        results = {folder: read_json(folder / "all_results.json") for folder in ablation.run_folders(row)}
+        folders = [ablation.output_dir(row, seed) for seed in ablation.seeds]
+        results = {folder: read_json(folder / "all_results.json") for folder in folders}
         results = {folder: result for folder, result in results.items() if "test_accuracy" in result}
         if results:
             rows[row] = Row(
@@ -217,10 +190,6 @@ def collect_rows(ablation: Ablation) -> dict[str, Row]:
                 total(count_operations(AutoConfig.from_pretrained(ablation.folder / row))),
             )
     return rows
-
-
-def table_line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def mean_and_deviation(values: list[float]) -> str:

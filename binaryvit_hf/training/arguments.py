@@ -7,15 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from ..argument_checks import argument, check_ranges, check_reporting
+from ..argument_checks import argument, check_ranges
 from ..data.arguments import DataArguments
 from ..errors import UserError, first_sentence
+from .callbacks.sign_gradient import SIGN_GRADIENTS
 from .optional_methods import OptionalMethodArguments
 
 
 DEFAULT_LICENSE = "apache-2.0"
 STEP_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial")
+BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
+# Arguments of transformers' Trainer that training does not support: the value and the reason.
+UNSUPPORTED = {
+    "use_liger_kernel": (True, "it is for language models"),
+    "batch_eval_metrics": (True, "accuracy is computed from all images at once"),
+    "eval_do_concat_batches": (False, "accuracy is computed from all images at once"),
+}
 
 
 @dataclass
@@ -109,7 +118,7 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             raise UserError("--output_dir is empty; name a folder.")
         super().__post_init__()
         self.output_dir = os.path.normpath(self.output_dir)
-        check_reporting(self.report_to)
+        self.check_reporting()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter is used, and the search costs time
         # PyTorch warns about pinned memory without an accelerator.
@@ -124,14 +133,40 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
                 "--auto_find_batch_size changes the batch after --learning_rate_batch_size has scaled the learning rate: leave "
                 "one of them out."
             )
-        self.check_methods()
+        if self.sign_gradient not in SIGN_GRADIENTS:
+            raise UserError(f"--sign_gradient must be one of {', '.join(SIGN_GRADIENTS)}, not {self.sign_gradient!r}.")
+
+    def check_reporting(self) -> None:
+        """Raise UserError if `report_to` has a name that transformers does not know, or whose package is not installed."""
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UserError(
+                    f"--report_to must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, not {name}."
+                )
+            if name not in [*get_available_reporting_integrations(), "flyte"]:  # transformers does not look for flyte
+                raise UserError(
+                    f"--report_to {name}: its package is not installed; install it, or give --report_to none."
+                )
+
+    def check_supported(self) -> None:
+        """Raise UserError if an argument of transformers' Trainer has a value that training does not support."""
+        for name, (value, reason) in UNSUPPORTED.items():
+            if getattr(self, name, None) is value:
+                raise UserError(f"--{name} {value} is not supported: {reason}.")
+        if self.neftune_noise_alpha is not None:
+            raise UserError("--neftune_noise_alpha is not supported: it is for word embeddings.")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in BEST_METRICS:
+            raise UserError(f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, not {metric!r}.")
 
     def check_optimization(self) -> None:
         """Try the optimiser and the schedule on one weight; raise UserError if they fail."""
+        if self.optim_target_modules is not None:  # needs a whole model
+            return
         try:
             weight, steps = nn.Parameter(torch.zeros(1, 1, device=self.device)), 100
-            if self.optim_target_modules is not None:  # needs a whole model
-                return
             optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(self)
             optimizer = optimizer_class([weight], **kwargs)
             warmup = self.get_warmup_steps(steps)

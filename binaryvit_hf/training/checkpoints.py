@@ -1,4 +1,4 @@
-"""Checks that a checkpoint is whole before training resumes from it."""
+"""Finds the last whole checkpoint of a run, and writes a new one to the disk."""
 
 import json
 import logging
@@ -55,15 +55,13 @@ def last_whole_checkpoint(folder: Path, more_files: Iterable[str] = ()) -> Path 
 
 
 def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | None:
-    """Why training cannot resume from a checkpoint, or `None` if it can: names the first missing or unreadable file."""
+    """Why training cannot resume from a checkpoint, such as the first missing or unreadable file; `None` if it can."""
     if holds_weights_only(checkpoint):
         return "holds weights only (--save_only_model)"
-    weights = sorted(checkpoint.glob("model*.safetensors"))
-    names = (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *more_files)
-    needed = [checkpoint / name for name in names]
-    for file in [*needed, *(weights or [checkpoint / "model.safetensors"])]:
-        if not file.is_file():
-            return f"{file.name} is missing"
+    weights = [file.name for file in sorted(checkpoint.glob("model*.safetensors"))] or ["model.safetensors"]
+    for name in (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *more_files, *weights):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
     for file in sorted(checkpoint.iterdir()):
         try:
             if file.suffix == ".json":
@@ -75,9 +73,8 @@ def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | N
                     pass
             elif file.suffix in (".pt", ".pth"):
                 with zipfile.ZipFile(file) as archive:
-                    broken = archive.testzip()
-                if broken is not None:
-                    return f"{file.name} is broken"
+                    if archive.testzip() is not None:
+                        return f"{file.name} is broken"
         except (OSError, ValueError, RecursionError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{file.name}: {first_sentence(error)}"
     return None
@@ -99,8 +96,8 @@ def holds_weights_only(checkpoint: Path) -> bool:
     return saved == [True, False, False] and not any(checkpoint.glob("rng_state*.pth"))
 
 
-def flush(folder: Path) -> None:
-    """Write a folder's files to the disk: otherwise a power failure can keep a rename and lose their content."""
+def flush_to_disk(folder: Path) -> None:
+    """Write a folder's files to the disk now. Otherwise a power failure can lose their content after a rename of the folder."""
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

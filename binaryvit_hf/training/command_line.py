@@ -52,11 +52,11 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
         raise UserError("'teacher' in the file of arguments must be an object of arguments.")
 
     student = parse(values, flags)
-    if teacher_values is None or student.model.teacher_model_name_or_path:  # a trained teacher replaces the file's
+    if teacher_values is None or student.model.teacher_model_name_or_path:  # a trained teacher, not the file's
         return [student]
-    own = STUDENT_ONLY | teacher_values.keys()
+    not_shared = STUDENT_ONLY | teacher_values.keys()
     shared_values = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
-    shared_flags = [(name, words) for name, words in flags if not {name, name.removeprefix("no_")} & own]
+    shared_flags = [(name, words) for name, words in flags if not {name, name.removeprefix("no_")} & not_shared]
     default_dir = {"output_dir": f"{student.training.output_dir}-teacher"}
     try:
         teacher = parse(shared_values | default_dir | teacher_values, shared_flags + teacher_flags)
@@ -121,7 +121,7 @@ def group_flags(arguments: list[str]) -> Flags:
 
 def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
     """Parse one run: the `values` of a file, overridden by `flags`."""
-    # With abbreviations a typing error could name another argument.
+    # No abbreviations: a typing error could be the abbreviation of another argument.
     parser = HfArgumentParser(
         ARGUMENT_CLASSES, allow_abbrev=False, description="Train and evaluate image classifiers."
     )

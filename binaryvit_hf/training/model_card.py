@@ -146,7 +146,7 @@ def chosen_arguments(arguments: dict) -> dict:
     """The arguments of a run that differ from their defaults."""
     if not arguments:
         return {}
-    # Defaults of the run's device: without `use_cpu` the arguments may refuse this machine's.
+    # The defaults depend on the device, so create them for the run's: this machine may have another.
     training_arguments = DistillationTrainingArguments(
         text(arguments, "output_dir") or "output", use_cpu=arguments.get("use_cpu") is True
     )

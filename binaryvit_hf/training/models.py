@@ -103,19 +103,18 @@ def load_model(
         raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {error}") from error
     # transformers makes a new head only if the number of labels differs.
     if new_head and finished_run is None and not info["mismatched_keys"]:
-        model.load_state_dict(create_head(config, arguments.trust_remote_code), strict=False)
+        model.load_state_dict(create_head(arguments, config), strict=False)
     return model
 
 
-def create_head(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+def create_head(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Random weights for every tensor whose shape depends on the number of labels."""
     fresh = AutoModelForImageClassification.from_config(
-        config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        config, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
     ).state_dict()
     other = copy.deepcopy(config)
     other.num_labels = config.num_labels + 1
-    with torch.device("meta"):
-        larger = AutoModelForImageClassification.from_config(other, trust_remote_code=trust_remote_code).state_dict()
+    larger = build_meta_network(arguments, other).state_dict()
     return {name: tensor for name, tensor in fresh.items() if tensor.shape != larger[name].shape}
 
 
@@ -125,9 +124,7 @@ def load_first_weights(
     """The tensors of `--init_from` for a new network; raises UserError if labels or shapes differ."""
     first = load_first_stage(arguments.init_from, **hub_arguments(arguments))
     compare_labels(first.config, labels, f"--init_from {arguments.init_from!r}", "choose a model of these labels")
-    with torch.device("meta"):
-        network = load_model(arguments, config, None)
-    return first_stage_weights(first, network, arguments.init_from)
+    return first_stage_weights(first, build_meta_network(arguments, config), arguments.init_from)
 
 
 def load_teacher(
@@ -150,12 +147,12 @@ def load_processor(
     arguments: ModelArguments, data_arguments: DataArguments, config: PreTrainedConfig, earlier_run: Path | str | None
 ) -> BaseImageProcessor | None:
     """
-    The student's image processor: that of the earlier run, of `--model_name_or_path`, or a new one with the mean and
-    deviation of `--init_from`. `None` if there is none of these: it then depends on the teacher's.
+    The student's image processor: the earlier run's, or else the one of `--model_name_or_path`, or else a new one with the
+    mean and deviation of `--init_from`. `None` if there is none of these; a new one then follows the teacher's.
     """
     for source in (earlier_run, arguments.model_name_or_path):
         if source and (processor := load_image_processor(str(source), arguments)):
-            describe_input(processor, str(source))  # refuses it now, not after the teacher's training
+            describe_input(processor, str(source))  # raises its error now, not after the teacher's training
             return processor
     if arguments.init_from and (first := load_image_processor(arguments.init_from, arguments)):
         who = f"--init_from {arguments.init_from!r}"
@@ -163,9 +160,8 @@ def load_processor(
         if like.channels != RGB:
             raise UserError(f"{who} takes BGR images, a new network RGB images; choose a first stage that takes RGB.")
         return create_image_processor(config, data_arguments.crop_pct, like)
-    for source in (arguments.model_name_or_path, arguments.init_from):
-        if source:
-            logger.warning("%r has no image processor; a new one is made.", source)
+    if source := arguments.model_name_or_path or arguments.init_from:
+        logger.warning("%r has no image processor; a new one is made.", source)
     return None
 
 

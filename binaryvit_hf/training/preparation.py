@@ -1,4 +1,4 @@
-"""Check everything that needs no training, and load the inputs of a run."""
+"""Checks the arguments and loads the inputs of a run, so that most errors appear before any training."""
 
 import json
 import logging
@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
 
-from ..argument_checks import check_supported
 from ..data.image_checks import check_images
 from ..data.label_names import compare_labels, match_labels
 from ..data.loading import load_images, relabel
@@ -21,7 +20,7 @@ from .batch_checks import check_batches
 from .checkpoints import describe_damage, last_whole_checkpoint
 from .models import build_meta_network, load_config, load_first_weights, load_processor
 from .run_folder import compare_with_recorded, is_finished, read_json
-from .unused_arguments import warn_of_unused
+from .unused_arguments import find_unused
 
 
 logger = logging.getLogger(__name__)
@@ -35,10 +34,10 @@ class Inputs:
     broken: list[str]  # files that --skip_broken_images left out
     config: PreTrainedConfig
     checkpoint: str | None  # folder to resume from
-    finished: bool  # the output directory holds this run, trained to its end
-    processor: BaseImageProcessor | None  # None if the student's processor depends on the teacher's
+    finished: bool  # whether the output directory holds this run, trained to its end
+    processor: BaseImageProcessor | None  # None: it is created once the teacher's is known
     first_weights: dict[str, torch.Tensor] | None  # tensors of --init_from
-    new_head: bool | None  # train the head from scratch; None if nothing is trained
+    new_head: bool | None  # whether to train the head from scratch; None if nothing is trained
 
 
 def check_arguments(arguments: RunArguments) -> None:
@@ -63,10 +62,11 @@ def check_arguments(arguments: RunArguments) -> None:
         raise UserError(
             "--config_name is a network without weights: add --do_train, or evaluate a --model_name_or_path."
         )
-    check_supported(training_arguments)
+    training_arguments.check_supported()
     if training_arguments.do_train:
         training_arguments.check_optimization()
-    warn_of_unused(arguments)
+    for name, reason in find_unused(arguments):
+        logger.warning("--%s has no effect: %s.", name, reason)
 
 
 def prepare(arguments: RunArguments) -> Inputs:
@@ -177,14 +177,13 @@ def find_earlier_run(output_dir: Path, config: PreTrainedConfig, arguments: RunA
     if is_finished(output_dir):
         logger.info("%s is trained already; it is evaluated again.", output_dir)
         return None, True
-    if last is None:
-        return None, False
-    logger.info("Resuming from %s.", last)
-    return str(last), False
+    if last is not None:
+        logger.info("Resuming from %s.", last)
+    return str(last) if last else None, False
 
 
 def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path) -> None:
-    """Raise UserError if the config in `folder`, which is or lies in the output directory, differs from `config`."""
+    """Raise UserError if the config in `folder`, the output directory or a checkpoint in it, differs from `config`."""
     # Compare as JSON, which turns tuples into lists.
     found, given = read_json(folder / "config.json"), json.loads(config.to_json_string())
     for field in ("model_type", *type(config).__annotations__, "id2label"):
@@ -206,8 +205,7 @@ def chosen_checkpoint(arguments: DistillationTrainingArguments, last: Path | Non
         return str(last)
     if not Path(name).is_dir():
         raise UserError(f"--resume_from_checkpoint: there is no folder {name!r}.")
-    is_sharded = arguments.deepspeed or arguments.fsdp  # into files of other names
     damage = describe_damage(Path(name), arguments.checkpoint_files)
-    if damage and not is_sharded:
+    if damage and not (arguments.deepspeed or arguments.fsdp):  # their checkpoints have files of other names
         raise UserError(f"--resume_from_checkpoint: training cannot resume from {name!r}: {damage}.")
     return name

@@ -62,7 +62,7 @@ def train_and_evaluate(arguments: list[str]) -> list[RunArguments]:
     for run_arguments, inputs in zip(runs, prepared):
         PartialState().wait_for_everyone()  # the first process writes the teacher that all processes load
         run(run_arguments, inputs)
-    # A process that exits early may abort, and torchrun then ends those that still write.
+    # Leave together: a process that exits early may abort, and torchrun then ends others that still write.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
     return runs
@@ -83,7 +83,7 @@ def run(arguments: RunArguments, inputs: Inputs) -> None:
     if training_arguments.do_predict:
         training_run.test()
     if inputs.broken:
-        logger.warning("%d file(s) were left out, as they are no images.", len(inputs.broken))
+        logger.warning("%d broken image(s) were left out.", len(inputs.broken))
     if training_arguments.do_train:
         training_run.report()
     if training_arguments.push_to_hub:

@@ -12,7 +12,7 @@ from .arguments import RunArguments
 
 
 RUN_ARGUMENTS = "run_arguments.json"  # the arguments of the run that made the weights in the folder
-UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # of a run that continues a finished one; not uploaded
+UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results.json")
 # Secrets, and arguments that may differ each time a run is resumed.
@@ -113,7 +113,7 @@ def record_start(output_dir: Path, arguments: RunArguments) -> None:
 
 
 def record_end(output_dir: Path) -> None:
-    """Before the weights of a finished run are replaced, remove its results and arguments."""
+    """Remove the results and arguments of the finished run whose weights are replaced next, if this run continues one."""
     if not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file():
         return
     for name in RESULTS:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
-    """Loads the models of a run, and holds its steps, which `run` calls in order."""
+    """The models and datasets of one run. `run.run` calls the steps in order."""
 
     def __init__(self, arguments: RunArguments, inputs: Inputs):
         self.arguments, self.inputs = arguments, inputs
@@ -111,7 +111,7 @@ class TrainingRun:
             )
         if trainer.is_world_process_zero():
             record_end(self.output_dir)
-        trainer.save_model(_internal_call=True)  # otherwise it uploads, before there is a card
+        trainer.save_model(_internal_call=True)  # without this argument it uploads, before there is a card
         trainer.save_state()
         metrics = {**result.metrics, "train_samples": len(self.inputs.images["train"])}
         if "train_loss" not in metrics:  # training resumed after its last step
@@ -141,7 +141,7 @@ class TrainingRun:
         return described
 
     def test(self) -> None:
-        """Evaluate on the test images, which no choice depends on."""
+        """Evaluate on the test images. Nothing is chosen by them, neither a checkpoint nor an argument."""
         metrics = self.trainer.evaluate(self.datasets["test"], metric_key_prefix="test")
         metrics["test_samples"] = len(self.inputs.images["test"])
         self.save_metrics("test", metrics)
@@ -155,11 +155,8 @@ class TrainingRun:
         if not self.trainer.is_world_process_zero():
             return
         teacher = self.arguments.model.teacher_model_name_or_path
-        histories = {"student" if teacher else "model": read_log_history(self.output_dir)}
-        if teacher:
-            histories["teacher"] = read_log_history(Path(teacher))
-        histories = {name: history for name, history in histories.items() if history}
-        if histories:
+        folders = {"student": self.output_dir, "teacher": Path(teacher)} if teacher else {"model": self.output_dir}
+        if histories := {name: history for name, folder in folders.items() if (history := read_log_history(folder))}:
             plot_learning_curves(histories, self.output_dir / "learning_curves.png")
         write_model_card(self.output_dir, self.trainer.hub_model_id or str(self.output_dir))
 

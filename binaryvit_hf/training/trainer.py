@@ -29,7 +29,7 @@ from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_n
 from .callbacks.checkpointed import CheckpointedCallback
 from .callbacks.positive_clips import PositiveClips
 from .callbacks.termination import SaveOnTermination
-from .checkpoints import flush
+from .checkpoints import flush_to_disk
 from .losses import distance_from_one, distillation_loss
 
 
@@ -126,10 +126,10 @@ class DistillationTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):  # before the optimiser spreads it over every weight
-            self.stop_for(f"The loss became {loss.item()} at step {self.state.global_step + 1}")
+            self.raise_non_finite(f"The loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
 
-    def stop_for(self, fault: str) -> None:
+    def raise_non_finite(self, fault: str) -> None:
         """Raise NonFiniteLossError, with the last checkpoint in its message."""
         last = get_last_checkpoint(self.args.output_dir)
         saved = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
@@ -148,11 +148,8 @@ class DistillationTrainer(Trainer):
         embeddings and class tokens do not decay.
         """
         embeddings = ("position_embeddings", "class_token", "cls_token")
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.dim() > 1 and not name.endswith(embeddings)
-        ]
+        parameters = model.named_parameters()
+        return [name for name, parameter in parameters if parameter.dim() > 1 and not name.endswith(embeddings)]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         created_before = self.lr_scheduler is not None
@@ -211,7 +208,7 @@ class DistillationTrainer(Trainer):
         for name, value in metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):
                 if self.is_in_train:
-                    self.stop_for(f"The evaluation loss became {value} at step {self.state.global_step}")
+                    self.raise_non_finite(f"The evaluation loss became {value} at step {self.state.global_step}")
                 raise NonFiniteLossError(
                     f"The evaluation loss is {value}: the weights are damaged, or training diverged; train again with a lower "
                     "--learning_rate, or evaluate another checkpoint."
@@ -277,8 +274,8 @@ class DistillationTrainer(Trainer):
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             for callback in self.checkpointed:
                 callback.save(staged)
-            flush(staged)
-            shutil.rmtree(checkpoint, ignore_errors=True)  # of the same step, written before an interruption
+            flush_to_disk(staged)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted run may have written it
             staged.rename(checkpoint)
             staged.parent.rmdir()
             rotate_checkpoints(
@@ -326,7 +323,7 @@ class DistillationTrainer(Trainer):
     # Uploading
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the model during training in the same form as after it: final weights, packed."""
+        """Upload the final weights, packed, as after training. The Trainer's own method uploads the checkpoint's."""
         if self.is_staging or self.args.hub_strategy == HubStrategy.END:
             return
         with self.final_weights():  # every process takes part

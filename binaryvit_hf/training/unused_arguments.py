@@ -1,41 +1,31 @@
-"""Arguments that have no effect beside the others."""
+"""Finds arguments that have no effect, because another argument makes them useless."""
 
-import logging
 from dataclasses import MISSING, fields
 
 from .arguments import RunArguments
 
 
 NO_TEACHER = "there is no teacher"
-NO_DATASET = "it needs --dataset_name, and the images come from folders"
-NO_UPLOAD = "nothing is uploaded without --push_to_hub"
 DATASET_ARGUMENTS = (
     *("dataset_config_name", "train_split_name", "validation_split_name"),
     *("image_column_name", "label_column_name", "class_names"),
 )
 UPLOAD_ARGUMENTS = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 
-logger = logging.getLogger(__name__)
-
-
-def warn_of_unused(arguments: RunArguments) -> None:
-    for name, reason in find_unused(arguments):
-        logger.warning("--%s has no effect: %s.", name, reason)
-
 
 def find_unused(arguments: RunArguments) -> list[tuple[str, str]]:
-    """Arguments that differ from their defaults and have no effect: names and reasons."""
-    given = {field.name for part in arguments for field in fields(part) if differs(part, field)}
-    return [(name, reason) for name, unused, reason in conditions(*arguments) if unused and name in given]
+    """The names of arguments that differ from their defaults and have no effect, each with the reason."""
+    given = {field.name for part in arguments for field in fields(part) if differs_from_default(part, field)}
+    return [(name, reason) for name, unused, reason in conditions_of_use(*arguments) if unused and name in given]
 
 
-def differs(part, field) -> bool:
+def differs_from_default(part, field) -> bool:
     default = field.default if field.default is not MISSING else field.default_factory()
     return getattr(part, field.name) != default
 
 
-def conditions(model, data, training) -> list[tuple[str, bool, str]]:
-    """Rows of an argument's name, whether it has no effect, and the reason."""
+def conditions_of_use(model, data, training) -> list[tuple[str, bool, str]]:
+    """For each argument that may have no effect: its name, whether it has none, and the reason."""
     has_teacher = model.teacher_model_name_or_path is not None
     mixed = data.mixup_alpha > 0 or data.cutmix_alpha > 0
     weight = training.label_loss_weight
@@ -48,16 +38,14 @@ def conditions(model, data, training) -> list[tuple[str, bool, str]]:
         ("crop_pct", bool(model.model_name_or_path), "the model's own image processor defines the crop"),
         ("shuffle_buffer_size", not data.streaming, "only --streaming uses a buffer"),
         ("test_split_name", not training.do_predict, "only --do_predict tests"),
-        *((name, not data.dataset_name, NO_DATASET) for name in DATASET_ARGUMENTS),
-        *((name, not training.push_to_hub, NO_UPLOAD) for name in UPLOAD_ARGUMENTS),
     ]
+    for name in DATASET_ARGUMENTS:
+        rows.append((name, not data.dataset_name, "it needs --dataset_name, and the images come from folders"))
+    for name in UPLOAD_ARGUMENTS:
+        rows.append((name, not training.push_to_hub, "nothing is uploaded without --push_to_hub"))
     if training.do_train:
         rows += [
-            (
-                "label_smoothing_factor",
-                not labels_count,
-                "the labels have no share in the loss; set --label_loss_weight",
-            ),
+            ("label_smoothing_factor", not labels_count, "labels have no share in the loss; set --label_loss_weight"),
             ("label_loss_weight", not has_teacher, NO_TEACHER),
             ("distillation_temperature", not has_teacher, NO_TEACHER),
             ("mixup_prob", not mixed, "neither --mixup_alpha nor --cutmix_alpha is given"),

@@ -24,6 +24,7 @@ from binaryvit_hf.data.loading import load_images, relabel
 from binaryvit_hf.data.sampling import create_train_sampler
 from binaryvit_hf.data.transforms import TransformedImages, collate_images
 from binaryvit_hf.errors import UserError
+from binaryvit_hf.training.arguments import ModelArguments
 from binaryvit_hf.training.models import create_head
 from binaryvit_hf.training.run import main
 
@@ -410,7 +411,7 @@ def test_top_five_is_told_of_six_classes_or_more_wherever_accuracy_is(tmp_path, 
 
 
 def test_a_head_is_every_tensor_with_a_value_for_each_label():
-    assert create_head(tiny_config(), False).keys() == {"classifier.weight", "classifier.bias"}
+    assert create_head(ModelArguments(), tiny_config()).keys() == {"classifier.weight", "classifier.bias"}
 
 
 def decoded(dataset: TransformedImages, context: str) -> list[int]:

@@ -1,7 +1,6 @@
 """A complete ablation: its runs, its interruption, its table and its errors."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -113,7 +112,11 @@ def test_wrong_calls_are_refused(folder, tmp_path, capsys):
     assert_refused(capsys, ["ablation", folder, tmp_path / "out", "--jobs", "0"], "--jobs")
 
 
-def test_students_come_seed_by_seed(folder, tmp_path):
-    ablation = Ablation(folder, tmp_path, (3, 4))
-    names = [re.search(r"binary-seed\d", " ".join(arguments)).group() for arguments in ablation.student_arguments()]
-    assert names == ["binary-seed3", "binary-seed4"]
+def test_the_teacher_comes_first_and_the_students_seed_by_seed(folder, tmp_path):
+    assert [run.name for run in Ablation(folder, tmp_path, (3, 4)).runs()] == ["vit", "binary-seed3", "binary-seed4"]
+
+
+def test_the_command_restores_the_handlers_of_signals(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert_refused(capsys, ["ablation", tmp_path, tmp_path / "out"], "table.json")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

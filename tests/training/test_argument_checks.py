@@ -8,7 +8,6 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from binaryvit_hf.argument_checks import check_supported
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.resources import shipped_configs
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
@@ -77,7 +76,7 @@ def test_every_argument_has_its_type_or_is_refused_in_one_sentence(wrong, tmp_pa
     ],
 )
 def test_the_message_for_a_wrong_value_names_its_flag(values, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("binaryvit_hf.argument_checks.get_available_reporting_integrations", list)
+    monkeypatch.setattr("binaryvit_hf.training.arguments.get_available_reporting_integrations", list)
     with pytest.raises(UserError) as error:
         parse_file(tmp_path, values)
     assert message in str(error.value)
@@ -134,7 +133,7 @@ def test_a_damaged_file_of_arguments_is_one_sentence(name, content, message, tmp
 )
 def test_unsupported_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        check_supported(DistillationTrainingArguments(str(tmp_path), use_cpu=True, **arguments))
+        DistillationTrainingArguments(str(tmp_path), use_cpu=True, **arguments).check_supported()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ...errors import UserError
 class CheckpointedCallback(TrainerCallback):
     """A callback that saves its tensors in every checkpoint, in a file of its own."""
 
-    file: str  # its name
+    file: str  # its name in the checkpoint
     checkpoint: Path | None = None  # folder that training resumes from
 
     @abstractmethod
