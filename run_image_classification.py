@@ -5,7 +5,7 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
     python run_image_classification.py configs/quickstart.json
     python run_image_classification.py --config_name binaryvit-small-patch4-224 --train_dir photos --do_train --do_eval
 
-The steps are in `binaryvit_hf/training`, in the order in which a run takes them:
+`run.py` of `binaryvit_hf/training` runs these steps:
 
 1. `command_line.py` parses flags and configuration files: one run, or a teacher's run and its student's.
 2. `preparation.py` checks arguments, images, labels and the output directory before any training.
@@ -13,7 +13,7 @@ The steps are in `binaryvit_hf/training`, in the order in which a run takes them
 4. `steps.py` trains, evaluates, tests, writes the model card and uploads.
 5. `trainer.py` holds the distillation loss, and saves checkpoints and packed weights.
 
-`run.py` calls them. An installed package does the same with `python -m binaryvit_hf.training`.
+An installed package does the same with `python -m binaryvit_hf.training`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """
-Times of forwards on the CPU, each network in its best ordinary setting: packed models on the engine's kernels, their
-simulation in PyTorch, and full-precision and int8 networks in PyTorch and onnxruntime.
+Times of forwards on the CPU: packed models on the engine's kernels, their simulation in PyTorch, and full-precision and
+int8 networks in PyTorch and onnxruntime. Each network has its best ordinary setting.
 
 Weights are random: the time of a forward does not depend on them.
 """
@@ -49,7 +49,7 @@ class Competitor:
     A model on an engine.
 
     Args:
-        file: the weights. The folder of a model of transformers also holds its config.
+        file: the weights. A model of transformers also has its config in this folder.
         load: `load(file, threads)` returns the forward.
     """
 
@@ -164,8 +164,7 @@ def compete(
                 "engine": competitor.engine,
                 "threads": threads,
                 "batch_size": batch_size,
-                **describe_seconds(times),
-                "images_per_second": batch_size / statistics.median(times),
+                **describe_seconds(times, batch_size),
                 "ratio": statistics.median(peer_seconds) / statistics.median(times),
                 "file_bytes": competitor.file.stat().st_size,
             }
@@ -177,7 +176,7 @@ def compete(
 
 
 def is_peer(competitor: Competitor) -> bool:
-    """Whether the ratios of all competitors are to this one."""
+    """Whether this is the competitor that all ratios are to."""
     return (competitor.model, competitor.engine) == (PEER, PEER_ENGINE)
 
 
@@ -252,7 +251,7 @@ def load_in_pytorch(
     change: Callable | None = None,
     kernels: str | None = None,
 ) -> Forward:
-    """The forward of a model of transformers: as `change` returns it, or on the engine's `kernels` if it is packed."""
+    """The forward of `change(model)`, or of the model itself. A packed model runs on the engine's `kernels`."""
     if kernels:
         os.environ[ENGINE_VARIABLE] = kernels
     torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """
 Interleaved timing: every competitor is a process of its own, and the processes run one at a time, in turns.
 
-Whatever else slows the machine down then slows all competitors alike.
+A load from elsewhere on the machine then slows all competitors alike.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ class Worker:
     A process that answers requests, one after the other.
 
     Args:
-        name: of the worker in messages.
-        create: a function of a module. The process calls `create(*arguments)` once; the result answers each request.
+        name: what error messages call the worker.
+        create: a top-level function. The process calls `create(*arguments)` once; the result answers each request.
     """
 
     def __init__(self, name: str, create: Callable, *arguments):
@@ -46,7 +46,7 @@ class Worker:
             self.pipe.send(message)
         try:
             answer = self.pipe.recv()
-        except (EOFError, ConnectionError) as error:  # no error in the pipe: the system killed it, for its memory
+        except (EOFError, ConnectionError) as error:  # the pipe has no error, so the system killed it for its memory
             raise UserError(f"{self.name} ran out of memory; try a smaller --batch-size.") from error
         if isinstance(answer, UserError):
             raise UserError(f"{self.name} failed: {answer}")
@@ -88,7 +88,11 @@ def wait_for_idle_threads() -> None:
             return
 
 
-def describe_seconds(seconds: Sequence[float]) -> dict:
-    """Median, and first and last decile, of two numbers or more."""
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return {"seconds": statistics.median(seconds), "seconds_10_90": [deciles[0], deciles[-1]]}
+def describe_seconds(seconds: Sequence[float], batch_size: int) -> dict:
+    """Median, first and last decile of the seconds of batches, two or more, and the images per second."""
+    deciles, median = statistics.quantiles(seconds, n=10, method="inclusive"), statistics.median(seconds)
+    return {
+        "seconds": median,
+        "seconds_10_90": [deciles[0], deciles[-1]],
+        "images_per_second": batch_size / median,
+    }

@@ -24,7 +24,7 @@ from ..network.configuration_binaryvit import BinaryViTConfig
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # typical of ImageNet, with files of about 110 kB
 CLASSES = 4
-DETAIL = 0.1  # the amplitude of noise is its scale to this power, which gives files of about that size
+DETAIL = 0.1  # the amplitude of noise is its scale to this power: chosen for files of about 110 kB
 WARM_UP = 4  # untimed batches
 
 

@@ -73,8 +73,7 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
         "results": [
             {
                 "contestant": str(competitor),
-                **describe_seconds(times),
-                "images_per_second": batch_size / statistics.median(times),
+                **describe_seconds(times, batch_size),
                 "peak_bytes": peak,
                 "ratio": statistics.median(times) / peer_seconds,
             }
@@ -136,7 +135,9 @@ def create_responder(competitor: Competitor, batch_size: int, device: str, threa
     def respond(message: str) -> float:
         if message == "peak":
             return torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
-        for _ in range(2):  # the first step refills the caches after the other competitors' turns, and is not counted
+        for _ in range(
+            2
+        ):  # the first step refills the caches after the other competitors' turns; only the second counts
             start = time.perf_counter()
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 loss = nn.functional.cross_entropy(model(images).logits, labels)

@@ -1,5 +1,5 @@
 """
-The command `binaryvit`: everything one does with a model besides training it.
+The command `binaryvit`: packs, converts, runs, measures and uploads models, and starts ablations.
 
 Each command is a module of its name with
 
@@ -12,12 +12,14 @@ Each command is a module of its name with
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | it failed, for example the upload, a run of an ablation or some of the images |
+| 1 | something failed, such as an upload, a run of an ablation, or some of the images |
 | 2 | wrong input (`UserError`, or a wrong argument) |
-| 130, 141 | interrupted; the reader of stdout has closed it |
+| 130 | interrupted by Ctrl-C |
+| 141 | the reader of stdout has closed it |
 
 Commands import PyTorch and transformers only inside of `run`: `--help` and wrong arguments do not wait for them.
-Only `run` imports `models.py` and `classification.py`, so these may import anything. No other room imports this one.
+Only `run` imports `models.py` and `classification.py`, so these may import anything. No other part of the package imports
+`cli`.
 """
 
 import argparse
@@ -35,7 +37,6 @@ from .common import print_error
 
 
 COMMANDS = ("pack", "convert", "ops", "classify", "push", "benchmark", "ablation", "doctor", "card")
-BROKEN_PIPE = 128 + 13  # the exit code that a shell reports for SIGPIPE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
-        return BROKEN_PIPE
+        return 128 + 13  # the exit code that a shell reports for SIGPIPE
     except (UserError, RunError, UploadError) as error:
         print_error(str(error))
         return 2 if isinstance(error, UserError) else 1

@@ -1,4 +1,4 @@
-"""`binaryvit ablation`: all rows and seeds of an experiment."""
+"""`binaryvit ablation`: trains all rows and seeds of an ablation."""
 
 import argparse
 import logging

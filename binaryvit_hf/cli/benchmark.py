@@ -1,4 +1,4 @@
-"""`binaryvit benchmark`: times of forwards, of training steps and of the image loader."""
+"""`binaryvit benchmark`: measures forwards, training steps or the image loader."""
 
 import argparse
 import importlib
@@ -13,7 +13,6 @@ from .common import needs_extra
 
 
 EXAMPLE = "binaryvit benchmark --threads 1 2 --batch-size 1 8 --plot latency.png"
-DEFAULT_ROW = "binaryvit-small-patch4-224"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--loader", action="store_true", help="measure image loading on one core, beside the paper's public code"
     )
-    parser.add_argument("--model", default=DEFAULT_ROW, help="row of configs/ (default %(default)s)")
+    parser.add_argument("--model", default="binaryvit-small-patch4-224", help="row of configs/ (default %(default)s)")
     parser.add_argument(
         "--batch-size",
         type=int,

@@ -1,4 +1,4 @@
-"""`binaryvit card`: the model card of a folder."""
+"""`binaryvit card`: writes the model card of a folder."""
 
 import argparse
 import sys

@@ -58,7 +58,7 @@ def preprocess(
     classifier: ImageClassificationPipeline, answer: Answer, background: str | None
 ) -> dict[str, torch.Tensor]:
     """Read the file of `answer` and return the inputs of the network. Sets `answer.transparent`."""
-    # Not `classifier.preprocess`: it first copies the picture twice.
+    # Not `classifier.preprocess`, which copies the picture twice.
     inputs = classifier.image_processor(images=read_picture(answer, background), return_tensors="pt")
     return dict(inputs.to(classifier.dtype))
 

@@ -1,4 +1,4 @@
-"""`binaryvit classify`: labels of image files."""
+"""`binaryvit classify`: prints the most likely labels of image files."""
 
 import argparse
 import json

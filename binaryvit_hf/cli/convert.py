@@ -1,4 +1,4 @@
-"""`binaryvit convert`: a checkpoint of the paper's public code to a model of transformers."""
+"""`binaryvit convert`: converts a checkpoint of the paper's public code to a model of transformers."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`binaryvit doctor`: for bug reports."""
+"""`binaryvit doctor`: describes this machine, for bug reports."""
 
 import argparse
 
@@ -7,7 +7,7 @@ EXAMPLE = "binaryvit doctor"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes no arguments."""
+    """`doctor` takes no arguments."""
 
 
 def run(options: argparse.Namespace) -> None:

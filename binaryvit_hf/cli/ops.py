@@ -1,4 +1,4 @@
-"""`binaryvit ops`: what a network costs."""
+"""`binaryvit ops`: counts the operations and bytes of a network."""
 
 import argparse
 import json

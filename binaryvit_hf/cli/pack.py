@@ -1,4 +1,4 @@
-"""`binaryvit pack`: latent weights to a packed checkpoint."""
+"""`binaryvit pack`: packs latent weights into a checkpoint of single bits."""
 
 import argparse
 import shutil

@@ -1,4 +1,4 @@
-"""`binaryvit push`: a trained model to the Hub."""
+"""`binaryvit push`: uploads a trained model to the Hub."""
 
 import argparse
 import shutil

@@ -4,7 +4,7 @@ Images and labels for training and evaluation.
 Input: image folders, files, datasets of the Hub or of this machine, and `DataArguments` that choose them.
 Output: `torch` datasets of `pixel_values` and `labels`, samplers, and one-sentence errors about unusable images.
 
-The way of an image, in the order of the files:
+The files, in the order in which an image passes them:
 
 1. `arguments` and `augmentation` declare the command line's arguments.
 2. `loading` chooses the splits. It uses `image_folders` (with `image_files`), `known_datasets` and `streaming`. `schema`
@@ -16,5 +16,5 @@ The way of an image, in the order of the files:
    processor instead.
 6. `model_inputs` creates and measures image processors, and converts a student's batch for its teacher.
 
-This package knows the size, mean and standard deviation of a network's input. It knows neither weights nor the training loop.
+These files know the size, mean and standard deviation of a network's input. They know neither weights nor the training loop.
 """

@@ -72,22 +72,17 @@ class DataArguments(AugmentationArguments):
     def __post_init__(self):
         super().__post_init__()
         check_background(self.background)
-        if (self.train_files or self.validation_files) and (
-            not self.dataset_name or self.dataset_name in KNOWN_DATASETS
-        ):
+        has_files = bool(self.dataset_name) and self.dataset_name not in KNOWN_DATASETS
+        if (self.train_files or self.validation_files) and not has_files:
             raise ValueError(
                 "--train_files and --validation_files are patterns of files in a dataset: give its --dataset_name."
             )
-        if self.streaming:
-            self.check_streaming()
-
-    def check_streaming(self):
-        if not self.dataset_name or self.dataset_name in KNOWN_DATASETS:
+        if self.streaming and not has_files:
             raise ValueError(
                 "--streaming needs a --dataset_name of the Hub or a local path; image folders are never copied."
             )
         for name in ("skip_broken_images", "train_val_split"):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if self.streaming and getattr(self, name):
                 raise ValueError(
                     f"--{name} needs all images before training, but --streaming reads them during training: leave one out."
                 )

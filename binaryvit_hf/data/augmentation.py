@@ -1,4 +1,4 @@
-"""Augmentation: of each training image when it is read, and mixing of whole batches on the device."""
+"""Augmentation of single training images when they are read, and mixing of whole batches on the device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,12 +59,12 @@ def create_rand_augment(policy: str, size: tuple[int, int], mean: tuple[float, .
 def create_train_transform(
     arguments: AugmentationArguments, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> v2.Compose:
-    """Random augmentation of a crop `uint8 (3, height, width)` to a normalised float tensor of the same shape."""
+    """Create the random augmentation of a crop: `uint8 (3, height, width)` to a normalised float tensor of this shape."""
     distort = []
     if arguments.rand_augment is not None:
         distort.append(create_rand_augment(arguments.rand_augment, size, tuple(mean)))
     elif arguments.color_jitter > 0:
-        distort.append(v2.ColorJitter(*3 * [arguments.color_jitter]))
+        distort.append(v2.ColorJitter(*[arguments.color_jitter] * 3))  # brightness, contrast and saturation
     if distort:
         distort = [v2.ToPILImage(), *distort, v2.PILToTensor()]
     erase = []

@@ -19,7 +19,7 @@ QUOTED = "\0"  # marks a quoted path; file names cannot contain it
 
 def open_encoded(encoded: dict | None) -> Image.Image:
     """
-    Open an image of a dataset, `{"bytes", "path"}`. Its header is read, and its pixels are not.
+    Open an image of a dataset, `{"bytes", "path"}`. This reads its header, not its pixels.
 
     Raises:
         Exception: the image is missing, or Pillow cannot open it.

@@ -25,10 +25,10 @@ from .decoding import draft, is_jpeg, open_encoded, unquote_path
 from .streaming import ImageSplits, ImageStream
 
 
-MAX_EMBEDDED_HEADERS = 100_000  # headers read of images inside a dataset: the disk must read the whole image
+MAX_EMBEDDED_HEADERS = 100_000  # images inside a dataset whose header is checked: it is read with the whole image
 MAX_STREAMED_IMAGES = 100  # evaluation images of a stream that are downloaded and decoded
 MAX_DECODED_IMAGES = 1000  # opaque training images that are decoded to find those of one colour
-IMAGES_PER_READ = 16  # of a thread
+IMAGES_PER_READ = 16  # that a thread reads at once
 
 LARGE_IMAGE_PIXELS = 2**25
 LARGE_IMAGE_LOCK = threading.Lock()  # one thread at a time decodes an image with more pixels
@@ -47,10 +47,12 @@ def check_images(
     """
     Stop at broken images, or leave them out. Warn of images that are transparent or of one colour.
 
-    - Headers: every image; of images inside a dataset at most 100,000, evenly spaced.
-    - Pixels: images that may be transparent, and at most 1,000 other training images, evenly spaced. With `skip_broken`
-      every image.
-    - Streams: the pixels of the first 100 evaluation images.
+    It checks
+
+    - the headers of all image files, and of at most 100,000 images inside a dataset, evenly spaced,
+    - the pixels of images that may be transparent, and of at most 1,000 other training images, evenly spaced,
+    - with `skip_broken`, the pixels of every image,
+    - in a stream, the pixels of the first 100 evaluation images.
 
     Args:
         skip_broken: leave out broken images.
@@ -199,7 +201,7 @@ def see_appearance(background: str | None, encoded: dict | None) -> Appearance:
 
 
 def lock_if_large(image: Image) -> contextlib.AbstractContextManager:
-    """Several threads that decode large images at once would run out of memory."""
+    """A lock for large images, which only one thread may decode at a time: several at once would run out of memory."""
     return LARGE_IMAGE_LOCK if image.width * image.height > LARGE_IMAGE_PIXELS else contextlib.nullcontext()
 
 

@@ -11,7 +11,6 @@ from PIL import Image as PILImage
 
 
 DIGITS = "sklearn-digits"
-DIGITS_HELD_OUT = 5  # every fifth digit is for validation
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_HUB_ID = "zalandoresearch/fashion_mnist"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -19,18 +18,9 @@ KNOWN_DATASETS = {
     DIGITS: "the 1,797 digits that scikit-learn ships",
     FASHION_MNIST: "Debian's dataset-fashion-mnist if it is installed, else the Hub's",
 }
-# The names in the Hub's copy.
-FASHION_MNIST_CLASSES = (
-    "T - shirt / top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+FASHION_MNIST_CLASSES = (  # as in the Hub's copy
+    *("T - shirt / top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 
 
@@ -47,7 +37,7 @@ def load_digits_splits() -> dict[str, Dataset]:
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")
-    held_out = np.arange(len(pixels)) % DIGITS_HELD_OUT == 0
+    held_out = np.arange(len(pixels)) % 5 == 0
     names = [str(name) for name in range(10)]
     return {
         "train": encode_images(pixels[~held_out], digits.target[~held_out], names),

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from ..errors import UserError
 
 
-# Ignored spaces and punctuation. Kept: between digits (1.5 is not 15), and the minus sign of a number.
+# Spaces and punctuation that a comparison ignores. It keeps them between digits (1.5 is not 15), and the minus sign of a number.
 IGNORED_CHARACTERS = re.compile(
     r"""(?!(?<![^\W_])-\.?\d)(?:(?<!\d)[\s_'\u2019\u2018"./&()-]|[\s_'\u2019\u2018"./&()-](?!\d))"""
 )
@@ -72,8 +72,7 @@ def first_difference(model_labels: list[str], labels: list[str]) -> int | None:
     """
     The first index at which two lists of the same length name different classes; `None` if there is none.
 
-    Copies of ImageNet's names differ in case, spaces, hyphens, apostrophes and the number of synonyms. These differences
-    are ignored.
+    It ignores how copies of ImageNet's names differ: in case, spaces, hyphens, apostrophes and the number of synonyms.
     """
     # The exact name of another class is not a spelling of this one: C, C# and C++; A and a.
     others = {label for model_label, label in zip(model_labels, labels) if model_label != label}

@@ -91,7 +91,7 @@ def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, 
             f"--dataset_name {arguments.dataset_name!r} has no split to evaluate on, and a stream cannot be divided; name "
             "one with --validation_split_name."
         )
-    # A dataset declares the number of images in all of its files, not in some of them.
+    # The number that a dataset declares is for all of its files.
     some_files = arguments.train_files or arguments.validation_files or Path(arguments.dataset_name).is_file()
     streams = {
         split: ImageStream(dataset, None if some_files else declared_num_images(dataset))

@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -48,7 +50,7 @@ def create_image_processor(config, crop_pct: float, like: ModelInput | None = No
     An image processor that resizes the shorter side to `image_size / crop_pct` (bicubic), crops the centre and normalises.
 
     Args:
-        config: of the model.
+        config: the model's config.
         like: an RGB input with the mean and standard deviation to use. Default: ImageNet's.
 
     Raises:
@@ -88,24 +90,20 @@ def describe_input(
         UserError: the processor fails, or does more than resize, crop, reorder channels, scale and shift.
     """
     shapes = (image_size,) * 3 if image_size else (WIDE, TALL, SQUARE)
-    black, white, color = (
-        process_uniform(processor, shape, rgb, model_name) for shape, rgb in zip(shapes, (BLACK, WHITE, COLOR))
-    )
+    unsupported = partial(unsupported_processor, processor, model_name)
+    images = zip(shapes, (BLACK, WHITE, COLOR))
+    black, white, color = (process_uniform(processor, shape, rgb, unsupported) for shape, rgb in images)
     if not black.shape == white.shape == color.shape:
-        raise unsupported_processor(
-            processor, model_name, "returns images of different sizes, which cannot form a batch"
-        )
+        raise unsupported("returns images of different sizes, which cannot form a batch")
     size = tuple(black.shape[1:])
     black, white, color = (image.double().flatten(1) for image in (black, white, color))
     span, shift = (white - black).mean(1), black.mean(1)
     ripple = max((image.amax(1) - image.amin(1)).max() for image in (black, white, color))
     if not (span.isfinite().all() and ripple < 1e-3 * span.abs().min()):
-        raise unsupported_processor(processor, model_name, "pads images, or scales them to nothing")
+        raise unsupported("pads images, or scales them to nothing")
     channels = recognise_channels((255 * (color.mean(1) - shift) / span).tolist())
     if channels is None:
-        raise unsupported_processor(
-            processor, model_name, "mixes channels, or changes values by more than a factor and a shift"
-        )
+        raise unsupported("mixes channels, or changes values by more than a factor and a shift")
     order = [channels.index(channel) for channel in RGB]
     mean, std = (0 - shift / span)[order].tolist(), (1 / span)[order].tolist()
     mean = prefer_stated(mean, getattr(processor, "image_mean", None))
@@ -120,19 +118,17 @@ def recognise_channels(values: list[float]) -> tuple[int, ...] | None:
     return channels if exact and sorted(channels) == list(RGB) else None
 
 
-def process_uniform(processor, size: tuple[int, int], rgb: tuple[int, int, int], model_name: str) -> torch.Tensor:
-    """`(3, height, width)` of an image of one colour."""
+def process_uniform(
+    processor: BaseImageProcessor, size: tuple[int, int], rgb: tuple[int, int, int], unsupported: Callable
+) -> torch.Tensor:
+    """The tensor `(3, height, width)` of an image of one colour; raises `unsupported(reason)` if there is none."""
     try:
         image = Image.new("RGB", size[::-1], rgb)
         pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     except Exception as error:  # processors raise any exception
-        raise unsupported_processor(
-            processor, model_name, f"fails on an image of {size[0]} x {size[1]}: {first_sentence(error)}"
-        ) from error
+        raise unsupported(f"fails on an image of {size[0]} x {size[1]}: {first_sentence(error)}") from error
     if pixel_values.dim() != 4 or pixel_values.shape[:2] != (1, 3):
-        raise unsupported_processor(
-            processor, model_name, f"returns {tuple(pixel_values.shape)} for one image, not (1, 3, height, width)"
-        )
+        raise unsupported(f"returns {tuple(pixel_values.shape)} for one image, not (1, 3, height, width)")
     return pixel_values[0]
 
 
@@ -166,9 +162,8 @@ class InputAdapter(nn.Module):
         self.size = None if wanted.size == given.size else wanted.size
         order = [given.channels.index(channel) for channel in wanted.channels]
         numbers = (given.mean, given.std, wanted.mean, wanted.std)
-        given_mean, given_std, mean, std = torch.tensor(numbers, dtype=torch.float64)[
-            :, list(wanted.channels), None, None
-        ]
+        rows = torch.tensor(numbers, dtype=torch.float64)[:, list(wanted.channels), None, None]
+        given_mean, given_std, mean, std = rows
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("scale", (given_std / std).float(), persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std).float(), persistent=False)

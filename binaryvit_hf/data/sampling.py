@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from .streaming import ImageStream
 
 
-# The generator of numpy inside `seeded_rng`. To exchange generators takes 1 % of the time to save and restore a state.
+# The generator of numpy inside `seeded_rng`. Exchanging generators takes 1 % of the time of saving and restoring a state.
 SEEDED_GENERATOR = np.random.MT19937(0)
 
 
@@ -36,8 +36,8 @@ def create_train_sampler(
     dataset: Dataset, repeats: int, batch_size: int, num_processes: int, seed: int
 ) -> "TrainSampler | StreamSampler":
     """
-    A `StreamSampler` for a dataset with a `stream`, a `TrainSampler` for others. The latter yields `SampleKey`s if the
-    dataset has `accepts_sample_keys`.
+    A `StreamSampler` for a dataset with a `stream`, a `TrainSampler` for others. The `TrainSampler` yields `SampleKey`s if
+    the dataset has `accepts_sample_keys`, otherwise indices.
     """
     stream = getattr(dataset, "stream", None)
     if stream is not None:
@@ -55,10 +55,10 @@ class TrainSampler(Sampler):
     image, as far as there are enough processes.
 
     Args:
-        num_images: of the dataset.
-        repeats: of each image in an epoch.
-        batch_size: per process.
-        num_processes: that share the batches.
+        num_images: number of images in the dataset.
+        repeats: number of times that an epoch shows an image.
+        batch_size: batch size of one process.
+        num_processes: number of processes that share the batches.
         seed: the seed and the epoch determine the order. It is the same in all processes.
         yield_keys: yield a `SampleKey` instead of the image's index.
     """
@@ -95,9 +95,9 @@ class StreamSampler(Sampler):
 
     Args:
         stream: its `len` is the length of an epoch.
-        repeats: of each image in an epoch.
-        batch_size: per process.
-        num_processes: that share the batches.
+        repeats: number of times that an epoch shows an image.
+        batch_size: batch size of one process.
+        num_processes: number of processes that share the batches.
     """
 
     def __init__(self, stream: ImageStream, repeats: int = 1, batch_size: int = 1, num_processes: int = 1):
@@ -137,8 +137,8 @@ def interleave_processes(items: Iterable, batch_size: int, num_processes: int) -
 @contextlib.contextmanager
 def seeded_rng(*seeds: int) -> Iterator[None]:
     """
-    Inside this context the random numbers of Python, numpy and torch on the CPU depend on the seeds alone. Afterwards the
-    generators continue from their states of before.
+    Make the random numbers of Python, numpy and torch on the CPU depend on the seeds alone inside this context. The earlier
+    states of the generators are restored at its end.
     """
     states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])

@@ -11,7 +11,6 @@ from ..errors import UserError, first_sentence
 
 
 CLASS_NAMES = "classnames.txt"  # beside the archives of a WebDataset
-DEFAULT_COLUMNS = {"image": "image", "label": "label"}
 STRINGS = ("string", "large_string", "string_view")
 BINARIES = ("binary", "large_binary", "binary_view")
 
@@ -63,7 +62,7 @@ def find_column(kind: str, wanted: str, features: Features) -> str:
         candidates = [name for name, feature in features.items() if is_image_file(feature)]
     else:  # WebDatasets call it cls
         candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel) or name == "cls"]
-    if wanted == DEFAULT_COLUMNS[kind] and len(candidates) == 1:
+    if wanted == kind and len(candidates) == 1:  # the default name of a column is its kind
         return candidates[0]
     raise UserError(
         f"The dataset has no column {wanted!r}; it has {', '.join(map(repr, features))}. "
@@ -109,9 +108,8 @@ def locate_image(folders: list[Path], encoded: dict | None) -> dict | None:
     path = None if encoded is None else encoded.get("path")
     if encoded is None or path is None or "://" in path or Path(path).is_absolute():
         return encoded
-    found = [
-        folder / path for folder in folders if os.path.isfile(folder / path)
-    ]  # isfile is also False for strings that cannot be paths
+    # `os.path.isfile` is also False for strings that cannot be paths.
+    found = [folder / path for folder in folders if os.path.isfile(folder / path)]
     if found and len(folders) > 1:
         raise UserError(
             f"The path {path!r} may be relative to {str(folders[0])!r} or to {str(folders[1])!r}; write absolute paths into the "

@@ -37,7 +37,7 @@ class ImageStream:
         return f"{number}, in {self.dataset.num_shards} shards"
 
     def shuffle(self, seed: int, buffer_size: int) -> "ImageStream":
-        """Shuffles the shards anew in each epoch, and images within a buffer of `buffer_size`."""
+        """The stream in another order: shuffles shards in each epoch, and images within a buffer of `buffer_size`."""
         return ImageStream(self.dataset.shuffle(seed=seed, buffer_size=buffer_size), self.num_images)
 
     def take(self, most: int) -> "ImageStream":

@@ -28,9 +28,9 @@ class TransformedImages(torch.utils.data.Dataset):
 
     Args:
         images: columns `image` (encoded) and `label`.
-        decode: of an encoded image.
-        transform: of a decoded image.
-        seed: of the random numbers.
+        decode: function of an encoded image.
+        transform: function of a decoded image.
+        seed: seed of the random numbers.
     """
 
     accepts_sample_keys = True  # read by `sampling.create_train_sampler`

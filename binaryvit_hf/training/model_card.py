@@ -131,7 +131,7 @@ def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:
     """Bytes of the model's weights, its latent weights and its teacher's weights, without zeros."""
     packed = bool(read_json(folder / "config.json").get("quantization_config"))
     sizes = {
-        "packed, a bit a weight" if packed else "float32": weight_bytes(folder),
+        "packed, one bit per weight" if packed else "float32": weight_bytes(folder),
         "latent, float32": weight_bytes(folder / LATENT),
         "its teacher": results.get("teacher_bytes", 0),
     }

@@ -1,4 +1,4 @@
-"""What training images go through, one by one, in batches and in order."""
+"""Augmentation of single images, mixing of batches, and the order of training images."""
 
 import random
 
@@ -49,7 +49,7 @@ def test_each_augmentation_changes_the_image_and_repeats_with_its_seed(arguments
     assert torch.equal(image, transform(**arguments))
 
 
-def test_colours_are_not_changed_twice():
+def test_rand_augment_replaces_color_jitter():
     policy = {"rand_augment": "rand-m9-mstd0.5-inc1"}
     assert torch.equal(transform(**policy), transform(**policy, color_jitter=0.9))
 
@@ -73,7 +73,7 @@ def test_erasing_fills_a_rectangle_with_noise_and_leaves_the_rest():
     ],
     ids=str,
 )
-def test_senseless_arguments_are_refused(arguments):
+def test_invalid_augmentation_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         AugmentationArguments(**arguments)
 
@@ -86,10 +86,10 @@ def test_nothing_is_mixed_unless_asked():
 
 
 @pytest.mark.parametrize("kind", ["mixup_alpha", "cutmix_alpha"])
-def test_labels_are_shared_as_the_images_are(kind):
+def test_labels_are_mixed_in_the_shares_of_the_images(kind):
     set_seed(0)
     images, labels = create_mix(AugmentationArguments(**{kind: 1.0}), 4)(IMAGES, LABELS)
-    share = labels[0, 0].item()  # of image 0, the rest of it is image 4, which went before
+    share = labels[0, 0].item()  # image 0 is mixed with image 4, the one before it in the circle
     assert 0 < share < 1
     expected = share * torch.eye(4)[LABELS] + (1 - share) * torch.eye(4)[LABELS.roll(1)]
     torch.testing.assert_close(labels, expected)
@@ -112,7 +112,7 @@ def test_switch_chooses_between_mixup_and_cutmix(switch, mixes_pixels):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_repeats_fall_to_different_processes_and_an_epoch_is_as_long_as_ever(num_processes):
+def test_different_processes_get_the_repeats_of_an_image_and_the_epoch_keeps_its_length(num_processes):
     sampler = TrainSampler(48, repeats=3, batch_size=4, num_processes=num_processes, seed=7)
     shards = [
         BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), num_processes, process)
@@ -142,7 +142,7 @@ def draw() -> tuple:
     return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def test_random_numbers_of_a_showing_are_its_own_and_leave_the_others_alone():
+def test_a_sample_key_determines_the_random_numbers_and_outer_generators_are_unchanged():
     set_seed(0)
     expected = draw(), draw()
     set_seed(0)
@@ -157,7 +157,7 @@ def test_random_numbers_of_a_showing_are_its_own_and_leave_the_others_alone():
             assert draw() != inside
 
 
-def test_epochs_have_orders_of_their_own_and_seeds_too():
+def test_the_order_depends_on_the_epoch_and_on_the_seed():
     sampler = TrainSampler(30, repeats=2, batch_size=4, num_processes=2, seed=7)
     first = list(sampler)
     assert list(sampler) == first

@@ -1,4 +1,4 @@
-"""Datasets as people have them: kinds of columns, paths beside a table, missing labels and splits, and models' own labels."""
+"""Datasets of many forms: types of columns, relative paths, missing labels and splits, and models with other labels."""
 
 import json
 import multiprocessing
@@ -76,7 +76,7 @@ def pictures(tmp_path) -> list[Path]:
     ],
     ids=str,
 )
-def test_images_are_bytes_or_paths_of_every_kind_that_a_table_has(pictures, tmp_path, kind, streaming):
+def test_images_are_bytes_or_paths_in_columns_of_every_type(pictures, tmp_path, kind, streaming):
     whole = {"bytes": [encode(number) for number in range(4)], "path": list(map(str, pictures))}
     if pa.types.is_struct(kind):
         names = [field.name for field in kind]
@@ -111,7 +111,7 @@ def test_images_are_bytes_or_paths_of_every_kind_that_a_table_has(pictures, tmp_
     ],
     ids=str,
 )
-def test_labels_are_names_or_whole_numbers_of_every_kind(tmp_path, kind, labels, names):
+def test_labels_are_names_or_whole_numbers_of_every_type(tmp_path, kind, labels, names):
     table = write_table(tmp_path / "table", pa.array([encode(0)] * 3), pa.array(labels, kind))
     write_table(table, pa.array([encode(0)] * 3), pa.array(labels, kind), "test")
     images = load(table)
@@ -120,13 +120,13 @@ def test_labels_are_names_or_whole_numbers_of_every_kind(tmp_path, kind, labels,
         assert [names[index] for index in images[split]["label"]] == list(map(str, labels))
 
 
-def test_numbers_with_a_fraction_are_no_classes(tmp_path):
+def test_labels_with_a_fraction_are_refused(tmp_path):
     table = write_table(tmp_path / "table", pa.array([encode(0)] * 2), pa.array([0.0, 0.5]))
     with pytest.raises(UserError, match=r"column of labels contains 0.5.*--label_column_name"):
         load(table)
 
 
-def test_the_one_column_that_can_only_be_of_images_is_found(tmp_path):
+def test_the_only_column_of_images_is_found(tmp_path):
     picture = pa.array([{"bytes": encode(0), "path": None}] * 2, struct(bytes=pa.binary(), path=pa.string()))
     columns = {"jpeg": picture, "name": ["a", "b"], "size": [{"width": 1}] * 2, "label": ["ant", "bee"]}
     (tmp_path / "table").mkdir()
@@ -142,7 +142,7 @@ def test_paths_of_a_table_are_relative_to_it(pictures, tmp_path, suffix, file, m
     shutil.copytree("pictures", "data/tables/pictures")
     shutil.copytree("pictures", "data/more")
     rows = [(f"pictures/{number}.jpg", "ant" if number % 2 else "bee") for number in range(3)]
-    rows.append((str(tmp_path / "data/more/3.jpg"), "ant"))  # an absolute one stays what it is
+    rows.append((str(tmp_path / "data/more/3.jpg"), "ant"))  # an absolute path is kept
     mark = "\t" if suffix == "tsv" else ","
     lines = [mark.join(row) for row in [("image", "label"), *rows]]
     if suffix == "jsonl":
@@ -168,8 +168,8 @@ def test_a_path_that_is_relative_to_one_of_several_tables_is_refused(pictures, t
         load(tmp_path / "data", train_files="*/train-*.csv")
 
 
-def test_a_path_that_is_in_no_folder_is_left(pictures, tmp_path):
-    names = ["pictures/9.jpg", f"{9:0300d}.jpg", "https://example.org/9.jpg"]  # the second longer than a name may be
+def test_a_path_in_none_of_the_folders_is_unchanged(pictures, tmp_path):
+    names = ["pictures/9.jpg", f"{9:0300d}.jpg", "https://example.org/9.jpg"]  # the second is too long for a file name
     (tmp_path / "train.csv").write_text(
         "image,label\n" + "".join(f"{name},{index}\n" for index, name in enumerate(names))
     )
@@ -177,7 +177,7 @@ def test_a_path_that_is_in_no_folder_is_left(pictures, tmp_path):
     assert sorted(row["image"]["path"] for part in images.values() for row in part) == sorted(names)
 
 
-def test_files_are_chosen_in_a_folder_alone(pictures, tmp_path):
+def test_patterns_of_files_need_a_folder(pictures, tmp_path):
     (tmp_path / "train.csv").write_text("image,label\npictures/0.jpg,ant\npictures/1.jpg,bee\n")
     with pytest.raises(UserError, match="is a file: give its folder"):
         load(tmp_path / "train.csv", validation_files="test.csv")
@@ -207,7 +207,7 @@ def write_splits(folder: Path, **splits: list[int | None]) -> Path:
     return folder
 
 
-def test_a_test_split_without_labels_is_not_evaluated_on_by_default(tmp_path, caplog):
+def test_a_test_split_without_labels_is_not_used_for_evaluation_by_default(tmp_path, caplog):
     folder = write_splits(tmp_path / "data", train=[0, 1] * 4, test=[-1, -1])
     images = load(folder)
     assert (len(images["train"]), len(images["validation"])) == (6, 2)
@@ -234,7 +234,7 @@ def test_images_without_labels_are_counted_and_refused(tmp_path, splits, argumen
         load(write_splits(tmp_path / "data", **splits), **arguments)
 
 
-def test_a_label_that_is_no_number_is_missing(tmp_path):
+def test_a_nan_label_is_a_missing_label(tmp_path):
     labels = pa.array([1, 0, float("nan")])
     with pytest.raises(UserError, match=r"1 of the 3 train images have no label \(nan\)"):
         load(write_table(tmp_path / "table", pa.array([encode(0)] * 3), labels))
@@ -247,7 +247,7 @@ def test_a_number_that_is_missing_in_a_table_is_a_missing_label(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [[-1, -1], [0, -1]], ids=["none", "some"])
-def test_a_stream_without_labels_is_refused_before_training_or_as_it_comes(tmp_path, labels):
+def test_a_stream_without_labels_is_refused_before_training_or_while_it_is_read(tmp_path, labels):
     folder = write_splits(tmp_path / "data", train=[0, 1], validation=labels)
     validation = load(folder, streaming=True)["validation"]
     with pytest.raises(UserError, match=r"validation images has no label \(-1\)"):
@@ -289,7 +289,7 @@ def test_a_table_that_gives_no_images_is_refused_with_the_reason(tmp_path, conte
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Two images of each of three classes, one colour each."""
+    """Three classes of two images; each class has one colour."""
     for name, color in COLORS.items():
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(2):
@@ -299,7 +299,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """Knows four classes in an order of its own; in evaluation it tells the colours of three."""
+    """A model with random weights and four classes, in another order than the photos; one class has no photos."""
     fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     names = {0: "cat", 1: "dog", 2: "ant", 3: "bee"}
     torch.manual_seed(0)
@@ -326,7 +326,7 @@ def test_holding_out_without_training_images_is_refused(photos, model, tmp_path,
 
 
 def test_a_model_is_evaluated_by_its_own_labels(photos, model, tmp_path):
-    """Of images without one of its classes, in another order, and of one class alone: as of all, image by image."""
+    """The loss over all photos is the mean of the losses without one class and of this class alone."""
     losses = []
     for missing in ((), ("cat",), ("ant", "bee")):
         part = shutil.copytree(photos, tmp_path / f"without-{'-'.join(missing)}")
@@ -335,7 +335,7 @@ def test_a_model_is_evaluated_by_its_own_labels(photos, model, tmp_path):
         flags = ["--do_eval", "--per_device_eval_batch_size=2", "--dataloader_drop_last", "--validation_dir", part]
         assert run(tmp_path, "--model_name_or_path", model, *flags) == 0
         results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-        assert "eval_top5_accuracy" not in results  # of four classes
+        assert "eval_top5_accuracy" not in results  # it has four classes
         losses.append((results["eval_loss"], results["eval_samples"]))
     (whole, count), (without_cat, _), (cat, _) = losses
     assert count == 6
@@ -351,9 +351,7 @@ def test_labels_of_a_dataset_become_the_models_own(tmp_path, streaming):
     assert [row["image"]["bytes"] for row in rows] == [encode(0), encode(1)]
 
 
-def test_images_of_a_class_that_the_model_does_not_know_are_refused_without_advice_to_forget_its_head(
-    photos, model, tmp_path, capfd
-):
+def test_images_of_an_unknown_class_are_refused_without_advice_to_start_a_new_head(photos, model, tmp_path, capfd):
     (photos / "cat").rename(photos / "cow")
     for flags in ([], ["--ignore_mismatched_sizes"]):
         assert run(tmp_path, "--model_name_or_path", model, "--do_eval", "--validation_dir", photos, *flags) == 2
@@ -376,7 +374,7 @@ def test_a_head_of_random_weights_is_neither_evaluated_nor_a_teacher(photos, mod
 
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cow"], ["ant", "bee", "cow", "dog"]], ids=["as many", "more"])
-def test_a_new_head_begins_for_other_labels_however_many_there_are(photos, tmp_path, names, capfd):
+def test_a_new_head_is_started_for_other_labels_of_any_number(photos, tmp_path, names, capfd):
     old = tiny_model(tiny_config(num_labels=len(names), id2label=dict(enumerate(names))))
     old.save_pretrained(tmp_path / "old")
     flags = ["--do_train", "--train_dir", photos, "--max_steps=1", "--save_packed=False", "--learning_rate=0"]
@@ -394,7 +392,7 @@ def test_a_new_head_begins_for_other_labels_however_many_there_are(photos, tmp_p
 
 
 @pytest.mark.parametrize("num_classes", [5, 6])
-def test_top_five_is_told_of_six_classes_or_more_wherever_accuracy_is(tmp_path, num_classes):
+def test_top_five_accuracy_is_reported_for_six_classes_or_more(tmp_path, num_classes):
     for name in map(str, range(num_classes)):
         (tmp_path / "photos" / name).mkdir(parents=True)
         PILImage.new("RGB", (32, 16), (40 * int(name), 0, 0)).save(tmp_path / "photos" / name / "0.png")
@@ -410,7 +408,7 @@ def test_top_five_is_told_of_six_classes_or_more_wherever_accuracy_is(tmp_path, 
     assert ("top-5" in (tmp_path / "out" / "README.md").read_text()) == (num_classes > 5)
 
 
-def test_a_head_is_every_tensor_with_a_value_for_each_label():
+def test_the_head_is_every_tensor_whose_shape_depends_on_the_number_of_labels():
     assert create_head(ModelArguments(), tiny_config()).keys() == {"classifier.weight", "classifier.bias"}
 
 
@@ -436,7 +434,7 @@ def transformed(arguments: DataArguments) -> TransformedImages:
 
 
 @pytest.mark.parametrize("context, streaming", [("spawn", False), ("forkserver", True)])
-def test_workers_that_share_no_memory_decode_folders_and_streams(photos, tmp_path, context, streaming):
+def test_workers_that_are_not_forked_decode_folders_and_streams(photos, tmp_path, context, streaming):
     if not streaming:
         dataset = transformed(DataArguments(train_dir=str(photos), validation_dir=str(photos)))
         assert decoded(dataset, context) == [0, 0, 1, 1, 2, 2]

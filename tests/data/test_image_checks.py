@@ -22,7 +22,7 @@ from binaryvit_hf.training.run import main
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype("uint8"))
-# Black shapes on a transparent ground whose hidden colour is black, too.
+# Black shapes on a transparent background. The background's hidden colour is black, too.
 SHAPE = Image.merge(
     "RGBA", (*3 * [Image.new("L", (32, 16))], PHOTO.getchannel("R").point(lambda value: 255 * (value > 99)))
 )
@@ -30,7 +30,7 @@ SHAPE = Image.merge(
 
 @pytest.fixture
 def photos(tmp_path):
-    """Of each of two classes five pictures without anything to say of them."""
+    """Two classes of five pictures that cause no warning."""
     for name in ("ant", "bee"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(5):
@@ -61,7 +61,7 @@ def embedded(*pictures: Image.Image | bytes, names: bool = False) -> dict[str, D
     return {"train": Dataset.from_dict(rows, features=features)}
 
 
-def test_ordinary_pictures_are_not_spoken_of(photos, caplog):
+def test_ordinary_pictures_cause_no_warning(photos, caplog):
     PHOTO.convert("RGBA").save(photos / "ant" / "opaque.png")
     images, broken = check(photos)
     assert (len(images["train"]), broken, caplog.text) == (11, [], "")
@@ -92,7 +92,7 @@ def test_training_pictures_of_one_colour_are_counted_and_named(photos, caplog):
     assert caplog.messages == [f"2 of 13 decoded training images are of one colour, '{photos}/bee/y.jpg' first."]
 
 
-def test_pictures_inside_of_a_dataset_are_looked_at_too(caplog):
+def test_pictures_inside_a_dataset_are_checked_too(caplog):
     check_images(embedded(PHOTO, PHOTO, SHAPE), skip_broken=False)
     assert "1 of the 3 train images are transparent in places, 'image 2' first." in caplog.text
     assert "1 of 3 decoded training images are of one colour" in caplog.text
@@ -106,7 +106,7 @@ def test_pictures_inside_of_a_dataset_are_looked_at_too(caplog):
     assert "1 of the 2 train images are transparent in places, '2.png' first." in caplog.text
 
 
-def test_of_a_stream_the_first_evaluation_pictures_are_looked_at(caplog, monkeypatch):
+def test_the_first_evaluation_pictures_of_a_stream_are_checked(caplog, monkeypatch):
     monkeypatch.setattr(image_checks, "MAX_STREAMED_IMAGES", 3)
     pictures = embedded(PHOTO, SHAPE, PHOTO, SHAPE, b"no image")["train"].to_iterable_dataset()
     streams = {"train": ImageStream(pictures, None), "validation": ImageStream(pictures, None)}
@@ -121,7 +121,7 @@ def test_of_a_stream_the_first_evaluation_pictures_are_looked_at(caplog, monkeyp
         check_images(streams, skip_broken=False)
 
 
-def test_of_many_pictures_an_evenly_spread_number_is_decoded(photos, monkeypatch, caplog):
+def test_a_limited_number_of_pictures_is_decoded_evenly_spaced(photos, monkeypatch, caplog):
     assert evenly_spaced(range(10), 4) == [0, 2, 5, 7]
     assert list(evenly_spaced(range(3), 4)) == [0, 1, 2]
     monkeypatch.setattr(image_checks, "MAX_DECODED_IMAGES", 2)
@@ -135,7 +135,7 @@ def test_of_many_pictures_an_evenly_spread_number_is_decoded(photos, monkeypatch
     assert len(kept["train"]) == 3
 
 
-def test_a_picture_that_is_cut_off_is_named_before_training_if_it_is_looked_at(photos):
+def test_a_truncated_picture_is_named_before_training_if_it_is_checked(photos):
     path = photos / "ant" / "0.png"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(
@@ -168,7 +168,7 @@ def test_float_pictures_of_no_known_range_are_refused_by_name(photos):
 
 
 def test_the_script_and_classify_agree_on_turned_transparent_and_16_bit_pictures(tmp_path, capsys, caplog):
-    """One step of training, then the accuracy of the script against the answers of `classify`."""
+    """After one step of training, the accuracy of the script equals the accuracy of the answers of `classify`."""
     caplog.set_level(logging.INFO)
     rng = np.random.default_rng(0)
     turned = Image.Exif()

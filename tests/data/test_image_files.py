@@ -1,4 +1,4 @@
-"""Folders and files as they are in the wild: which count as images, and what is said of those that do not."""
+"""Image files in folders and on the command line: which files count as images, and the messages about the others."""
 
 import glob
 import json
@@ -31,7 +31,7 @@ LEFT_OUT = ["Thumbs.db", "desktop.ini", "g", "h.pdf", "i.h5", "j.mpg", "k.eps", 
 
 @pytest.fixture
 def wild(tmp_path) -> Path:
-    """A folder with everything that there is."""
+    """A folder with images, other files, hidden files, links and special files."""
     folder = tmp_path / "wild"
     for name in (*IMAGES, *LEFT_OUT, ".git/m.png", "more/.ipynb_checkpoints/n.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def save(path: Path, image: Image.Image | None = None) -> Path:
 
 
 def cannot_be_read(monkeypatch, folder: Path) -> None:
-    """As `chmod 000` makes it, but for root too."""
+    """Make a folder unreadable like `chmod 000`, for root too."""
 
     def refuse(read):
         def refused(path):
@@ -83,7 +83,7 @@ def cannot_be_read(monkeypatch, folder: Path) -> None:
     monkeypatch.setattr(Path, "iterdir", lambda path: (path / name for name in os.listdir(path)))
 
 
-def test_images_of_a_folder_are_regular_files_that_are_called_so(wild):
+def test_images_of_a_folder_are_regular_files_with_an_images_extension(wild):
     found = find_images(wild)
     assert found.images == sorted(wild / name for name in [*IMAGES, "linked.png"])
     others = [*LEFT_OUT, ".git", "more/.ipynb_checkpoints", "fifo.png", "socket.png", "none.png", "loop"]
@@ -92,11 +92,11 @@ def test_images_of_a_folder_are_regular_files_that_are_called_so(wild):
 
 
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp", "gif", "JPG"])
-def test_what_torchvision_and_people_call_images_are_images(extension):
+def test_the_extensions_of_torchvision_and_other_common_ones_are_images(extension):
     assert is_image_name(f"a.{extension}")
 
 
-def test_a_link_to_a_folder_is_followed_where_it_is_the_folder_that_is_named(wild):
+def test_a_link_to_a_folder_is_followed_if_it_is_the_named_folder(wild):
     (wild.parent / "link").symlink_to("wild")
     assert len(find_images(wild.parent / "link").images) == len(find_images(wild).images)
 
@@ -118,7 +118,7 @@ def test_training_and_classify_see_the_same_files(wild, model, tmp_path, capsys,
     assert err.startswith(f"Left out 17 file(s) in {folder!r} that are hidden or have no image's extension, first ")
 
 
-def test_a_name_that_is_not_utf8_is_written_as_it_is(model, tmp_path, monkeypatch):
+def test_a_name_that_is_not_utf8_is_printed_unchanged(model, tmp_path, monkeypatch):
     save(tmp_path / NOT_UTF8)
     for encoding, written in (("utf-8", b"gr\xfcn.png"), ("ascii", rb"gr\udcfcn.png")):
         with open(tmp_path / "out", "w", encoding=encoding) as file:
@@ -134,7 +134,7 @@ def test_a_class_whose_name_is_not_utf8_is_refused(tmp_path):
         load_images(DataArguments(train_dir=str(tmp_path)), 0, None, None)
 
 
-def test_a_class_without_files_that_are_called_images_is_refused(tmp_path):
+def test_a_class_folder_without_image_files_is_refused(tmp_path):
     save(tmp_path / "ant" / "a.png")
     (tmp_path / "bee").mkdir()
     (tmp_path / "bee" / "0001").write_bytes((tmp_path / "ant" / "a.png").read_bytes())
@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_read_stops_training(tmp_path, monkeypatch, belo
 
 
 def test_a_folder_that_cannot_be_entered_stops_training(tmp_path, monkeypatch):
-    """As `chmod 400` makes it: names can be listed, files cannot be looked at."""
+    """Names in the folder can be listed but files cannot be read, as after `chmod 400`."""
     for name in ("ant", "bee"):
         save(tmp_path / name / "a.png")
 
@@ -164,9 +164,7 @@ def test_a_folder_that_cannot_be_entered_stops_training(tmp_path, monkeypatch):
         load_images(DataArguments(train_dir=str(tmp_path)), 0, None, None)
 
 
-def test_a_folder_that_cannot_be_read_does_not_keep_the_others_from_being_classified(
-    model, tmp_path, capsys, monkeypatch
-):
+def test_an_unreadable_folder_does_not_stop_the_classification_of_others(model, tmp_path, capsys, monkeypatch):
     save(tmp_path / "photos" / "a.png")
     save(tmp_path / "photos" / "more" / "b.png")
     cannot_be_read(monkeypatch, tmp_path / "photos" / "more")
@@ -175,7 +173,7 @@ def test_a_folder_that_cannot_be_read_does_not_keep_the_others_from_being_classi
     assert out.startswith(f"{tmp_path / 'photos' / 'a.png'}\n")
 
 
-def test_one_bad_file_does_not_lose_the_rest(wild, model, capsys):
+def test_classify_answers_the_other_files_beside_a_bad_one(wild, model, capsys):
     bad = [
         "h.pdf",
         "none.png",
@@ -204,7 +202,7 @@ def test_one_bad_file_does_not_lose_the_rest(wild, model, capsys):
     assert out.splitlines()[::4] == [str(wild / "b.png"), str(wild / "a.JPG")]
 
 
-def test_a_folder_without_images_among_others_is_an_error_and_alone_wrong_usage(model, tmp_path, capsys):
+def test_a_folder_without_images_exits_with_1_among_others_and_with_2_alone(model, tmp_path, capsys):
     save(tmp_path / "a.png")
     (tmp_path / "empty.png").mkdir()
     said = f"error: '{tmp_path / 'empty.png'}' has no files with an image's extension, such as .jpg.\n"
@@ -226,7 +224,7 @@ def test_patterns_find_what_glob_finds(wild, monkeypatch):
             assert {Path(name) for name in find_matches(top + pattern) if os.path.isfile(name)} == expected, pattern
 
 
-def test_a_pattern_does_not_follow_links_round_in_circles(model, tmp_path, capsys):
+def test_a_pattern_does_not_follow_circular_links(model, tmp_path, capsys):
     save(tmp_path / "photos" / "more" / "a.png")
     for name in ("again", "once_more"):
         (tmp_path / "photos" / "more" / name).symlink_to(tmp_path / "photos")
@@ -275,7 +273,7 @@ def test_errors_and_answers_of_many_files_keep_their_order(model, tmp_path, caps
         assert alone["labels"][0]["score"] == pytest.approx(answers[number]["labels"][0]["score"], rel=1e-5)
 
 
-def test_a_reader_that_has_read_enough_ends_a_command_quietly(model, tmp_path, monkeypatch, capsys):
+def test_a_closed_pipe_ends_a_command_quietly(model, tmp_path, monkeypatch, capsys):
     save(tmp_path / "a.png")
     for command in (["classify", str(model), str(tmp_path / "a.png")], ["ops", str(model)]):
         reading, writing = os.pipe()
@@ -286,7 +284,7 @@ def test_a_reader_that_has_read_enough_ends_a_command_quietly(model, tmp_path, m
     assert capsys.readouterr().err == ""
 
 
-def test_images_of_other_sizes_are_classified_where_the_processor_leaves_them(tmp_path, capsys):
+def test_images_of_different_sizes_are_classified_if_the_processor_does_not_resize(tmp_path, capsys):
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=3)
     ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
     ViTImageProcessor(do_resize=False).save_pretrained(tmp_path / "resnet")

@@ -1,4 +1,4 @@
-"""Class names of a model and of images: spelled otherwise they are the same, named otherwise they are not."""
+"""Class names of a model and of images match in other spellings; names of other classes do not match."""
 
 import pytest
 from transformers import ViTConfig
@@ -17,7 +17,7 @@ def config(*names: str) -> ViTConfig:
         (["tench, Tinca tinca", "LABEL_1"], ["Tench", "T - shirt / top"]),
         (["jack-o'-lantern", "T-shirt/top"], ["jack_o'_lantern", "T - shirt / top"]),
         (["carpenter\u2019s kit", "St. Bernard"], ["carpenter's_kit, tool kit", "st bernard"]),
-        (["crane", "x", "crane"], ["crane", "x", "crane, bird"]),  # ImageNet has two of that name
+        (["crane", "x", "crane"], ["crane", "x", "crane, bird"]),  # ImageNet has two classes of that name
         (["maillot", "maillot, tank suit"], ["maillot", "maillot"]),
         (["cardigan", "cardigan"], ["Cardigan, Cardigan Welsh corgi", "cardigan"]),
         (["class-1", "class-2"], ["class_1", "class 2"]),
@@ -26,7 +26,7 @@ def config(*names: str) -> ViTConfig:
         (["-1", "0"], ["-1", "0"]),
     ],
 )
-def test_names_that_differ_in_spelling_alone_are_the_same(theirs, ours):
+def test_names_that_differ_only_in_spelling_match(theirs, ours):
     compare_labels(config(*theirs), ours, "the teacher", "choose another")
     assert match_labels(config(*theirs), ours, "the model") == list(range(len(ours)))
 

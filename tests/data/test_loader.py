@@ -1,4 +1,4 @@
-"""Decoding: as torchvision crops, as exact as the whole image where that is promised, and quicker than the paper's code."""
+"""Decoding and cropping equal torchvision's where they must, and the benchmark of the loader runs."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def photograph() -> Image.Image:
 
 
 def crops(size: tuple[int, int], image: dict, whole: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of twenty random boxes: ours, and torchvision's of the whole image after Pillow's resizing."""
+    """Crops of twenty random boxes: ours, and torchvision's of the whole image, resized by Pillow."""
     reference = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
     pairs = []
     for seed in range(20):
@@ -46,7 +46,7 @@ def crops(size: tuple[int, int], image: dict, whole: dict) -> list[tuple[torch.T
 
 
 @pytest.mark.parametrize("size, kind", [((224, 224), "JPEG"), ((30, 40), "PNG")])
-def test_crops_without_the_decoders_scaling_are_torchvisions_but_for_steps_of_rounding(photograph, size, kind):
+def test_crops_of_a_fully_decoded_image_equal_torchvisions_within_rounding(photograph, size, kind):
     for ours, theirs in crops(size, encoded(photograph, kind), encoded(photograph, kind)):
         assert ours.shape == (3, *size)
         assert (ours - theirs).abs().max() <= 2
@@ -56,16 +56,16 @@ def test_crops_without_the_decoders_scaling_are_torchvisions_but_for_steps_of_ro
 def test_crops_of_a_jpeg_decoded_smaller_are_close_to_those_of_the_whole_image(photograph):
     image = encoded(photograph.resize((1000, 750)))
     differences = [(ours - theirs).abs().double().mean() for ours, theirs in crops((96, 128), image, image)]
-    # Of 255, and of an image that is mostly noise; boxes rounded to the pixels of the smaller image would differ by 5.
+    # Values from 0 to 255 of an image that is mostly noise. Boxes rounded to pixels of the smaller image would differ by 5.
     assert max(differences) < 2.5
     assert sum(differences) / 20 < 1.5
-    assert max(differences) > 0.1  # they are not the whole image's
+    assert max(differences) > 0.1  # so the image was decoded smaller
 
 
-def test_a_jpeg_that_is_decoded_whole_gives_exactly_the_crop_of_its_pixels(photograph):
+def test_crops_of_a_fully_decoded_jpeg_are_exact(photograph):
     jpeg = encoded(photograph)
     png = encoded(decode_image(jpeg), "PNG")
-    decoder = CroppingDecoder((188, 250), 0.08)  # just more than half of the image
+    decoder = CroppingDecoder((188, 250), 0.08)  # just over half of the image
     for seed in range(10):
         set_seed(seed)
         ours = decoder(jpeg)
@@ -90,7 +90,7 @@ def test_images_of_every_mode_become_rgb(photograph, mode, kind, side):
     assert (ours.int() - theirs.int()).abs().double().mean() < 2
 
 
-def test_images_without_pixels_and_of_addresses(photograph, tmp_path):
+def test_a_missing_image_is_an_error_and_a_url_is_read(photograph, tmp_path):
     path = tmp_path / "image.png"
     photograph.save(path)
     assert decode_image({"bytes": None, "path": path.as_uri()}).tobytes() == photograph.tobytes()
@@ -100,7 +100,7 @@ def test_images_without_pixels_and_of_addresses(photograph, tmp_path):
         decode_image(None)
 
 
-def test_normalising_is_torchvisions():
+def test_normalisation_equals_torchvisions():
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 2, 1)
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
     expected = v2.Normalize(mean, std)(v2.ToDtype(torch.float32, scale=True)(pixels))

@@ -1,4 +1,4 @@
-"""Each model sees the pixels it was made for: student, teacher and first stage, whatever their image processors."""
+"""Student, teacher and first stage each get images as their own image processors make them."""
 
 import json
 import logging
@@ -77,7 +77,7 @@ def bgr_processor() -> MobileViTImageProcessor:
         (
             EfficientNetImageProcessor(size=SIZE),
             ModelInput((16, 32), HALF, (0.25,) * 3),
-        ),  # normalises twice: include_top
+        ),  # include_top normalises a second time
         (
             EfficientNetImageProcessor(
                 size=SIZE, rescale_factor=1 / 127.5, rescale_offset=True, do_normalize=False, include_top=False
@@ -93,7 +93,7 @@ def test_the_input_of_a_model_is_what_its_image_processor_makes(processor, expec
     measured = describe_input(processor, "it")
     assert measured.equals(expected)
     if isinstance(processor, (ViTImageProcessor, BitImageProcessor, DeiTImageProcessor)) and processor.do_normalize:
-        assert measured == expected  # the stated numbers, not what float32 made of them
+        assert measured == expected  # the stated numbers, without float32 rounding
 
 
 def test_a_teachers_image_processor_that_keeps_the_shape_gets_the_students_crop():
@@ -102,7 +102,7 @@ def test_a_teachers_image_processor_that_keeps_the_shape_gets_the_students_crop(
 
 
 class OddProcessor:
-    """A tensor `(3, height, width)` of 0 to 1, changed."""
+    """Returns `change(pixels)`; the pixels are `(3, height, width)`, from 0 to 1."""
 
     def __init__(self, change):
         self.change = change
@@ -146,7 +146,7 @@ def random_processor(rng: random.Random):
     if kind == "timm":
         return TimmWrapperImageProcessor(TIMM | {"mean": numbers["image_mean"], "std": numbers["image_std"]})
     if kind == "efficientnet":
-        steps["do_rescale"] = True  # transformers' own normalises floats alone
+        steps["do_rescale"] = True  # transformers' own processors normalise only floats
         return EfficientNetImageProcessor(size=SIZE, rescale_factor=1 / 127.5, rescale_offset=True, **numbers, **steps)
     return {"vit": ViTImageProcessor, "siglip": SiglipImageProcessor}[kind](size=SIZE, **numbers, **steps)
 
@@ -231,7 +231,7 @@ def test_a_new_student_shares_the_mean_of_a_teacher_of_ordinary_images(processor
     assert np.allclose((made.image_mean, made.image_std), expected, atol=1e-7)
 
 
-def test_an_image_processor_that_cannot_be_loaded_is_not_taken_for_none(tmp_path):
+def test_an_image_processor_that_cannot_be_loaded_is_an_error(tmp_path):
     ViTConfig(**VIT).save_pretrained(tmp_path)
     assert models.load_image_processor(str(tmp_path), ModelArguments()) is None
     (tmp_path / "preprocessor_config.json").write_text("{")
@@ -315,7 +315,7 @@ def run(*arguments) -> None:
 
 
 def examples(processor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The photos as transformers itself gives them to a model, and their labels."""
+    """The photos, processed by transformers itself, and their labels."""
     images = [Image.new("RGB", (32, 16), color) for colors in COLORS.values() for color in colors]
     return processor(images=images, return_tensors="pt")["pixel_values"], torch.tensor([0, 0, 1, 1])
 

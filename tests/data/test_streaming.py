@@ -1,4 +1,4 @@
-"""Streams: every image once an epoch however many read it, the same weights after an interruption, and what is refused."""
+"""Streams: every image once an epoch, the same weights after an interruption, and errors in one sentence."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ QUIET = ["--do_train", "--report_to=none", "--use_cpu", "--crop_pct=1.0", "--sav
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The network is tiny, and threads would wait for each other."""
+    """Use one thread: the network is tiny, and more threads would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,14 +43,14 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Of a dataset that was downloaded before, the number of images would be known."""
+    """An empty cache: for a downloaded dataset the number of images would be known."""
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def archives(tmp_path) -> Path:
-    """Every image a class of its own."""
+    """Archives in which every image has a class of its own."""
     write_archives(tmp_path / "archives", SHARDS, num_classes=31)
     write_class_names(tmp_path / "archives", 31)
     tell_numbers(tmp_path / "archives", SHARDS)
@@ -65,7 +65,7 @@ def stream(folder: Path, seed: int = 0, **arguments) -> TransformedImages:
 
 
 def epochs(dataset: TransformedImages, processes: int, workers: int, repeats: int = 1, number: int = 2) -> list[list]:
-    """The batches `[labels, pixels]` of all processes in turn, for each epoch."""
+    """For each epoch, the batches `[labels, pixels]` of all processes in turn."""
     sampler = StreamSampler(dataset.stream, repeats, batch_size=3, num_processes=processes)
     seen = []
     for epoch in range(number):
@@ -87,7 +87,7 @@ def labels(batches: list) -> list[int]:
 
 
 @pytest.mark.parametrize("shards", [[24], [9, 4, 11], [1] * 24])
-def test_every_image_is_shown_once_an_epoch_however_many_shards_processes_and_workers(tmp_path, shards):
+def test_an_epoch_shows_every_image_once_for_any_number_of_shards_processes_and_workers(tmp_path, shards):
     write_archives(tmp_path / "archives", {"train": shards, "validation": [2]}, num_classes=26)
     write_class_names(tmp_path / "archives", 26)
     tell_numbers(tmp_path / "archives", {"train": shards, "validation": [2]})
@@ -102,7 +102,7 @@ def test_every_image_is_shown_once_an_epoch_however_many_shards_processes_and_wo
     assert batches == [sorted(orders[2][0][start : start + 6]) for start in range(0, 24, 6)]  # both processes together
 
 
-def test_augmentation_is_that_of_the_showing_whatever_the_workers(archives):
+def test_augmentation_depends_on_the_sample_key_and_not_on_workers(archives):
     alone, shared = (epochs(stream(archives), 1, workers) for workers in (0, 2))
     for ours, theirs in zip(alone, shared):
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(ours, theirs))
@@ -110,7 +110,7 @@ def test_augmentation_is_that_of_the_showing_whatever_the_workers(archives):
     assert not any(torch.equal(seen[0][label], seen[1][label]) for label in range(24))
 
 
-def test_repeats_of_a_streamed_image_fall_to_different_processes_in_an_epoch_as_long_as_ever(archives):
+def test_different_processes_get_the_repeats_of_a_streamed_image_and_the_epoch_keeps_its_length(archives):
     (batches,) = epochs(stream(archives), 2, 0, repeats=2, number=1)
     assert len(set(labels(batches))) == 12
     for first, second in zip(batches[::2], batches[1::2]):
@@ -119,7 +119,7 @@ def test_repeats_of_a_streamed_image_fall_to_different_processes_in_an_epoch_as_
 
 
 def train(archives: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """The script's weights on a stream."""
+    """The weights after training on a stream."""
     tiny_config(drop_path_rate=0.5, num_labels=31).save_pretrained(output.parent / "config")
     common = ["--config_name", output.parent / "config", "--dataset_name", archives, "--output_dir", output]
     more = ["--streaming", "--shuffle_buffer_size=6", "--learning_rate=0.01", *STEPS, *QUIET, *flags]
@@ -127,7 +127,7 @@ def train(archives: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
     return load_file(output / "model.safetensors")
 
 
-def test_statistics_can_be_taken_anew_of_a_stream(archives, tmp_path):
+def test_batch_norm_statistics_can_be_reestimated_from_a_stream(archives, tmp_path):
     plain = train(archives, tmp_path / "plain", "--max_steps=3")
     anew = train(archives, tmp_path / "anew", "--max_steps=3", "--batch_norm_reestimation_batches=2")
     changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], anew[name])}
@@ -135,13 +135,13 @@ def test_statistics_can_be_taken_anew_of_a_stream(archives, tmp_path):
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known number", "unknown number"])
-def test_an_interrupted_run_on_a_stream_ends_with_the_weights_of_one_that_was_not(archives, tmp_path, known, caplog):
+def test_a_resumed_run_on_a_stream_ends_with_the_weights_of_an_uninterrupted_one(archives, tmp_path, known, caplog):
     caplog.set_level(logging.INFO)
     if not known:
         (archives / "README.md").unlink()
     expected = train(archives, tmp_path / "out", "--dataloader_num_workers=2", "--mixup_alpha=0.8")
     assert ("24 images per epoch, in 3 shards" if known else "an unknown number of images") in caplog.text
-    for last in (8, 6):  # in the midst of the second epoch, and at its beginning
+    for last in (8, 6):  # in the middle of the second epoch, and at its beginning
         (tmp_path / "out" / "train_results.json").unlink()
         for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
             if int(checkpoint.name.removeprefix("checkpoint-")) > last:
@@ -164,10 +164,10 @@ def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path, war
     result = run_script(warm_python, 2, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     together = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert together["epoch"] == 4 / 3  # of 24 images in batches of 2 x 4
+    assert together["epoch"] == 4 / 3  # 4 steps of 2 x 4 of the 24 images
     evaluate = ["--model_name_or_path", tmp_path / "out", "--dataset_name", archives, "--do_eval", "--use_cpu"]
     evaluate += ["--output_dir", tmp_path / "alone", "--report_to=none", "--per_device_eval_batch_size=3"]
-    assert main([str(argument) for argument in evaluate]) == 0  # downloaded first
+    assert main([str(argument) for argument in evaluate]) == 0  # not streamed
     alone = json.loads((tmp_path / "alone" / "all_results.json").read_text())
     assert together["eval_samples"] == alone["eval_samples"] == 7
     assert together["eval_accuracy"] == alone["eval_accuracy"] > 0
@@ -187,7 +187,7 @@ def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path, war
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
 )
-def test_what_cannot_be_streamed_is_refused_in_one_sentence(archives, tmp_path, flags, words, capfd):
+def test_sources_that_cannot_be_streamed_are_refused_in_one_sentence(archives, tmp_path, flags, words, capfd):
     tiny_config().save_pretrained(tmp_path / "config")
     common = ["--config_name", tmp_path / "config", "--dataset_name", archives, "--output_dir", tmp_path / "out"]
     assert main([str(argument) for argument in (*common, "--streaming", *QUIET, *flags)]) == 2
@@ -197,7 +197,7 @@ def test_what_cannot_be_streamed_is_refused_in_one_sentence(archives, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_epoch_of_unknown_length_asks_for_steps_and_a_number_given_will_do(archives, tmp_path, capfd):
+def test_a_stream_of_unknown_length_needs_max_steps_or_max_train_samples(archives, tmp_path, capfd):
     (archives / "README.md").unlink()
     tiny_config().save_pretrained(tmp_path / "config")
     common = ["--config_name", tmp_path / "config", "--dataset_name", archives, "--output_dir", tmp_path / "out"]
@@ -230,7 +230,7 @@ def test_a_broken_image_in_a_stream_is_named(archives, workers):
         epochs(stream(archives), 1, workers)
 
 
-def test_an_image_that_is_missing_in_a_stream_is_told(archives):
+def test_a_missing_image_in_a_stream_is_reported(archives):
     with tarfile.open(archives / "train-0003.tar", "w") as archive:
         add(archive, "0090.cls", b"0")
     tell_numbers(archives, {"train": [25], "validation": [7]})
@@ -238,14 +238,14 @@ def test_an_image_that_is_missing_in_a_stream_is_told(archives):
         epochs(stream(archives), 1, 0)
 
 
-def test_a_stream_that_ends_early_is_told(archives):
+def test_a_stream_that_ends_early_is_reported(archives):
     tell_numbers(archives, {"train": [25], "validation": [7]})
     with pytest.raises(UserError, match="ended after 24, but it should have 25"):
         epochs(stream(archives), 1, 0)
 
 
 @pytest.mark.parametrize("column", ["image", "picture"])
-def test_images_of_a_table_are_streamed_as_they_are_encoded(tmp_path, column, monkeypatch):
+def test_streamed_images_of_a_table_keep_their_encoding(tmp_path, column, monkeypatch):
     monkeypatch.setattr(datasets_config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     features = Features({column: Image(), "label": ClassLabel(names=["ant", "bee"])})
     for split, numbers in (("train", range(10)), ("validation", range(10, 14))):

@@ -1,4 +1,4 @@
-"""Folders of tar archives and of tables, downloaded first: their columns are found, their classes named."""
+"""Folders of tar archives and of tables: their columns are found, and their classes get names."""
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
@@ -28,14 +28,14 @@ def load(folder, **arguments):
 def test_archives_are_read_without_naming_their_columns(tmp_path, image):
     write_archives(tmp_path / "archives", SHARDS, num_classes=12, image=image)
     images = load(tmp_path / "archives")
-    assert images["train"].features["label"].names == [str(label) for label in range(12)]  # 2 before 10
+    assert images["train"].features["label"].names == [str(label) for label in range(12)]  # sorted as numbers
     assert images["train"]["label"] == [number % 12 for number in range(24)]
-    assert images["validation"]["label"] == [0, 1]  # classes of the training images, not its own
+    assert images["validation"]["label"] == [0, 1]  # indices of the training images' classes
     assert images["train"][7]["image"] == {"bytes": encode(7), "path": f"0007.{image}"}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_names_of_classes_lie_beside_the_archives_or_in_a_file(tmp_path, streaming):
+def test_class_names_come_from_a_file_in_the_folder_or_from_class_names(tmp_path, streaming):
     write_archives(tmp_path / "archives", SHARDS, num_classes=3)
     if streaming:
         with pytest.raises(UserError, match="--class_names"):
@@ -50,13 +50,13 @@ def test_names_of_classes_lie_beside_the_archives_or_in_a_file(tmp_path, streami
         assert images["train"].features["label"].names == names
 
 
-def test_some_of_the_archives_are_chosen_by_patterns(tmp_path):
+def test_patterns_choose_some_of_the_archives(tmp_path):
     write_archives(tmp_path / "archives", SHARDS, num_classes=3)
     write_class_names(tmp_path / "archives", 3)
     tell_numbers(tmp_path / "archives", SHARDS)
     patterns = {"train_files": "train-000[01].tar", "validation_files": "train-0002.tar"}
     streams = load(tmp_path / "archives", streaming=True, **patterns)
-    assert streams["train"].num_images is None  # of all archives it is known, of these not
+    assert streams["train"].num_images is None  # the dataset declares it for all archives together
     assert sum(1 for _ in streams["train"].read(0)) == 13
     assert len(streams["validation"].for_evaluation()) == 11
     images = load(tmp_path / "archives", **patterns)
@@ -67,7 +67,7 @@ def test_some_of_the_archives_are_chosen_by_patterns(tmp_path):
         DataArguments(train_files="train-*.tar")
 
 
-def test_a_label_beyond_the_names_is_refused_of_a_stream_when_it_comes(tmp_path):
+def test_a_stream_refuses_a_label_without_a_name_when_it_reads_it(tmp_path):
     write_archives(tmp_path / "archives", SHARDS, num_classes=4)
     write_class_names(tmp_path / "archives", 3)
     with pytest.raises(UserError, match="train images have the label 3, which is not one of the 3 classes"):
@@ -88,7 +88,7 @@ def test_a_label_beyond_the_names_is_refused_of_a_stream_when_it_comes(tmp_path)
     ],
     ids=["two images", "no label", "no image", "no number"],
 )
-def test_columns_that_are_not_clear_are_named(tmp_path, columns, message, streaming):
+def test_ambiguous_columns_are_named(tmp_path, columns, message, streaming):
     import tarfile
 
     (tmp_path / "archives").mkdir()

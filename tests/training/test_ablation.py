@@ -85,7 +85,7 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
     assert_refused(capsys, command, "learning_rate", "binary-seed1")
 
 
-def test_told_to_end_the_runs_save_first(folder, tmp_path):
+def test_an_interrupted_ablation_ends_its_runs_with_a_checkpoint(folder, tmp_path):
     (folder / "teacher.json").write_text(json.dumps(RECIPE | {"num_train_epochs": 10**6, "save_strategy": "no"}))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "binaryvit_hf.cli", "ablation", str(folder), str(out)]
@@ -107,7 +107,7 @@ def test_failing_run_is_named_with_its_log(folder, tmp_path, capsys):
     assert "no column 'picture'" in (out / "vit.log").read_text()
 
 
-def test_wrong_calls_are_refused(folder, tmp_path, capsys):
+def test_a_folder_without_a_table_and_zero_jobs_are_refused(folder, tmp_path, capsys):
     assert_refused(capsys, ["ablation", tmp_path, tmp_path / "out"], "table.json")
     assert_refused(capsys, ["ablation", folder, tmp_path / "out", "--jobs", "0"], "--jobs")
 

@@ -1,4 +1,4 @@
-"""Every argument has its type and its range, or is refused in one sentence that names it."""
+"""Every argument of a wrong type or out of its range is refused in one sentence that names it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`main` refuses bad arguments, folders and configs before it writes anything; and the arguments of a teacher's run."""
+"""`main` refuses bad arguments, folders and configs before it writes anything. A teacher's run inherits arguments."""
 
 import json
 
@@ -141,7 +141,7 @@ def test_the_student_is_checked_before_its_teacher_is_trained(capsys, photos, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_a_version_without_an_argument_had_the_arguments_default(tmp_path):
+def test_an_argument_that_an_older_version_did_not_record_had_its_default(tmp_path):
     arguments = ["--do_train", "--config_name", "x", "--use_cpu", "--output_dir", str(tmp_path)]
     (run,) = parse_runs(arguments)
     recorded = {name: value for name, value in arguments_to_json(run).items() if name != "cutmix_alpha"}

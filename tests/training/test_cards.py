@@ -44,14 +44,14 @@ def test_the_card_of_a_row_says_that_it_has_no_trained_weights_and_what_it_costs
 
 
 @pytest.mark.parametrize("row", sorted(path.parent.name for path in CONFIGS.glob("*/train.json")))
-def test_the_recipe_of_a_row_is_one_that_the_script_takes_and_packs(row):
+def test_the_recipe_of_a_row_parses_and_saves_packed(row):
     ((model_arguments, _, training_arguments),) = parse_runs([str(CONFIGS / row / "train.json"), "--use_cpu"])
     assert model_arguments.config_name == row
     assert training_arguments.save_packed
 
 
-def seen_by(folder, splits: list[Dataset]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of some splits as the model in `folder` takes them, and their labels."""
+def processed_for(folder, splits: list[Dataset]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of the splits, processed for the model in `folder`, and their labels."""
     processor = AutoImageProcessor.from_pretrained(folder)
     pixels = [decode_image(image) for split in splits for image in split["image"]]
     labels = [label for split in splits for label in split["label"]]
@@ -60,7 +60,7 @@ def seen_by(folder, splits: list[Dataset]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def digits(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
     splits = load_digits_splits()
-    return seen_by(DIGITS, [splits[name] for name in names])
+    return processed_for(DIGITS, [splits[name] for name in names])
 
 
 def predict(folder, images) -> torch.Tensor:
@@ -70,7 +70,7 @@ def predict(folder, images) -> torch.Tensor:
 
 
 def check_card(folder, metric: str, images, labels) -> None:
-    """The model reaches the accuracy of its card, and the card has the run's results."""
+    """Check that the model reaches the accuracy of its card, and that the card has the run's results."""
     accuracy = (predict(folder, images) == labels).double().mean().item()
     card = ModelCard.load(folder / "README.md")
     claimed = {result.metric_name: result.metric_value for result in card.data.eval_results}
@@ -88,7 +88,7 @@ def test_the_digits_model_is_as_good_as_its_card_says():
 
 @needs_fashion_mnist
 def test_the_fashion_model_is_as_good_on_the_test_images_as_its_card_says():
-    check_card(FASHION, "test_accuracy", *seen_by(FASHION, [load_fashion_mnist_splits()["test"]]))
+    check_card(FASHION, "test_accuracy", *processed_for(FASHION, [load_fashion_mnist_splits()["test"]]))
 
 
 def check_engine(folder, images, labels, monkeypatch) -> None:
@@ -99,17 +99,17 @@ def check_engine(folder, images, labels, monkeypatch) -> None:
     assert abs((ours == labels).double().mean() - (theirs == labels).double().mean()) <= 0.001
 
 
-def test_the_engine_answers_as_pytorch_on_digits(monkeypatch):
+def test_the_engine_predicts_like_pytorch_on_digits(monkeypatch):
     check_engine(DIGITS, *digits("train", "validation"), monkeypatch)
 
 
 @needs_fashion_mnist
-def test_the_engine_answers_as_pytorch_on_clothes(monkeypatch):
-    check_engine(FASHION, *seen_by(FASHION, [load_fashion_mnist_splits()["test"]]), monkeypatch)
+def test_the_engine_predicts_like_pytorch_on_clothes(monkeypatch):
+    check_engine(FASHION, *processed_for(FASHION, [load_fashion_mnist_splits()["test"]]), monkeypatch)
 
 
-def test_half_precision_changes_no_answer_that_counts(tmp_path):
-    images, labels = digits("train", "validation")  # one of the held-out images would be 0.28 points
+def test_half_precision_keeps_the_accuracy(tmp_path):
+    images, labels = digits("train", "validation")  # a single held-out image would be 0.28 points
     assert main(["pack", str(DIGITS), str(tmp_path / "half"), "--half"]) == 0
     full, half = predict(DIGITS, images), predict(tmp_path / "half", images)
     assert (full != half).double().mean() <= 0.005

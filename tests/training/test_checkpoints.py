@@ -1,4 +1,4 @@
-"""Checkpoints are whole, damaged ones are passed over, and SIGTERM saves one."""
+"""Every checkpoint is whole, training skips damaged ones, and SIGTERM saves one."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def test_checkpoints_are_whole_and_old_ones_and_the_staging_folder_are_removed(r
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]
 )
-def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(run, tmp_path, name, caplog):
+def test_a_truncated_checkpoint_is_skipped_for_an_earlier_one(run, tmp_path, name, caplog):
     copy = shutil.copytree(run, tmp_path / "copy")
     file = copy / "checkpoint-3" / name
     whole = file.read_bytes()
@@ -40,7 +40,7 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(run, tmp_path,
         assert last_whole_checkpoint(copy) == copy / "checkpoint-2"
     assert f"checkpoint-3 is damaged ({name}" in caplog.text
     file.unlink()
-    if name != "rng_state.pth":  # one per process, and a checkpoint does not record their number
+    if name != "rng_state.pth":  # each process writes one, and a checkpoint does not record how many
         assert describe_damage(copy / "checkpoint-3") == f"{name} is missing"
 
 
@@ -67,7 +67,7 @@ def test_the_best_checkpoint_is_recorded_by_its_final_name(tmp_path):
     "field, value",
     [("global_step", 2), ("epoch", float("nan")), ("best_model_checkpoint", 0.5), ("log_history", None)],
 )
-def test_a_checkpoint_with_a_wrong_state_is_passed_over_for_the_one_before(run, tmp_path, field, value):
+def test_a_checkpoint_with_a_wrong_state_is_skipped_for_an_earlier_one(run, tmp_path, field, value):
     copy = shutil.copytree(run, tmp_path / "copy")
     file = copy / "checkpoint-3" / "trainer_state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))

@@ -42,7 +42,7 @@ def state_of(model) -> dict[str, torch.Tensor]:
 
 
 def noisy_trainer(folder: Path, **arguments):
-    """With dropout, so that random numbers count, and steps that flip signs."""
+    """A trainer with dropout, so that random numbers matter, and steps large enough to flip signs."""
     model = tiny_model(tiny_config(hidden_dropout_prob=0.3))
     return tiny_trainer(folder, model=model, **{"learning_rate": 0.05, "seed": 3} | arguments)
 

@@ -19,7 +19,7 @@ def watched_linear(weight) -> WatchedWeight:
     return WatchedWeight(layer)
 
 
-def test_the_first_flip_is_no_oscillation_and_each_later_one_is():
+def test_the_first_flip_does_not_count_as_oscillation_and_later_flips_do():
     watched = watched_linear([[0.5, 0.25, -0.75]])  # centred: 0.5, 0.25, -0.75
     frequency = 0.0
     for flip in range(1, 6):
@@ -36,7 +36,7 @@ def test_the_first_flip_is_no_oscillation_and_each_later_one_is():
 
 def test_a_frozen_weight_takes_the_value_of_its_majority_sign():
     watched = watched_linear([[0.5, 0.25, -0.75]])
-    for value in (-0.25, 0.25, -0.25):  # positive at first, so positive by majority
+    for value in (-0.25, 0.25, -0.25):  # it was positive first, so the majority stays positive
         watched.layer.weight.data = torch.tensor([[0.5, value, -0.25 - value]])
         watched.step(threshold=0.015)
     assert watched.state["frozen"].tolist() == [[False, True, False]]

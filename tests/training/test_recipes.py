@@ -41,7 +41,7 @@ def learning_rates(tmp_path, epochs: int, **arguments) -> list[float]:
     return rates
 
 
-def test_students_rate_falls_with_the_epochs_as_a_cosine(tmp_path):
+def test_the_students_learning_rate_is_a_cosine_of_the_epoch(tmp_path):
     recipe = json.loads((CONFIGS / "binaryvit-small-patch4-224" / "train.json").read_text())
     names = ("lr_scheduler_type", "lr_scheduler_kwargs", "lr_schedule_per_epoch", "warmup_steps")
     rates = learning_rates(tmp_path, 10, **{name: recipe[name] for name in names})
@@ -49,7 +49,7 @@ def test_students_rate_falls_with_the_epochs_as_a_cosine(tmp_path):
     assert rates == pytest.approx([rate for rate in expected for _ in range(STEPS)])
 
 
-def test_teachers_rate_warms_up_from_a_millionth_in_five_epochs(tmp_path):
+def test_the_teachers_learning_rate_warms_up_from_a_millionth_in_five_epochs(tmp_path):
     recipe = json.loads((CONFIGS / "deit-small-patch16-224" / "train.json").read_text())
     names = ("lr_scheduler_type", "lr_scheduler_kwargs", "lr_schedule_per_epoch", "warmup_steps")
     rates = learning_rates(tmp_path, 300, **{name: recipe[name] for name in names})[::STEPS]

@@ -1,4 +1,4 @@
-"""Resumed runs: after the last step, with more steps, from unusable checkpoints, and with other spellings of paths."""
+"""Runs that resume after the last step, with more steps, from unusable checkpoints, or with other spellings of paths."""
 
 import json
 import logging
@@ -171,7 +171,7 @@ def test_unusable_batches_are_refused_before_training(config, flags, message, co
         (tiny_config(), ["--per_device_train_batch_size=13"]),
     ],
 )
-def test_a_usable_last_batch_of_one_image_is_trained_with(config, flags, command, tmp_path):
+def test_a_last_batch_of_one_image_is_used_if_the_network_can_train_on_it(config, flags, command, tmp_path):
     config.save_pretrained(tmp_path / "tiny")
     assert script.main([*command, "--max_steps=2", "--save_strategy=no", *flags]) == 0
 

@@ -15,7 +15,7 @@ def run_as_module(monkeypatch, *arguments) -> int:
     return end.value.code
 
 
-def test_the_module_trains_from_another_folder_than_the_clone(photos, tmp_path, monkeypatch):
+def test_python_m_trains_outside_of_the_clone(photos, tmp_path, monkeypatch):
     tiny_config(num_labels=2).save_pretrained(tmp_path / "tiny")
     (photos / "ant" / "1.png").write_bytes((photos / "ant" / "0.png").read_bytes())
     monkeypatch.chdir(tmp_path)

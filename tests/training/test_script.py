@@ -78,9 +78,7 @@ def teacher(tmp_path) -> Path:
     return tmp_path / "teacher"
 
 
-def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(
-    photos, config, teacher, tmp_path, run_script
-):
+def test_distillation_on_folders_writes_all_files_and_evaluates_again(photos, config, teacher, tmp_path, run_script):
     output = tmp_path / "out"
     common = ["--train_dir", photos, "--output_dir", output]
     result = run_script("--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN)
@@ -111,7 +109,7 @@ def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "packed"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for size in ("packed, a bit a weight", "latent, float32", "its teacher"):
+    for size in ("packed, one bit per weight", "latent, float32", "its teacher"):
         assert f"| {size}, on disk |" in card
     assert "| learning_rate | 5e-05 |" in card
 
@@ -144,9 +142,7 @@ def test_distillation_on_folders_leaves_everything_behind_and_evaluates_again(
     )
 
 
-def test_packed_weights_are_refused_to_training_and_latent_ones_beside_them_go_on(
-    photos, config, tmp_path, run_script
-):
+def test_packed_weights_cannot_be_trained_and_latent_ones_beside_them_can(photos, config, tmp_path, run_script):
     common = ["--train_dir", photos, *TRAIN, "--max_steps=1"]
     result = run_script("--config_name", config, "--output_dir", tmp_path / "out", *common)
     assert result.returncode == 0, result.stderr
@@ -159,9 +155,7 @@ def test_packed_weights_are_refused_to_training_and_latent_ones_beside_them_go_o
     assert not (tmp_path / "more" / "latent").exists()
 
 
-def test_everything_that_distorts_and_mixes_trains_together_and_the_batch_is_told(
-    photos, config, teacher, tmp_path, run_script
-):
+def test_all_augmentations_train_together_and_the_batch_is_logged(photos, config, teacher, tmp_path, run_script):
     result = run_script(
         *["--config_name", config, "--teacher_model_name_or_path", teacher, "--train_dir", photos],
         *["--output_dir", tmp_path / "out", *TRAIN, "--gradient_accumulation_steps=2"],
@@ -218,7 +212,7 @@ def test_local_dataset_by_name_with_its_own_column_names(photos, config, tmp_pat
     }
 
 
-def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tmp_path, run_script):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(photos, tmp_path, run_script):
     tiny_config(drop_path_rate=0.5, hidden_dropout_prob=0.3).save_pretrained(tmp_path / "config")
     common = [
         *["--config_name", tmp_path / "config", "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN],
@@ -234,7 +228,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tm
     assert result.returncode == 0, result.stderr
     weights = (tmp_path / "out" / "latent" / "model.safetensors").read_bytes()
     steps_of_an_epoch = 5
-    for last in (7, steps_of_an_epoch):  # within an epoch, and between two
+    for last in (7, steps_of_an_epoch):  # within an epoch, and between two epochs
         (tmp_path / "out" / "train_results.json").unlink()
         for step in range(last + 1, 13):
             shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
@@ -246,7 +240,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(photos, tm
             assert torch.equal(again[name], tensor), name
 
 
-def test_a_run_that_is_killed_or_told_to_end_goes_on_by_the_same_command(photos, config, tmp_path, run_script):
+def test_the_same_command_resumes_a_run_after_sigkill_and_sigterm(photos, config, tmp_path, run_script):
     def command(folder: str) -> list[str]:
         arguments = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / folder, *TRAIN]
         return [*map(str, arguments), "--max_steps=15", "--save_steps=1", "--save_total_limit=3", "--mixup_alpha=0.8"]
@@ -311,7 +305,7 @@ def test_truncated_image_is_named_before_training(photos, config, tmp_path, run_
     assert not (tmp_path / "out").exists()
 
 
-def test_loss_that_is_no_number_ends_with_code_one(photos, config, tmp_path, run_script):
+def test_a_nan_loss_ends_with_exit_code_one(photos, config, tmp_path, run_script):
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
     result = run_script(*common, "--max_steps=20", "--learning_rate=1e38", "--max_grad_norm=0")
     assert result.returncode == 1, result.stderr

@@ -1,4 +1,4 @@
-"""Gradients of the sign: their closed forms, and that a network takes the chosen one everywhere."""
+"""Gradients of the sign: their closed forms, and every sign of a network gets the chosen one."""
 
 import math
 

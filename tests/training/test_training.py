@@ -19,7 +19,7 @@ TEACHER = torch.tensor([[0.0, 3.0, 0.0], [1.0, 1.0, 2.0]])
 LABELS = torch.tensor([1, 2])
 
 
-def test_default_loss_is_the_papers_and_does_not_see_the_labels():
+def test_default_loss_is_the_papers_and_ignores_the_labels():
     expected = -(TEACHER.softmax(-1) * STUDENT.log_softmax(-1)).sum(-1).mean()
     for labels in (LABELS, LABELS - 1):
         torch.testing.assert_close(distillation_loss(STUDENT, TEACHER, labels), expected)
@@ -62,7 +62,7 @@ def test_teacher_is_neither_trained_nor_saved_nor_optimised(tmp_path):
 
 @pytest.mark.parametrize("taught", [True, False])
 def test_gradient_accumulation_is_the_mean_over_its_steps(tmp_path, taught):
-    """With frozen statistics, the gradient of four accumulated images is that of a batch of four."""
+    """With frozen statistics, four accumulated images have the gradient of one batch of four."""
     grads = []
     for batch, steps in ((4, 1), (1, 4)):
         teacher = tiny_teacher() if taught else None
@@ -193,7 +193,7 @@ def test_evaluation_neither_mixes_nor_smooths(tmp_path):
 
 
 @pytest.mark.parametrize("model", [tiny_model(), tiny_teacher()], ids=["student", "teacher"])
-def test_weight_decay_is_for_the_weights_of_products(model, tmp_path):
+def test_only_weights_of_linear_layers_and_convolutions_decay(model, tmp_path):
     decayed = set(tiny_trainer(tmp_path, model=model).get_decay_parameter_names(model))
     products = {
         f"{name}.weight"
