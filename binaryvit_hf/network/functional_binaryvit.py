@@ -3,7 +3,7 @@
 Differentiable functions of a binary network: quantizers, batch normalisation over processes, and fused steps.
 
 - A quantizer returns exact values: +1 and -1 are exactly that, so packing can store them as bits.
-- A fused step computes several operations of a layer as one. The same operations of PyTorch keep half a dozen copies
+- A fused step computes several operations of a layer as one. PyTorch's own operations would keep half a dozen copies
   of every activation for the backward pass. Tests compare both.
 
 Each function keeps only its inputs and parameters for the backward pass and computes the rest again. On the CPU the
@@ -118,7 +118,7 @@ class BinarizeWeight(Function):
 
     Forward: `a * sign(w')`, with `w' = w - mean(w)` of each row if `center`, else `w' = w`. `a = mean(|w|)` of the row
     of w. A row is all but the first dimension.
-    Gradient: of `clamp(w', -1, 1)`, through the centring; `a` counts as constant.
+    Gradient: the gradient of `clamp(w', -1, 1)`, through the centring; `a` counts as constant.
     BiBERT, Qin et al., ICLR 2022 (centring); XNOR-Net, Rastegari et al., ECCV 2016 (scale).
     """
 
@@ -174,7 +174,7 @@ class QuantizeMultiBit(Function):
 def multi_bit_levels(
     x: torch.Tensor, bits: int, clip_value: float, dims: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers and scale of `QuantizeMultiBit`."""
+    """The whole numbers, in the shape of x, and the scale whose product `QuantizeMultiBit` returns."""
     clipped = x.clamp(-clip_value, clip_value)
     return ternary_levels(clipped, dims) if bits == 2 else uniform_levels(clipped, bits, dims)
 
@@ -216,7 +216,7 @@ class QuantizeProbability(Function):
 
 
 def probability_levels(probabilities: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
-    """Forward of `QuantizeProbability`."""
+    """`clamp(round(p / step), 0, levels) * step` (`QuantizeProbability`)."""
     return (probabilities / step).round_().clamp_(0, levels).mul_(step)
 
 
@@ -239,7 +239,7 @@ class SyncedBatchNorm(Function):
 
     Forward: `BN(x)`, x `(rows, channels)`; `mean` and `variance` `(channels,)` are over the `batch_rows` rows of all
     processes (`batch_statistics`).
-    Gradient: exact, of the sum of the losses of all processes.
+    Gradient: exact, for the sum of the losses of all processes.
     """
 
     @staticmethod
@@ -271,10 +271,11 @@ def batch_statistics(
 
     Args:
         blocks: the rows of this process, in blocks.
-        unpack: makes `(rows, channels)` of a block.
+        unpack: converts a block to floats `(rows, channels)`.
 
-    Returns: Mean and biased variance `(channels,)`, and the number of rows. The number is a tensor if there are
-        several processes.
+    Returns:
+        Mean and biased variance `(channels,)`, and the number of rows. The number is a tensor if there are several
+        processes.
 
     Raises:
         ValueError: there is one row, which has no unbiased variance.
@@ -324,22 +325,22 @@ def norm_gradient(
     """
     spread = torch.rsqrt(variance + eps)
     grad_bias, grad_weight = sums[0], sums[1] * spread
-    of_grad = weight * spread
+    grad_factor = weight * spread
     if not isinstance(batch_rows, torch.Tensor) and batch_rows == 0:
-        return (of_grad, torch.zeros_like(of_grad), torch.zeros_like(of_grad)), grad_weight, grad_bias
+        return (grad_factor, torch.zeros_like(grad_factor), torch.zeros_like(grad_factor)), grad_weight, grad_bias
     means = torch.stack((grad_bias, grad_weight))
     if isinstance(batch_rows, torch.Tensor):  # the statistics connect each row with the rows of all processes
         dist.all_reduce(means)
         batch_rows = batch_rows.to(means.dtype)
     mean_grad, mean_grad_normed = means / batch_rows
-    of_x = -of_grad * spread * mean_grad_normed
-    return (of_grad, of_x, -of_grad * mean_grad - of_x * mean), grad_weight, grad_bias
+    x_factor = -grad_factor * spread * mean_grad_normed
+    return (grad_factor, x_factor, -grad_factor * mean_grad - x_factor * mean), grad_weight, grad_bias
 
 
 def apply_norm_gradient(grad: torch.Tensor, x: torch.Tensor, coefficients: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Gradient of batch normalisation to x `(rows, channels)`, in its dtype, from the gradient of the result."""
-    of_grad, of_x, constant = coefficients
-    return torch.addcmul(constant, x, of_x).addcmul_(grad, of_grad).to(x.dtype)
+    grad_factor, x_factor, constant = coefficients
+    return torch.addcmul(constant, x, x_factor).addcmul_(grad, grad_factor).to(x.dtype)
 
 
 def fold_norm(
@@ -358,7 +359,7 @@ class SignLinear(Function):
     Product of a shifted, binarised activation with a weight that is quantised already.
 
     Forward: `sign(x + shift) @ weight.T`, x `(rows, in)`, shift `(in,)`, weight `(out, in)`, result `(rows, out)`.
-    Gradient: of `ApproxSign` with this `slope`, and of the product.
+    Gradient: the gradients of `ApproxSign` with this `slope` and of the product.
     """
 
     @staticmethod
@@ -417,8 +418,9 @@ class BinaryMLPProducts(Function):
     Both products of a binary MLP and all steps between them. The inner channels never reach memory as floats.
 
     Forward: `g = RPReLU(BN(sign(x + shift1) @ weight1.T) + x)`, x repeated to fit. The results are
-    `sign(g + shift2) @ weight2.T`, and the mean of g over runs of neighbours, which is the shortcut of that product.
-    Gradient: of `SignLinear` and `NormShortcutRPReLU`. It keeps the first product, as whole numbers (`PackedCounts`).
+    `sign(g + shift2) @ weight2.T` and its shortcut, the mean of g over runs of adjacent channels.
+    Gradient: the gradients of `SignLinear` and `NormShortcutRPReLU`. The first product is kept for the backward pass,
+    as whole numbers (`PackedCounts`).
 
     Args:
         x: `(rows, channels)`, also the shape of both results.
@@ -470,7 +472,7 @@ class BinaryMLPProducts(Function):
 
         grads.reverse()
         for inner_part, x_part, grad_x_part in zip(inner, *split(ctx.rows, x, grad_x)):
-            # popped, so that each gradient is freed once used
+            # pop: each gradient is freed after its use
             grad_inner = gradient.input_gradient(counts.unpack(inner_part), grads.pop())
             grad_x_part.add_(first.add_block(x_part, grad_inner.to(grad_product.dtype)))
 
@@ -487,8 +489,8 @@ class BinaryAttentionProducts(Function):
     Forward: query `(batch, queries, channels)`, key and value `(batch, keys, channels)`, shifts `(channels,)`, `step`
     of the probabilities (`QuantizeProbability` with one level). Results: the product `(batch, queries, channels)` and
     the probabilities `(batch, heads, queries, keys)`.
-    Gradient: of `ApproxSign` with this `sign_slope`, `QuantizeProbability` and the products. It keeps its inputs and
-    the softmax. Composed of single operations, it would also keep the signs and the quantised probabilities.
+    Gradient: the gradients of `ApproxSign` with this `sign_slope`, `QuantizeProbability` and the products. Only the
+    inputs and the softmax are kept. Single operations would also keep the signs and the quantised probabilities.
     """
 
     @staticmethod
@@ -552,7 +554,7 @@ class AddAvgPools(Function):
 
     Forward: x and pooled `(batch, height * width, channels)`, `grid_size` `(height, width)`, one of `kernel_sizes`
     `(height, width)` per scale, shift and scales `(channels,)`; the result has the shape of x.
-    Gradient: exact. It keeps `pooled` and the scales.
+    Gradient: exact. Only `pooled` and the scales are kept.
     """
 
     @staticmethod
@@ -637,6 +639,7 @@ def multiplies_bytes(weight: torch.Tensor) -> bool:
         HAS_BYTE_PRODUCTS
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
+        and weight.shape[1] > 1  # PyTorch 2.14 returns uninitialised memory for one input channel
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
@@ -780,7 +783,7 @@ def fit_gradient(grad: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """`function(*tensors)` by blocks of rows, for a function whose result for a row depends on that row alone."""
+    """Compute `function(*tensors)` by blocks of rows. Its result for a row must depend on that row only."""
     rows = rows_per_block(tensors[0], max(tensor.shape[1] for tensor in tensors))
     if rows >= tensors[0].shape[0]:
         return function(*tensors)
