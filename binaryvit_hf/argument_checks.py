@@ -49,7 +49,7 @@ SHARE_BELOW_ONE = Range(0, 1, without_high=True)
 SHARE_INSIDE = Range(0, 1, without_low=True, without_high=True)
 COUNT = Range(1, MAX_COUNT)
 COUNT_OR_ZERO = Range(0, MAX_COUNT)
-SEED = Range(0, 2**32 - 1)  # of numpy
+SEED = Range(0, 2**32 - 1)  # numpy's seeds
 
 # By argument. Any finite number is valid for an argument that is not in this table.
 RANGES = {
@@ -78,7 +78,7 @@ RANGES = {
     "weight_regularization": NOT_NEGATIVE,
     "batch_norm_reestimation_batches": COUNT_OR_ZERO,
     "oscillation_freezing_threshold": SHARE_INSIDE,
-    # arguments of transformers that it does not check, or not by name
+    # arguments that transformers does not check, or whose name is not in its message
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
     "num_train_epochs": POSITIVE,
@@ -140,7 +140,7 @@ def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = N
     Args:
         hint: type annotation of the field.
         choices: the allowed values; `None` allows any.
-        bare: the value of the flag without a value. `true` in a file means the same.
+        bare: the value of a flag that is given without one. `true` in a file means the same.
 
     Raises:
         UserError: the value has another type or is not a choice.

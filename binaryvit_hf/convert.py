@@ -15,7 +15,7 @@ from .loading import build_classifier
 from .network.configuration_binaryvit import MAX_LABELS
 
 
-# Pattern of the public code: our name. The first match counts. Names begin after "vit.encoder.layer.N.".
+# Patterns of names in the public code, after "vit.encoder.layer.N.", and our names. The first match counts.
 LAYER_NAMES = [
     (r"layernorm_before\.", "norm1.batch_norm."),
     (r"layernorm_after\.", "norm2.batch_norm."),
@@ -134,8 +134,8 @@ def check_memory(path: Path) -> None:
         # PyTorch does not compress: a file that unpacks to more than its size is an attack.
         if unpacked > path.stat().st_size:
             raise UserError(
-                f"{str(path)!r} of {path.stat().st_size} bytes would unpack to {unpacked} bytes, which no checkpoint "
-                "of PyTorch does: it is not opened."
+                f"{str(path)!r} of {path.stat().st_size} bytes would unpack to {unpacked} bytes, so PyTorch did not "
+                "write it: it is not opened."
             )
 
 
@@ -151,7 +151,7 @@ def is_named_tensor(item: tuple) -> bool:
 
 
 def count_labels(state_dict: dict[str, torch.Tensor], otherwise: int) -> int:
-    """The number of labels of the classifier in a state dict of the public code; `otherwise` without a valid one."""
+    """Number of labels in a state dict of the public code, or `otherwise` if it has no valid classifier."""
     bias = state_dict.get("classifier.bias")
     return len(bias) if bias is not None and bias.ndim == 1 and 1 <= len(bias) <= MAX_LABELS else otherwise
 

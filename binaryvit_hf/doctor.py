@@ -53,4 +53,4 @@ def describe_engine_choice() -> str:
     wanted, here = wanted_kernels(), engine.kernels_here()
     if wanted:
         return f"{wanted} (BINARYVIT_ENGINE says so)"
-    return here[0] if here else f"{TORCH}, slower than they could"
+    return here[0] if here else f"{TORCH}, slower than the engine"

@@ -8,7 +8,7 @@ class UserError(ValueError):
 
 
 class LoadingError(UserError):
-    """A config, model or image processor is missing, damaged or unfit. The message says why, callers add which one."""
+    """A config, model or image processor is missing, damaged or unfit. The message says why; callers add the name."""
 
 
 class NonFiniteLossError(RuntimeError):

@@ -44,7 +44,7 @@ def explain_hub_error(error: BaseException) -> str | None:
     """
     Explain an error that comes from the Hub or from the connection to it, and say what to do. `None` for other errors.
 
-    Looks through the chain of causes, since loaders replace the client's errors by their own.
+    Also finds errors further down the chain of causes, because loaders raise their own errors instead of the client's.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -121,8 +121,8 @@ def resumable_upload(folder: Path, repo_id: str, revision: str | None = None) ->
     except Exception as error:
         command = ["binaryvit", "push", str(folder), repo_id, *(["--revision", revision] if revision else [])]
         raise UploadError(
-            f"The upload to {repo_id!r} failed ({explain_error(error)}). Everything is whole in {str(folder)!r}: run "
-            f"the same command again, or `{shlex.join(command)}`, to complete it."
+            f"The upload to {repo_id!r} failed ({explain_error(error)}). All files are complete in {str(folder)!r}: "
+            f"run the same command again, or `{shlex.join(command)}`, to complete the upload."
         ) from error
 
 

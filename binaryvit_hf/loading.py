@@ -49,14 +49,14 @@ MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised image; without normalisat
 
 def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
     """
-    `AutoConfig.from_pretrained`, with bounds on sizes.
+    Load a config and check the bounds of its sizes (`AutoConfig.from_pretrained`).
 
     Raises:
         LoadingError: there is no config, or it describes no network.
     """
 
     def load(source, trust_remote_code, **arguments):
-        # Before AutoConfig: it creates `num_labels` labels, however many these are.
+        # Checked before AutoConfig creates a label for each of `num_labels`.
         check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
 
@@ -65,7 +65,7 @@ def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
 
 def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
     """
-    `AutoModelForImageClassification.from_config`: a network with random weights.
+    Create a network with random weights (`AutoModelForImageClassification.from_config`).
 
     Raises:
         LoadingError: the config describes no network.
@@ -78,7 +78,7 @@ def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
 
 def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
     """
-    `AutoModelForImageClassification.from_pretrained`; every tensor must be in the checkpoint and finite.
+    Load a model (`AutoModelForImageClassification.from_pretrained`). Its checkpoint must hold every tensor, all finite.
 
     Raises:
         LoadingError: there is no such model, or it is damaged or incomplete.
@@ -98,7 +98,7 @@ def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
 
 def fetch_classifier(source: str | Path, **arguments) -> tuple[PreTrainedModel, dict]:
     """
-    `AutoModelForImageClassification.from_pretrained`; tensors that the checkpoint lacks are random.
+    Load a model whose checkpoint may be incomplete: missing tensors get random values.
 
     Returns:
         The model, and transformers' `loading_info` with the names of missing and unexpected tensors.
@@ -121,7 +121,7 @@ def load_image_processor(
     source: str | Path, config: PreTrainedConfig | None = None, **arguments
 ) -> BaseImageProcessor | None:
     """
-    `AutoImageProcessor.from_pretrained`, with bounds on sizes; `None` if there is no image processor.
+    Load an image processor and check the bounds of its sizes. `None` if there is no image processor.
 
     Args:
         config: of the network that takes the images. If given, the processor is tried on a picture.
@@ -146,7 +146,7 @@ def load_image_processor(
 
 
 def has_file(source: str, name: str, arguments: dict) -> bool:
-    """Whether a folder or repository has a file; `True` if that cannot be found out."""
+    """Whether a folder or repository has a file. `True` if this is unknown, for example without a connection."""
     try:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **arguments) is not None
     except OSError:
@@ -160,7 +160,7 @@ def fetch(load: Callable, source: str | Path, **arguments):
     Raises:
         LoadingError: `load` raised anything.
     """
-    arguments = {"trust_remote_code": False} | arguments  # None asks on the terminal
+    arguments = {"trust_remote_code": False} | arguments  # with None, transformers asks the user on the terminal
     source = str(source)
     cache_dir = arguments.get("cache_dir")
     try:
@@ -282,7 +282,7 @@ def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfi
     if config.model_type in ("binaryvit", "vit") and shape != expected:
         raise LoadingError(f"it makes images of (channels, height, width) {shape}, the network takes {expected}.")
     least, most = images.amin((0, 2, 3)), images.amax((0, 2, 3))  # of each channel
-    # Also true for NaN, as its comparisons are false.
+    # `not` also refuses NaN, because its comparisons are false.
     if not (least >= -MAX_VALUE).all() & (most <= MAX_VALUE).all() & (most - least >= MIN_CONTRAST).all():
         raise LoadingError(
             f"it turns black and white into numbers from {least.min():g} to {most.max():g}: check its rescale_factor, "

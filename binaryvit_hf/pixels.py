@@ -26,7 +26,7 @@ MAX_ASPECT_RATIO = 1000  # resizing the shorter side of a longer picture would r
 MAX_PIXELS = 2**27  # decoding and resizing them takes 2 GB of memory
 PIXEL_LIMIT_LOCK = threading.Lock()  # held while Pillow's limit is disabled for the process
 
-# Large pictures, damaged EXIF and transparent palettes are handled here, so Pillow's warnings only repeat it.
+# Pillow's warnings would only repeat ours about large pictures, damaged EXIF and transparent palettes.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

@@ -107,7 +107,7 @@ def try_to_write(folder: Path) -> None:
 
 @contextlib.contextmanager
 def parent_folders(path: Path, keep: bool = True) -> Iterator[None]:
-    """Create the missing folders above a path. They are removed again after an exception, or unless `keep`."""
+    """Create the missing folders above a path. Remove them after an exception, and always if not `keep`."""
     missing = [folder for folder in path.parents if not folder.exists()]
     above = path.parents[len(missing)]
     if not above.is_dir():
@@ -170,12 +170,12 @@ def describe_full_disk(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `target` and remove it at the end. Also removes those of killed processes."""
+    """Yield a hidden folder beside `target` and remove it at the end. Also remove those that killed processes left."""
     prefix = f".{target.name[:100]}{UNFINISHED}"
     with sigterm_as_exit(), contextlib.ExitStack() as stack:
         remove_leftovers(target.parent, prefix)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix)))
-        with contextlib.suppress(OSError):  # there are no locks
+        with contextlib.suppress(OSError):  # some file systems have no locks
             stack.enter_context(lock(folder))
         yield folder
 

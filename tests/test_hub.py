@@ -145,7 +145,7 @@ packed.push_to_hub("packed-alone")
         assert (cached.stdout, cached.stderr) == ("all equal\n", "")
 
 
-def test_a_private_repository_opens_to_its_owner_alone(server, client, latent, tmp_path):
+def test_a_private_repository_opens_only_to_its_owner(server, client, latent, tmp_path):
     result = push(client, tmp_path, ALICE, latent, "alice/secret", "--private")
     assert result.returncode == 0, result.stderr
     assert server.repository("alice/secret").private
@@ -183,11 +183,11 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, cl
     assert results["teacher_revision"] == server.commits("bob/teacher")[0].oid
     assert 'model="alice/photos"' in card
     assert ALICE not in "".join(content.decode(errors="ignore") for content in files.values())
-    on_the_way = [
+    in_progress = [
         commit for commit in server.commits("alice/photos") if commit.title.startswith("Training in progress")
     ]
-    assert on_the_way
-    for commit in on_the_way:
+    assert in_progress
+    for commit in in_progress:
         assert_shipped(server.files("alice/photos", revision=commit.oid))
 
 

@@ -1,4 +1,4 @@
-"""Faults of the Hub, met by its real client, and the error messages of the commands."""
+"""Faults of the Hub as its real client meets them, and the error messages of the commands."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What a picture means: upright, RGB, 8 bits, alike in training, evaluation and transformers' pipelines."""
+"""Pictures are decoded upright, to RGB and 8 bits, alike in training, evaluation and transformers' pipelines."""
 
 import io
 import subprocess
@@ -41,7 +41,7 @@ def read(buffer: io.BytesIO, background: str | None = None) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_a_picture_is_upright_as_transformers_has_it(orientation, kind):
+def test_a_picture_is_upright_as_in_transformers(orientation, kind):
     file = encode(Image.fromarray(COLOURS), kind, exif=exif(orientation))
     image = to_rgb(open_picture(file))
     assert np.array_equal(image, load_image(Image.open(io.BytesIO(file.getvalue()))))
@@ -82,7 +82,7 @@ def test_crops_are_those_of_the_upright_picture(orientation, size, crop):
         assert (ours - decoder({"bytes": upright}).int()).abs().double().mean() < (0.1 if crop[0] > 90 else 3)
 
 
-def test_a_jpeg_that_is_turned_is_decoded_smaller_too(monkeypatch):
+def test_a_turned_jpeg_is_also_decoded_at_reduced_size(monkeypatch):
     file = encode(Image.fromarray(COLOURS), "JPEG", exif=exif(6))
     sizes = []
     monkeypatch.setattr(
@@ -149,8 +149,8 @@ def test_values_of_no_known_range_are_refused(values):
         read(file)
 
 
-def see_through(mode: str) -> Image.Image:
-    """Black, transparent on the left, half so in the middle where the mode has that, opaque on the right."""
+def transparent_image(mode: str) -> Image.Image:
+    """Black pixels: transparent, half transparent (if the mode allows it) and opaque."""
     image = Image.new("RGBA", (3, 1))
     image.putdata([(0, 0, 0, 0), (0, 0, 0, 0 if mode == "P" else 128), (0, 0, 0, 255)])
     return image if mode == "RGBA" else image.convert(mode)
@@ -159,12 +159,12 @@ def see_through(mode: str) -> Image.Image:
 @pytest.mark.parametrize(
     "file, left, middle",
     [
-        (encode(see_through("RGBA"), "PNG"), 0, 128),
-        (encode(see_through("LA"), "PNG"), 0, 128),
-        (encode(see_through("RGBA"), "WEBP", lossless=True, exact=True), 0, 128),
+        (encode(transparent_image("RGBA"), "PNG"), 0, 128),
+        (encode(transparent_image("LA"), "PNG"), 0, 128),
+        (encode(transparent_image("RGBA"), "WEBP", lossless=True, exact=True), 0, 128),
         (encode(Image.fromarray(np.array([[5, 5, 0]], "uint8")), "PNG", transparency=5), 5, 255),
         (encode(Image.fromarray(np.array([[5, 5, 0]], "uint16")), "PNG", transparency=5), 0, 255),
-        (encode(see_through("P"), "GIF", transparency=see_through("P").getpixel((0, 0))), None, None),
+        (encode(transparent_image("P"), "GIF", transparency=transparent_image("P").getpixel((0, 0))), None, None),
     ],
     ids=["RGBA", "LA", "WebP", "grey", "grey of 16 bits", "GIF"],
 )
@@ -187,7 +187,7 @@ def test_palettes_of_partly_transparent_colours_are_put_on_the_background():
     assert read(file, "white")[0].tolist() == [[255, 255, 255], [40, 50, 60]]
 
 
-def test_a_picture_that_may_be_transparent_and_is_not_is_opaque():
+def test_opaque_pixels_in_a_mode_with_transparency_are_opaque():
     assert not is_transparent(open_picture(encode(Image.new("RGBA", (2, 2), "red"), "PNG")))
     assert not is_transparent(open_picture(encode(Image.fromarray(COLOURS), "PNG")))
 

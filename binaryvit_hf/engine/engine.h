@@ -42,7 +42,7 @@ const char *binaryvit_cpu_features(void);
 
 /*
  * Makes all models run on the threads of an OpenMP runtime that the process already uses. A runtime's threads spin
- * while they wait, so other threads beside them would lack cores. To be called before any model runs.
+ * while they wait, so other threads beside them would lack cores. Call it before any model runs.
  *
  * Args:
  *   parallel, count, which: the runtime's GOMP_parallel, omp_get_num_threads and omp_get_thread_num.
@@ -51,7 +51,7 @@ void binaryvit_share_threads(void (*parallel)(void (*work)(void *), void *data, 
                              int (*count)(void), int (*which)(void));
 
 /*
- * Returns a model that the kernels of this name compute, to be freed by binaryvit_free. Copies the tensors. On failure
+ * Returns a model that the kernels of this name compute. Free it by binaryvit_free. Copies the tensors. On failure
  * returns null and writes the reason to `error`, which has `error_bytes` bytes.
  */
 binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,
@@ -67,8 +67,8 @@ void binaryvit_free(binaryvit_model *model);
  *   threads: number of threads to use, including the calling one.
  *   last_hidden_state: null, or written: (batch, tokens, channels) of the last stage.
  *   pooled: written: (batch, channels).
- *   hidden_states: null, or written: the input of every layer, then the output of the last, (batch, tokens, channels)
- * each.
+ *   hidden_states: null, or written: the input of every layer and the output of the last. Each is (batch, tokens,
+ *     channels).
  *
  * Returns 0, or 1 if memory runs out.
  */
@@ -79,7 +79,7 @@ int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t b
  * Computes the backbone and a linear classifier.
  *
  * Args:
- *   images, batch, threads: as of binaryvit_forward.
+ *   images, batch, threads: see binaryvit_forward.
  *   weight: (num_labels, channels of the last stage).
  *   bias: null, or (num_labels).
  *   logits: written: (batch, num_labels).
@@ -93,8 +93,9 @@ int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t 
  * Computes one step alone, for tests.
  *
  * Args:
- *   step: 0 is the stem; then come, stage by stage, the patch embeddings (from the second stage on) and the layers;
- * last comes the final normalisation. input: images for the stem, else (batch, tokens, channels) of the step before.
+ *   step: 0 is the stem. The next steps are the patch embeddings (not in the first stage) and the layers of each
+ *     stage. The last step is the final normalisation.
+ *   input: images for the stem, otherwise the (batch, tokens, channels) of the previous step.
  *   output: written: (batch, tokens, channels).
  *
  * Returns 0, or 1 if memory runs out or the threads are not available.
@@ -103,15 +104,15 @@ int32_t binaryvit_run_step(binaryvit_model *model, int32_t step, const float *in
                            float *output);
 
 /*
- * Counts in how many bits each row of `bits` differs from each row of `matrix`, for tests: all binary products are
- * this one.
+ * Counts the bits in which each row of `bits` differs from each row of `matrix`, for tests. All binary products of a
+ * model are such counts.
  *
  * Args:
  *   bits: (rows, ceil(inputs / 8)), the first input in the lowest bit, the last byte padded with zeros.
  *   matrix: (outputs, ceil(inputs / 8)), in the same format.
  *   counts: written: (rows, outputs).
  *
- * Returns 0, or 1 if memory runs out or this CPU does not run such kernels.
+ * Returns 0, or 1 if memory runs out or this CPU does not run these kernels.
  */
 int32_t binaryvit_count(const char *kernels, const uint8_t *bits, int32_t rows, const uint8_t *matrix, int32_t outputs,
                         int32_t inputs, int32_t *counts);

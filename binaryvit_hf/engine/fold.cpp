@@ -1,6 +1,6 @@
 /*
  * Folding: all PyTorch modules that follow a product become one multiply-add, and a shift before a sign becomes a
- * threshold. Done in double precision, so that folding adds no rounding of its own.
+ * threshold. Folding computes in double precision, so it adds no rounding.
  *
  * A binary product of K inputs is `scale * (K - 2 * count)`, where count is the number of bits in which they differ
  * from the weight.
@@ -130,8 +130,8 @@ private:
     }
 
     /*
-     * The thresholds for `x + shift >= 0`, of channel order[i] at place i; -1 is no channel. `deferred` is missing
-     * from x, by place.
+     * Thresholds for `x + shift >= 0`: place i has the threshold of channel order[i], or of no channel if it is -1.
+     * `deferred` holds, by place, the constants that are missing from x.
      */
     Thresholds thresholds(const std::string &name, int channels, const std::vector<int> &order,
                           const std::vector<double> &deferred = {}) const {
@@ -165,7 +165,7 @@ private:
         for (size_t i = 0; i < deferred.size(); ++i) affine.shift[i] += float(affine.scale[i] * deferred[i]);
     }
 
-    /* A packed weight: its row rows[i] at i, its bit columns[j] of a row at j; -1 is zeros. */
+    /* A packed weight with row rows[i] at place i and bit columns[j] of a row at place j; -1 gives zeros. */
     SignMatrix packed_weight(const std::string &name, int outputs, int inputs, const std::vector<int> &rows,
                              const std::vector<int> &columns) const {
         int row_bytes = (inputs + 7) / 8;
@@ -189,7 +189,7 @@ private:
         return order;
     }
 
-    /* A projection with output rows[i] at place i and input columns[j] at place j; -1 is a place of zeros. */
+    /* A projection with output rows[i] at place i and input columns[j] at place j; -1 gives zeros. */
     Projection projection(const std::string &linear, const std::string &norm_activation, int inputs, int outputs,
                           const std::vector<int> &rows, const std::vector<int> &columns) const {
         const float *weight_scale = tensors_.floats(linear + ".weight_scale", outputs);
@@ -356,7 +356,7 @@ private:
             layer.exponentials_coarse[i] = exponential(layer.head_dim - 2 * kLanes * i);
         }
         float clip = *tensors_.floats(name + ".probability_clip", 1);
-        // quantize_probability clamps round(p / clip) at 0: with a clip that is not positive, no probability is on.
+        // quantize_probability clamps round(p / clip) at 0, so a clip that is not positive makes all probabilities 0.
         layer.probability_threshold = clip > 0 ? 0.5f * clip : std::numeric_limits<float>::infinity();
         // Padded by a block: the last 16 channels of the last head may end after the last channel.
         layer.context = norm(name + ".norm_activation.norm", channels, kLanes);

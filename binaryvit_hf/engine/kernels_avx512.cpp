@@ -176,8 +176,8 @@ struct Cpu {
     }
 
     /*
-     * Register i takes every parts-th number of `count` registers, from number i on, again from the beginning until it
-     * is full. Splits even from odd numbers, then each half in turn.
+     * Register i takes every parts-th number of `count` registers, beginning at number i. It begins again until it is
+     * full. Splits even from odd numbers, then each half in turn.
      */
     template <int parts, int count>
     INLINE static void deinterleave(__m512 *numbers) {

@@ -1,9 +1,9 @@
 /*
- * Kernels for 64-bit ARM; every one has NEON.
+ * Kernels for 64-bit ARM. All such CPUs have NEON.
  *
  * Counting: one register holds 8 bits of 16 rows of a matrix (Layout::kBytes), another holds 16 copies of a byte of
- * the tile's row. Exclusive or, a population count of each byte, an addition. Counts stay bytes until they could
- * overflow.
+ * the tile's row. Exclusive or, a population count of each byte and an addition give 16 sums. Counts stay bytes until
+ * they could overflow.
  */
 #if defined(__aarch64__)
 

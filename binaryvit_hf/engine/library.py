@@ -5,7 +5,7 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import cast
@@ -15,13 +15,13 @@ import torch
 
 EXTENSION_NAME = "kernels"  # as in setup.py; a plain C library, which Python cannot import
 ERROR_BYTES = 500
-OUT_OF_MEMORY = "The engine ran out of memory; use a smaller batch."
 
 Pointer, Text, Int32, Int64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
 Int32Array = ctypes.POINTER(Int32)
 
 
 def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """Fields of one type, as a line of engine.h declares them."""
     return [(name, kind) for name in names.split()]
 
 
@@ -44,15 +44,12 @@ class NamedTensor(ctypes.Structure):
     _fields_ = [("name", Text), ("data", Pointer), ("bytes", Int64)]
 
 
-# The functions of engine.h that Python calls with arguments, or that return text: result and arguments.
+# Type of the result and types of the arguments, by function of engine.h.
 FUNCTIONS = {
     "binaryvit_kernels": (Text, []),
     "binaryvit_built_kernels": (Text, []),
     "binaryvit_cpu_features": (Text, []),
-    "binaryvit_create": (
-        Pointer,
-        [Text, ctypes.POINTER(Config), ctypes.POINTER(NamedTensor), Int32, Text, Int32],
-    ),
+    "binaryvit_create": (Pointer, [Text, ctypes.POINTER(Config), ctypes.POINTER(NamedTensor), Int32, Text, Int32]),
     "binaryvit_free": (None, [Pointer]),
     "binaryvit_forward": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Pointer]),
     "binaryvit_classify": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Int32, Pointer]),
@@ -67,7 +64,7 @@ def load_library() -> ctypes.CDLL | str:
     files = [Path(__file__).with_name(EXTENSION_NAME + suffix) for suffix in EXTENSION_SUFFIXES]
     built = [file for file in files if file.is_file()]
     if not built:
-        return "it was not built when the package was installed, which takes a C++ compiler (GCC or Clang)"
+        return "it was not built when the package was installed, which needs a C++ compiler (GCC or Clang)"
     try:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
@@ -201,13 +198,14 @@ class Engine:
         last, pooled = torch.empty(batch, *self.last_shape), torch.empty(batch, self.last_shape[1])
         hidden = [torch.empty(batch, *shape) for shape in self.hidden_shapes] if output_hidden_states else []
         pointers = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden)) if hidden else None
-        # ctypes releases the interpreter's lock during the call.
-        failed = self.library.binaryvit_forward(
-            self.model, images.data_ptr(), batch, threads, last.data_ptr(), pooled.data_ptr(), pointers
-        )
-        if failed:
-            raise MemoryError(OUT_OF_MEMORY)
+        outputs = last.data_ptr(), pooled.data_ptr(), pointers
+        self.call(self.library.binaryvit_forward, images.data_ptr(), batch, threads, *outputs)
         return last, pooled, hidden
+
+    def call(self, function: Callable, *arguments) -> None:
+        """Call a function of the library, without Python's global lock. Raises `MemoryError` if it fails."""
+        if function(self.model, *arguments):
+            raise MemoryError("The engine ran out of memory; use a smaller batch.")
 
     def check_images(self, images: torch.Tensor) -> torch.Tensor:
         """The images, contiguous; raises `ValueError` for another shape or dtype."""
@@ -242,8 +240,8 @@ class Engine:
         images = self.check_images(images)
         batch, num_labels = images.shape[0], weight.shape[0]
         logits = torch.empty(batch, num_labels)
-        failed = self.library.binaryvit_classify(
-            self.model,
+        self.call(
+            self.library.binaryvit_classify,
             images.data_ptr(),
             batch,
             threads,
@@ -252,8 +250,6 @@ class Engine:
             num_labels,
             logits.data_ptr(),
         )
-        if failed:
-            raise MemoryError(OUT_OF_MEMORY)
         return logits
 
     def run_step(
@@ -272,11 +268,7 @@ class Engine:
         """
         inputs = inputs.detach().contiguous()
         outputs = torch.empty(len(inputs), *output_shape)
-        failed = self.library.binaryvit_run_step(
-            self.model, step, inputs.data_ptr(), len(inputs), threads, outputs.data_ptr()
-        )
-        if failed:
-            raise MemoryError(OUT_OF_MEMORY)
+        self.call(self.library.binaryvit_run_step, step, inputs.data_ptr(), len(inputs), threads, outputs.data_ptr())
         return outputs
 
 

@@ -46,7 +46,7 @@ constexpr int kRows = 8;    // tokens of a tile, computed at once; the bits of a
 
 inline int round_up(int size, int unit) { return (size + unit - 1) / unit * unit; }
 
-/* Floats of one block of tokens. Never a multiple of 4096 bytes: such blocks would share few places in the cache. */
+/* Floats of one block of tokens. Never a multiple of 4096 bytes: such blocks would share few cache sets. */
 inline int block_floats(int tokens) { return (round_up(tokens, 64) + kRows) * kLanes; }
 
 /* A zeroed array on a cache line's boundary. */
@@ -99,8 +99,8 @@ struct SignMatrix {
         bytes[tile_byte(layout, row % kLanes, bit / 8)] |= uint8_t(1 << bit % 8);
     }
 
-    /* For Cpu::Chains, of 8, 12, 16 ... words only: word i, even and at least 2, becomes the exclusive or of 0 to i.
-     */
+    /* For Cpu::Chains: replaces each word 2, 4, 6 ... by the exclusive or of all words up to it. Rows of 8, 12, 16
+     * ... words only. */
     void chain() {
         chained = words >= 8 && words % 4 == 0;
         for (size_t block = 0; chained && block < size_t(blocks); ++block) {
@@ -130,8 +130,8 @@ struct Affine {
  *   RPReLU(v + b) = v + slope * min(v, knee) + deferred
  *
  * RPReLU has the slope `slope + 1` below 0; b is the rest of product and normalisation, knee = -b. Kernels leave out
- * the constant `deferred = b * (1 + slope) + shift_out`: fold.cpp adds it to the thresholds, knees and shifts of all
- * that read the result.
+ * the constant `deferred = b * (1 + slope) + shift_out`: fold.cpp adds it to the thresholds, knees and shifts of
+ * all steps that read the result.
  */
 struct Projection {
     SignMatrix weight;
@@ -173,7 +173,7 @@ struct Layer {
 };
 
 struct PatchEmbeddings {
-    int stage;  // whose tokens they make
+    int stage;  // the stage whose tokens they make
     bool binary;
     Affine norm1;
     Thresholds input;           // of each of the four neighbours

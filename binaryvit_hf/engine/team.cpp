@@ -41,7 +41,7 @@ bool spin_until(Done done, std::chrono::microseconds time) {
     return true;
 }
 
-/* Spins for a short wait, then yields the core, perhaps to the thread that it waits for. */
+/* Spins at first, then yields the core, perhaps to the thread that it waits for. */
 template <class Done>
 void wait_until(Done done) {
     if (spin_until(done, kSpinning)) return;

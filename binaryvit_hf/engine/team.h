@@ -20,8 +20,8 @@ private:
 };
 
 /*
- * The tiles of one thread's share. A thread that has finished its own takes tiles from the end of another's, so that
- * nobody waits for a slow core.
+ * The tiles of one thread's share. A thread that has finished its own share takes tiles from the end of
+ * another's, so no thread waits for a slow core.
  */
 class Tiles {
 public:
@@ -59,7 +59,7 @@ void share_threads(const OpenMp &runtime);
 
 /*
  * Calls `work(member)` for members 0 to `size - 1` at once, this thread as member 0, and returns when all are done.
- * The threads are kept for the next call, or are those of the OpenMP runtime (share_threads). `work` must not throw.
+ * The threads wait for the next call, or belong to the OpenMP runtime (share_threads). `work` must not throw.
  *
  * Returns false, without a call, if another caller uses the threads or if they cannot be started.
  */

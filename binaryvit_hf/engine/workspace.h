@@ -17,15 +17,15 @@ struct Scratch {
     Array<uint32_t> bits;        // signs of the inputs of a projection
     Array<uint32_t> value_bits;  // signs of the inputs of attention.value
     Array<uint32_t> signs;       // signs of keys, queries and inner channels, and of the inputs of attention.reduction
-    Array<uint32_t> head_bits;   // signs of keys and queries, each head from a word of its own on
-    Array<uint16_t> prepared;    // any of these bits as a counter takes them
+    Array<uint32_t> head_bits;   // signs of keys and queries; each head begins a new word
+    Array<uint16_t> prepared;    // any of these bits in the order of a counter
     Array<int32_t> value_signs;  // [channel]: bit i is the sign of the value of key i
-    Array<uint32_t> attended;    // bits: keys whose quantised probability is on
+    Array<uint32_t> attended;    // bits: keys whose quantised probability is not 0
     Array<uint32_t> zeros;       // bits: no key
     Array<float> exponentials;   // keys
     Array<float> context_base;   // [channel]: context of a query that attends to no key
     Array<float> patches;        // inputs of a convolution, [line][row][column]
-    int stride;                  // no power of two: such rows would share few places in the cache
+    int stride;                  // no power of two: such rows would share few cache sets
 };
 
 struct Workspace {

@@ -111,7 +111,7 @@ class TokenBatchNorm(nn.Module):
 
         Args:
             blocks: the rows of this process, in blocks.
-            unpack: makes `(rows, channels)` of a block.
+            unpack: converts a block to floats `(rows, channels)`.
 
         Returns:
             Mean and variance `(channels,)`, and the number of rows they are over; 0 rows means running statistics.
@@ -150,7 +150,7 @@ class NormActivation(nn.Module):
         return activated.view(hidden_states.shape)
 
     def arguments(self) -> tuple:
-        """Arguments of `NormRPReLU` after the statistics: eps, weight, bias, shift_in, slope and shift_out."""
+        """Arguments that `NormRPReLU` takes after the statistics: eps, weight, bias, shift_in, slope, shift_out."""
         norm, activation = self.norm.batch_norm, self.activation
         return norm.eps, norm.weight, norm.bias, activation.shift_in, activation.slope, activation.shift_out
 
@@ -195,7 +195,7 @@ def binary_mlp_products(
         hidden_states: `(..., channels)`, also the shape of both results.
 
     Returns:
-        `linear2(fc1(hidden_states))`, and its shortcut: `fc1(hidden_states)` averaged over runs of neighbours.
+        `linear2(fc1(hidden_states))`, and its shortcut, `fc1(hidden_states)` averaged over runs of adjacent channels.
     """
     products = BinaryMLPProducts.apply(
         hidden_states.flatten(0, -2),

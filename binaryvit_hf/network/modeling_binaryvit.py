@@ -229,7 +229,7 @@ def make_layer_scale(config, num_channels: int) -> nn.Module:
 
 
 class BinaryViTStage(nn.Module):
-    """Patch embeddings, which the first stage has not, then layers of one width on one map."""
+    """Patch embeddings (not in the first stage), then layers of one width on one map."""
 
     def __init__(self, config, stage: int, rates: list[float]):
         super().__init__()
@@ -282,7 +282,7 @@ class BinaryViTPreTrainedModel(PackableModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Linear and convolution layers begin as PyTorch's, embeddings truncated normal, all others constant."""
+        """Initialise layers as PyTorch does, embeddings by a truncated normal, all other parameters by constants."""
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -310,7 +310,7 @@ class BinaryViTPreTrainedModel(PackableModel):
             super()._init_weights(module)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        """The second forward pass leaves batch normalisation's statistics alone, so that each batch counts once."""
+        """Checkpointing runs a forward pass twice. Only the first updates the statistics of batch normalisation."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "Use gradient checkpointing with use_reentrant=False: the reentrant kind counts every batch twice in "
@@ -434,7 +434,7 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module):
-    """Inside, batch normalisation keeps its running statistics. In training mode it still normalises by the batch."""
+    """Freeze the running statistics in this context. In training mode, layers still normalise by the batch."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms]

@@ -129,7 +129,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: the weight is not finite.
         """
-        # On the CPU: another device sums in another order, which could change a sign.
+        # Packed on the CPU: another device sums in another order, which could change a sign.
         weight = layer.weight.cpu()
         if not weight.isfinite().all():
             raise ValueError(f"Tensor {name + '.weight'!r} is not finite, so it cannot be packed.")
@@ -241,7 +241,7 @@ def read_checkpoint(files: list[Path]) -> PackedCheckpoint:
     for file in files:
         try:
             with safe_open(file, framework="pt") as stored:
-                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, it is no dict
+                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dictionary
                 metadata = stored.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{describe_damage(file)} ({error}): download it again.") from error
@@ -398,7 +398,7 @@ class PackableModel(PreTrainedModel):
     @torch.inference_mode(False)  # PyTorch does not count changes of tensors made in inference mode
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
-        `PreTrainedModel.from_pretrained`, but never puts random weights in the place of packed ones.
+        Load a model as `PreTrainedModel.from_pretrained` does, but never with random weights in place of packed ones.
 
         Raises:
             ValueError: packed weights are damaged, incomplete or of another config; the message names the tensor.
@@ -423,10 +423,9 @@ class PackableModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """
-        `PreTrainedModel.push_to_hub`, but uploads a latent model of binary weights as bits.
+        Upload a model (`PreTrainedModel.push_to_hub`). A latent model is packed first.
 
-        The repository holds the packed model, and the latent one in its folder `latent`. Other models are uploaded as
-        they are.
+        The repository then holds the packed model, and the latent one in its folder `latent`.
         """
         if is_latent(self):
             return ShippedModel(self).push_to_hub(repo_id, **kwargs)
@@ -455,7 +454,7 @@ class PackableModel(PreTrainedModel):
         """
         if self.config.weight_bits == 32:
             raise ValueError("There is nothing to pack: weight_bits of the config is 32.")
-        # Signs are taken in float32, whatever dtype the other tensors are loaded in.
+        # Signs are computed in float32, also if other tensors are loaded in another dtype.
         self._keep_in_fp32_modules_strict = {f"{name}.weight" for name in binary_layers(self)}
 
     def expect_packed_weights(self, checkpoint_files: list[str] | None) -> None:
@@ -525,7 +524,7 @@ def check_quantization_config(quantization_config) -> None:
     """
     if quantization_config is None:
         return
-    is_new = isinstance(quantization_config, dict)  # from_pretrained would have made an object of it
+    is_new = isinstance(quantization_config, dict)  # from_pretrained passes an object
     method = quantization_config.get("quant_method") if is_new else quantization_config.quant_method
     if method != QUANT_METHOD:
         raise ValueError(f"quant_method must be {QUANT_METHOD!r} for BinaryViT, not {method!r}.")
@@ -610,9 +609,10 @@ def lay_in_one_buffer(model: nn.Module) -> None:
 
 def align_weights(model: nn.Module) -> None:
     """
-    Copy tensors on the CPU that are not aligned, such as those that are mapped from a file.
+    Copy tensors on the CPU that are not aligned, for example tensors that are mapped from a file.
 
-    A matrix product may round differently by the alignment of its operands. Packed and latent models would differ.
+    The rounding of a matrix product may depend on the alignment of its operands, so packed and latent models would
+    differ.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:

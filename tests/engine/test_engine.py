@@ -1,4 +1,4 @@
-"""The compiled engine beside PyTorch: step by step from the same inputs, and how a model comes to use it."""
+"""The compiled engine compared with PyTorch, step by step, and the choice between them."""
 
 import copy
 import logging
@@ -22,11 +22,11 @@ from binaryvit_hf import BinaryViTConfig, engine
 from binaryvit_hf.engine import library
 from binaryvit_hf.engine.library import Engine, count_differing_bits
 from binaryvit_hf.network.configuration_binaryvit import as_pair
-from binaryvit_hf.network.quantization_binaryvit import pack_levels, unpack_levels
+from binaryvit_hf.network.quantization_binaryvit import pack_levels
 
 
 KERNELS = engine.kernels_here()
-# Where a sum is nearly zero, versions of PyTorch round its sign differently. One turned bit moves a token by less than 1 %.
+# Versions of PyTorch round a sum near zero to different signs. One flipped bit changes a token by less than 1 %.
 ROUNDING = 1e-5 if torch.__version__ >= (2, 14) else 0.01
 BINARY_ROWS = [row for row in ROWS if not row.startswith("deit")]
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not KERNELS, reason=f"there is no engine: {engin
 
 
 @pytest.fixture(autouse=True)
-def engine_chosen_by_itself(monkeypatch):
+def no_forced_kernels(monkeypatch):
     monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
 
 
@@ -57,7 +57,7 @@ def images_of(config, batch: int = 2) -> torch.Tensor:
 
 
 def record_steps(model, images) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What enters and what leaves each step of the backbone, in PyTorch."""
+    """Input and output of each step of the backbone, computed by PyTorch."""
     backbone, steps = model.binaryvit, []
     modules = [backbone.embeddings]
     for stage in backbone.stages:
@@ -72,9 +72,9 @@ def record_steps(model, images) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def check_steps(model, images, threads: int = 1, tolerated: int = 0) -> None:
     """
-    Compares every step on all kernels with PyTorch's, from the same inputs.
+    Compare every step of all kernels with PyTorch's, from the same inputs.
 
-    At most `tolerated` tokens differ by more than rounding: a sign in them differs.
+    At most `tolerated` tokens may differ by more than rounding, because rounding flipped a sign in them.
     """
     steps = record_steps(model, images)
     for kernels in KERNELS:
@@ -92,12 +92,12 @@ def check_steps(model, images, threads: int = 1, tolerated: int = 0) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("config", [tiny_config(), class_token_config(), tiny_config(binarize_patch_embeddings=False)])
-def test_every_step_is_pytorchs_but_for_rounding(config, threads):
+def test_every_step_equals_pytorchs_except_for_rounding(config, threads):
     check_steps(packed(config), images_of(config), threads)
 
 
 @pytest.mark.parametrize("expansion", [3, 9, 18])
-def test_what_the_mlp_repeats_may_come_from_far_apart(expansion):
+def test_a_wide_mlp_gathers_its_shortcuts_from_distant_channels(expansion):
     config = tiny_config(
         hidden_sizes=[288],
         depths=[1],
@@ -146,12 +146,12 @@ def configs(draw) -> BinaryViTConfig:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(configs())
-def test_every_step_of_any_network_is_pytorchs(config):
+def test_every_step_of_any_network_equals_pytorchs(config):
     check_steps(packed(config), images_of(config, batch=1))
 
 
 @pytest.mark.parametrize("row", BINARY_ROWS)
-def test_every_step_of_every_row_is_pytorchs(row):
+def test_every_step_of_every_row_equals_pytorchs(row):
     config = AutoConfig.from_pretrained(CONFIGS / row)
     check_steps(packed(config), images_of(config, batch=1), threads=2, tolerated=5)
 
@@ -161,10 +161,10 @@ def test_every_step_of_every_row_is_pytorchs(row):
     st.integers(1, 20),
     st.integers(1, 40),
     st.integers(1, 1200)
-    | st.sampled_from([256, 384, 1024, 2048]),  # the networks' own, which have kernels of their own
+    | st.sampled_from([256, 384, 1024, 2048]),  # widths of the paper's networks, which have special kernels
     st.integers(0, 2**32 - 1),
 )
-def test_counts_are_exact_whatever_counts_them(rows, outputs, inputs, seed):
+def test_counts_of_all_kernels_are_exact(rows, outputs, inputs, seed):
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.randint(0, 2, (count, inputs), generator=generator) * 2 - 1 for count in (rows, outputs))
     expected = (inputs - left @ right.T) // 2
@@ -193,7 +193,7 @@ def test_the_classifier_is_a_linear_layer(labels, bias, threads):
 
 
 @pytest.mark.parametrize("batch, threads", [(0, 2), (1, 4), (5, 2), (3, 3), (2, 8)])
-def test_batches_and_threads_change_nothing(batch, threads):
+def test_outputs_do_not_depend_on_batch_size_or_threads(batch, threads):
     model = packed(tiny_config())
     for kernels in KERNELS:
         folded = engine_of(model, kernels)
@@ -263,7 +263,7 @@ assert len(os.listdir("/proc/self/task")) == before
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-42])
-def test_pixels_that_are_no_ordinary_numbers_give_what_pytorch_gives(value, monkeypatch):
+def test_pixels_that_are_nan_infinite_or_subnormal_give_pytorchs_logits(value, monkeypatch):
     model, images = packed(tiny_config()), tiny_images(1)
     images[0, 1, 3, 5] = value
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_pixels_that_are_no_ordinary_numbers_give_what_pytorch_gives(value, monk
         torch.testing.assert_close(ours, model(images).logits, equal_nan=True)
 
 
-# How a model comes to use it.
+# The choice between the engine and PyTorch.
 
 
 def test_a_packed_model_in_evaluation_uses_the_best_kernels():
@@ -305,7 +305,7 @@ def test_kernels_that_do_not_exist_are_refused_by_name(monkeypatch):
         (lambda model: model.to("meta"), "on the device meta"),
     ],
 )
-def test_what_the_engine_does_not_do_pytorch_does_and_says_why(change, reason):
+def test_a_model_that_the_engine_cannot_read_runs_in_pytorch_and_says_why(change, reason):
     model = change(packed(tiny_config()))
     assert model.engine.name == "torch" and reason in model.engine.reason
 
@@ -320,7 +320,7 @@ def test_without_the_compiled_library_pytorch_computes_and_says_so_once(monkeypa
         torch.testing.assert_close(model(tiny_images()).logits, expected)
     assert model.engine == ("torch", "it was not built")
     assert [record.message for record in caplog.records] == [
-        "Packed models run in PyTorch, slower than they could: it was not built."
+        "Packed models run in PyTorch, not on the faster engine: it was not built."
     ]
 
 
@@ -341,7 +341,7 @@ def test_changed_weights_are_seen():
     torch.testing.assert_close(double(tiny_images()).logits, model(tiny_images()).logits)
 
 
-def test_hooks_are_seen_whenever_they_come_and_go():
+def test_hooks_are_called_as_long_as_they_are_registered():
     model, calls = packed(tiny_config()), []
     for count in (1, 2):
         model(tiny_images())
@@ -384,7 +384,7 @@ def test_the_classifier_of_a_packed_model_is_pytorchs_to_train_watch_and_exchang
     assert len(calls) == 1
 
 
-def test_hidden_states_are_those_of_pytorch(monkeypatch):
+def test_hidden_states_equal_pytorchs(monkeypatch):
     model = packed(tiny_config())
     ours = model(tiny_images(), output_hidden_states=True)
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
@@ -397,14 +397,14 @@ def test_hidden_states_are_those_of_pytorch(monkeypatch):
 @pytest.mark.parametrize(
     "option, given", [("output_hidden_states", "hidden_states"), ("output_attentions", "attentions")]
 )
-def test_what_the_config_asks_for_is_given_whenever_it_asks(option, given):
+def test_outputs_that_the_config_asks_for_are_returned(option, given):
     model = packed(tiny_config())
     assert given not in model(tiny_images())
     setattr(model.config, option, True)
     assert len(model(tiny_images())[given]) >= 3
 
 
-def test_copies_and_pickles_of_a_model_fold_for_themselves():
+def test_copies_and_pickles_of_a_model_get_their_own_engine():
     model = packed(tiny_config())
     expected = model(tiny_images()).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -416,7 +416,7 @@ def test_images_of_another_shape_are_refused_before_the_engine_sees_them():
         packed(tiny_config())(torch.zeros(1, 3, 8, 8))
 
 
-def test_a_compiled_and_an_exported_model_give_the_same():
+def test_a_compiled_and_an_exported_model_give_the_same_logits():
     model, images = packed(tiny_config()), tiny_images()
     with torch.no_grad():
         expected = model(images).logits
@@ -424,8 +424,3 @@ def test_a_compiled_and_an_exported_model_give_the_same():
         torch.testing.assert_close(exported.module()(images).logits, expected)
         compiled = torch.compile(model, backend="aot_eager")
         torch.testing.assert_close(compiled(images).logits, expected)
-
-
-def test_bits_survive_the_round_trip_that_the_engine_reads():
-    levels = torch.from_numpy(np.random.default_rng(0).choice([-1, 1], (3, 37)))
-    assert torch.equal(unpack_levels(pack_levels(levels, 1), 1, 37).long(), levels)

@@ -57,7 +57,7 @@ def test_an_emulated_x86_runs_only_kernels_that_it_has_the_instructions_for(cpu,
 
 
 @pytest.mark.slow
-def test_neon_kernels_compile_and_give_the_same_on_an_emulated_arm(tmp_path):
+def test_neon_kernels_compile_and_are_exact_on_an_emulated_arm(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not (compiler and emulator):
         pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")

@@ -1,3 +1,5 @@
+"""Checks, saving and derived sizes of configs."""
+
 import json
 import re
 
@@ -13,7 +15,7 @@ from binaryvit_hf import BinaryViTConfig
 NAN = float("nan")
 
 
-NO_NETWORKS = {
+INVALID_NETWORKS = {
     "num_attention_heads=3 does not divide hidden_sizes=8 of stage 0": {"num_attention_heads": [3, 4]},
     "depths=[2] must have one value per stage": {"depths": [2]},
     "depths must be from 1 to 200, not [2, 0]": {"depths": [2, 0]},
@@ -43,13 +45,13 @@ NO_NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("message, changes", NO_NETWORKS.items(), ids=NO_NETWORKS)
+@pytest.mark.parametrize("message, changes", INVALID_NETWORKS.items(), ids=INVALID_NETWORKS)
 def test_a_config_that_describes_no_network_says_why(message, changes):
     with pytest.raises(StrictDataclassClassValidationError, match=re.escape(message)):
         tiny_config(**changes)
 
 
-NO_LABELS_OR_DTYPES = {
+INVALID_LABELS_AND_DTYPES = {
     "num_labels must be a whole number from 1 to 100000, not 1000000000": {"num_labels": 10**9},
     "num_labels must be a whole number from 1 to 100000, not 0": {"num_labels": 0},
     "num_labels must be a whole number from 1 to 100000, not 'many'": {"num_labels": "many"},
@@ -63,7 +65,7 @@ NO_LABELS_OR_DTYPES = {
 }
 
 
-@pytest.mark.parametrize("message, changes", NO_LABELS_OR_DTYPES.items(), ids=NO_LABELS_OR_DTYPES)
+@pytest.mark.parametrize("message, changes", INVALID_LABELS_AND_DTYPES.items(), ids=INVALID_LABELS_AND_DTYPES)
 def test_labels_and_dtype_are_checked_before_transformers_uses_them(message, changes):
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_config(**changes)

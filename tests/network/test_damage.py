@@ -264,14 +264,14 @@ def test_a_file_that_unpacks_to_more_than_its_size_is_not_opened(tmp_path, capsy
     assert_refused(capsys, convert(tmp_path), "file.pth", "unpack", "not opened")
 
 
-class Long:
+class HugeBytearray:
     def __reduce__(self):
         return bytearray, (10**12,)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 def test_a_file_that_asks_for_memory_is_not_opened(zipped, tmp_path, capsys):
-    torch.save({"model": {"a": Long()}}, tmp_path / "file.pth", _use_new_zipfile_serialization=zipped)
+    torch.save({"model": {"a": HugeBytearray()}}, tmp_path / "file.pth", _use_new_zipfile_serialization=zipped)
     assert_refused(capsys, convert(tmp_path), "'bytearray'", "not opened")
 
 

@@ -1,4 +1,4 @@
-"""A Hub repository that version 0.1.0 made still loads, by its own code and by this package's."""
+"""A Hub repository from version 0.1.0 still loads, with its own code and with this package."""
 
 import tarfile
 from pathlib import Path
@@ -19,7 +19,7 @@ if not trust:
     import binaryvit_hf
 for subfolder in ("", "latent"):
     model = AutoModelForImageClassification.from_pretrained(folder, subfolder=subfolder, trust_remote_code=trust)
-    if not subfolder:  # its engine imports the package, whose classes load what follows
+    if not subfolder:  # its engine file imports the package, whose classes then load the latent model
         assert type(model).__module__.startswith("transformers_modules." if trust else "binaryvit_hf.")
     with torch.no_grad():
         torch.testing.assert_close(model(images).logits, expected)

@@ -146,7 +146,7 @@ def leave_out_a_norm(model, name, amount):
     model.binaryvit.stages[1].layers[0].norm1 = nn.Identity()
 
 
-def put_something_in_the_place_of_dropout(model, name, amount):
+def replace_dropout(model, name, amount):
     model.binaryvit.stages[0].layers[0].dropout = Doubled()
 
 
@@ -220,7 +220,7 @@ EDITS_OF_MODULES = [
     exchange_order,
     leave_out_a_layer,
     leave_out_a_norm,
-    put_something_in_the_place_of_dropout,
+    replace_dropout,
     wrap_the_backbone_norm,
     adapt,
     parametrise,

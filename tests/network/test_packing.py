@@ -31,7 +31,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def computed_by_pytorch(monkeypatch):
-    """PyTorch's outputs are bit-identical. The engine rounds elsewhere; tests/engine has its tests."""
+    """Compute in PyTorch, whose outputs are bit-identical. The engine rounds differently; tests/engine tests it."""
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
 
 
@@ -40,14 +40,14 @@ def logits(model) -> torch.Tensor:
         return model(tiny_images()).logits
 
 
-class Complain(logging.Handler):
+class FailOnLog(logging.Handler):
     def emit(self, record):
         raise AssertionError(record.getMessage())
 
 
 def load(folder, kind=AutoModelForImageClassification, **kwargs):
     """Loading must not warn, neither by Python's warnings nor in transformers' log."""
-    logger, handler = logging.getLogger("transformers"), Complain(logging.WARNING)
+    logger, handler = logging.getLogger("transformers"), FailOnLog(logging.WARNING)
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
@@ -343,7 +343,7 @@ def test_a_trained_model_with_a_flipped_bit_loads_bit_identical_or_raises_one_cl
     file, generator = packed / "model.safetensors", torch.Generator().manual_seed(0)
     good = file.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
-    # Half of them are in the header: a sixth of the file, but it has more ways to be wrong.
+    # Half of the damage is in the header. It is a sixth of the file, but it can be damaged in more ways.
     offsets = torch.cat([torch.randint(end, (200,), generator=generator) for end in (header, len(good))]).tolist()
     refused = 0
     for offset in [*range(8), *offsets]:

@@ -50,7 +50,7 @@ def test_binary_weight_is_the_sign_of_the_centred_row_times_the_mean_of_the_unce
 
 @pytest.mark.parametrize("weight", [[[-1.5, -1.0, 0.0, 1.0, 1.0]], [[0.3, -0.4, 2.5, 0.9, 1.7]]], ids=str)
 @pytest.mark.parametrize("center", [True, False])
-def test_binary_weight_gradient_is_that_of_the_clamped_centred_weight(weight, center):
+def test_a_binary_weight_has_the_gradient_of_the_clamped_centred_weight(weight, center):
     weight = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
     upstream = torch.arange(1.0, 6.0, dtype=torch.float64)[None]
     BinarizeWeight.apply(weight, center).backward(upstream)
