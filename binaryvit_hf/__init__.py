@@ -1,7 +1,7 @@
 """
 1-bit vision transformers in the Hugging Face ecosystem.
 
-Importing this package registers the model with the `Auto` classes of transformers. Its folders, from the lowest floor up:
+Importing this package registers the model with transformers' `Auto` classes. Its folders, from the lowest floor up:
 
 - `engine`: 1-bit inference on CPUs, in C++.
 - `network`: the model and its checkpoints. These files travel to the Hub.

@@ -41,7 +41,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     with reported_write_errors(out):
         target = out.resolve()
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{str(out)!r} already exists: choose another name, or remove it.")
         with parent_folders(target), staging_folder(target) as staging:
             folder = staging / target.name

@@ -20,7 +20,7 @@ From top to bottom:
 A new kind of CPU is one new file, with the members that `CpuInterface` in `forward.inc` lists, and one line each in
 `kernels.h` and `built_kernels`.
 
-`tests/engine` compares every step with PyTorch, and runs the C++ alone under sanitisers and on emulated CPUs.
+`tests/engine` compares every step with PyTorch, and runs the C++ without Python under sanitisers and on emulated CPUs.
 """
 
 from .library import Engine, cpu_features, kernels_built, kernels_here, openmp_of_torch, problem

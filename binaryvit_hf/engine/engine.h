@@ -90,7 +90,7 @@ int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t 
                            const float *weight, const float *bias, int32_t num_labels, float *logits);
 
 /*
- * Computes one step alone, for tests.
+ * Computes a single step, for tests.
  *
  * Args:
  *   step: 0 is the stem. The next steps are the patch embeddings (not in the first stage) and the layers of each

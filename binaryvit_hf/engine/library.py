@@ -256,7 +256,7 @@ class Engine:
         self, step: int, inputs: torch.Tensor, output_shape: tuple[int, int], threads: int = 1
     ) -> torch.Tensor:
         """
-        Computes one step of the network alone, for tests.
+        Computes a single step of the network, for tests.
 
         Args:
             step: 0 is the stem; then come, stage by stage, patch embeddings and layers; last the final normalisation.

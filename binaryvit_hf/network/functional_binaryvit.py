@@ -34,7 +34,7 @@ def binary_sign(x: torch.Tensor) -> torch.Tensor:
 
 
 def binary_sign_(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`binary_sign` that overwrites `x`. `dtype` is the dtype of the result, by default that of `x`."""
+    """`binary_sign` that overwrites `x`. The result has the dtype `dtype`, by default the dtype of `x`."""
     # torch.where is 20 times slower on a CPU.
     return x.ge_(0).to(dtype or x.dtype).mul_(2).sub_(1)
 
@@ -621,7 +621,7 @@ class BinarizedWeight:
         self.signs = binary_sign_(weight.clone(), torch.int8) if multiplies_bytes(weight) else None
 
     def count(self, x: torch.Tensor) -> torch.Tensor:
-        """Product with the signs alone, `(rows, out)`: whole numbers from -in to in."""
+        """Product with the signs, without their scale, `(rows, out)`: whole numbers from -in to in."""
         if self.signs is None:
             return nn.functional.linear(binary_sign_(x + self.shift), self.weight.sign())
         return torch._int_mm(binary_sign_(x + self.shift, torch.int8), self.signs.T)
@@ -728,7 +728,7 @@ class NormRPReLUGradient:
         self.norm, self.batch_rows = norm, batch_rows
         slope = norm.slope
         self.grad_slope, self.grad_shift_out = torch.zeros_like(slope), torch.zeros_like(slope)
-        self.norm_sums = torch.zeros(2, *slope.shape, dtype=slope.dtype, device=slope.device)
+        self.norm_sums = slope.new_zeros(2, *slope.shape)
 
     def add_block(self, x: torch.Tensor, shifted: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
         """

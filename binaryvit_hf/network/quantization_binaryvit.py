@@ -62,7 +62,7 @@ CONFIG_FIELDS = (
     "quantization_clip_value",
     "batch_norm_eps",
 )
-# auto_map of saved configs, for machines without this package. transformers alone would write the saved class only.
+# auto_map of saved configs, for machines without this package. transformers would write only the saved class.
 AUTO_MAP = {
     "AutoConfig": "configuration_binaryvit.BinaryViTConfig",
     "AutoModel": "modeling_binaryvit.BinaryViTModel",
@@ -311,7 +311,7 @@ def check_checksums(checkpoint: PackedCheckpoint) -> None:
     for index, name in enumerate(sorted(checkpoint.tensors)):
         if checksum(checkpoint.tensors[name]) != checkpoint.checksums[8 * index : 8 * index + 8]:
             raise ValueError(
-                f"Tensor {name!r} of {checkpoint.origin[name]!r} is not what was saved (its checksum differs): "
+                f"Tensor {name!r} of {checkpoint.origin[name]!r} was changed after saving (its checksum differs): "
                 "download it again."
             )
 

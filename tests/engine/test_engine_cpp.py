@@ -1,4 +1,4 @@
-"""The engine's C++ alone, under sanitisers and on emulated CPUs: `engine_check.cpp`."""
+"""The engine's C++ without Python, under sanitisers and on emulated CPUs: `engine_check.cpp`."""
 
 import os
 import platform
