@@ -133,19 +133,19 @@ def check_ranges(arguments: Any) -> None:
             raise UserError(f"--{field.name} must be {allowed}, not {value}.")
 
 
-def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = None) -> Any:
+def convert_argument(name: str, value: Any, annotation: Any, choices: Any = None, bare: Any = None) -> Any:
     """
     Convert a value from a file or command line to the type of its field.
 
     Args:
-        hint: type annotation of the field.
+        annotation: type of the field.
         choices: the allowed values; `None` allows any.
         bare: the value of a flag that is given without one. `true` in a file means the same.
 
     Raises:
         UserError: the value has another type or is not a choice.
     """
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     if value is True and bare is not None:
         return bare
     if value is None and NoneType in kinds:
@@ -163,14 +163,14 @@ def convert(name: str, value: Any, hint: Any, choices: Any = None, bare: Any = N
         except (ValueError, RecursionError) as error:
             raise UserError(f"--{name} {shown} is not JSON: {first_sentence(error)}.") from error
     for kind in kinds:
-        converted = convert_to(kind, value)
+        converted = convert_value(kind, value)
         if converted is not None:
             return converted
     wanted = " or ".join(dict.fromkeys(describe_type(kind) for kind in kinds if kind is not NoneType))
     raise UserError(f"--{name} must be {wanted}, not {shown}.")
 
 
-def convert_to(kind: Any, value: Any) -> Any:
+def convert_value(kind: Any, value: Any) -> Any:
     """The value converted to a type; `None` if that is impossible."""
     origin, whole = get_origin(kind) or kind, isinstance(value, int) and not isinstance(value, bool)
     if origin is bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # From glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_KEPT = (2**30, 2**25)  # bytes; older versions accept only the second
+LARGEST_KEPT = (2**30, 2**25)  # bytes; older versions of glibc accept only the second
 
 
 def keep_freed_memory() -> bool:

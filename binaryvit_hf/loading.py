@@ -1,8 +1,7 @@
 """
 Load configs, models and image processors from folders and the Hub, and check them.
 
-Every failure is a `LoadingError` of one sentence. Sizes are checked before memory of that size is used. Weights must be
-finite.
+Every failure is a `LoadingError` of one sentence. Sizes are checked before memory is allocated. Weights must be finite.
 """
 
 from collections.abc import Callable
@@ -78,10 +77,10 @@ def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
 
 def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
     """
-    Load a model (`AutoModelForImageClassification.from_pretrained`). Its checkpoint must hold every tensor, all finite.
+    Load a model (`AutoModelForImageClassification.from_pretrained`). Its checkpoint must hold every tensor.
 
     Raises:
-        LoadingError: there is no such model, or it is damaged or incomplete.
+        LoadingError: there is no such model, it is damaged or incomplete, or a tensor is not finite.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers prints a line for each tensor that does not fit

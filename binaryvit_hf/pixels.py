@@ -110,8 +110,8 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     """
     Scale values of more than 8 bits to 8 bits. Other pictures are returned unchanged.
 
-    The range of 16-bit values is 0 to 65535. The range of 32-bit values is the smallest that contains all of them: 0 to
-    1 (only floats), 0 to 255, or 0 to 65535.
+    The range of 16-bit values is 0 to 65535. The range of 32-bit values is the smallest of 0 to 1 (only floats), 0 to 255
+    and 0 to 65535 that contains all of them.
 
     Raises:
         ValueError: a value is below 0, above 65535 or not a number.
@@ -158,8 +158,8 @@ def describe_unreadable(name: str, error: Exception) -> str:
 
 def describe_transparent(number: int, images: str, first: str) -> str:
     return (
-        f"{number} of the {images} are transparent in places, {first!r} first. Transparency is dropped, which shows the "
-        "colours beneath it; --background white puts such images on white."
+        f"{number} of the {images} are transparent in places, {first!r} first. Transparency is dropped, which shows "
+        "the colours beneath it; --background white puts such images on white."
     )
 
 

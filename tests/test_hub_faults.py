@@ -38,7 +38,7 @@ from binaryvit_hf.cli import main
 from binaryvit_hf.training import run as training_run
 
 
-def say(name, *arguments, run=main):
+def answer(name, *arguments, run=main):
     printed, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(error):
         code = run([str(argument) for argument in arguments])
@@ -53,48 +53,48 @@ server.publish("bob/secret", files, private=True)
 server.publish("bob/broken", files | {"model.safetensors": files["model.safetensors"][:-10]})
 server.publish("bob/empty", {"README.md": b"nothing"})
 
-say("missing", "ops", "bob/none", "--token", "token-of-alice")
-say("private", "ops", "bob/secret", "--token", "token-of-alice")
-say("bad token", "ops", "bob/model", "--token", "token-of-nobody")
-say("empty", "ops", "bob/empty")
+answer("missing", "ops", "bob/none", "--token", "token-of-alice")
+answer("private", "ops", "bob/secret", "--token", "token-of-alice")
+answer("bad token", "ops", "bob/model", "--token", "token-of-nobody")
+answer("empty", "ops", "bob/empty")
 for fault in (403, 429, 500, 501, "drop"):
     for endpoint in ("info", "head", "download"):
         server.fail_next(20, on=endpoint, how=fault)
-    say(str(fault), "ops", "bob/model")
+    answer(str(fault), "ops", "bob/model")
     server.faults.clear()
 with server.down():
-    say("down", "ops", "bob/model")
-    say("upload down", "push", folder, "alice/model", "--token", "token-of-alice")
+    answer("down", "ops", "bob/model")
+    answer("upload down", "push", folder, "alice/model", "--token", "token-of-alice")
 server.fail_next(20, on="head", how=403)
-say("teacher", "--teacher_model_name_or_path", "bob/model", "--config_name", folder, "--dataset_name", "sklearn-digits",
+answer("teacher", "--teacher_model_name_or_path", "bob/model", "--config_name", folder, "--dataset_name", "sklearn-digits",
     "--output_dir", folder.parent / "run", "--do_train", "--use_cpu", run=training_run.main)
 server.faults.clear()
 
 server.fail_next(1, on="commit", how=501)
-say("upload", "push", folder, "alice/model", "--revision", "dev", "--token", "token-of-alice")
-say("not mine", "push", folder, "bob/model", "--token", "token-of-alice")
-say("nobody", "push", folder, "alice/model", "--token", "token-of-nobody")
+answer("upload", "push", folder, "alice/model", "--revision", "dev", "--token", "token-of-alice")
+answer("not mine", "push", folder, "bob/model", "--token", "token-of-alice")
+answer("nobody", "push", folder, "alice/model", "--token", "token-of-nobody")
 
 picture = folder.parent / "a.png"
-say("fetched", "classify", "bob/damaged", picture)
+answer("fetched", "classify", "bob/damaged", picture)
 cache = Path(os.environ["HF_HUB_CACHE"]) / "models--bob--damaged"
 for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
     (cached,) = cache.glob(f"snapshots/*/{name}")
     for damage in (b"", cached.read_bytes()[:-7]):
         cached.resolve().write_bytes(damage)
         before = len(server.requests)
-        say(f"again {name} {len(damage) > 0}", "classify", "bob/damaged", picture)
+        answer(f"again {name} {len(damage) > 0}", "classify", "bob/damaged", picture)
         assert cached.read_bytes() == files[name]
-say("broken", "classify", "bob/broken", picture)
+answer("broken", "classify", "bob/broken", picture)
 cached = next(cache.glob("snapshots/*/model.safetensors"))
 cached.resolve().write_bytes(b"")
 with server.down():
-    say("damaged and down", "classify", "bob/damaged", picture)
+    answer("damaged and down", "classify", "bob/damaged", picture)
 """
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, dict]:
+def answers(tmp_path_factory) -> dict[str, dict]:
     """Exit code, lines of stderr, and stdout of every command, by the name of its fault."""
     root = tmp_path_factory.mktemp("faults")
     model = tiny_model(tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}))
@@ -109,10 +109,10 @@ def said(tmp_path_factory) -> dict[str, dict]:
         command, env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    said = {}
+    answers = {}
     for line in result.stdout.splitlines():
-        said |= json.loads(line)
-    return said
+        answers |= json.loads(line)
+    return answers
 
 
 @pytest.mark.parametrize(
@@ -137,17 +137,17 @@ def said(tmp_path_factory) -> dict[str, dict]:
         ("damaged and down", 2, ("'bob/damaged'", "models--bob--damaged/blobs/", "damaged", "downloaded again")),
     ],
 )
-def test_a_fault_of_the_hub_is_named_with_a_remedy(said, fault, code, words):
-    assert said[fault]["code"] == code, said[fault]
-    (line,) = [line for line in said[fault]["errors"] if line.startswith("error: ")]
+def test_a_fault_of_the_hub_is_named_with_a_remedy(answers, fault, code, words):
+    assert answers[fault]["code"] == code, answers[fault]
+    (line,) = [line for line in answers[fault]["errors"] if line.startswith("error: ")]
     assert len(line) <= LINE_LENGTH
     for word in words:
         assert word in line
     assert "token-of" not in line
 
 
-def test_a_damaged_file_in_the_cache_is_downloaded_again(said):
-    first = said["fetched"]
+def test_a_damaged_file_in_the_cache_is_downloaded_again(answers):
+    first = answers["fetched"]
     assert first["code"] == 0
-    for fault in [name for name in said if name.startswith("again ")]:
-        assert (said[fault]["code"], said[fault]["printed"]) == (0, first["printed"]), said[fault]
+    for fault in [name for name in answers if name.startswith("again ")]:
+        assert (answers[fault]["code"], answers[fault]["printed"]) == (0, first["printed"]), answers[fault]

@@ -423,7 +423,7 @@ class BinaryMLPProducts(Function):
     as whole numbers (`PackedCounts`).
 
     Args:
-        x: `(rows, channels)`, also the shape of both results.
+        x: `(rows, channels)`. Both results have this shape.
         weight1, weight2: `(inner, channels)` and `(channels, inner)`, both binarised already.
         slopes: gradients of both signs.
         statistics: `TokenBatchNorm.statistics`; it gets blocks of the first product.
@@ -587,7 +587,7 @@ class AddAvgPools(Function):
 
 
 def same_avg_pool(x: torch.Tensor, grid_size: tuple[int, int], kernel_size: tuple[int, int]) -> torch.Tensor:
-    """Mean over zero-padded neighbourhoods of tokens: `(batch, height * width, channels)`, also the result's shape."""
+    """Mean over zero-padded neighbourhoods of tokens. Input and result are `(batch, height * width, channels)`."""
     # (batch, height * width, channels) -> (batch, channels, height, width), channels last in memory
     token_map = x.unflatten(1, grid_size).permute(0, 3, 1, 2)
     padding = tuple(size // 2 for size in kernel_size)

@@ -192,7 +192,7 @@ def binary_mlp_products(
 
     Args:
         linear2: linear layer of the second projection.
-        hidden_states: `(..., channels)`, also the shape of both results.
+        hidden_states: `(..., channels)`. Both results have this shape.
 
     Returns:
         `linear2(fc1(hidden_states))`, and its shortcut, `fc1(hidden_states)` averaged over runs of adjacent channels.

@@ -118,7 +118,7 @@ class BinaryViTAttention(nn.Module):
     """
     `output(RPReLU(BN(attention) + query + key + value))` of binary query, key, value and probabilities.
 
-    `(batch, tokens, channels)`, also the result's shape. The map of keys and values may be averaged over squares.
+    Input and result are `(batch, tokens, channels)`. The map of keys and values may be averaged over squares.
     """
 
     sign_slope = staticmethod(approx_sign_slope)  # gradient of the signs of query, key and value
@@ -179,7 +179,7 @@ class BinaryViTAttention(nn.Module):
 
 
 class BinaryViTMLP(nn.Module):
-    """`fc2(fc1(x))`, two binary projections: `(batch, tokens, channels)`, also the result's shape."""
+    """`fc2(fc1(x))`, two binary projections. Input and result are `(batch, tokens, channels)`."""
 
     def __init__(self, config, stage: int):
         super().__init__()

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from ..argument_checks import convert
+from ..argument_checks import convert_argument
 from ..errors import UserError, first_sentence
 from .arguments import RunArguments
 from .optional_methods import OptionalMethodArguments
@@ -140,7 +140,7 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
         parsed = vars(parser.parse_args(line))
         for name in {*values, *(actions[name].dest for name, _ in flags)}:
             action = fields_by_name[name]
-            parsed[name] = convert(name, parsed[name], hints[name], action.choices, action.const)
+            parsed[name] = convert_argument(name, parsed[name], hints[name], action.choices, action.const)
         return RunArguments(*parser.parse_dict(parsed))
     except UserError:
         raise
