@@ -639,7 +639,7 @@ def multiplies_bytes(weight: torch.Tensor) -> bool:
         HAS_BYTE_PRODUCTS
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and weight.shape[1] > 1  # PyTorch 2.14 returns uninitialised memory for one input channel
+        and weight.shape[1] > 1  # one column gives garbage (https://github.com/pytorch/pytorch/issues/195066)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
