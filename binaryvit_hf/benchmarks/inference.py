@@ -7,7 +7,6 @@ Weights are random: the time of a forward does not depend on them.
 
 import functools
 import importlib.util
-import itertools
 import logging
 import os
 import statistics
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -84,8 +84,8 @@ def benchmark_inference(network: str, batch_sizes: list[int], threads: list[int]
         UserError: there is no such row, or not enough memory.
     """
     configs = shipped_configs()
-    if network not in configs or AutoConfig.from_pretrained(configs[network]).model_type != QUANT_METHOD:
-        rows = (row for row in sorted(configs) if AutoConfig.from_pretrained(configs[row]).model_type == QUANT_METHOD)
+    rows = [row for row in sorted(configs) if AutoConfig.from_pretrained(configs[row]).model_type == QUANT_METHOD]
+    if network not in rows:
         raise UserError(f"There is no binary row {network!r} in configs/; there are {', '.join(rows)}.")
     with tempfile.TemporaryDirectory() as folder:
         competitors = create_competitors(network, Path(folder))
@@ -153,10 +153,7 @@ def compete(
         logger.info("%s, batches of %d", count_threads(threads), batch_size)
         request_all(workers, batch_size)  # warm-up: torch.compile compiles for every batch size
         rounds = [request_all(workers, batch_size) for _ in range(turns)]
-        seconds = {
-            competitor: list(itertools.chain.from_iterable(times[competitor] for times in rounds))
-            for competitor in workers
-        }
+        seconds = {worker: [second for times in rounds for second in times[worker]] for worker in workers}
         peer_seconds = next(times for competitor, times in seconds.items() if is_peer(competitor))
         results += [
             {
@@ -311,12 +308,12 @@ def plot_latency(measured: dict, path: Path) -> None:
             shown = [
                 result for result in results if (result["threads"], result["batch_size"]) == (threads, batch_size)
             ]
-            medians, spread = ([1000 * result["seconds"] / batch_size for result in shown], [])
-            for result, median in zip(shown, medians):
-                low, high = (1000 * seconds / batch_size for seconds in result["seconds_10_90"])
-                spread.append((median - low, high - median))
+            seconds = np.array([(result["seconds"], *result["seconds_10_90"]) for result in shown])
+            median, low, high = 1000 / batch_size * seconds.T
             names = [f"{result['model']}\n{result['engine']}" for result in shown]
-            axes.errorbar(medians, names, xerr=list(zip(*spread)), fmt="o", capsize=3, label=count_threads(threads))
+            axes.errorbar(
+                median, names, xerr=(median - low, high - median), fmt="o", capsize=3, label=count_threads(threads)
+            )
         images = "one image at a time" if batch_size == 1 else f"batches of {batch_size}"
         axes.set(title=images, xlabel="ms an image, median and 10-90 %", xscale="log")
         axes.grid(alpha=0.3, which="both")

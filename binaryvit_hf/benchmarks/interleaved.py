@@ -23,7 +23,7 @@ class Worker:
     A process that answers requests, one after the other.
 
     Args:
-        name: what error messages call the worker.
+        name: the worker's name in error messages.
         create: a top-level function. The process calls `create(*arguments)` once; the result answers each request.
     """
 
@@ -91,8 +91,4 @@ def wait_for_idle_threads() -> None:
 def describe_seconds(seconds: Sequence[float], batch_size: int) -> dict:
     """Median, first and last decile of the seconds of batches, two or more, and the images per second."""
     deciles, median = statistics.quantiles(seconds, n=10, method="inclusive"), statistics.median(seconds)
-    return {
-        "seconds": median,
-        "seconds_10_90": [deciles[0], deciles[-1]],
-        "images_per_second": batch_size / median,
-    }
+    return {"seconds": median, "seconds_10_90": [deciles[0], deciles[-1]], "images_per_second": batch_size / median}

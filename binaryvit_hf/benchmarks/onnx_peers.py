@@ -1,5 +1,6 @@
 """Networks of timm in onnxruntime, in float32 and quantised to 8 bits: peers for `inference`."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -27,11 +28,11 @@ class RandomImages(CalibrationDataReader):
 
     def __init__(self):
         generator = np.random.default_rng(0)
-        self.images = iter(generator.standard_normal((CALIBRATION_IMAGES, 1, *IMAGE_SHAPE), np.float32))
+        images = generator.standard_normal((CALIBRATION_IMAGES, 1, *IMAGE_SHAPE), np.float32)
+        self.batches = iter([{"images": image} for image in images])
 
     def get_next(self) -> dict | None:
-        images = next(self.images, None)
-        return None if images is None else {"images": images}
+        return next(self.batches, None)
 
 
 def export_networks(folder: Path) -> list[tuple[str, str, Path]]:
@@ -74,12 +75,5 @@ def load_onnx(file: Path, threads: int) -> Callable[[int], list]:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
-    images = generator.standard_normal((1, *IMAGE_SHAPE), np.float32)
-
-    def compute(batch_size: int) -> list:
-        nonlocal images
-        if len(images) != batch_size:
-            images = generator.standard_normal((batch_size, *IMAGE_SHAPE), np.float32)
-        return session.run(None, {"images": images})
-
-    return compute
+    create_images = functools.cache(lambda size: generator.standard_normal((size, *IMAGE_SHAPE), np.float32))
+    return lambda batch_size: session.run(None, {"images": create_images(batch_size)})

@@ -1,8 +1,8 @@
 """
 The 1-bit network as it is commonly simulated: composed of PyTorch's own operations, each with its own gradient.
 
-Outputs and gradients equal those of the network, but without the savings of time and memory of `functional_binaryvit`.
-Benchmarks take it as a peer, tests as a second implementation.
+Outputs and gradients equal the network's, but without the savings of time and memory of `functional_binaryvit`.
+Benchmarks use it as a peer, tests as a second implementation.
 """
 
 import functools
@@ -40,7 +40,7 @@ def simulate(model: BinaryViTPreTrainedModel) -> BinaryViTPreTrainedModel:
 
 
 def sign(x: torch.Tensor) -> torch.Tensor:
-    """Sign whose gradient is that of a piecewise polynomial (Bi-Real Net, Liu et al., ECCV 2018)."""
+    """Sign with the gradient of a piecewise polynomial (Bi-Real Net, Liu et al., ECCV 2018)."""
     inside = torch.where(x < 0, 2 * x + x * x, 2 * x - x * x)
     soft = torch.where(x.abs() < 1, inside, x.detach().sign())
     return soft + (torch.where(x >= 0, 1.0, -1.0).to(x.dtype) - soft).detach()

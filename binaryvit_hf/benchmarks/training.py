@@ -1,5 +1,5 @@
 """
-Time and peak memory of training steps, beside the full-precision DeiT-S and the plain simulation.
+Time and peak memory of training steps of a network, of the full-precision DeiT-S and of the plain simulation.
 
 The competitors take turns, step by step. Each is a process of its own, so its peak of memory is its own.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..errors import UserError
 from ..host_memory import keep_freed_memory, peak_of_process
@@ -23,13 +23,14 @@ from .simulation import simulate
 
 
 PEER = "deit-small-patch16-224"
+CHANGES = {"eager": lambda model: model, "simulated": simulate, "compiled": torch.compile}  # of a model, by mode
 WARM_UP_TURNS = 1  # the allocator grows and torch.compile compiles
 TABLE_HEAD = ("network", "ms a step, median", "10-90 %", "images/s", "peak memory", "steps of DeiT-S")
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """A row of configs/ and how it is trained: `eager`, `simulated` (`simulation.simulate`) or `compiled`."""
+    """A row of configs/ and how it is trained: a mode of `CHANGES`."""
 
     network: str
     mode: str = "eager"
@@ -127,7 +128,8 @@ def create_responder(competitor: Competitor, batch_size: int, device: str, threa
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(shipped_configs()[competitor.network])
-    model = create_model(competitor, config).to(device).train()
+    change = CHANGES[competitor.mode]
+    model = change(AutoModelForImageClassification.from_config(config)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     images = torch.randn(batch_size, config.num_channels, *as_pair(config.image_size), device=device)
     labels = torch.randint(config.num_labels, (batch_size,), device=device)
@@ -150,10 +152,3 @@ def create_responder(competitor: Competitor, batch_size: int, device: str, threa
         return seconds
 
     return respond
-
-
-def create_model(competitor: Competitor, config: PreTrainedConfig) -> nn.Module:
-    model = AutoModelForImageClassification.from_config(config)
-    if competitor.mode == "simulated":
-        return simulate(model)
-    return torch.compile(model) if competitor.mode == "compiled" else model

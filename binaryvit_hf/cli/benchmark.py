@@ -19,10 +19,12 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument(
-        "--train", action="store_true", help="measure training steps, beside DeiT-S and the plain simulation"
+        "--train", action="store_true", help="measure training steps and compare with DeiT-S and the plain simulation"
     )
     kinds.add_argument(
-        "--loader", action="store_true", help="measure image loading on one core, beside the paper's public code"
+        "--loader",
+        action="store_true",
+        help="measure image loading on one core and compare with the paper's public code",
     )
     parser.add_argument("--model", default="binaryvit-small-patch4-224", help="row of configs/ (default %(default)s)")
     parser.add_argument(
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure forwards, training steps or the image loader, beside peers in the same run."""
+    """Measure forwards, training steps or the image loader, and compare with peers in the same run."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("binaryvit_hf").setLevel(logging.INFO)
     if options.steps < 2:

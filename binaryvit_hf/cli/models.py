@@ -43,7 +43,7 @@ def load_model(
     Load the image classifier in `source` and its image processor, which is `None` if there is none.
 
     Args:
-        name: what the user calls the model, for messages.
+        name: the user's name for the model, for messages.
         kwargs: of `from_pretrained` of the model.
 
     Raises:

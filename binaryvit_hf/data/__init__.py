@@ -10,7 +10,7 @@ The files, in the order in which an image passes them:
 2. `loading` chooses the splits. It uses `image_folders` (with `image_files`), `known_datasets` and `streaming`. `schema`
    gives every dataset the same two columns, `image` (encoded) and `label`.
 3. `image_checks` finds broken, transparent and one-colour images before training. `label_names` compares the labels with
-   those of a trained model.
+   a trained model's.
 4. `sampling` determines the order of training and the random numbers of each augmentation.
 5. `transforms` decodes (`decoding`) and augments (`augmentation`) an image when a worker reads it. Evaluation uses the image
    processor instead.

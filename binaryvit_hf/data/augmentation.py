@@ -15,7 +15,7 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # Zhong et al., AAAI
 
 @dataclass
 class AugmentationArguments:
-    """How training images are cropped, augmented and mixed. The defaults are those of the paper's students."""
+    """How training images are cropped, augmented and mixed. The defaults are the paper's for its students."""
 
     random_resized_crop_min_scale: float = argument(
         0.08, "Smallest share of the image's area in a random training crop; 1 is no crop."

@@ -27,7 +27,7 @@ from .streaming import ImageSplits, ImageStream
 
 MAX_EMBEDDED_HEADERS = 100_000  # images inside a dataset whose header is checked: it is read with the whole image
 MAX_STREAMED_IMAGES = 100  # evaluation images of a stream that are downloaded and decoded
-MAX_DECODED_IMAGES = 1000  # opaque training images that are decoded to find those of one colour
+MAX_DECODED_IMAGES = 1000  # opaque training images that are decoded to see whether they are of one colour
 IMAGES_PER_READ = 16  # that a thread reads at once
 
 LARGE_IMAGE_PIXELS = 2**25

@@ -1,4 +1,4 @@
-"""Compares the class names of a model with those of a dataset."""
+"""Compares the class names of a model with a dataset's."""
 
 import re
 from collections import Counter

@@ -48,7 +48,7 @@ def create_train_sampler(
 
 class TrainSampler(Sampler):
     """
-    Shuffles the images anew in each epoch.
+    Shuffles the images in each epoch.
 
     Repeated augmentation (Hoffer et al., CVPR 2020) reads fewer images, each `repeats` times with different augmentations.
     The length of an epoch stays the same. As in DeiT (Touvron et al., ICML 2021), different processes get the repeats of an

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from ..errors import UserError, first_sentence
 
 
-CLASS_NAMES = "classnames.txt"  # beside the archives of a WebDataset
+CLASS_NAMES = "classnames.txt"  # in the folder of a WebDataset's archives
 STRINGS = ("string", "large_string", "string_view")
 BINARIES = ("binary", "large_binary", "binary_view")
 
@@ -156,7 +156,7 @@ def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
 
 def standardize_labels(splits: dict, names: list[str] | None) -> dict:
     """
-    Convert the labels of all splits to one `ClassLabel`. Its names are those of the first split's `ClassLabel`, or else
+    Convert the labels of all splits to one `ClassLabel`. Its names are the first split's if it has a `ClassLabel`, or else
     `names`, or else the sorted values of the first split.
 
     Raises:

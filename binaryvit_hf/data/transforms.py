@@ -72,13 +72,11 @@ def add_transforms(
     augment = create_train_transform(arguments, wanted.size, wanted.mean, wanted.std)
     if wanted.channels != RGB:
         augment = v2.Compose([augment, partial(reorder_channels, wanted.channels)])
-    train: tuple[Callable, Callable] = (crop, augment)
-    evaluate: tuple[Callable, Callable] = (
-        partial(decode_image, background=arguments.background),
-        partial(process_image, processor),
-    )
+    decode, process = partial(decode_image, background=arguments.background), partial(process_image, processor)
     return {
-        split: TransformedImages(dataset, *(train if split == "train" else evaluate), seed)
+        split: TransformedImages(dataset, crop, augment, seed)
+        if split == "train"
+        else TransformedImages(dataset, decode, process, seed)
         for split, dataset in images.items()
     }
 

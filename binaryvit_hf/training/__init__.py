@@ -2,7 +2,8 @@
 Train, distil and evaluate image classifiers: `python -m binaryvit_hf.training ARGUMENTS`.
 
 Input: a command line, optionally with a JSON or YAML file of arguments. It describes one run, or a teacher's run and its
-student's. Output: a directory for each run, with
+student's.
+Output: a directory for each run, with
 
 - the packed model, and in `latent/` its latent weights, which can be trained further,
 - `checkpoint-STEP/`: the same command resumes from the last one that is whole,
@@ -15,7 +16,7 @@ The files, in the order in which a run uses them:
     command_line.py  flags and files -> the arguments of each run
     arguments.py     the arguments as dataclasses; optional_methods.py: methods beyond the paper's recipe
     preparation.py   checks and inputs before training: unused_arguments.py, batch_checks.py, checkpoints.py
-    models.py        student, teacher and image processors; two_stage.py: the first of two stages; stochastic_depth.py
+    models.py        student, teacher and image processors; two_stage.py: weights of a first stage; stochastic_depth.py
     steps.py         train, evaluate, test, report, upload
     trainer.py       transformers' Trainer with losses.py, checkpoints and packing; callbacks/
     run_folder.py    records a run's arguments and compares them before a run resumes
@@ -23,5 +24,6 @@ The files, in the order in which a run uses them:
 
 `process_errors.py` shows an error once for several processes. `ablation.py` starts the runs of a whole table.
 
-These files import `network/`, `data/` and the files beside those folders. They must not import `cli/`, `benchmarks/` or the script `run_image_classification.py`.
+These files import `network/`, `data/` and the files beside those folders. They must not import `cli/`, `benchmarks/` or
+the script `run_image_classification.py`.
 """

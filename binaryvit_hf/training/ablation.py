@@ -55,7 +55,7 @@ class Ablation:
     def runs(self) -> dict[Path, list[str]]:
         """
         The command line of each run by its folder: the teacher's run, then all rows with the first seed, then all rows with
-        the next. The table soon has every row in this order.
+        the next seed. This order fills every row of the table early.
         """
         teacher, runs = self.table["teacher"], {}
         for seed in self.seeds:
@@ -84,16 +84,17 @@ def run_ablation(ablation: Ablation, jobs: int) -> None:
     if not ablation.table:
         raise UserError(f"{str(ablation.folder)!r} is not the folder of an ablation: it has no table.json.")
     # Check all runs before any training: the folder may hold runs of other recipes.
-    waiting = [(folder, line) for folder, line in ablation.runs().items() if not is_tested(folder, line)]
+    missing = {folder: line for folder, line in ablation.runs().items() if not is_tested(folder, line)}
     teacher = ablation.out / ablation.table["teacher"]
-    if waiting and waiting[0][0] == teacher:  # the students need it
-        train(ablation, [waiting.pop(0)], at_once=1)
-    train(ablation, waiting, at_once=jobs)
+    if teacher in missing:  # the students need it
+        train(ablation, {teacher: missing.pop(teacher)}, at_once=1)
+    train(ablation, missing, at_once=jobs)
     write_results(ablation)
 
 
-def train(ablation: Ablation, waiting: list[tuple[Path, list[str]]], at_once: int) -> None:
-    """Train runs, given by their folders and command lines, `at_once` at a time. An exception ends all of them."""
+def train(ablation: Ablation, runs: dict[Path, list[str]], at_once: int) -> None:
+    """Train runs, command lines by folder, `at_once` at a time. An exception ends all of them."""
+    waiting = list(runs.items())
     running: dict[subprocess.Popen, Path] = {}
     try:
         while waiting or running:

@@ -46,7 +46,7 @@ class ModelArguments:
     init_from: str | None = argument(
         None,
         "Initialise the network with the latent weights of this model, a Hub id or a path: the second of two "
-        "stages. Shapes must be those of --config_name; bits may differ.",
+        "stages. Its shapes must equal the shapes of --config_name; bits may differ.",
     )
     teacher_model_name_or_path: str | None = argument(
         None, "Teacher to distil from: a Hub id or a path. Default: no teacher, train on the labels."
@@ -95,7 +95,7 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         False, "Change the learning rate once per epoch, as in the paper's runs, not at every step."
     )
     repeated_augmentations: int = argument(
-        1, "Show each image this many times in neighbouring batches, each time augmented anew."
+        1, "Show each image this many times in neighbouring batches, with another augmentation each time."
     )
     save_packed: bool = argument(
         True,
@@ -107,7 +107,7 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     resume_from_checkpoint: str | None = argument(
         None,
         "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Arguments "
-        "may differ from those of the checkpoint's run.",
+        "may differ from the checkpoint's run.",
         nargs="?",
         const="true",
     )

@@ -36,7 +36,7 @@ def last_whole_checkpoint(folder: Path, more_files: Iterable[str] = ()) -> Path 
     Find the newest whole checkpoint of a run, and log newer ones that training cannot resume from.
 
     Args:
-        more_files: names of files that a checkpoint must hold besides those of every checkpoint.
+        more_files: names of additional files that a checkpoint of this run must hold.
     """
     numbered = {
         int(number): path

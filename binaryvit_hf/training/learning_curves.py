@@ -8,9 +8,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .run_folder import finite_numbers, read_json
 
 
-MAX_DRAWN = 1e30  # matplotlib finds no ticks for larger numbers
-
-
 def plot_learning_curves(histories: dict[str, list[dict]], path: Path) -> None:
     """
     Draw loss and accuracy over the epochs.
@@ -37,12 +34,12 @@ def plot_learning_curves(histories: dict[str, list[dict]], path: Path) -> None:
 def curve(history: list[dict], key: str) -> tuple[list[float], list[float]]:
     """Epochs and values of one metric."""
     entries = [entry for entry in map(finite_numbers, history) if {"epoch", key} <= entry.keys()]
-    points = [(entry["epoch"], entry[key]) for entry in entries]
-    points = [point for point in points if max(map(abs, point)) < MAX_DRAWN]
-    return [epoch for epoch, _ in points], [value for _, value in points]
+    # matplotlib finds no ticks for larger numbers.
+    entries = [entry for entry in entries if max(abs(entry["epoch"]), abs(entry[key])) < 1e30]
+    return [entry["epoch"] for entry in entries], [entry[key] for entry in entries]
 
 
 def read_log_history(output_dir: Path) -> list[dict]:
-    """The `log_history` of a run; empty if the folder holds none, as that of a model from the Hub."""
+    """The `log_history` of a run; empty if the folder holds none, for example the folder of a model from the Hub."""
     history = read_json(output_dir / TRAINER_STATE_NAME).get("log_history")
     return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []

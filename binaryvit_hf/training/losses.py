@@ -4,9 +4,6 @@ import torch
 from torch import nn
 
 
-MIXED_LABEL_LOSS_WEIGHT = 0.1  # in the paper's runs with mixup or CutMix
-
-
 def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -22,12 +19,12 @@ def distillation_loss(
     Args:
         student_logits, teacher_logits: `(batch, labels)`.
         labels: class indices `(batch,)`, or soft labels `(batch, labels)`.
-        label_loss_weight: w; `None` means the paper's value, 0 for class indices and 0.1 for soft labels.
+        label_loss_weight: w; `None` means the paper's value: 0 for class indices, 0.1 for the soft labels of mixup and CutMix.
         temperature: T.
         label_smoothing: share of the labels that is spread over all classes.
     """
     if label_loss_weight is None:
-        label_loss_weight = MIXED_LABEL_LOSS_WEIGHT if labels.is_floating_point() else 0.0
+        label_loss_weight = 0.1 if labels.is_floating_point() else 0.0
     soft_targets = nn.functional.softmax(teacher_logits / temperature, dim=-1)
     loss = temperature**2 * nn.functional.cross_entropy(student_logits / temperature, soft_targets)
     if label_loss_weight == 0:

@@ -41,23 +41,21 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
     names = ("all_results.json", RUN_ARGUMENTS, "train.json")
     recorded, arguments, recipe = (read_json(folder / name) for name in names)
     results = finite_numbers(recorded)
-    teacher, dataset = text(arguments or recipe, "teacher_model_name_or_path"), image_source(arguments or recipe)
+    given = arguments or recipe
+    teacher = text(given, "teacher_model_name_or_path")
+    dataset = text(given, "dataset_name") or text(given, "train_dir") or text(given, "validation_dir")
     dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
     metrics, test_metrics = named_metrics(results, "eval"), named_metrics(results, "test")
+    name, binary = Path(model_id).name, config.model_type == "binaryvit"
+    base_model = teacher if "teacher_revision" in recorded or not arguments else None  # a teacher on the Hub
+    license = text(arguments, "license") or DEFAULT_LICENSE
     card = ModelCard.from_template(
-        card_metadata(
-            license=text(arguments, "license") or DEFAULT_LICENSE,
-            is_binary=config.model_type == "binaryvit",
-            dataset=dataset,
-            teacher_id=teacher if "teacher_revision" in recorded or not arguments else None,
-            model_name=Path(model_id).name,
-            metrics=test_metrics or metrics,
-        ),
+        card_metadata(name, binary, dataset, license, base_model, test_metrics or metrics),
         template_path=str(shipped_folder("model_cards") / "template.md"),
         model_id=model_id,
-        name=Path(model_id).name,
+        name=name,
         config=config,
-        binary=config.model_type == "binaryvit",
+        binary=binary,
         trained=bool(arguments),
         weights=weight_bytes(folder) > 0,
         dataset=dataset,
@@ -84,14 +82,9 @@ def named_metrics(results: dict[str, float], prefix: str) -> dict[str, float]:
 
 
 def card_metadata(
-    license: str,
-    is_binary: bool,
-    dataset: str | None,
-    teacher_id: str | None,
-    model_name: str,
-    metrics: dict[str, float],
+    name: str, binary: bool, dataset: str | None, license: str, base_model: str | None, metrics: dict[str, float]
 ) -> ModelCardData:
-    """The card's metadata in the Hub's format, where a model name, results and their dataset need each other."""
+    """The card's metadata in the Hub's format, which lists results only with a dataset and a model name."""
     # The metadata must name a dataset on the Hub: neither a local path nor scikit-learn's digits is one.
     on_hub = dataset is not None and dataset != DIGITS and not os.path.exists(dataset)
     metrics = metrics if dataset else {}
@@ -101,19 +94,19 @@ def card_metadata(
             dataset_type=dataset if on_hub else "local",
             dataset_name=dataset,
             metric_type="accuracy",
-            metric_name=name,
+            metric_name=metric,
             metric_value=value,
         )
-        for name, value in metrics.items()
+        for metric, value in metrics.items()
     ]
     return ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["image-classification", "binaryvit_hf", *(["1-bit"] if is_binary else [])],
+        tags=["image-classification", "binaryvit_hf", *(["1-bit"] if binary else [])],
         datasets=[dataset] if on_hub else None,
-        base_model=teacher_id,
-        model_name=model_name if results else None,
+        base_model=base_model,
+        model_name=name if results else None,
         eval_results=results or None,
     )
 
@@ -121,10 +114,6 @@ def card_metadata(
 def text(content: dict, name: str) -> str | None:
     value = content.get(name)
     return value if isinstance(value, str) else None
-
-
-def image_source(arguments: dict) -> str | None:
-    return text(arguments, "dataset_name") or text(arguments, "train_dir") or text(arguments, "validation_dir")
 
 
 def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:

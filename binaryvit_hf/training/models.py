@@ -46,8 +46,8 @@ def check_config(name: str, config: PreTrainedConfig, arguments: ModelArguments,
     """Raise UserError for packed weights to train, for images without colours, and for a new network without image size."""
     if do_train and getattr(config, "quantization_config", None):
         raise UserError(
-            f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train its latent weights; if they "
-            f"lie beside the packed ones, add --subfolder {LATENT}."
+            f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train its latent weights; if the "
+            f"model has them in a sub-folder, add --subfolder {LATENT}."
         )
     if getattr(config, "num_channels", 3) != 3:
         raise UserError(

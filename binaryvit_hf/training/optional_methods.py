@@ -34,7 +34,7 @@ class OptionalMethodArguments:
     )
     batch_norm_reestimation_batches: int = argument(
         0,
-        "Before each evaluation and for the final model, compute the batch norm statistics anew as the mean over "
+        "Before each evaluation and for the final model, compute the batch norm statistics as the mean over "
         "this many training batches, augmented but not mixed (Wu & Johnson, 2021; Nagel et al., ICML 2022). 0: use the "
         "running statistics.",
     )

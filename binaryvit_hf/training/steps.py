@@ -104,7 +104,7 @@ class TrainingRun:
         result = trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
         if trainer.termination.terminated:
             saved = "the weights only (--save_only_model)" if arguments.save_only_model else "a checkpoint"
-            outcome = "start anew" if arguments.save_only_model else "resume"
+            outcome = "start again" if arguments.save_only_model else "resume"
             raise TerminatedError(
                 f"Training got a SIGTERM, saved {saved} and stopped after step {trainer.state.global_step}. Run the same "
                 f"command again to {outcome}."

@@ -51,8 +51,15 @@ class DistillationTrainer(Trainer):
     def __init__(
         self, model=None, *args, teacher: PreTrainedModel | None = None, mix: Callable | None = None, **kwargs
     ):
-        with hidden_quantization(model):
+        # The Trainer refuses packed models even for evaluation. `PackableModel.train` refuses to train them.
+        is_packed = getattr(model, "is_quantized", False)
+        if is_packed:
+            model.is_quantized = False
+        try:
             super().__init__(model, *args, **kwargs)
+        finally:
+            if is_packed:
+                model.is_quantized = True
         self.label_smoother = None  # compute_loss smooths labels itself, in training alone
         self.mix = mix
         self.train_sampler = None
@@ -218,7 +225,7 @@ class DistillationTrainer(Trainer):
     @contextlib.contextmanager
     def final_weights(self) -> Iterator[None]:
         """Give the model the weights that training would save now; restore the current ones afterwards."""
-        if not self.has_final_step:
+        if self.args.ema_decay is None and not self.args.batch_norm_reestimation_batches:
             yield
             return
         before = {name: tensor.clone() for name, tensor in self.plain_model.state_dict().items()}
@@ -227,10 +234,6 @@ class DistillationTrainer(Trainer):
             yield
         finally:
             self.plain_model.load_state_dict(before)
-
-    @property
-    def has_final_step(self) -> bool:
-        return self.args.ema_decay is not None or self.args.batch_norm_reestimation_batches > 0
 
     def apply_final_step(self) -> None:
         """Replace the weights by their average, then re-estimate batch norm statistics, if the arguments ask for it."""
@@ -265,8 +268,11 @@ class DistillationTrainer(Trainer):
         checkpoint = folder / staged.name
         if self.args.should_save:
             shutil.rmtree(folder / STAGING, ignore_errors=True)  # left by a run that was killed
-        with self.staging():
+        self.is_staging = True  # see `_get_output_dir` and `_push_from_checkpoint`
+        try:
             super()._save_checkpoint(model, trial)
+        finally:
+            self.is_staging = False
         self.accelerator.wait_for_everyone()
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(checkpoint)
@@ -284,18 +290,6 @@ class DistillationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
-
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[None]:
-        """
-        While the Trainer saves a checkpoint, `_get_output_dir` is the staging folder and `_push_from_checkpoint` does
-        nothing: the checkpoint is uploaded once it has its final name.
-        """
-        self.is_staging = True
-        try:
-            yield
-        finally:
-            self.is_staging = False
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -324,6 +318,7 @@ class DistillationTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the final weights, packed, as after training. The Trainer's own method uploads the checkpoint's."""
+        # A checkpoint is uploaded once it has its final name.
         if self.is_staging or self.args.hub_strategy == HubStrategy.END:
             return
         with self.final_weights():  # every process takes part
@@ -392,19 +387,3 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     """
     loaded = type(model).from_pretrained(checkpoint, config=model.config)
     model.load_state_dict(loaded.state_dict())
-
-
-@contextlib.contextmanager
-def hidden_quantization(model: nn.Module | None) -> Iterator[None]:
-    """
-    Hide `is_quantized` from the Trainer's constructor, which refuses quantised models even for evaluation. Packed models
-    refuse training themselves (`PackableModel.train`).
-    """
-    quantized = getattr(model, "is_quantized", False)
-    if quantized:
-        model.is_quantized = False
-    try:
-        yield
-    finally:
-        if quantized:
-            model.is_quantized = True

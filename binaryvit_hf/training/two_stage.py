@@ -63,7 +63,7 @@ def load_first_stage(source: str, **hub_arguments) -> nn.Module:
     Load a trained model with its latent weights from a folder or the Hub. A packed model has them in its folder `latent`.
 
     Raises:
-        UserError: it cannot be loaded, lacks tensors, or is packed without latent weights beside it.
+        UserError: it cannot be loaded, lacks tensors, or is packed and has no folder `latent`.
     """
     subfolder = ""
     try:

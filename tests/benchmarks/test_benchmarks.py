@@ -1,4 +1,4 @@
-"""Benchmarks run, and their peers compute what their names say."""
+"""Benchmarks run, and the simulation has the outputs and gradients of the network."""
 
 import dataclasses
 import json

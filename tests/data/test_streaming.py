@@ -129,8 +129,8 @@ def train(archives: Path, output: Path, *flags: str) -> dict[str, torch.Tensor]:
 
 def test_batch_norm_statistics_can_be_reestimated_from_a_stream(archives, tmp_path):
     plain = train(archives, tmp_path / "plain", "--max_steps=3")
-    anew = train(archives, tmp_path / "anew", "--max_steps=3", "--batch_norm_reestimation_batches=2")
-    changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], anew[name])}
+    reestimated = train(archives, tmp_path / "reestimated", "--max_steps=3", "--batch_norm_reestimation_batches=2")
+    changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], reestimated[name])}
     assert changed == {"running_mean", "running_var"}
 
 

@@ -37,7 +37,7 @@ RECIPE = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """One binary row beside its teacher."""
+    """Recipes of one binary row and its teacher."""
     folder = tmp_path / "recipes"
     folder.mkdir()
     table = {

@@ -1,4 +1,4 @@
-"""Model cards and the shipped models: both hold what the recorded results say."""
+"""Model cards and shipped models agree with the recorded results."""
 
 import json
 

@@ -1,5 +1,6 @@
 """A checkpoint on SIGTERM, which schedulers of clusters send before they end a job."""
 
+import contextlib
 import signal
 
 import torch
@@ -18,10 +19,8 @@ class SaveOnTermination(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.requested = self.terminated = False
-        try:
+        with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
             self.handler_before = signal.signal(signal.SIGTERM, self.request)
-        except ValueError:  # Python handles signals in the main thread only
-            self.handler_before = None
 
     def request(self, number, frame):
         self.requested = True
