@@ -270,22 +270,21 @@ def count_threads(threads: int) -> str:
 
 def format_forwards(measured: dict) -> str:
     """The measurements of `benchmark_inference` as text for the terminal."""
-    rows: list[tuple[str, ...]] = [TABLE_HEAD]
-    for result in measured["results"]:
-        rows.append(
-            (
-                result["model"],
-                result["engine"],
-                str(result["threads"]),
-                str(result["batch_size"]),
-                f"{1000 * result['seconds']:.1f}",
-                "-".join(f"{1000 * seconds:.1f}" for seconds in result["seconds_10_90"]),
-                f"{result['images_per_second']:.1f}",
-                f"{result['ratio']:.2f}",
-                readable(result["file_bytes"], "B"),
-            )
+    rows = [
+        (
+            result["model"],
+            result["engine"],
+            str(result["threads"]),
+            str(result["batch_size"]),
+            f"{1000 * result['seconds']:.1f}",
+            "-".join(f"{1000 * seconds:.1f}" for seconds in result["seconds_10_90"]),
+            f"{result['images_per_second']:.1f}",
+            f"{result['ratio']:.2f}",
+            readable(result["file_bytes"], "B"),
         )
-    lines = [align_columns(rows), ""]
+        for result in measured["results"]
+    ]
+    lines = [align_columns([TABLE_HEAD, *rows]), ""]
     for start in measured["starts"]:
         if start["engine"] in engine.kernels_here():
             memory = "" if start["bytes"] is None else f", {readable(start['bytes'], 'B')} of memory"

@@ -85,21 +85,19 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
 
 def format_steps(measured: dict) -> str:
     """The measurements of `benchmark_training` as a table for the terminal."""
-    rows: list[tuple[str, ...]] = [TABLE_HEAD]
-    for result in measured["results"]:
-        deciles = "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"])
-        rows.append(
-            (
-                result["contestant"],
-                f"{1000 * result['seconds']:.0f}",
-                deciles,
-                f"{result['images_per_second']:.1f}",
-                readable(result["peak_bytes"], "B"),
-                f"{result['ratio']:.2f}",
-            )
+    rows = [
+        (
+            result["contestant"],
+            f"{1000 * result['seconds']:.0f}",
+            "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"]),
+            f"{result['images_per_second']:.1f}",
+            readable(result["peak_bytes"], "B"),
+            f"{result['ratio']:.2f}",
         )
+        for result in measured["results"]
+    ]
     head = f"{measured['device']}, {measured['threads']} threads, batches of {measured['batch_size']}"
-    return f"{head}\n{align_columns(rows)}"
+    return f"{head}\n{align_columns([TABLE_HEAD, *rows])}"
 
 
 def take_turns(
