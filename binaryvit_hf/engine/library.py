@@ -209,13 +209,9 @@ class Engine:
 
     def check_images(self, images: torch.Tensor) -> torch.Tensor:
         """The images, contiguous; raises `ValueError` for another shape or dtype."""
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"The model takes images of (channels, height, width) {self.image_shape}, "
-                f"not {tuple(images.shape[1:])}."
-            )
-        if images.dtype != torch.float32:
-            raise ValueError(f"The engine takes float32 images, not {images.dtype}.")
+        if images.shape[1:] != self.image_shape or images.dtype != torch.float32:
+            shape = tuple(images.shape[1:])
+            raise ValueError(f"The engine takes float32 images {self.image_shape}, not {images.dtype} {shape}.")
         return images.contiguous()
 
     def classify(

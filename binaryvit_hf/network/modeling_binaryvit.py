@@ -423,6 +423,7 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         logits = hidden_states = attentions = None
         only_logits = not (kwargs or self.config.output_hidden_states or self.config.output_attentions)
         if only_logits and type(self.binaryvit) is BinaryViTModel:
+            self.binaryvit.embeddings.check(pixel_values)
             logits = logits_by_engine(self.binaryvit, self.classifier, pixel_values)
         if logits is None:
             outputs = self.binaryvit(pixel_values, **kwargs)
