@@ -95,7 +95,7 @@ def usable_engine(model: torch.nn.Module, images: torch.Tensor) -> "engine.Engin
         return None
     if torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in folded.state.parameters)):
         return None
-    return folded.engine
+    return folded.engine if images.shape[1:] == folded.engine.image_shape else None  # PyTorch says what is wrong
 
 
 def is_traced(images: torch.Tensor) -> bool:

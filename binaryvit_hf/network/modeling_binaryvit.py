@@ -66,12 +66,10 @@ class BinaryViTEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def check(self, pixel_values: torch.Tensor) -> None:
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         shape = tuple(pixel_values.shape[1:])
         if shape != self.image_shape:
             raise ValueError(f"The model takes images of (channels, height, width) {self.image_shape}, not {shape}.")
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
         hidden_states = self.norm(hidden_states)
         if self.class_token is not None:
@@ -364,7 +362,6 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
         Raises:
             ValueError: the images have another size or number of channels than the config.
         """
-        self.embeddings.check(pixel_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = compute_by_engine(self, pixel_values, output_hidden_states, kwargs)
@@ -423,7 +420,6 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         logits = hidden_states = attentions = None
         only_logits = not (kwargs or self.config.output_hidden_states or self.config.output_attentions)
         if only_logits and type(self.binaryvit) is BinaryViTModel:
-            self.binaryvit.embeddings.check(pixel_values)
             logits = logits_by_engine(self.binaryvit, self.classifier, pixel_values)
         if logits is None:
             outputs = self.binaryvit(pixel_values, **kwargs)

@@ -4,9 +4,8 @@ import json
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import write_pictures
 from tiny import tiny_config
 from transformers import ViTConfig
 from warm_python import WarmPython
@@ -56,13 +55,7 @@ sys.exit(script.main(sys.argv[1:]))
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    rng = np.random.default_rng(0)
-    for name in ("ant", "bee"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(4):
-            image = Image.fromarray(rng.integers(0, 255, (16, 32, 3)).astype("uint8"))
-            image.save(tmp_path / "photos" / name / f"{number}.png")
-    return tmp_path / "photos"
+    return write_pictures(tmp_path / "photos", ("ant", "bee"), 4)
 
 
 def run_two(python: WarmPython, folder: Path, values: dict, broken: str = "") -> subprocess.CompletedProcess:

@@ -3,10 +3,9 @@
 import json
 import logging
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import write_pictures
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 from transformers import ResNetConfig, ViTConfig
@@ -29,13 +28,7 @@ from binaryvit_hf.training.run_folder import (
 @pytest.fixture
 def photos(tmp_path):
     """Fourteen images of two classes."""
-    rng = np.random.default_rng(0)
-    for name in ("ant", "bee"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(7):
-            image = Image.fromarray(rng.integers(0, 255, (16, 32, 3)).astype("uint8"))
-            image.save(tmp_path / "photos" / name / f"{number}.png")
-    return tmp_path / "photos"
+    return write_pictures(tmp_path / "photos", ("ant", "bee"), 7)
 
 
 @pytest.fixture
