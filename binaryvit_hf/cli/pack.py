@@ -12,7 +12,13 @@ from .common import add_token_argument
 
 
 EXAMPLE = "binaryvit pack outputs/photos/latent photos-half --half"
-RUN_FILES = ("learning_curves.png", "run_arguments.json", "all_results.json", "trainer_state.json")
+RUN_FILES = (
+    "learning_curves.png",
+    "confusion_matrix.png",
+    "run_arguments.json",
+    "all_results.json",
+    "trainer_state.json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

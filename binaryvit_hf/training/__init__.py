@@ -8,7 +8,7 @@ Output: a directory for each run, with
 - the packed model, and in `latent/` its latent weights, which can be trained further,
 - `checkpoint-STEP/`: the same command resumes from the last one that is whole,
 - `run_arguments.json`, and the metrics in `train_`, `eval_`, `test_` and `all_results.json`,
-- `learning_curves.png` and the model card, `README.md`.
+- `learning_curves.png`, `confusion_matrix.png` and the model card, `README.md`.
 
 The files, in the order in which a run uses them:
 
@@ -20,7 +20,7 @@ The files, in the order in which a run uses them:
     steps.py         train, evaluate, test, report, upload
     trainer.py       transformers' Trainer with losses.py, checkpoints and packing; callbacks/
     run_folder.py    records a run's arguments and compares them before a run resumes
-    metrics.py, learning_curves.py, model_card.py
+    metrics.py, confusion.py, learning_curves.py, model_card.py
 
 `process_errors.py` shows an error once for several processes. `ablation.py` starts the runs of a whole table.
 

@@ -69,6 +69,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         readable=readable,
         carries_code=(folder / "modeling_binaryvit.py").is_file(),
         learning_curves=(folder / "learning_curves.png").is_file(),
+        confusion_matrix=(folder / "confusion_matrix.png").is_file(),
         recipe=recipe,
         arguments=arguments,
         chosen=chosen_arguments(arguments),

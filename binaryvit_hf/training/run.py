@@ -1,12 +1,16 @@
 """Run a command line: a teacher's run and its student's, or one run, and the exit code."""
 
+import json
 import logging
+import shlex
 import signal
 from pathlib import Path
 
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import set_seed
 
+from ..data.streaming import ImageStream
 from ..doctor import check_engine_variable
 from ..errors import NonFiniteLossError, TerminatedError, UploadError, UserError
 from ..host_memory import keep_freed_memory
@@ -15,7 +19,7 @@ from .arguments import DistillationTrainingArguments, RunArguments
 from .command_line import parse_runs
 from .preparation import Inputs, check_arguments, prepare
 from .process_errors import leave, rank, show_error, shown_error_code
-from .steps import TrainingRun
+from .steps import CONFUSION_PICTURES, TrainingRun
 
 
 logger = logging.getLogger(__name__)
@@ -29,7 +33,7 @@ def main(arguments: list[str]) -> int:
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
-        runs = train_and_evaluate(arguments)
+        train_and_evaluate(arguments)
     except UserError as error:
         # A worker of the data loader puts its stack trace before the message.
         message = str(error).strip().splitlines()[-1].removeprefix("binaryvit_hf.errors.UserError: ")
@@ -47,12 +51,10 @@ def main(arguments: list[str]) -> int:
         if (code := shown_error_code()) is None:
             raise
         return leave(code)  # another process failed and has shown its error; this one was waiting for it
-    if is_first and runs[-1].training.do_train:
-        print_next_steps(runs[-1].training)
     return 0
 
 
-def train_and_evaluate(arguments: list[str]) -> list[RunArguments]:
+def train_and_evaluate(arguments: list[str]) -> None:
     check_engine_variable()
     runs = parse_runs(arguments)
     for run_arguments in runs:
@@ -61,15 +63,17 @@ def train_and_evaluate(arguments: list[str]) -> list[RunArguments]:
     prepared = [prepare(run_arguments) for run_arguments in runs]
     for run_arguments, inputs in zip(runs, prepared):
         PartialState().wait_for_everyone()  # the first process writes the teacher that all processes load
-        run(run_arguments, inputs)
+        summary = run(run_arguments, inputs)
     # Leave together: a process that exits early may abort, and torchrun then ends others that still write.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
-    return runs
+    if rank() == 0:
+        trained = runs[-1].training.do_train
+        print("\n".join([*summary, *(next_steps(runs[-1].training, prepared[-1]) if trained else [])]))
 
 
-def run(arguments: RunArguments, inputs: Inputs) -> None:
-    """Train, evaluate and test one model, write its results and its card, and upload it."""
+def run(arguments: RunArguments, inputs: Inputs) -> list[str]:
+    """Train, evaluate and test one model, write its results and its card, and upload it. Returns lines about its results."""
     model_arguments, _, training_arguments = arguments
     logger.info(
         "%s -> %s", model_arguments.config_name or model_arguments.model_name_or_path, training_arguments.output_dir
@@ -88,12 +92,28 @@ def run(arguments: RunArguments, inputs: Inputs) -> None:
         training_run.report()
     if training_arguments.push_to_hub:
         training_run.upload()
+    return training_run.summary
 
 
-def print_next_steps(training_arguments: DistillationTrainingArguments) -> None:
-    folder = Path(training_arguments.output_dir)
-    print("load it:     import binaryvit_hf; from transformers import AutoModelForImageClassification")
-    print(f"             AutoModelForImageClassification.from_pretrained('{folder}')")
-    print(f"classify:    binaryvit classify {folder} IMAGE")
-    print(f"publish:     binaryvit push {folder} REPOSITORY")
-    print(f"its card:    {folder / 'README.md'}")
+def next_steps(arguments: DistillationTrainingArguments, inputs: Inputs) -> list[str]:
+    """Where the results of a trained model are, and commands that can be pasted: classify, load, publish."""
+    folder = Path(arguments.output_dir)
+    image = find_image_file(inputs.images["validation"]) or "IMAGE"
+    classify = f'pipeline("image-classification", {json.dumps(str(folder))})({json.dumps(image)})'
+    pictures = [name for name in (*CONFUSION_PICTURES.values(), "learning_curves.png") if (folder / name).is_file()]
+    return [
+        f"pictures:  {', '.join(str(folder / name) for name in pictures)}",
+        f"its card:  {folder / 'README.md'}",
+        "",
+        shlex.join(["binaryvit", "classify", str(folder), image]),
+        shlex.join(["python", "-c", f"import binaryvit_hf; from transformers import pipeline; print({classify})"]),
+        shlex.join(["binaryvit", "push", str(folder), folder.absolute().name]),
+    ]
+
+
+def find_image_file(images: Dataset | ImageStream) -> str | None:
+    """The file of the first image, if the images are files on this machine."""
+    if isinstance(images, ImageStream) or not len(images):
+        return None
+    path = images[0]["image"]["path"]
+    return path if path and Path(path).is_file() else None

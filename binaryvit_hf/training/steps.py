@@ -21,7 +21,8 @@ from ..errors import TerminatedError
 from ..hub import resumable_upload
 from ..ops import CONFIG_CLASSES, count_operations, total
 from .arguments import DistillationTrainingArguments, RunArguments
-from .learning_curves import plot_learning_curves, read_log_history
+from .confusion import ConfusionMatrix, describe, wilson_interval
+from .learning_curves import plot_learning_curves, read_training_history
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
@@ -30,6 +31,8 @@ from .run_folder import TRAIN_RESULTS, read_json, record_end, record_start
 from .stochastic_depth import add_drop_path
 from .trainer import DistillationTrainer
 
+
+CONFUSION_PICTURES = {"eval": "confusion_matrix.png", "test": "test_confusion_matrix.png"}
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ class TrainingRun:
         self.arguments, self.inputs = arguments, inputs
         self.output_dir = Path(arguments.training.output_dir)
         self.metric = TopKAccuracy()
+        self.confusion: ConfusionMatrix | None = None  # of the last evaluation
+        self.summary: list[str] = []  # lines about the evaluation of the trained model
         self.teacher, teacher_processor = load_teacher(arguments.model, inputs.config)
         self.student = self.load_student()
         self.processor = inputs.processor or create_image_processor(
@@ -89,6 +94,8 @@ class TrainingRun:
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        names = [str(name) for _, name in sorted(self.inputs.config.id2label.items())]
+        self.confusion = ConfusionMatrix.from_logits(logits, prediction.label_ids, names)
         return self.metric.compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
 
     def train(self) -> None:
@@ -122,6 +129,7 @@ class TrainingRun:
         """Evaluate student and teacher on the validation images."""
         metrics = self.trainer.evaluate()
         metrics["eval_samples"] = len(self.inputs.images["validation"])
+        metrics |= self.describe_confusion("eval", "held-out")
         if self.teacher is not None:
             metrics |= self.describe_teacher(self.teacher)
         if self.inputs.broken:
@@ -144,7 +152,22 @@ class TrainingRun:
         """Evaluate on the test images. Nothing is chosen by them, neither a checkpoint nor an argument."""
         metrics = self.trainer.evaluate(self.datasets["test"], metric_key_prefix="test")
         metrics["test_samples"] = len(self.inputs.images["test"])
+        metrics |= self.describe_confusion("test", "test")
         self.save_metrics("test", metrics)
+
+    def describe_confusion(self, split: str, images_name: str) -> dict[str, float]:
+        """Draw the confusion matrix of the last evaluation. Returns the confidence interval of its accuracy."""
+        matrix = self.confusion
+        assert matrix is not None
+        self.summary = describe(matrix, images_name)
+        if self.trainer.is_world_process_zero():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            matrix.plot(
+                self.output_dir / CONFUSION_PICTURES[split],
+                f"Confusion matrix of {matrix.images} {images_name} images",
+            )
+        low, high = wilson_interval(matrix.correct, matrix.images)
+        return {f"{split}_accuracy_low": low, f"{split}_accuracy_high": high}
 
     def save_metrics(self, split: str, metrics: dict) -> None:
         self.trainer.log_metrics(split, metrics)
@@ -156,8 +179,8 @@ class TrainingRun:
             return
         teacher = self.arguments.model.teacher_model_name_or_path
         folders = {"student": self.output_dir, "teacher": Path(teacher)} if teacher else {"model": self.output_dir}
-        if histories := {name: history for name, folder in folders.items() if (history := read_log_history(folder))}:
-            plot_learning_curves(histories, self.output_dir / "learning_curves.png")
+        histories = {name: read_training_history(folder) for name, folder in folders.items()}
+        plot_learning_curves(histories, self.output_dir / "learning_curves.png")
         write_model_card(self.output_dir, self.trainer.hub_model_id or str(self.output_dir))
 
     def upload(self) -> None:

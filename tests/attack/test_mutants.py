@@ -24,7 +24,7 @@ from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.image_checks import check_images
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.errors import LINE_LENGTH, UserError
-from binaryvit_hf.training.learning_curves import plot_learning_curves, read_log_history
+from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
 from binaryvit_hf.training.run import main as train
 
 
@@ -142,7 +142,7 @@ def test_mutants_of_a_runs_documents(cases, assert_withstood, shelf):
             return judge(said)
         if name == "trainer_state.json":
             try:
-                plot_learning_curves({"student": read_log_history(model)}, folder / "a.png")
+                plot_learning_curves({"student": read_training_history(model)}, folder / "a.png")
             except UserError:
                 return "refused"
         return judge(run(main, "card", model))

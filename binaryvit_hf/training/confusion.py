@@ -1,0 +1,139 @@
+"""The confusion matrix of an evaluation: accuracy with its confidence interval, the most confused classes, a picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+NORMAL_QUANTILE = 1.959964  # of 0.975: 95 % of a normal distribution lie within this many standard deviations
+MAX_DRAWN_CLASSES = 30  # more names cannot be read in one picture
+MAX_NUMBERED_CLASSES = 15  # more numbers cannot be read in its cells
+MAX_NAME_LENGTH = 24
+
+
+class Confusion(NamedTuple):
+    """`errors` of the `images` of class `label` were classified as `predicted`."""
+
+    label: str
+    predicted: str
+    errors: int
+    images: int
+
+
+@dataclass
+class ConfusionMatrix:
+    """
+    Counts of an evaluation.
+
+    Args:
+        counts: integers `(classes, classes)`: row is the label, column the predicted class.
+        names: the names of the classes.
+    """
+
+    counts: np.ndarray
+    names: list[str]
+
+    @classmethod
+    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, names: list[str]) -> ConfusionMatrix:
+        """
+        Count the predictions of logits `(images, classes)` for labels `(images,)`.
+
+        An equal logit counts against the image, as in `TopKAccuracy`, so both have the same accuracy.
+        """
+        logits = logits.astype(np.float32)
+        rows = np.arange(len(labels))
+        label_logits = logits[rows, labels]
+        logits[rows, labels] = -np.inf
+        others = logits.argmax(axis=1)  # of a row with NaN the first NaN
+        predicted = np.where(label_logits > logits[rows, others], labels, others)
+        counts = np.zeros((len(names), len(names)), dtype=np.int64)
+        np.add.at(counts, (labels, predicted), 1)
+        return cls(counts, names)
+
+    @property
+    def images(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def correct(self) -> int:
+        return int(self.counts.trace())
+
+    def most_confused(self, limit: int) -> list[Confusion]:
+        """The pairs of classes with the most errors, at most `limit`."""
+        errors = self.counts - np.diag(self.counts.diagonal())
+        order = np.argsort(-errors, axis=None, kind="stable")[:limit]
+        pairs = [(int(index) // len(self.names), int(index) % len(self.names)) for index in order]
+        images = self.counts.sum(axis=1)
+        return [
+            Confusion(self.names[label], self.names[predicted], int(errors[label, predicted]), int(images[label]))
+            for label, predicted in pairs
+            if errors[label, predicted]
+        ]
+
+    def plot(self, path: Path, title: str) -> None:
+        """Draw the matrix in per cent of each label's images. Of many classes it shows those with the most errors."""
+        errors = self.counts.sum(axis=0) + self.counts.sum(axis=1) - 2 * self.counts.diagonal()
+        shown = np.sort(np.argsort(-errors, kind="stable")[:MAX_DRAWN_CLASSES])
+        images = self.counts.sum(axis=1)
+        shares = (100 * self.counts / np.maximum(images, 1)[:, None])[np.ix_(shown, shown)]
+        names = [shorten(self.names[index]) for index in shown]
+        if len(shown) < len(self.names):
+            title = f"{title}\nThe {len(shown)} of {len(self.names)} classes with the most errors"
+
+        side = max(4.5, 2.5 + 0.4 * len(shown))
+        figure = Figure(figsize=(side + 1, side), layout="constrained")
+        axes = figure.subplots()
+        drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(drawn, ax=axes, label="% of the images of a class", shrink=0.8)
+        axes.set(title=title, xlabel="predicted class", ylabel="label")
+        # A name with a $ would be read as a formula.
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+        if len(shown) <= MAX_NUMBERED_CLASSES:
+            for (row, column), share in np.ndenumerate(shares):
+                if share > 0:
+                    color = "white" if share > 60 else "black"
+                    axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color)
+        figure.savefig(path, dpi=120)
+
+
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """
+    The 95 % confidence interval of an accuracy, from 0 to 1 (Wilson, 1927).
+
+    Args:
+        correct: number of correct answers among `images`, which is at least 1.
+    """
+    square = NORMAL_QUANTILE**2
+    center = (correct + square / 2) / (images + square)
+    spread = NORMAL_QUANTILE / (images + square) * math.sqrt(correct * (images - correct) / images + square / 4)
+    return max(0.0, center - spread), min(1.0, center + spread)
+
+
+def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
+    """
+    Describe an evaluation in lines: accuracy with its interval, and the most confused classes.
+
+    Args:
+        images_name: the kind of images, such as "held-out".
+    """
+    low, high = wilson_interval(matrix.correct, matrix.images)
+    lines = [
+        f"accuracy:  {matrix.correct / matrix.images:.1%} of {matrix.images} {images_name} images "
+        f"(95 % interval: {low:.1%} to {high:.1%})"
+    ]
+    for pair in matrix.most_confused(3):
+        lines.append(
+            f"confused:  {pair.errors} of {pair.images} images of {pair.label!r} were taken for {pair.predicted!r}"
+        )
+    return lines
+
+
+def shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"

@@ -1,0 +1,121 @@
+"""What a run says and draws about its results: confidence interval, confusion matrix, learning curves, next steps."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import binomtest
+
+from binaryvit_hf.training import confusion, learning_curves
+from binaryvit_hf.training.confusion import ConfusionMatrix, describe, wilson_interval
+from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
+from binaryvit_hf.training.metrics import TopKAccuracy
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """All figures that are drawn."""
+    drawn = []
+
+    def create(module):
+        figure_class = module.Figure
+
+        def keep(*args, **kwargs):
+            drawn.append(figure_class(*args, **kwargs))
+            return drawn[-1]
+
+        monkeypatch.setattr(module, "Figure", keep)
+
+    create(confusion)
+    create(learning_curves)
+    return drawn
+
+
+@pytest.mark.parametrize(("correct", "images"), [(0, 1), (1, 1), (0, 40), (40, 40), (37, 40), (8931, 10_000)])
+def test_the_interval_is_wilsons(correct, images):
+    expected = binomtest(correct, images).proportion_ci(method="wilson")
+    assert wilson_interval(correct, images) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_matrix_counts_as_accuracy_does_with_ties_and_nan():
+    generator = np.random.default_rng(0)
+    logits = generator.integers(0, 3, (500, 4)).astype(np.float16)
+    logits[::50, 1] = np.nan
+    labels = generator.integers(0, 4, 500)
+    matrix = ConfusionMatrix.from_logits(logits, labels, list("abcd"))
+    accuracy = TopKAccuracy().compute(predictions=logits.astype(np.float32), references=labels)["accuracy"]
+    assert matrix.correct / matrix.images == accuracy
+    assert matrix.counts.sum(axis=1).tolist() == np.bincount(labels, minlength=4).tolist()
+
+
+def test_rows_of_the_matrix_are_labels_and_the_worst_pairs_come_first():
+    counts = np.array([[8, 2, 0], [5, 1, 0], [0, 0, 9]])
+    lines = describe(ConfusionMatrix(counts, ["ant", "bee", "cat"]), "test")
+    assert lines[0].startswith("accuracy:  72.0% of 25 test images")
+    assert lines[1:] == [
+        "confused:  5 of 6 images of 'bee' were taken for 'ant'",
+        "confused:  2 of 10 images of 'ant' were taken for 'bee'",
+    ]
+
+
+def test_the_picture_shows_per_cent_of_each_label(figures, tmp_path):
+    counts = np.array([[3, 1, 0], [0, 0, 0], [0, 2, 0]])
+    ConfusionMatrix(counts, ["$\\frac$", "no images", "x" * 100]).plot(tmp_path / "a.png", "6 images")
+    axes = figures[0].axes[0]
+    assert axes.images[0].get_array().tolist() == [[75, 25, 0], [0, 0, 0], [0, 100, 0]]
+    assert axes.get_yticklabels()[0].get_text() == "$\\frac$"
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("label", "predicted class")
+    assert Image.open(tmp_path / "a.png").width < 1000
+
+
+def test_the_picture_of_many_classes_shows_those_with_the_most_errors(figures, tmp_path):
+    counts = np.diag(np.full(1000, 5))
+    counts[700, 900] = 3
+    ConfusionMatrix(counts, [f"class {index}" for index in range(1000)]).plot(tmp_path / "a.png", "images")
+    names = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
+    assert len(names) == confusion.MAX_DRAWN_CLASSES
+    assert {"class 700", "class 900"} <= set(names)
+    assert "30 of 1000 classes" in figures[0].axes[0].get_title()
+    assert Image.open(tmp_path / "a.png").width < 2500
+
+
+def write_run(folder, entries: list[dict], results: dict, **arguments) -> None:
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    (folder / "all_results.json").write_text(json.dumps(results))
+    (folder / "run_arguments.json").write_text(json.dumps(arguments))
+
+
+def test_distillation_loss_and_label_loss_have_panels_of_their_own(figures, tmp_path):
+    write_run(
+        tmp_path / "teacher",
+        [{"epoch": 1, "loss": 2.0}, {"epoch": 1, "eval_loss": 1.5, "eval_accuracy": 0.5}, {"epoch": 2, "loss": 1.0}],
+        {"epoch": 2, "train_loss": 1.5, "eval_loss": 1.2, "eval_accuracy": 0.75},
+    )
+    write_run(tmp_path / "student", [{"epoch": 1, "loss": 3.0}], {"epoch": 1}, teacher_model_name_or_path="teacher")
+    histories = {name: read_training_history(tmp_path / name) for name in ("student", "teacher")}
+    plot_learning_curves(histories, tmp_path / "a.png")
+    panels = {
+        axes.get_title(): {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+        for axes in figures[0].axes
+    }
+    assert panels == {
+        "Distillation loss": {"student, training images": [3]},
+        "Label loss": {"teacher, training images": [2, 1], "teacher, held-out images": [1.5, 1.2]},
+        "Top-1 accuracy on held-out images": {"teacher": [50, 75]},
+    }
+    units = [axes.get_ylabel() for axes in figures[0].axes]
+    assert units == ["cross-entropy with the teacher's probabilities", "cross-entropy with the labels", "%"]
+
+
+def test_a_run_too_short_to_log_still_has_a_picture(figures, tmp_path):
+    write_run(tmp_path / "run", [], {"epoch": 0.1, "train_loss": 1.5, "eval_accuracy": 0.5})
+    plot_learning_curves({"model": read_training_history(tmp_path / "run")}, tmp_path / "a.png")
+    assert [axes.get_title() for axes in figures[0].axes] == ["Label loss", "Top-1 accuracy on held-out images"]
+    assert all(line.get_marker() == "." for axes in figures[0].axes for line in axes.lines)
+
+
+def test_folders_without_results_have_no_picture(tmp_path):
+    plot_learning_curves({"model": read_training_history(tmp_path)}, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
