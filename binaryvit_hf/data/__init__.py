@@ -7,8 +7,8 @@ Output: `torch` datasets of `pixel_values` and `labels`, samplers, and one-sente
 The files, in the order in which an image passes them:
 
 1. `arguments` and `augmentation` declare the command line's arguments.
-2. `loading` chooses the splits. It uses `image_folders` (with `image_files`), `known_datasets` and `streaming`. `schema`
-   gives every dataset the same two columns, `image` (encoded) and `label`.
+2. `loading` chooses the splits. It uses `image_folders` (with `image_files`), `known_datasets` and `streaming`. `held_out`
+   divides them. `schema` gives every dataset the same two columns, `image` (encoded) and `label`.
 3. `image_checks` finds broken, transparent and one-colour images before training. `label_names` compares the labels with
    a trained model's.
 4. `sampling` determines the order of training and the random numbers of each augmentation.

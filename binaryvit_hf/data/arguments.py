@@ -52,8 +52,8 @@ class DataArguments(AugmentationArguments):
     )
     train_val_split: float | None = argument(
         None,
-        "Evaluate on this share (below 1) or number (from 1) of the training images, which are not trained on. "
-        f"They do not depend on the seed. Default: {HELD_OUT_SHARE} if there are no evaluation images.",
+        "Evaluate on this share (below 1) or number (from 1) of the training images, which are not trained on. Every "
+        f"class gives the same share, whatever the seed. Default: {HELD_OUT_SHARE} if there are no evaluation images.",
     )
     max_train_samples: int | None = argument(None, "Train on at most this many images.")
     max_eval_samples: int | None = argument(None, "Evaluate on at most this many images.")

@@ -1,7 +1,6 @@
 """The splits of a run: loaded from folders, files, the Hub or this machine, and divided into training and evaluation."""
 
 import logging
-import math
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..errors import UserError, first_sentence
 from ..hub import explain_hub_error
-from .arguments import HELD_OUT_SHARE, DataArguments
+from .arguments import DataArguments
+from .held_out import hold_out
 from .image_folders import load_folder_splits
 from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, KNOWN_DATASETS, load_known_splits
 from .schema import is_unlabelled, map_labels, read_class_names, standardize_columns, standardize_labels
@@ -18,8 +18,6 @@ from .streaming import ImageSplits, ImageStream, declared_num_images
 
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT_SEED = 0
 
 
 def load_images(
@@ -54,34 +52,6 @@ def load_images(
             # Image folders are sorted by class, so shuffle first.
             splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
     return splits
-
-
-def hold_out(splits: dict[str, Dataset], size: float | None) -> dict[str, Dataset]:
-    """
-    Divide the training images into `train` and `validation`. The division does not depend on the run's seed.
-
-    Args:
-        size: share (below 1) or number of the images held out. Default: 0.15.
-
-    Raises:
-        UserError: there are no training images, or fewer than `size`.
-    """
-    if "train" not in splits:
-        raise UserError(
-            "--train_val_split holds out training images, and there are none: give --train_dir or --train_split_name, "
-            "or leave it out."
-        )
-    if "validation" in splits:
-        logger.warning("--train_val_split holds out training images, so the evaluation split is not used.")
-    dataset, size = splits["train"], HELD_OUT_SHARE if size is None else size
-    number = math.ceil(size * len(dataset)) if size < 1 else size
-    if number >= len(dataset) or number != int(number):
-        raise UserError(
-            f"--train_val_split is a share between 0 and 1 or a number of images below {len(dataset)}, not {size:g}; or "
-            "give images to evaluate on with --validation_dir or --validation_split_name."
-        )
-    parts = dataset.train_test_split(size if size < 1 else int(size), seed=HELD_OUT_SEED)
-    return {"train": parts["train"], "validation": parts["test"]}
 
 
 def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, seed: int) -> dict[str, ImageStream]:

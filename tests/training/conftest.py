@@ -6,5 +6,6 @@ from PIL import Image
 def photos(tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "0.png")
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{number}.png")
     return tmp_path / "photos"
