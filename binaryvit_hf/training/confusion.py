@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: 95 % of a normal distribution lie within this many standard deviations
 MAX_DRAWN_CLASSES = 30  # more names cannot be read in one picture
-MAX_NUMBERED_CLASSES = 15  # more numbers cannot be read in its cells
 MAX_NAME_LENGTH = 24
 
 
@@ -95,11 +94,10 @@ class ConfusionMatrix:
         # A name with a $ would be read as a formula.
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
         axes.set_yticks(range(len(names)), names, parse_math=False)
-        if len(shown) <= MAX_NUMBERED_CLASSES:
-            for (row, column), share in np.ndenumerate(shares):
-                if share > 0:
-                    color = "white" if share > 60 else "black"
-                    axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color)
+        for (row, column), share in np.ndenumerate(shares):
+            if share > 0:
+                color = "white" if share > 60 else "black"
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
         figure.savefig(path, dpi=120)
 
 
