@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_data import CONFIGS
 from safetensors.torch import load_file
-from tiny import class_token_config, tiny_config, tiny_images
+from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ViTConfig
 
@@ -90,10 +90,25 @@ def test_a_class_token_is_counted_among_queries_and_keys():
 def test_every_product_that_pytorch_computes_is_counted(config):
     cost = total(count_operations(config))
     model = AutoModelForImageClassification.from_config(config, attn_implementation="eager").eval()
-    products_of_bytes = {torch.ops.aten._int_mm: lambda a, b, out_shape: 2 * a.numel() * b[1]}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=products_of_bytes) as counter:
+    with torch.no_grad():
+        assert 2 * (cost.bops + cost.flops) == flops(model)  # PyTorch counts multiplication and addition
+
+
+@pytest.mark.parametrize("make_config", [tiny_config, class_token_config])
+def test_pytorch_counts_a_packed_model_and_a_forward_in_training_like_evaluation(make_config, tmp_path):
+    model = tiny_model(make_config())
+    model.save_pretrained(tmp_path)
+    packed = BinaryViTForImageClassification.from_pretrained(
+        tmp_path, quantization_config=BinaryViTQuantizationConfig()
+    )
+    with torch.no_grad():
+        assert flops(model.train()) == flops(packed) == flops(model.eval())
+
+
+def flops(model) -> int:
+    with FlopCounterMode(display=False) as counter:
         model(tiny_images(1))
-    assert 2 * (cost.bops + cost.flops) == counter.get_total_flops()  # PyTorch counts multiplication and addition
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)

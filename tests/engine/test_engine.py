@@ -420,7 +420,10 @@ def test_a_compiled_and_an_exported_model_give_the_same_logits():
     model, images = packed(tiny_config()), tiny_images()
     with torch.no_grad():
         expected = model(images).logits
-        exported = torch.export.export(model, (images,))
+        exported = torch.export.export(
+            model, (images,), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}
+        )
         torch.testing.assert_close(exported.module()(images).logits, expected)
+        torch.testing.assert_close(exported.module()(tiny_images(5)).logits, model(tiny_images(5)).logits)
         compiled = torch.compile(model, backend="aot_eager")
         torch.testing.assert_close(compiled(images).logits, expected)

@@ -163,9 +163,31 @@ def test_a_model_compiles_as_one_graph(model):
         torch.testing.assert_close(compiled(tiny_images()).logits, model(tiny_images()).logits)
 
 
-def test_a_model_exports(model):
-    program = torch.export.export(model, (tiny_images(),), strict=False)
-    torch.testing.assert_close(program.module()(tiny_images()).logits, model(tiny_images()).logits)
+def test_a_model_exports_for_any_number_of_images(model):
+    assert_exports(model, strict=False)
+
+
+def test_a_backbone_exports_for_any_number_of_images():
+    assert_exports(tiny_model().eval().binaryvit, strict=False)
+
+
+def test_a_model_exports_in_strict_mode_for_any_number_of_images():
+    config = tiny_config(
+        hidden_sizes=[8],
+        depths=[1],
+        num_attention_heads=[2],
+        intermediate_sizes=[16],
+        sequence_reduction_ratios=[1],
+        avg_pool_kernel_sizes=[3],
+    )
+    assert_exports(tiny_model(config).eval(), strict=True)
+
+
+def assert_exports(model, strict: bool) -> None:
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (tiny_images(),), dynamic_shapes=shapes, strict=strict)
+    for batch in (1, 2, 5):
+        torch.testing.assert_close(dict(program.module()(tiny_images(batch))), dict(model(tiny_images(batch))))
 
 
 def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
