@@ -21,10 +21,15 @@ The modules beside the folders are shared by the upper ones:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .network.configuration_binaryvit import BinaryViTConfig
-from .network.modeling_binaryvit import BinaryViTForImageClassification, BinaryViTModel, BinaryViTPreTrainedModel
+from .network.modeling_binaryvit import (
+    BinaryViTBackbone,
+    BinaryViTForImageClassification,
+    BinaryViTModel,
+    BinaryViTPreTrainedModel,
+)
 from .network.quantization_binaryvit import BinaryViTQuantizationConfig
 
 
@@ -35,9 +40,11 @@ except PackageNotFoundError:  # a clone that is on the path but not installed
 
 AutoConfig.register("binaryvit", BinaryViTConfig)
 AutoModel.register(BinaryViTConfig, BinaryViTModel)
+AutoBackbone.register(BinaryViTConfig, BinaryViTBackbone)
 AutoModelForImageClassification.register(BinaryViTConfig, BinaryViTForImageClassification)
 
 __all__ = [
+    "BinaryViTBackbone",
     "BinaryViTConfig",
     "BinaryViTForImageClassification",
     "BinaryViTModel",

@@ -51,8 +51,9 @@ void binaryvit_share_threads(void (*parallel)(void (*work)(void *), void *data, 
                              int (*count)(void), int (*which)(void));
 
 /*
- * Returns a model that the kernels of this name compute. Free it by binaryvit_free. Copies the tensors. On failure
- * returns null and writes the reason to `error`, which has `error_bytes` bytes.
+ * Returns a model that the kernels of this name compute. Free it by binaryvit_free. Copies the tensors. The final
+ * normalisation ("norm.batch_norm.weight" and so on) may be left out; then nothing is normalised at the end. On
+ * failure returns null and writes the reason to `error`, which has `error_bytes` bytes.
  */
 binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,
                                   int32_t num_tensors, char *error, int32_t error_bytes);
@@ -74,6 +75,19 @@ void binaryvit_free(binaryvit_model *model);
  */
 int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
                           float *last_hidden_state, float *pooled, float *const *hidden_states);
+
+/*
+ * Computes the feature maps of the backbone, up to the last one that is wanted.
+ *
+ * Args:
+ *   images, batch, threads: see binaryvit_forward.
+ *   feature_maps: 1 + num_stages pointers, of the stem and of each stage. Each is null, or written: the output of the
+ *     stem or of the stage's last layer, (batch, tokens, channels).
+ *
+ * Returns 0, or 1 if memory runs out.
+ */
+int32_t binaryvit_feature_maps(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
+                               float *const *feature_maps);
 
 /*
  * Computes the backbone and a linear classifier.

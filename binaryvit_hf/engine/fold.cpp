@@ -28,6 +28,8 @@ public:
         return static_cast<const float *>(find(name, count * int64_t(sizeof(float))));
     }
 
+    bool has(const std::string &name) const { return by_name_.count(name) != 0; }
+
     const uint8_t *bytes(const std::string &name, int64_t count) const {
         return static_cast<const uint8_t *>(find(name, count));
     }
@@ -73,7 +75,8 @@ public:
                 model_->layers.push_back(fold_layer(stage, layer));
             }
         }
-        model_->norm = norm("norm", config_.hidden_sizes[config_.num_stages - 1]);
+        const int channels = config_.hidden_sizes[config_.num_stages - 1];
+        model_->norm = tensors_.has("norm.batch_norm.weight") ? norm("norm", channels) : no_norm(channels);
         model_->steps.push_back({StepKind::kNorm, 0});
         return std::move(model_);
     }
@@ -101,6 +104,12 @@ private:
                 stage.ratio == 1 ? token : row / stage.ratio * (stage.width / stage.ratio) + column / stage.ratio);
         }
         return stage;
+    }
+
+    static Affine no_norm(int channels) {
+        Affine affine(channels);
+        std::fill_n(affine.scale.data(), channels, 1.0f);
+        return affine;
     }
 
     /* Batch normalisation by running statistics, with `padding` zeros after the last channel. */
@@ -233,12 +242,7 @@ private:
         const float *weight = tensors_.floats("embeddings.projection.weight", int64_t(channels) * inputs);
         const float *bias = tensors_.floats("embeddings.projection.bias", channels);
         const float *positions = tensors_.floats("embeddings.position_embeddings", int64_t(stage.tokens) * channels);
-        Affine stem_norm(channels);
-        if (config_.use_stem_norm) {
-            stem_norm = norm("embeddings.norm", channels);
-        } else {
-            std::fill_n(stem_norm.scale.data(), channels, 1.0f);
-        }
+        const Affine stem_norm = config_.use_stem_norm ? norm("embeddings.norm", channels) : no_norm(channels);
         Stem stem;
         stem.weight = Array<float>(size_t(padded) * inputs);
         stem.positions = Array<float>(size_t(stage.blocks()) * stage.token_block());

@@ -100,14 +100,21 @@ struct binaryvit_model {
 
 namespace {
 
-/* One call of binaryvit_forward. */
-struct Call {
+/* Copies the part of a member of the team. to: (batch, tokens, channels). */
+void copy_tokens(const Stage &stage, const Workspace &workspace, int member, float *to, int64_t image) {
+    to += size_t(image) * stage.tokens * stage.channels;
+    for (int token = stage.tokens * member / workspace.size; token < stage.tokens * (member + 1) / workspace.size;
+         ++token)
+        copy_token(stage, workspace.tokens, token, to + size_t(token) * stage.channels);
+}
+
+/* One call of binaryvit_forward. All members of a workspace's team call run_image at once, for the same image. */
+struct Forward {
     const Model &model;
     const float *images;
     float *last_hidden_state, *pooled;
     float *const *hidden_states;
 
-    /* Computes one image; all members of the workspace's team call it at once. */
     void run_image(int64_t image, Workspace &workspace, int member) const {
         size_t pixels = size_t(model.image_channels) * model.image_height * model.image_width;
         const Stage &last = model.stages.back();
@@ -115,20 +122,13 @@ struct Call {
                                    ? workspace.last_hidden_state.data()
                                    : last_hidden_state + size_t(image) * last.tokens * last.channels;
         for (const Step &step : model.steps) {
-            if (hidden_states != nullptr && (step.kind == StepKind::kLayer || step.kind == StepKind::kNorm))
-                copy_tokens(step, image, workspace, member);
+            if (hidden_states != nullptr && (step.kind == StepKind::kLayer || step.kind == StepKind::kNorm)) {
+                size_t index = step.kind == StepKind::kLayer ? size_t(step.index) : model.layers.size();
+                copy_tokens(model.stage_of(step), workspace, member, hidden_states[index], image);
+            }
             model.kernels->run(model, step, workspace, member, images + image * pixels, last_of_image);
         }
         if (member == 0) pool(last, last_of_image, pooled + size_t(image) * last.channels);
-    }
-
-    void copy_tokens(const Step &step, int64_t image, const Workspace &workspace, int member) const {
-        const Stage &stage = model.stage_of(step);
-        size_t index = step.kind == StepKind::kLayer ? size_t(step.index) : model.layers.size();
-        float *to = hidden_states[index] + size_t(image) * stage.tokens * stage.channels;
-        for (int token = stage.tokens * member / workspace.size; token < stage.tokens * (member + 1) / workspace.size;
-             ++token)
-            copy_token(stage, workspace.tokens, token, to + size_t(token) * stage.channels);
     }
 
     void pool(const Stage &last, const float *tokens, float *to) const {
@@ -139,6 +139,70 @@ struct Call {
         for (int c = 0; c < last.channels; ++c) to[c] /= float(last.tokens);
     }
 };
+
+/* One call of binaryvit_feature_maps. */
+struct FeatureMaps {
+    const Model &model;
+    const float *images;
+    float *const *feature_maps;
+
+    void run_image(int64_t image, Workspace &workspace, int member) const {
+        size_t pixels = size_t(model.image_channels) * model.image_height * model.image_width;
+        int last = int(model.stages.size());
+        while (last >= 0 && feature_maps[last] == nullptr) --last;
+        for (const Step &step : model.steps) {
+            int complete = map_before(step);
+            if (complete >= 0 && feature_maps[complete] != nullptr)
+                copy_tokens(model.stages[size_t(std::max(complete - 1, 0))], workspace, member, feature_maps[complete],
+                            image);
+            if (complete >= last) break;
+            model.kernels->run(model, step, workspace, member, images + image * pixels, nullptr);
+        }
+        workspace.team.wait();  // the next image overwrites the tokens
+    }
+
+    /* The map that is complete before a step, or -1. */
+    int map_before(const Step &step) const {
+        switch (step.kind) {
+            case StepKind::kLayer: return step.index == 0 ? 0 : -1;
+            case StepKind::kPatchEmbeddings: return step.index;
+            case StepKind::kNorm: return int(model.stages.size());
+            default: return -1;
+        }
+    }
+};
+
+/* Computes all images. */
+template <class Call>
+void run_images(binaryvit_model &model, const Call &call, int64_t batch, int32_t threads) {
+    threads = std::max(threads, 1);
+    int64_t image = 0;
+    // With enough images, each thread computes whole ones: threads never wait, and faster ones compute more.
+    if (threads > 1 && batch >= threads) {
+        std::vector<std::unique_ptr<Workspace>> workspaces;
+        for (int member = 0; member < threads; ++member) workspaces.push_back(model.borrow(1));
+        int64_t shared = batch / threads * threads;
+        std::atomic<int64_t> next{0};
+        bool ran = run_team(threads, [&](int member) {
+            for (int64_t own; (own = next.fetch_add(1)) < shared;) call.run_image(own, *workspaces[size_t(member)], 0);
+        });
+        for (auto &workspace : workspaces) model.give_back(std::move(workspace));
+        if (ran) image = shared;
+    }
+    if (image == batch) return;
+    auto workspace = model.borrow(threads);
+    bool ran = threads > 1 && run_team(threads, [&](int member) {
+                   for (int64_t own = image; own < batch; ++own) call.run_image(own, *workspace, member);
+               });
+    if (!ran) {
+        if (threads > 1) {
+            model.give_back(std::move(workspace));
+            workspace = model.borrow(1);
+        }
+        for (; image < batch; ++image) call.run_image(image, *workspace, 0);
+    }
+    model.give_back(std::move(workspace));
+}
 
 }  // namespace
 
@@ -185,34 +249,15 @@ void binaryvit_free(binaryvit_model *model) { delete model; }
 
 int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
                           float *last_hidden_state, float *pooled, float *const *hidden_states) try {
-    Call call{*model->network, images, last_hidden_state, pooled, hidden_states};
-    threads = std::max(threads, 1);
-    int64_t image = 0;
-    // With enough images, each thread computes whole ones: threads never wait, and faster ones compute more.
-    if (threads > 1 && batch >= threads) {
-        std::vector<std::unique_ptr<Workspace>> workspaces;
-        for (int member = 0; member < threads; ++member) workspaces.push_back(model->borrow(1));
-        int64_t shared = batch / threads * threads;
-        std::atomic<int64_t> next{0};
-        bool ran = run_team(threads, [&](int member) {
-            for (int64_t own; (own = next.fetch_add(1)) < shared;) call.run_image(own, *workspaces[size_t(member)], 0);
-        });
-        for (auto &workspace : workspaces) model->give_back(std::move(workspace));
-        if (ran) image = shared;
-    }
-    if (image == batch) return 0;
-    auto workspace = model->borrow(threads);
-    bool ran = threads > 1 && run_team(threads, [&](int member) {
-                   for (int64_t own = image; own < batch; ++own) call.run_image(own, *workspace, member);
-               });
-    if (!ran) {
-        if (threads > 1) {
-            model->give_back(std::move(workspace));
-            workspace = model->borrow(1);
-        }
-        for (; image < batch; ++image) call.run_image(image, *workspace, 0);
-    }
-    model->give_back(std::move(workspace));
+    run_images(*model, Forward{*model->network, images, last_hidden_state, pooled, hidden_states}, batch, threads);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+int32_t binaryvit_feature_maps(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
+                               float *const *feature_maps) try {
+    run_images(*model, FeatureMaps{*model->network, images, feature_maps}, batch, threads);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

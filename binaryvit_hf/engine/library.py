@@ -5,7 +5,7 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import cast
@@ -52,6 +52,7 @@ FUNCTIONS = {
     "binaryvit_create": (Pointer, [Text, ctypes.POINTER(Config), ctypes.POINTER(NamedTensor), Int32, Text, Int32]),
     "binaryvit_free": (None, [Pointer]),
     "binaryvit_forward": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Pointer]),
+    "binaryvit_feature_maps": (Int32, [Pointer, Pointer, Int64, Int32, Pointer]),
     "binaryvit_classify": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Int32, Pointer]),
     "binaryvit_run_step": (Int32, [Pointer, Int32, Pointer, Int64, Int32, Pointer]),
     "binaryvit_count": (Int32, [Text, Pointer, Int32, Pointer, Int32, Int32, Pointer]),
@@ -126,7 +127,8 @@ class Engine:
 
     Args:
         config: a `BinaryViTConfig` with 1-bit weights and inputs.
-        tensors: the backbone's tensors by name, on the CPU: float32, and uint8 for packed weights; copied.
+        tensors: the backbone's tensors by name, on the CPU: float32, and uint8 for packed weights; copied. The final
+            normalisation ("norm.…") may be left out; then nothing is normalised at the end.
         kernels: one of `kernels_here()`.
 
     Raises:
@@ -169,6 +171,7 @@ class Engine:
         self.last_shape = stages[-1]
         # The input of each layer, and the output of the last one.
         self.hidden_shapes = [shape for shape, depth in zip(stages, config.depths) for _ in range(depth)] + stages[-1:]
+        self.map_shapes = stages[:1] + stages  # the stem's output, and that of each stage
 
     def __del__(self):
         if getattr(self, "model", None):
@@ -201,6 +204,29 @@ class Engine:
         outputs = last.data_ptr(), pooled.data_ptr(), pointers
         self.call(self.library.binaryvit_forward, images.data_ptr(), batch, threads, *outputs)
         return last, pooled, hidden
+
+    def feature_maps(self, images: torch.Tensor, threads: int, wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+        """
+        Computes the feature maps of a backbone, up to the last one that is wanted.
+
+        Args:
+            images, threads: see `forward`.
+            wanted: whether to return the map: of the stem, and of each stage.
+
+        Returns:
+            The output of the stem and of the last layer of each stage, `(batch, tokens, channels)`. Maps that are not
+            wanted are None.
+
+        Raises:
+            ValueError: the images have another shape or dtype than the model takes.
+            MemoryError: memory runs out.
+        """
+        images = self.check_images(images)
+        batch = images.shape[0]
+        maps = [torch.empty(batch, *shape) if want else None for shape, want in zip(self.map_shapes, wanted)]
+        pointers = (ctypes.c_void_p * len(maps))(*(None if tokens is None else tokens.data_ptr() for tokens in maps))
+        self.call(self.library.binaryvit_feature_maps, images.data_ptr(), batch, threads, pointers)
+        return maps
 
     def call(self, function: Callable, *arguments) -> None:
         """Call a function of the library, without Python's global lock. Raises `MemoryError` if it fails."""

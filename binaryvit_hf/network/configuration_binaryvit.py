@@ -10,6 +10,7 @@ import math
 
 import torch
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -43,7 +44,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @strict
-class BinaryViTConfig(PreTrainedConfig):
+class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a vision transformer with binary weights and activations: a pyramid of one or more stages.
 
@@ -77,6 +78,8 @@ class BinaryViTConfig(PreTrainedConfig):
         batch_norm_eps: added to the variance in every batch normalisation.
         batch_norm_momentum: weight of the new batch in the running statistics.
         initializer_range: standard deviation of the truncated normal that fills position embeddings and class token.
+        out_features: names of the feature maps that `BinaryViTBackbone` returns, from `stage_names`. Default: the last.
+        out_indices: the same choice as indices in `stage_names`.
 
     Raises:
         ValueError: the fields do not describe a network; the message says which and why.
@@ -116,17 +119,72 @@ class BinaryViTConfig(PreTrainedConfig):
         packing = kwargs.get("quantization_config")
         if not (packing is None or isinstance(packing, dict) or hasattr(packing, "quant_method")):
             raise ValueError(f"quantization_config must be an object with a quant_method, not {packing!r}.")
+        kwargs.pop("stage_names", None)  # derived here; the configs of other backbones store it
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
 
     @property
     def num_hidden_layers(self) -> int:
         return sum(self.depths)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        if value != self.num_hidden_layers:
+            raise ValueError(f"num_hidden_layers={value} is not the sum of depths={list(self.depths)}: change depths.")
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage, as heads and decoders of transformers read them."""
+        return self.hidden_sizes[-1]
+
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        if value != self.hidden_size:
+            raise ValueError(
+                f"hidden_size={value} is not the last of hidden_sizes={list(self.hidden_sizes)}: change hidden_sizes."
+            )
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of a backbone's feature maps: the output of the stem, and of the last layer of each stage."""
+        return ["stem", *(f"stage{stage}" for stage in range(1, len(self.hidden_sizes) + 1))]
+
+    # BackboneConfigMixin keeps its choice in these two. Unset, they follow `hidden_sizes` and are not saved.
+
+    @property
+    def _out_features(self) -> list[str] | None:
+        return vars(self).get("_out_features", self.stage_names[-1:])
+
+    @_out_features.setter
+    def _out_features(self, names: list[str] | None) -> None:
+        self.__dict__["_out_features"] = names
+
+    @property
+    def _out_indices(self) -> list[int] | None:
+        return vars(self).get("_out_indices", [len(self.stage_names) - 1])
+
+    @_out_indices.setter
+    def _out_indices(self, indices: list[int] | None) -> None:
+        self.__dict__["_out_indices"] = indices
+
+    def to_dict(self) -> dict:
+        fields = super().to_dict()
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in ("out_features", "out_indices") or value is not None
+        }
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         """Height and width in tokens of each stage's map; every stage halves the one before."""
         height, width = (size // patch for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)))
         return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
+
+    def validate_backbone(self):
+        self.verify_out_features_out_indices()
 
     def validate_architecture(self):
         self._check_ranges()

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging, output_capturing
 
@@ -42,24 +41,28 @@ logger = logging.get_logger(__name__)
 # ---- Calls ----
 
 
-def compute_by_engine(
-    model: torch.nn.Module, images: torch.Tensor, output_hidden_states: bool, options: dict
-) -> BaseModelOutputWithPooling | None:
-    """
-    Outputs of a backbone for `images` `(batch, channels, height, width)`, or None if PyTorch has to compute them.
-
-    Args:
-        options: further arguments of the call.
-    """
-    if options.get("output_attentions", getattr(model.config, "output_attentions", False)):
-        return None
+def outputs_by_engine(
+    model: torch.nn.Module, images: torch.Tensor, output_hidden_states: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...] | None] | None:
+    """Last hidden state, pooled output and hidden states of `BinaryViTModel`, or None if PyTorch has to compute."""
     usable = usable_engine(model, images)
     if usable is None:
         return None
     last, pooled, hidden_states = usable.forward(images.float(), torch.get_num_threads(), output_hidden_states)
-    return BaseModelOutputWithPooling(
-        last_hidden_state=last, pooler_output=pooled, hidden_states=tuple(hidden_states) or None
-    )
+    return last, pooled, tuple(hidden_states) or None
+
+
+def maps_by_engine(
+    model: torch.nn.Module, images: torch.Tensor, wanted: list[bool]
+) -> list[torch.Tensor | None] | None:
+    """
+    Feature maps of `BinaryViTBackbone` as tokens `(batch, tokens, channels)`, or None if PyTorch has to compute.
+
+    Args:
+        wanted: whether to return the map, of the stem and of each stage. The other maps are None.
+    """
+    usable = usable_engine(model, images)
+    return None if usable is None else usable.feature_maps(images.float(), torch.get_num_threads(), wanted)
 
 
 def logits_by_engine(model: torch.nn.Module, classifier: torch.nn.Module, images: torch.Tensor) -> torch.Tensor | None:

@@ -565,7 +565,7 @@ class AddAvgPools(Function):
         ctx.save_for_backward(pooled, *scales)
         ctx.grid_size, ctx.kernel_sizes = grid_size, kernel_sizes
         results = []
-        for x_part, pooled_part in zip(*split(rows_per_block(x, x[0].numel()), x, pooled)):
+        for x_part, pooled_part in zip(*split(rows_per_block(x, x.shape[1] * x.shape[2]), x, pooled)):
             result = x_part + shift
             for kernel_size, scale in zip(kernel_sizes, scales):
                 result.addcmul_(same_avg_pool(pooled_part, grid_size, kernel_size), scale)
@@ -578,7 +578,7 @@ class AddAvgPools(Function):
         pooled, *scales = ctx.saved_tensors
         grad_pooled, grad_scales = torch.zeros_like(pooled), [torch.zeros_like(scale) for scale in scales]
         grad_shift = torch.zeros_like(scales[0])
-        images = rows_per_block(pooled, pooled[0].numel())
+        images = rows_per_block(pooled, pooled.shape[1] * pooled.shape[2])
         for pooled_part, grad_part, grad_pooled_part in zip(*split(images, pooled, grad_output, grad_pooled)):
             grad_shift.add_(grad_part.sum((0, 1)))
             for kernel_size, scale, grad_scale in zip(ctx.kernel_sizes, scales, grad_scales):

@@ -12,18 +12,27 @@ References:
 import contextlib
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_binaryvit import BinaryViTConfig, as_pair
-from .engine_binaryvit import EngineChoice, EngineSlot, choose_engine, compute_by_engine, logits_by_engine
+from .engine_binaryvit import (
+    EngineChoice,
+    EngineSlot,
+    choose_engine,
+    logits_by_engine,
+    maps_by_engine,
+    outputs_by_engine,
+)
 from .functional_binaryvit import (
     BinaryAttentionProducts,
     approx_sign_slope,
@@ -49,6 +58,28 @@ from .layers_binaryvit import (
     upsample_tokens,
 )
 from .quantization_binaryvit import PackableModel
+
+
+@dataclass
+class BinaryViTModelOutput(BaseModelOutputWithPooling):
+    """
+    Outputs of `BinaryViTModel`.
+
+    `reshaped_hidden_states` are the hidden states as maps `(batch, channels, height, width)`, without a class token.
+    """
+
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class BinaryViTImageClassifierOutput(ImageClassifierOutput):
+    """
+    Outputs of `BinaryViTForImageClassification`.
+
+    `reshaped_hidden_states` are the hidden states as maps `(batch, channels, height, width)`, without a class token.
+    """
+
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class BinaryViTEmbeddings(nn.Module):
@@ -143,13 +174,17 @@ class BinaryViTAttention(nn.Module):
         self.norm_activation = NormActivation(config, hidden_size)
         self.output = BinaryProjection(config, hidden_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, grid_size: tuple[int, int], output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         query = self.query(hidden_states)
         if self.reduction is not None:
             hidden_states = self.reduction(pool_tokens(hidden_states, grid_size, self.reduction_ratio))
         key, value = self.key(hidden_states), self.value(hidden_states)
 
-        context, probabilities = self.attend(query, key, value)
+        # Fused products give the result from the inputs, not from the probabilities: those would get no gradient of it.
+        fused = self.training and self.input_bits == 1 and self.dropout.p == 0 and not output_attentions
+        context, probabilities = (self.attend_fused if fused else self.attend)(query, key, value)
         shortcut = key + value
         if self.reduction is not None:
             shortcut = upsample_tokens(shortcut, grid_size, self.reduction_ratio)
@@ -157,16 +192,20 @@ class BinaryViTAttention(nn.Module):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns attended values `(batch, queries, channels)` and probabilities `(batch, heads, queries, keys)`."""
-        if self.training and self.input_bits == 1 and self.dropout.p == 0:
-            shifts = self.query_shift, self.key_shift, self.value_shift
-            return BinaryAttentionProducts.apply(
-                query, key, value, *shifts, self.probability_clip, self.num_heads, self.sign_slope
-            )
         # (batch, heads, queries, head_dim) x (batch, heads, head_dim, keys)
         scores = self.to_heads(query, self.query_shift) @ self.to_heads(key, self.key_shift).transpose(-1, -2)
         probabilities = nn.functional.softmax(scores * self.head_dim**-0.5, dim=-1)
         probabilities = self.dropout(quantize_probability(probabilities, self.probability_clip, self.input_bits))
         return merge_heads(probabilities @ self.to_heads(value, self.value_shift)), probabilities
+
+    def attend_fused(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`attend` for 1-bit inputs without dropout, in training: it keeps less for the backward pass."""
+        shifts = self.query_shift, self.key_shift, self.value_shift
+        return BinaryAttentionProducts.apply(
+            query, key, value, *shifts, self.probability_clip, self.num_heads, self.sign_slope
+        )
 
     def to_heads(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Shift, quantise and split into heads; 2 to 8 bits have a scale per head and token."""
@@ -213,8 +252,10 @@ class BinaryViTLayer(GradientCheckpointingLayer):
         kernels = [shape for size in config.avg_pool_kernel_sizes for shape in ((size, 1), (1, size))]
         self.avg_pool_branches = AvgPoolBranches(AvgPoolBranch(hidden_size, kernel) for kernel in kernels)
 
-    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        attended, _ = self.attention(self.norm1(hidden_states), grid_size)
+    def forward(
+        self, hidden_states: torch.Tensor, grid_size: tuple[int, int], output_attentions: bool = False
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), grid_size, output_attentions)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
         normed = self.norm2(hidden_states)
         hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.dropout(self.mlp(normed))))
@@ -235,9 +276,44 @@ class BinaryViTStage(nn.Module):
         self.patch_embeddings = embeddings(config, stage) if stage > 0 else None
         self.layers = nn.ModuleList([BinaryViTLayer(config, stage, rate) for rate in rates])
 
+    def forward(
+        self, hidden_states: torch.Tensor, grid_size: tuple[int, int], output_attentions: bool = False
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """
+        Args:
+            hidden_states: output of the stage before, or of the stem.
+            grid_size: height and width in tokens of this stage's map.
+
+        Returns:
+            The output of the last layer, and the input of every layer: `(batch, tokens, channels)` each.
+        """
+        if self.patch_embeddings is not None:
+            height, width = grid_size
+            hidden_states = self.patch_embeddings(hidden_states, (2 * height, 2 * width))
+        layer_inputs = []
+        for layer in self.layers:
+            layer_inputs.append(hidden_states)
+            hidden_states = layer(hidden_states, grid_size, output_attentions)
+        return hidden_states, layer_inputs
+
+
+def build_stages(config) -> nn.ModuleList:
+    rates = iter(drop_path_rates(config.drop_path_rate, config.num_hidden_layers))
+    return nn.ModuleList(
+        [
+            BinaryViTStage(config, stage, [next(rates) for _ in range(depth)])
+            for stage, depth in enumerate(config.depths)
+        ]
+    )
+
+
+def as_map(hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Tokens as a map, without a class token: `(batch, tokens, channels) -> (batch, channels, height, width)`."""
+    return hidden_states[:, -math.prod(grid_size) :].unflatten(1, grid_size).permute(0, 3, 1, 2)
+
 
 class BinaryViTPreTrainedModel(PackableModel):
-    """Base of `BinaryViTModel` and `BinaryViTForImageClassification`: initialisation, engine and packing."""
+    """Base of all models: initialisation, engine and packing."""
 
     config: BinaryViTConfig
     config_class = BinaryViTConfig
@@ -277,6 +353,13 @@ class BinaryViTPreTrainedModel(PackableModel):
     def backbone_class(self) -> type:
         """The class that the engine computes. Its subclasses run in PyTorch."""
         return BinaryViTModel
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stem's convolution, which turns patches into tokens."""
+        return self.base_model.embeddings.projection
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.embeddings.projection = value
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -330,16 +413,11 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
-    def __init__(self, config: BinaryViTConfig):
+    def __init__(self, config: BinaryViTConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        rates = iter(drop_path_rates(config.drop_path_rate, config.num_hidden_layers))
+        self.add_pooling_layer = add_pooling_layer
         self.embeddings = BinaryViTEmbeddings(config)
-        self.stages = nn.ModuleList(
-            [
-                BinaryViTStage(config, stage, [next(rates) for _ in range(depth)])
-                for stage, depth in enumerate(config.depths)
-            ]
-        )
+        self.stages = build_stages(config)
         self.norm = TokenBatchNorm(config, config.hidden_sizes[-1])
         self.post_init()
 
@@ -347,7 +425,7 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
     @capture_outputs
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
+    ) -> BinaryViTModelOutput:
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
@@ -355,8 +433,9 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
 
         Returns:
             `last_hidden_state` `(batch, tokens, channels)` after the last normalisation; `pooler_output`
-            `(batch, channels)`, its class token or mean over tokens; `hidden_states`, the input
-            `(batch, tokens, channels)` of every layer and the output of the last; `attentions`, quantised
+            `(batch, channels)`, its class token or mean over tokens, None without `add_pooling_layer`;
+            `hidden_states`, the input `(batch, tokens, channels)` of every layer and the output of the last, and
+            `reshaped_hidden_states`, the same as maps `(batch, channels, height, width)`; `attentions`, quantised
             probabilities `(batch, heads, queries, keys)` of every layer, if `output_attentions`.
 
         Raises:
@@ -364,26 +443,106 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs = compute_by_engine(self, pixel_values, output_hidden_states, kwargs)
-        if outputs is not None:
-            return outputs
-        hidden_states = self.embeddings(pixel_values)
-        layer_inputs = []
-        for stage, grid_size in zip(self.stages, self.config.grid_sizes):
-            if stage.patch_embeddings is not None:
-                height, width = grid_size
-                hidden_states = stage.patch_embeddings(hidden_states, (2 * height, 2 * width))
-            for layer in stage.layers:
-                layer_inputs.append(hidden_states)
-                hidden_states = layer(hidden_states, grid_size)
+        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        outputs = None if output_attentions else outputs_by_engine(self, pixel_values, output_hidden_states)
+        if outputs is None:
+            outputs = self.compute(pixel_values, output_hidden_states, output_attentions)
+        last_hidden_state, pooled, hidden_states = outputs
+        return BinaryViTModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooled if self.add_pooling_layer else None,
+            hidden_states=hidden_states,
+            attentions=() if output_attentions else None,  # capture_outputs fills it, in this place of the tuple
+            reshaped_hidden_states=None if hidden_states is None else self.reshape(hidden_states),
+        )
 
+    def compute(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Last hidden state, pooled output and hidden states, in PyTorch."""
+        hidden_states, layer_inputs = self.embeddings(pixel_values), []
+        for stage, grid_size in zip(self.stages, self.config.grid_sizes):
+            hidden_states, inputs_of_stage = stage(hidden_states, grid_size, output_attentions)
+            layer_inputs += inputs_of_stage if output_hidden_states else []
         last_hidden_state = self.norm(hidden_states)
         pooled = last_hidden_state[:, 0] if self.config.use_class_token else last_hidden_state.mean(1)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
-            pooler_output=pooled,
-            hidden_states=(*layer_inputs, hidden_states) if output_hidden_states else None,
+        return last_hidden_state, pooled, (*layer_inputs, hidden_states) if output_hidden_states else None
+
+    def reshape(self, hidden_states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The hidden states as maps."""
+        grids = [grid for grid, depth in zip(self.config.grid_sizes, self.config.depths) for _ in range(depth)]
+        return tuple(map(as_map, hidden_states, [*grids, grids[-1]]))
+
+
+class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
+    """
+    BinaryViT for detection and segmentation: the feature maps of its stages (Le & Li, CVPRW 2023, arXiv 2306.16678).
+
+    A feature map is the residual stream after the stage's last layer, without a class token. "stem" is the output of
+    the embeddings. `out_features` and `out_indices` of the config choose the maps.
+
+    Packed weights stay frozen: training a head on them leaves this module in evaluation mode, on the engine.
+
+    Raises:
+        ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^(binaryvit\.)?norm\.", r"^classifier\."]
+
+    def __init__(self, config: BinaryViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.embeddings = BinaryViTEmbeddings(config)
+        self.stages = build_stages(config)
+        self.post_init()
+
+    @property
+    def backbone_class(self) -> type:
+        return BinaryViTBackbone
+
+    def train(self, mode: bool = True):
+        """Does not change packed weights to training mode: a head on them is trained while they are frozen."""
+        return super().train(mode and not self.is_packed)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised.
+            output_hidden_states: also return `hidden_states`. Default: the config's.
+
+        Returns:
+            `feature_maps` `(batch, channels, height, width)` of `out_features`; `hidden_states`, the maps of all
+            `stage_names`; `attentions`, quantised probabilities `(batch, heads, queries, keys)` of every layer, if
+            `output_attentions`.
+
+        Raises:
+            ValueError: the images have another size or number of channels than the config.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        wanted = [output_hidden_states or name in self.out_features for name in self.stage_names]
+        maps = None if output_attentions else maps_by_engine(self, pixel_values, wanted)
+        if maps is None:
+            maps = self.compute(pixel_values, output_attentions)
+        grids = [self.config.grid_sizes[0], *self.config.grid_sizes]
+        maps = [None if tokens is None else as_map(tokens, grid) for tokens, grid in zip(maps, grids)]
+        return BackboneOutput(
+            feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),
+            hidden_states=tuple(maps) if output_hidden_states else None,
+            attentions=() if output_attentions else None,  # filled by capture_outputs
         )
+
+    def compute(self, pixel_values: torch.Tensor, output_attentions: bool) -> list[torch.Tensor]:
+        """Tokens of the stem's map and of every stage's, in PyTorch."""
+        maps = [self.embeddings(pixel_values)]
+        for stage, grid_size in zip(self.stages, self.config.grid_sizes):
+            maps.append(stage(maps[-1], grid_size, output_attentions)[0])
+        return maps
 
 
 class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
@@ -404,29 +563,37 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
-    ) -> ImageClassifierOutput:
+    ) -> BinaryViTImageClassifierOutput:
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             labels: `(batch,)` class indices.
 
         Returns:
-            `logits` `(batch, num_labels)`; `loss`, the cross-entropy, if there are labels; `hidden_states` and
-            `attentions` of the backbone, if `output_hidden_states` and `output_attentions` ask for them.
+            `logits` `(batch, num_labels)`; `loss`, the cross-entropy, if there are labels; `hidden_states`,
+            `reshaped_hidden_states` and `attentions` of the backbone, if `output_hidden_states` and
+            `output_attentions` ask for them.
 
         Raises:
             ValueError: the images have another size or number of channels than the config.
         """
-        logits = hidden_states = attentions = None
+        outputs = logits = None
         only_logits = not (kwargs or self.config.output_hidden_states or self.config.output_attentions)
         if only_logits and type(self.binaryvit) is BinaryViTModel:
             logits = logits_by_engine(self.binaryvit, self.classifier, pixel_values)
         if logits is None:
-            outputs = self.binaryvit(pixel_values, **kwargs)
-            hidden_states, attentions = outputs.hidden_states, outputs.attentions
+            outputs = self.binaryvit(pixel_values, return_dict=True, **kwargs)
             logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
+        if outputs is None:
+            return BinaryViTImageClassifierOutput(loss=loss, logits=logits)
+        return BinaryViTImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
 
 
 @contextlib.contextmanager
@@ -447,6 +614,12 @@ def frozen_statistics(model: nn.Module):
 
 # Saved models carry their code, for machines without this package (trust_remote_code=True).
 BinaryViTModel.register_for_auto_class("AutoModel")
+BinaryViTBackbone.register_for_auto_class("AutoBackbone")
 BinaryViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-__all__ = ["BinaryViTForImageClassification", "BinaryViTModel", "BinaryViTPreTrainedModel"]
+__all__ = [
+    "BinaryViTBackbone",
+    "BinaryViTForImageClassification",
+    "BinaryViTModel",
+    "BinaryViTPreTrainedModel",
+]

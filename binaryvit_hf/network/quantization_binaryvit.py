@@ -66,6 +66,7 @@ CONFIG_FIELDS = (
 AUTO_MAP = {
     "AutoConfig": "configuration_binaryvit.BinaryViTConfig",
     "AutoModel": "modeling_binaryvit.BinaryViTModel",
+    "AutoBackbone": "modeling_binaryvit.BinaryViTBackbone",
     "AutoModelForImageClassification": "modeling_binaryvit.BinaryViTForImageClassification",
 }
 

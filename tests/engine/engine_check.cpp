@@ -38,6 +38,10 @@ public:
         floats("embeddings.position_embeddings", (tokens + shape.class_token) * first);
         for (size_t stage = 0; stage < shape.hidden_sizes.size(); ++stage) add_stage(stage, tokens >> 2 * stage);
         norm("norm", shape.hidden_sizes.back());
+        for (size_t map = 0; map <= shape.hidden_sizes.size(); ++map) {
+            size_t stage = map == 0 ? 0 : map - 1;
+            map_floats.push_back(size_t((tokens >> 2 * stage) + shape.class_token) * shape.hidden_sizes[stage]);
+        }
         last_tokens = (tokens >> 2 * (shape.hidden_sizes.size() - 1)) + shape.class_token;
         last_channels = shape.hidden_sizes.back();
     }
@@ -75,6 +79,7 @@ public:
     size_t pixels() const { return size_t(shape_.channels) * shape_.height * shape_.width; }
 
     int last_tokens, last_channels;
+    std::vector<size_t> map_floats;  // of one image: of the stem, and of each stage
 
 private:
     template <class Item>
@@ -203,7 +208,7 @@ std::vector<float> random_images(const Network &network, int batch) {
     return images;
 }
 
-/* Last hidden state, pooled output and logits of all images. Sanitisers find writes beyond their sizes. */
+/* Last hidden state, pooled output, logits and feature maps of all images. Sanitisers find writes beyond their sizes. */
 std::vector<float> run(const Network &network, binaryvit_model *model, const std::vector<float> &images, int batch,
                        int threads) {
     size_t channels = size_t(network.last_channels);
@@ -215,7 +220,13 @@ std::vector<float> run(const Network &network, binaryvit_model *model, const std
     expect(binaryvit_classify(model, images.data(), batch, threads, weight.data(), bias.data(), kLabels,
                               logits.data()) == 0,
            "logits");
+    std::vector<std::vector<float>> maps;
+    std::vector<float *> pointers;
+    for (size_t floats : network.map_floats) maps.emplace_back(floats * size_t(batch));
+    for (std::vector<float> &map : maps) pointers.push_back(map.data());
+    expect(binaryvit_feature_maps(model, images.data(), batch, threads, pointers.data()) == 0, "feature maps");
     for (const auto &more : {pooled, logits}) last.insert(last.end(), more.begin(), more.end());
+    for (const auto &more : maps) last.insert(last.end(), more.begin(), more.end());
     return last;
 }
 

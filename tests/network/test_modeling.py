@@ -117,7 +117,7 @@ def test_attentions_are_the_binary_probabilities_of_every_layer():
 
 
 def test_tuples_are_returned_on_request(model):
-    logits, hidden_states = model(tiny_images(), output_hidden_states=True, return_dict=False)
+    logits, hidden_states, _ = model(tiny_images(), output_hidden_states=True, return_dict=False)
     assert torch.equal(logits, model(tiny_images()).logits)
     assert isinstance(hidden_states, tuple)
 

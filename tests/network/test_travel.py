@@ -12,11 +12,14 @@ from binaryvit_hf.data.model_inputs import create_image_processor
 
 LOAD_EVERYTHING = """
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import pipeline
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+HfApi.repo_exists = lambda *_: True  # AutoBackbone asks the Hub for the repository, even if it is a folder
 root, trust = sys.argv[1], {"trust_remote_code": True}
 images, expected = torch.load(f"{root}/expected.pt")
 
@@ -29,6 +32,9 @@ def check(source):
     with torch.no_grad():
         assert torch.equal(model(images).logits, expected)
         assert torch.equal(model.classifier(backbone(images).pooler_output), expected)
+        maps = AutoBackbone.from_pretrained(source, out_features=["stem", "stage2"], **trust)(images).feature_maps
+        states = backbone(images, output_hidden_states=True).reshaped_hidden_states
+        assert torch.equal(maps[0], states[0]) and torch.equal(maps[1], states[-1])
     processor = AutoImageProcessor.from_pretrained(source)
     assert processor(Image.new("L", (50, 40)), return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 32)
     answers = pipeline("image-classification", model=source, **trust)(Image.new("RGBA", (50, 40)))
