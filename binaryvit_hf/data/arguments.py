@@ -60,6 +60,11 @@ class DataArguments(AugmentationArguments):
     skip_broken_images: bool = argument(
         False, "Decode all images before training, and leave out broken ones instead of stopping."
     )
+    keep_images_in_memory: bool = argument(
+        False,
+        "Decode every image once, before training. Training images are kept at the smallest size that random crops "
+        "need, evaluation images as the network's input. Use it for a few thousand large photos.",
+    )
     background: str | None = argument(
         None,
         "Colour behind transparent pixels, such as white or #ffcc00. Default: transparency is dropped, which "
@@ -81,7 +86,7 @@ class DataArguments(AugmentationArguments):
             raise ValueError(
                 "--streaming needs a --dataset_name of the Hub or a local path; image folders are never copied."
             )
-        for name in ("skip_broken_images", "train_val_split"):
+        for name in ("skip_broken_images", "train_val_split", "keep_images_in_memory"):
             if self.streaming and getattr(self, name):
                 raise ValueError(
                     f"--{name} needs all images before training, but --streaming reads them during training: leave one out."

@@ -1,6 +1,7 @@
 """Decodes images: whole for evaluation; for training a random crop, at no more resolution than it needs."""
 
 import io
+import math
 import os
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -73,8 +74,23 @@ class CroppingDecoder(nn.Module):
         self.size, self.background = size, background
         self.crop = v2.RandomResizedCrop(size, scale=(min_scale, 1.0))
 
-    def forward(self, encoded: dict | None) -> torch.Tensor:
+    def reduce(self, encoded: dict | None) -> np.ndarray:
+        """The whole upright image, `uint8 (height, width, 3)`, at the smallest size that gives every crop its pixels."""
+        side = math.ceil(max(self.size) / math.sqrt(self.crop.scale[0]))
         image = open_encoded(encoded)
+        draft(image, min(image.size) // side)
+        image = to_rgb(image, self.background)
+        if min(image.size) > side:
+            scale = side / min(image.size)
+            image = image.resize([max(side, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+        return np.array(image)
+
+    def forward(self, encoded: dict | np.ndarray | None) -> torch.Tensor:
+        """
+        Args:
+            encoded: an image of a dataset, or its pixels from `reduce`.
+        """
+        image = Image.fromarray(encoded) if isinstance(encoded, np.ndarray) else open_encoded(encoded)
         upright = image
         if not is_jpeg(image):
             image = upright = to_rgb(image, self.background)

@@ -1,5 +1,6 @@
 """The datasets that a `DataLoader` reads: encoded images are decoded and transformed one at a time."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -10,13 +11,49 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from ..errors import UserError
+from ..pixels import to_rgb
 from .arguments import DataArguments
 from .augmentation import create_train_transform
-from .decoding import CroppingDecoder, decode_image
-from .image_checks import describe_fault
+from .decoding import CroppingDecoder, decode_image, open_encoded
+from .image_checks import describe_fault, inspect_images, lock_if_large
 from .model_inputs import RGB, describe_input
 from .sampling import SampleKey, StreamedSample, seeded_rng
 from .streaming import ImageSplits, ImageStream
+
+
+PROCESSED_ALONE = 2**22  # pixels; larger images are processed one at a time
+
+logger = logging.getLogger(__name__)
+
+
+class ImagesInMemory(torch.utils.data.Dataset):
+    """
+    The images of a dataset, each converted once, when this object is created.
+
+    Args:
+        images: columns `image` (encoded) and `label`.
+        convert: function of an encoded image. Threads call it.
+
+    Raises:
+        UserError: an image cannot be decoded.
+    """
+
+    def __init__(self, images: Dataset, convert: Callable):
+        self.labels = images["label"][:]
+        self.converted = inspect_images(images, range(len(images)), convert, "Reading images")
+        for index, result in enumerate(self.converted):
+            if isinstance(result, Exception):
+                raise UserError(describe_fault(images[index]["image"], index, result)) from result
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.converted[index], "label": self.labels[index]}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(image.nbytes for image in self.converted)
 
 
 class TransformedImages(torch.utils.data.Dataset):
@@ -35,7 +72,9 @@ class TransformedImages(torch.utils.data.Dataset):
 
     accepts_sample_keys = True  # read by `sampling.create_train_sampler`
 
-    def __init__(self, images: Dataset | ImageStream, decode: Callable, transform: Callable, seed: int):
+    def __init__(
+        self, images: Dataset | ImageStream | ImagesInMemory, decode: Callable, transform: Callable, seed: int
+    ):
         self.images, self.decode, self.transform, self.seed = images, decode, transform, seed
 
     def __len__(self) -> int:
@@ -64,21 +103,45 @@ class TransformedImages(torch.utils.data.Dataset):
 
 
 def add_transforms(
-    images: ImageSplits, processor: BaseImageProcessor, arguments: DataArguments, seed: int
+    images: ImageSplits, processor: BaseImageProcessor, arguments: DataArguments, seed: int, keep: bool = False
 ) -> dict[str, TransformedImages]:
-    """Training images are cropped at random and augmented. All other splits go through the image processor."""
+    """
+    Training images are cropped at random and augmented. All other splits go through the image processor.
+
+    Args:
+        keep: read the training and validation images now, and keep them in memory. Evaluation sees the same values as
+            without, training crops are from images that may be reduced.
+    """
     wanted = describe_input(processor, "The model")
     crop = CroppingDecoder(wanted.size, arguments.random_resized_crop_min_scale, arguments.background)
     augment = create_train_transform(arguments, wanted.size, wanted.mean, wanted.std)
     if wanted.channels != RGB:
         augment = v2.Compose([augment, partial(reorder_channels, wanted.channels)])
     decode, process = partial(decode_image, background=arguments.background), partial(process_image, processor)
-    return {
+    transformed = {
         split: TransformedImages(dataset, crop, augment, seed)
         if split == "train"
         else TransformedImages(dataset, decode, process, seed)
         for split, dataset in images.items()
     }
+    if keep:
+        reduced = ImagesInMemory(images["train"], crop.reduce)
+        processed = ImagesInMemory(images["validation"], partial(process_encoded, process, arguments.background))
+        transformed["train"] = TransformedImages(reduced, crop, augment, seed)
+        transformed["validation"] = TransformedImages(processed, identity, identity, seed)
+        count, size = len(reduced) + len(processed), (reduced.nbytes + processed.nbytes) / 1e6
+        logger.info("Keeping %d images in memory: %.0f MB.", count, size)
+    return transformed
+
+
+def identity(value):
+    return value
+
+
+def process_encoded(process: Callable, background: str | None, encoded: dict | None) -> torch.Tensor:
+    """`process` of an encoded image. A large one waits for others: resizing it in floats takes ten times its pixels."""
+    with open_encoded(encoded) as image, lock_if_large(image, PROCESSED_ALONE):
+        return process(to_rgb(image, background))
 
 
 def reorder_channels(channels: tuple[int, ...], image: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,17 @@ TEACHER_PREFIX = "teacher."
 ARGUMENT_CLASSES = tuple(RunArguments.__annotations__.values())
 # Arguments that the teacher's run does not take over from the student's.
 STUDENT_ONLY = {
-    *("model_name_or_path", "subfolder", "config_name", "config_overrides", "init_from", "teacher_model_name_or_path"),
+    *("model_name_or_path", "subfolder", "ignore_mismatched_sizes", "config_name", "config_overrides", "init_from"),
+    "teacher_model_name_or_path",
     *("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
     *("label_loss_weight", "distillation_temperature"),
     *(field.name for field in fields(OptionalMethodArguments)),
 }
+# Two ways to name a network, each with the arguments that only it has. A flag of one replaces the file's other.
+NETWORK_ARGUMENTS = (
+    ("config_name", "config_overrides", "init_from"),
+    ("model_name_or_path", "subfolder", "ignore_mismatched_sizes"),
+)
 Flags = list[tuple[str, list[str]]]
 
 
@@ -33,7 +39,8 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
 
     Args:
         arguments: may begin with a JSON or YAML file of arguments; flags after it override the file. An object `teacher` in
-            the file holds the teacher's own arguments, and `--teacher.NAME VALUE` overrides these.
+            the file holds the teacher's own arguments, and `--teacher.NAME VALUE` overrides these. A flag
+            `--model_name_or_path` replaces the file's `config_name`.
 
     Raises:
         UserError: an unknown or malformed argument, or a file that cannot be read.
@@ -121,6 +128,7 @@ def group_flags(arguments: list[str]) -> Flags:
 
 def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
     """Parse one run: the `values` of a file, overridden by `flags`."""
+    values = without_replaced_network(values, flags)
     # No abbreviations: a typing error could be the abbreviation of another argument.
     parser = HfArgumentParser(
         ARGUMENT_CLASSES, allow_abbrev=False, description="Train and evaluate image classifiers."
@@ -146,6 +154,15 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
         raise
     except Exception as error:  # the checks of the dataclasses raise any kind of error
         raise UserError(" ".join(first_sentence(error).split())) from error
+
+
+def without_replaced_network(values: dict[str, Any], flags: Flags) -> dict[str, Any]:
+    """The file's values without the network that a flag replaces: `--model_name_or_path` the `config_name`, or the reverse."""
+    given = {name for name, _ in flags}
+    for one, other in (NETWORK_ARGUMENTS, NETWORK_ARGUMENTS[::-1]):
+        if one[0] in given and other[0] not in given:
+            values = {name: value for name, value in values.items() if name not in other}
+    return values
 
 
 def raise_user_error(message: str):

@@ -2,12 +2,14 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
 
+from ..data.arguments import DataArguments
+from ..data.augmentation import AugmentationArguments
 from ..data.image_checks import check_images
 from ..data.label_names import compare_labels, match_labels
 from ..data.loading import load_images, relabel
@@ -22,6 +24,8 @@ from .models import build_meta_network, load_config, load_first_weights, load_pr
 from .run_folder import compare_with_recorded, is_finished, read_json
 from .unused_arguments import find_unused
 
+
+CheckedImages = tuple[ImageSplits, list[str]]  # the images, and the files that --skip_broken_images left out
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +73,12 @@ def check_arguments(arguments: RunArguments) -> None:
         logger.warning("--%s has no effect: %s.", name, reason)
 
 
-def prepare(arguments: RunArguments) -> Inputs:
+def prepare(arguments: RunArguments, loaded: dict[str, CheckedImages] | None = None) -> Inputs:
     """
     Load the inputs of a run and check that they fit each other. With `--push_to_hub`, create the repository.
+
+    Args:
+        loaded: images of earlier runs, by `describe_source`. A teacher and its student read and check their images once.
 
     Raises:
         UserError: an input is missing, damaged or does not fit the others.
@@ -82,7 +89,10 @@ def prepare(arguments: RunArguments) -> Inputs:
     if training_arguments.do_train:
         training_arguments.check_network(config)
         network = build_meta_network(model_arguments, config)
-    images, broken = load_checked_images(arguments)
+    source, loaded = describe_source(arguments), {} if loaded is None else loaded
+    if source not in loaded:
+        loaded[source] = load_checked_images(arguments)
+    images, broken = loaded[source]
     labels = images["validation"].features["label"].names
     if training_arguments.do_train:
         new_head = adopt_labels(config, labels, model_arguments)
@@ -105,7 +115,18 @@ def prepare(arguments: RunArguments) -> Inputs:
     return Inputs(images, broken, config, checkpoint, finished, processor, first_weights, new_head)
 
 
-def load_checked_images(arguments: RunArguments) -> tuple[ImageSplits, list[str]]:
+def describe_source(arguments: RunArguments) -> str:
+    """All arguments that determine the images and their checks. The length of a stream also depends on the batch."""
+    model_arguments, data_arguments, training_arguments = arguments
+    names = {field.name for field in fields(DataArguments)} - {field.name for field in fields(AugmentationArguments)}
+    values = [(name, getattr(data_arguments, name)) for name in sorted(names)]
+    values += [(name, getattr(training_arguments, name)) for name in ("seed", "do_train", "do_predict")]
+    if data_arguments.streaming:
+        values += [("max_steps", training_arguments.max_steps), ("batch", training_arguments.effective_batch_size)]
+    return repr((values, model_arguments.cache_dir, model_arguments.token))
+
+
+def load_checked_images(arguments: RunArguments) -> CheckedImages:
     """The images of every split, and the broken files that were left out."""
     model_arguments, data_arguments, training_arguments = arguments
     images = load_images(

@@ -60,7 +60,8 @@ def train_and_evaluate(arguments: list[str]) -> None:
     for run_arguments in runs:
         check_arguments(run_arguments)
     # Prepare every run first: an error in the student's inputs must not wait for its teacher's training.
-    prepared = [prepare(run_arguments) for run_arguments in runs]
+    loaded: dict = {}
+    prepared = [prepare(run_arguments, loaded) for run_arguments in runs]
     for run_arguments, inputs in zip(runs, prepared):
         PartialState().wait_for_everyone()  # the first process writes the teacher that all processes load
         summary = run(run_arguments, inputs)

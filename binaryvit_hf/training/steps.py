@@ -52,7 +52,9 @@ class TrainingRun:
             inputs.config, arguments.data.crop_pct, like=teacher_normalization(teacher_processor, inputs.config)
         )
         self.check_inputs_of_models(teacher_processor)
-        self.datasets = add_transforms(inputs.images, self.processor, arguments.data, arguments.training.seed)
+        trains = arguments.training.do_train and not inputs.finished
+        keep = arguments.data.keep_images_in_memory and trains
+        self.datasets = add_transforms(inputs.images, self.processor, arguments.data, arguments.training.seed, keep)
         self.trainer = self.create_trainer(self.student, self.teacher)
         if inputs.finished:
             self.trainer.state.epoch = read_json(self.output_dir / TRAINER_STATE_NAME).get("epoch")  # for the results

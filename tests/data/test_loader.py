@@ -19,6 +19,7 @@ from binaryvit_hf.data.decoding import CroppingDecoder, decode_image, draft
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.data.transforms import add_transforms
+from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.configuration_binaryvit import BinaryViTConfig
 
 
@@ -117,6 +118,49 @@ def test_evaluation_sees_the_whole_image_exactly_as_the_image_processor_does(pho
     evaluated = add_transforms(load_images(arguments, 0, None, None), processor, arguments, 0)["validation"][0]
     expected = processor(Image.open(tmp_path / "ant" / "0.jpg"), return_tensors="pt")["pixel_values"][0]
     assert torch.equal(evaluated["pixel_values"], expected)
+
+
+@pytest.fixture
+def large_photos(photograph, tmp_path) -> DataArguments:
+    """A JPEG, one turned by EXIF, a small and a transparent picture, in two classes."""
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph.resize((1000, 750)).save(tmp_path / "ant" / "0.jpg")
+    photograph.resize((1000, 752)).save(tmp_path / "ant" / "1.jpg", exif=exif)
+    photograph.resize((40, 30)).save(tmp_path / "bee" / "0.png")
+    photograph.convert("LA").save(tmp_path / "bee" / "1.png")
+    return DataArguments(train_dir=str(tmp_path), validation_dir=str(tmp_path), random_resized_crop_min_scale=0.25)
+
+
+def test_images_kept_in_memory_are_reduced_for_training_and_unchanged_for_evaluation(large_photos, caplog):
+    processor = create_image_processor(BinaryViTConfig(image_size=32), crop_pct=0.875)
+    images = load_images(large_photos, 0, None, None)
+    read = add_transforms(images, processor, large_photos, 0)
+    with caplog.at_level("INFO"):
+        kept = add_transforms(images, processor, large_photos, 0, keep=True)
+    shapes = [picture.shape for picture in kept["train"].images.converted]
+    assert shapes == [(64, 85, 3), (85, 64, 3), (30, 40, 3), (64, 85, 3)]  # a quarter of the area holds 32 x 32 pixels
+    assert "Keeping 8 images in memory: 0 MB." in caplog.text
+    for index in range(4):
+        ours, theirs = kept["validation"][index], read["validation"][index]
+        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+        assert ours["labels"] == theirs["labels"]
+        assert torch.equal(kept["train"][index]["pixel_values"], kept["train"][index]["pixel_values"])
+    assert torch.equal(kept["train"][2]["pixel_values"], read["train"][2]["pixel_values"])  # the small one is whole
+    for index in (0, 1):
+        whole = decode_image(images["train"][index]["image"])
+        ours = kept["train"].images.converted[index].astype(int)
+        theirs = np.array(whole.resize(ours.shape[1::-1], Image.Resampling.BICUBIC))
+        assert np.abs(ours - theirs).mean() < 5  # of 255; the picture is mostly noise
+
+
+def test_a_broken_image_stops_before_it_is_kept(large_photos, tmp_path):
+    (tmp_path / "bee" / "0.png").write_bytes((tmp_path / "bee" / "1.png").read_bytes()[:2000])
+    processor = create_image_processor(BinaryViTConfig(image_size=32), crop_pct=0.875)
+    with pytest.raises(UserError, match=r"bee/0.png' cannot be decoded .*--skip_broken_images"):
+        add_transforms(load_images(large_photos, 0, None, None), processor, large_photos, 0, keep=True)
 
 
 def test_the_loader_is_measured_beside_the_papers_public_code(monkeypatch, capsys):

@@ -178,6 +178,7 @@ def test_two_processes_share_a_stream_and_evaluate_each_image_once(tmp_path, war
     [
         (["--skip_broken_images"], ["--skip_broken_images", "--streaming"]),
         (["--train_val_split=0.5"], ["--train_val_split", "--streaming"]),
+        (["--keep_images_in_memory"], ["--keep_images_in_memory", "--streaming"]),
         (["--shuffle_buffer_size=0"], ["--shuffle_buffer_size must be 1 or more"]),
         (["--max_train_samples=0"], ["--max_train_samples must be 1 or more"]),
         (["--dataset_name=sklearn-digits"], ["--streaming needs a --dataset_name"]),

@@ -129,6 +129,25 @@ def test_named_teacher_replaces_the_one_to_train(tmp_path):
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("prefix", ["", "teacher."])
+def test_a_flag_that_names_a_trained_model_replaces_the_files_new_network_and_the_reverse(prefix, tmp_path):
+    new = {"config_name": "new", "config_overrides": "weight_bits=32"}
+    trained = {"model_name_or_path": "trained", "ignore_mismatched_sizes": True}
+    for values, flags, expected in (
+        (new, ["--model_name_or_path=other"], (None, None, "other", False)),
+        (new, ["--model_name_or_path=other", "--ignore_mismatched_sizes"], (None, None, "other", True)),
+        (new, ["--config_overrides=weight_bits=4"], ("new", "weight_bits=4", None, False)),
+        (trained, ["--config_name=other"], ("other", None, None, False)),
+    ):
+        file = {"config_name": "student", "teacher": values} if prefix else values | {"teacher": {"config_name": "x"}}
+        (tmp_path / "run.json").write_text(json.dumps(file))
+        runs = parse_runs([str(tmp_path / "run.json"), *[flag.replace("--", f"--{prefix}", 1) for flag in flags]])
+        changed, unchanged = (model for model, _, _ in (runs if prefix else runs[::-1]))
+        names = ("config_name", "config_overrides", "model_name_or_path", "ignore_mismatched_sizes")
+        assert tuple(getattr(changed, name) for name in names) == expected
+        assert (unchanged.config_name, unchanged.ignore_mismatched_sizes) == ("student" if prefix else "x", False)
+
+
 def test_the_student_is_checked_before_its_teacher_is_trained(capsys, photos, tmp_path):
     values = {
         "config_name": "no-such-row",
