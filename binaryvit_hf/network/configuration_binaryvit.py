@@ -180,7 +180,22 @@ class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         """Height and width in tokens of each stage's map; every stage halves the one before."""
-        height, width = (size // patch for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)))
+        return self._divide(self.image_size)
+
+    def grid_sizes_of(self, image_size: int | list[int] | tuple[int, int]) -> list[tuple[int, int]]:
+        """
+        `grid_sizes` for images of another size.
+
+        Raises:
+            ValueError: the network cannot take images of this size.
+        """
+        check_range("image_size", image_size)
+        self._check_map(image_size)
+        self._check_size(image_size)
+        return self._divide(image_size)
+
+    def _divide(self, image_size) -> list[tuple[int, int]]:
+        height, width = (size // patch for size, patch in zip(as_pair(image_size), as_pair(self.patch_size)))
         return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
 
     def validate_backbone(self):
@@ -189,8 +204,8 @@ class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_architecture(self):
         self._check_ranges()
         self._check_stages()
-        self._check_map()
-        self._check_size()
+        self._check_map(self.image_size)
+        self._check_size(self.image_size)
         for field in ("weight_bits", "input_bits"):
             if getattr(self, field) not in BIT_WIDTHS:
                 raise ValueError(f"{field} must be from 1 to 8, or 32 (not quantised), not {getattr(self, field)}.")
@@ -207,13 +222,8 @@ class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _check_ranges(self):
-        for field, (least, most) in RANGES.items():
-            value = getattr(self, field)
-            values = [value] if isinstance(value, (int, float)) else value
-            if len(values) > MAX_LIST_LENGTH:
-                raise ValueError(f"{field} has {len(values)} values; the maximum is {MAX_LIST_LENGTH}.")
-            if not all(least <= number <= most for number in values):  # also refuses NaN
-                raise ValueError(f"{field} must be from {least:g} to {most:g}, not {value}.")
+        for field in RANGES:
+            check_range(field, getattr(self, field))
         for field in PROBABILITIES:
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} must be a probability below 1, not {getattr(self, field)}.")
@@ -246,32 +256,41 @@ class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     "the stage before, which the shortcut repeats."
                 )
 
-    def _check_map(self):
-        for field in ("image_size", "patch_size"):
-            pair = as_pair(getattr(self, field))
-            if len(pair) != 2:
-                raise ValueError(f"{field} must be one number or (height, width), not {getattr(self, field)}.")
-        for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)):
+    def _check_map(self, image_size):
+        for field, value in (("image_size", image_size), ("patch_size", self.patch_size)):
+            if len(as_pair(value)) != 2:
+                raise ValueError(f"{field} must be one number or (height, width), not {value}.")
+        for size, patch in zip(as_pair(image_size), as_pair(self.patch_size)):
             if size % patch:
-                raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}.")
+                raise ValueError(
+                    f"image_size={image_size} is not a multiple of patch_size={self.patch_size}"
+                    f"{self._suggestion(image_size)}"
+                )
             for stage, ratio in enumerate(self.sequence_reduction_ratios):
-                tokens, remainder = divmod(size // patch, 2**stage)
-                if remainder:
+                tokens = size // patch // 2**stage
+                if size // patch % 2**stage:
                     raise ValueError(
-                        f"image_size={self.image_size} with patch_size={self.patch_size} gives {size // patch} tokens "
-                        f"a side, which cannot be halved {stage} times."
+                        f"image_size={image_size} with patch_size={self.patch_size} gives {size // patch} tokens a side, "
+                        f"which cannot be halved {stage} times{self._suggestion(image_size)}"
                     )
                 if tokens % ratio:
                     raise ValueError(
-                        f"sequence_reduction_ratios={ratio} does not divide the {tokens} tokens a side of stage "
-                        f"{stage} (image_size={self.image_size}, patch_size={self.patch_size})."
+                        f"sequence_reduction_ratios={ratio} does not divide the {tokens} tokens a side of stage {stage} "
+                        f"(image_size={image_size}, patch_size={self.patch_size}){self._suggestion(image_size)}"
                     )
 
-    def _check_size(self):
+    def _suggestion(self, image_size) -> str:
+        """End of a sentence: the nearest image size that patches, stages and reductions divide."""
+        squares = math.lcm(*(2**stage * ratio for stage, ratio in enumerate(self.sequence_reduction_ratios)))
+        sides = [squares * patch for patch in as_pair(self.patch_size)]  # in pixels; these and their multiples fit
+        height, width = (max(1, round(size / side)) * side for size, side in zip(as_pair(image_size), sides))
+        return f": the nearest size that fits is {height if isinstance(image_size, int) else (height, width)}."
+
+    def _check_size(self, image_size):
         """Bounds weights and activations by arithmetic, before any module exists."""
         inputs = self.num_channels * math.prod(as_pair(self.patch_size))
         parameters = self.hidden_sizes[-1] * self.num_labels
-        for stage, (height, width) in enumerate(self.grid_sizes):
+        for stage, (height, width) in enumerate(self._divide(image_size)):
             channels, inner = self.hidden_sizes[stage], self.intermediate_sizes[stage]
             tokens, ratio = height * width, self.sequence_reduction_ratios[stage]
             projections = 4 if ratio == 1 else 5
@@ -286,6 +305,20 @@ class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
         if parameters > MAX_PARAMETERS:
             raise ValueError(f"The network has {parameters:.1e} weights; the maximum is {MAX_PARAMETERS:.0e}.")
+
+
+def check_range(field: str, value) -> None:
+    """
+    Raises:
+        ValueError: the number, or one of the numbers, of a field is not in its range of `RANGES`.
+    """
+    least, most = RANGES[field]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if len(values) > MAX_LIST_LENGTH:
+        raise ValueError(f"{field} has {len(values)} values; the maximum is {MAX_LIST_LENGTH}.")
+    # The comparisons also refuse NaN.
+    if not all(isinstance(number, (int, float)) and least <= number <= most for number in values):
+        raise ValueError(f"{field} must be from {least:g} to {most:g}, not {value!r}.")
 
 
 def check_labels(id2label, num_labels) -> None:

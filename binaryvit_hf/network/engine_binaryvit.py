@@ -30,6 +30,7 @@ except ImportError:
 
 ENGINE_VARIABLE = "BINARYVIT_ENGINE"  # environment variable that forces kernels, or PyTorch
 TORCH = "torch"
+RESIZED_ENGINES = 4  # engines that a model keeps for images of other sizes than the config's
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may compute something else
 # Attributes of modules that evaluation does not read.
 TRAINING_ATTRIBUTES = {"momentum", "p", "drop_prob", "init_value", "probability_clip_init", "gradient_checkpointing"}
@@ -42,10 +43,13 @@ logger = logging.get_logger(__name__)
 
 
 def outputs_by_engine(
-    model: torch.nn.Module, images: torch.Tensor, output_hidden_states: bool
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    output_hidden_states: bool,
+    interpolate_pos_encoding: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...] | None] | None:
     """Last hidden state, pooled output and hidden states of `BinaryViTModel`, or None if PyTorch has to compute."""
-    usable = usable_engine(model, images)
+    usable = usable_engine(model, images, interpolate_pos_encoding)
     if usable is None:
         return None
     last, pooled, hidden_states = usable.forward(images.float(), torch.get_num_threads(), output_hidden_states)
@@ -53,7 +57,10 @@ def outputs_by_engine(
 
 
 def maps_by_engine(
-    model: torch.nn.Module, images: torch.Tensor, wanted: list[bool]
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    wanted: list[bool],
+    interpolate_pos_encoding: bool | None = None,
 ) -> list[torch.Tensor | None] | None:
     """
     Feature maps of `BinaryViTBackbone` as tokens `(batch, tokens, channels)`, or None if PyTorch has to compute.
@@ -61,11 +68,16 @@ def maps_by_engine(
     Args:
         wanted: whether to return the map, of the stem and of each stage. The other maps are None.
     """
-    usable = usable_engine(model, images)
+    usable = usable_engine(model, images, interpolate_pos_encoding)
     return None if usable is None else usable.feature_maps(images.float(), torch.get_num_threads(), wanted)
 
 
-def logits_by_engine(model: torch.nn.Module, classifier: torch.nn.Module, images: torch.Tensor) -> torch.Tensor | None:
+def logits_by_engine(
+    model: torch.nn.Module,
+    classifier: torch.nn.Module,
+    images: torch.Tensor,
+    interpolate_pos_encoding: bool | None = None,
+) -> torch.Tensor | None:
     """
     Logits `(batch, labels)` of a backbone and its classifier, or None if PyTorch has to call the modules.
 
@@ -83,14 +95,24 @@ def logits_by_engine(model: torch.nn.Module, classifier: torch.nn.Module, images
             return None
     if weight.shape[1] != model.config.hidden_sizes[-1] or (bias is not None and len(bias) != len(weight)):
         return None
-    usable = usable_engine(model, images)
+    usable = usable_engine(model, images, interpolate_pos_encoding)
     if usable is None:
         return None
     return usable.classify(images.float(), weight, bias, threads=torch.get_num_threads())
 
 
-def usable_engine(model: torch.nn.Module, images: torch.Tensor) -> "engine.Engine | None":
-    """The engine of a backbone, or None if it cannot compute these images."""
+def usable_engine(
+    model: torch.nn.Module, images: torch.Tensor, interpolate_pos_encoding: bool | None = None
+) -> "engine.Engine | None":
+    """
+    The engine of a backbone, or None if it cannot compute these images.
+
+    Args:
+        interpolate_pos_encoding: whether images may have another size than the config's.
+
+    Raises:
+        ValueError: the network cannot take images of this size.
+    """
     if model.training or is_traced(images):
         return None
     folded = current_engine(model)
@@ -98,7 +120,11 @@ def usable_engine(model: torch.nn.Module, images: torch.Tensor) -> "engine.Engin
         return None
     if torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in folded.state.parameters)):
         return None
-    return folded.engine if images.shape[1:] == folded.engine.image_shape else None  # PyTorch says what is wrong
+    if images.shape[1:] == folded.engine.image_shape:
+        return folded.engine
+    if interpolate_pos_encoding and images.dim() == 4 and images.shape[1] == folded.engine.image_shape[0]:
+        return folded.engine_of_size(model, tuple(images.shape[2:]))
+    return None  # PyTorch says what is wrong
 
 
 def is_traced(images: torch.Tensor) -> bool:
@@ -120,11 +146,32 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 class FoldedModel(NamedTuple):
-    """An engine, and the state of the backbone that it was read from."""
+    """The engines of a backbone, and the state of the backbone that they were read from."""
 
-    engine: "engine.Engine"
+    engine: "engine.Engine"  # for images of the config's size
     state: "ModelState"
     wanted: str | None  # value of BINARYVIT_ENGINE when the model was read
+    kernels: str
+    config: dict  # the config's fields when the model was read: it may be edited later
+    resized: dict[tuple[int, int], "engine.Engine"]  # for other sizes of images; the last used is at the end
+
+    def engine_of_size(self, model: torch.nn.Module, image_size: tuple[int, int]) -> "engine.Engine":
+        """
+        The engine for images of another size, with interpolated position embeddings.
+
+        Raises:
+            ValueError: the network cannot take images of this size.
+        """
+        # Several threads may run this. Each operation on the dictionary is atomic; two may read the model at once.
+        resized = self.resized.pop(image_size, None)
+        if resized is None:
+            tensors = engine_tensors(model) | model.resized_position_embeddings(image_size)
+            config = model.config_class(**(self.config | {"image_size": image_size}))
+            resized = engine.Engine(config, tensors, self.kernels)
+        self.resized[image_size] = resized
+        for oldest in list(self.resized)[:-RESIZED_ENGINES]:
+            self.resized.pop(oldest, None)
+        return resized
 
 
 class EngineSlot:
@@ -152,9 +199,15 @@ def current_engine(model: torch.nn.Module) -> FoldedModel | None:
             logger.warning_once(f"Packed models run in PyTorch, not on the faster engine: {choice.reason}.")
         return None
     state = ModelState(model)  # before the tensors are read: the next call sees a change made meanwhile
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype != torch.int64}
-    slot.folded = FoldedModel(engine.Engine(model.config, tensors, choice.name), state, wanted)
-    return slot.folded
+    folded_config = config_fields(model.config)
+    own = engine.Engine(model.config, engine_tensors(model), choice.name)
+    folded = slot.folded = FoldedModel(own, state, wanted, choice.name, folded_config, {})
+    return folded
+
+
+def engine_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that an engine reads, by name: all but `num_batches_tracked`."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype != torch.int64}
 
 
 class ModelState:

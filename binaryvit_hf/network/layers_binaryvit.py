@@ -5,6 +5,7 @@ Layers of a binary network: binary linear layers, batch normalisation of tokens,
 Activations are tokens `(batch, height * width, channels)`. "ReActNet" is Liu et al., ECCV 2020.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -261,6 +262,30 @@ def upsample_tokens(hidden_states: torch.Tensor, grid_size: tuple[int, int], rat
     height, width = grid_size
     squares = hidden_states.unflatten(1, (height // ratio, 1, width // ratio, 1))
     return squares.expand(-1, -1, ratio, -1, ratio, -1).flatten(1, 4)
+
+
+def resize_positions(
+    positions: torch.Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Bicubic interpolation of position embeddings, as in ViT and DINOv2, computed in float32 at least.
+
+    Args:
+        positions: `(1, height * width, channels)` for the map `grid_size`. A class token's embedding may be in front;
+            it is kept.
+
+    Returns:
+        `(1, new height * new width, channels)`, and the class token's embedding in front.
+    """
+    if tuple(new_grid_size) == tuple(grid_size):
+        return positions
+    class_tokens = positions.shape[1] - math.prod(grid_size)
+    class_position, token_positions = positions.tensor_split([class_tokens], dim=1)
+    token_map = token_positions.unflatten(1, grid_size).permute(0, 3, 1, 2)
+    token_map = token_map.to(torch.promote_types(positions.dtype, torch.float32))
+    resized = nn.functional.interpolate(token_map, tuple(new_grid_size), mode="bicubic", align_corners=False)
+    resized = resized.flatten(2).transpose(1, 2).to(positions.dtype)
+    return torch.cat((class_position, resized), dim=1)
 
 
 def gather_patches(hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:

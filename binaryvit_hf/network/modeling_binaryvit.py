@@ -55,6 +55,7 @@ from .layers_binaryvit import (
     drop_path_rates,
     gather_patches,
     pool_tokens,
+    resize_positions,
     upsample_tokens,
 )
 from .quantization_binaryvit import PackableModel
@@ -82,11 +83,30 @@ class BinaryViTImageClassifierOutput(ImageClassifierOutput):
     reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class BinaryViTEmbeddings(nn.Module):
+class PositionedEmbeddings(nn.Module):
+    """
+    Base of modules that add an embedding of its position to every token of a stage's map.
+
+    Subclasses create `position_embeddings` `(1, tokens, channels)`: those of the map, row by row, after the class
+    token's.
+    """
+
+    position_embeddings: nn.Parameter
+
+    def __init__(self, config, stage: int):
+        super().__init__()
+        self.grid_size = config.grid_sizes[stage]
+
+    def positions(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings of a map `(height, width)`. Those of another size than the model's are interpolated."""
+        return resize_positions(self.position_embeddings, self.grid_size, grid_size)
+
+
+class BinaryViTEmbeddings(PositionedEmbeddings):
     """The stem, in full precision: `(batch, num_channels, height, width) -> (batch, tokens, hidden_sizes[0])`."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config, stage=0)
         self.image_shape = (config.num_channels, *as_pair(config.image_size))
         patch_size, hidden_size = as_pair(config.patch_size), config.hidden_sizes[0]
         num_positions = math.prod(config.grid_sizes[0]) + config.use_class_token
@@ -97,23 +117,20 @@ class BinaryViTEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        shape = tuple(pixel_values.shape[1:])
-        if shape != self.image_shape:
-            raise ValueError(f"The model takes images of (channels, height, width) {self.image_shape}, not {shape}.")
+    def forward(self, pixel_values: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         hidden_states = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
         hidden_states = self.norm(hidden_states)
         if self.class_token is not None:
             class_token = self.class_token.expand(hidden_states.shape[0], -1, -1)
             hidden_states = torch.cat((class_token, hidden_states), dim=1)
-        return self.dropout(hidden_states + self.position_embeddings)
+        return self.dropout(hidden_states + self.positions(grid_size))
 
 
-class BinaryPatchEmbeddings(nn.Module):
+class BinaryPatchEmbeddings(PositionedEmbeddings):
     """Binary embeddings between stages: `(batch, height * width, in) -> (batch, height / 2 * width / 2, out)`."""
 
     def __init__(self, config, stage: int):
-        super().__init__()
+        super().__init__(config, stage)
         in_channels, out_channels = config.hidden_sizes[stage - 1], config.hidden_sizes[stage]
         self.norm1 = TokenBatchNorm(config, in_channels)
         self.projection = BinaryPatchConv(config, in_channels, out_channels)
@@ -123,14 +140,14 @@ class BinaryPatchEmbeddings(nn.Module):
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         patches = gather_patches(self.norm1(hidden_states), grid_size)
         hidden_states = self.norm_activation(self.projection(patches.flatten(2)), patches.mean(-1))
-        return hidden_states + self.position_embeddings
+        return hidden_states + self.positions(halve(grid_size))
 
 
-class FullPrecisionPatchEmbeddings(nn.Module):
+class FullPrecisionPatchEmbeddings(PositionedEmbeddings):
     """Full-precision patch embeddings: convolution between two normalisations; no shortcut, no activation."""
 
     def __init__(self, config, stage: int):
-        super().__init__()
+        super().__init__(config, stage)
         in_channels, out_channels = config.hidden_sizes[stage - 1], config.hidden_sizes[stage]
         self.norm1 = TokenBatchNorm(config, in_channels)
         self.projection = nn.Conv2d(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
@@ -140,7 +157,12 @@ class FullPrecisionPatchEmbeddings(nn.Module):
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         token_map = self.norm1(hidden_states).unflatten(1, grid_size).permute(0, 3, 1, 2)
         hidden_states = self.projection(token_map).flatten(2).transpose(1, 2)
-        return self.norm2(hidden_states) + self.position_embeddings
+        return self.norm2(hidden_states) + self.positions(halve(grid_size))
+
+
+def halve(grid_size: tuple[int, int]) -> tuple[int, int]:
+    height, width = grid_size
+    return height // 2, width // 2
 
 
 class BinaryViTAttention(nn.Module):
@@ -361,6 +383,71 @@ class BinaryViTPreTrainedModel(PackableModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base_model.embeddings.projection = value
 
+    def grid_sizes_of(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None
+    ) -> list[tuple[int, int]]:
+        """
+        Height and width in tokens of each stage's map of these images.
+
+        Raises:
+            ValueError: the model does not take images of this shape.
+        """
+        shape, own_shape = tuple(pixel_values.shape[1:]), self.base_model.embeddings.image_shape
+        if shape == own_shape:
+            return self.config.grid_sizes_of(own_shape[1:])
+        if len(shape) != 3 or shape[0] != own_shape[0] or not interpolate_pos_encoding:
+            raise ValueError(
+                f"The model takes images of (channels, height, width) {own_shape}, not {shape}; for another height and "
+                "width, call it with interpolate_pos_encoding=True."
+            )
+        return self.config.grid_sizes_of(shape[1:])
+
+    def positioned_embeddings(self) -> dict[str, PositionedEmbeddings]:
+        """The modules with position embeddings, one of each stage, by name."""
+        modules = {"embeddings": self.base_model.embeddings}
+        for stage, module in enumerate(self.base_model.stages):
+            if module.patch_embeddings is not None:
+                modules[f"stages.{stage}.patch_embeddings"] = module.patch_embeddings
+        return modules
+
+    @torch.no_grad()
+    def resized_position_embeddings(self, image_size) -> dict[str, torch.Tensor]:
+        """The position embeddings of every stage for images of another size, by the names of the parameters."""
+        modules, grid_sizes = self.positioned_embeddings(), self.config.grid_sizes_of(image_size)
+        return {
+            f"{name}.position_embeddings": module.positions(grid_size).contiguous()
+            for (name, module), grid_size in zip(modules.items(), grid_sizes)
+        }
+
+    @torch.inference_mode(False)  # PyTorch does not count changes of tensors made in inference mode
+    def resize_position_embeddings(self, image_size: int | list[int] | tuple[int, int]) -> None:
+        """
+        Make the model one for images of another size, in place: bicubic interpolation of all position embeddings.
+
+        It changes `config.image_size` too. `from_pretrained(..., image_size=320)` loads a model and calls it. An
+        optimiser that was created before holds the old parameters.
+
+        Args:
+            image_size: height and width in pixels, or one number for both.
+
+        Raises:
+            ValueError: the network cannot take images of this size, or its weights are offloaded.
+        """
+        backbone = self.base_model
+        grid_sizes = self.config.grid_sizes_of(image_size)
+        positioned = self.positioned_embeddings()
+        if any(module.position_embeddings.is_meta and hasattr(module, "_hf_hook") for module in positioned.values()):
+            raise ValueError(
+                "The position embeddings are offloaded: load the model without a device_map to resize it."
+            )
+        resized = self.resized_position_embeddings(image_size)
+        for (name, module), grid_size in zip(positioned.items(), grid_sizes):
+            requires_grad = module.position_embeddings.requires_grad
+            module.position_embeddings = nn.Parameter(resized[f"{name}.position_embeddings"], requires_grad)
+            module.grid_size = grid_size
+        backbone.embeddings.image_shape = (self.config.num_channels, *as_pair(image_size))
+        self.config.image_size = backbone.config.image_size = image_size
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Initialise layers as PyTorch does, embeddings by a truncated normal, all other parameters by constants."""
@@ -424,12 +511,18 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs,
     ) -> BinaryViTModelOutput:
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             output_hidden_states: also return `hidden_states`. Default: the config's.
+            interpolate_pos_encoding: take images of another size than the config's, with bicubic interpolation of
+                the position embeddings of all stages.
 
         Returns:
             `last_hidden_state` `(batch, tokens, channels)` after the last normalisation; `pooler_output`
@@ -439,38 +532,51 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
             probabilities `(batch, heads, queries, keys)` of every layer, if `output_attentions`.
 
         Raises:
-            ValueError: the images have another size or number of channels than the config.
+            ValueError: the images have another number of channels than the config, or another size without
+                `interpolate_pos_encoding`, or a size that patches, stages and reductions do not divide.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        outputs = None if output_attentions else outputs_by_engine(self, pixel_values, output_hidden_states)
+        outputs = None
+        if not output_attentions:
+            outputs = outputs_by_engine(self, pixel_values, output_hidden_states, interpolate_pos_encoding)
         if outputs is None:
-            outputs = self.compute(pixel_values, output_hidden_states, output_attentions)
+            grid_sizes = self.grid_sizes_of(pixel_values, interpolate_pos_encoding)
+            outputs = self.compute(pixel_values, grid_sizes, output_hidden_states, output_attentions)
         last_hidden_state, pooled, hidden_states = outputs
+        maps = None
+        if hidden_states is not None:
+            maps = self.reshape(hidden_states, self.grid_sizes_of(pixel_values, interpolate_pos_encoding))
         return BinaryViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled if self.add_pooling_layer else None,
             hidden_states=hidden_states,
             attentions=() if output_attentions else None,  # capture_outputs fills it, in this place of the tuple
-            reshaped_hidden_states=None if hidden_states is None else self.reshape(hidden_states),
+            reshaped_hidden_states=maps,
         )
 
     def compute(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool
+        self,
+        pixel_values: torch.Tensor,
+        grid_sizes: list[tuple[int, int]],
+        output_hidden_states: bool,
+        output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Last hidden state, pooled output and hidden states, in PyTorch."""
-        hidden_states, layer_inputs = self.embeddings(pixel_values), []
-        for stage, grid_size in zip(self.stages, self.config.grid_sizes):
+        hidden_states, layer_inputs = self.embeddings(pixel_values, grid_sizes[0]), []
+        for stage, grid_size in zip(self.stages, grid_sizes):
             hidden_states, inputs_of_stage = stage(hidden_states, grid_size, output_attentions)
             layer_inputs += inputs_of_stage if output_hidden_states else []
         last_hidden_state = self.norm(hidden_states)
         pooled = last_hidden_state[:, 0] if self.config.use_class_token else last_hidden_state.mean(1)
         return last_hidden_state, pooled, (*layer_inputs, hidden_states) if output_hidden_states else None
 
-    def reshape(self, hidden_states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def reshape(
+        self, hidden_states: tuple[torch.Tensor, ...], grid_sizes: list[tuple[int, int]]
+    ) -> tuple[torch.Tensor, ...]:
         """The hidden states as maps."""
-        grids = [grid for grid, depth in zip(self.config.grid_sizes, self.config.depths) for _ in range(depth)]
+        grids = [grid for grid, depth in zip(grid_sizes, self.config.depths) for _ in range(depth)]
         return tuple(map(as_map, hidden_states, [*grids, grids[-1]]))
 
 
@@ -507,12 +613,18 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs,
     ) -> BackboneOutput:
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             output_hidden_states: also return `hidden_states`. Default: the config's.
+            interpolate_pos_encoding: take images of another size than the config's, with bicubic interpolation of
+                the position embeddings of all stages.
 
         Returns:
             `feature_maps` `(batch, channels, height, width)` of `out_features`; `hidden_states`, the maps of all
@@ -520,16 +632,18 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
             `output_attentions`.
 
         Raises:
-            ValueError: the images have another size or number of channels than the config.
+            ValueError: the images have another number of channels than the config, or another size without
+                `interpolate_pos_encoding`, or a size that patches, stages and reductions do not divide.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         wanted = [output_hidden_states or name in self.out_features for name in self.stage_names]
-        maps = None if output_attentions else maps_by_engine(self, pixel_values, wanted)
+        maps = None if output_attentions else maps_by_engine(self, pixel_values, wanted, interpolate_pos_encoding)
+        grid_sizes = self.grid_sizes_of(pixel_values, interpolate_pos_encoding)
         if maps is None:
-            maps = self.compute(pixel_values, output_attentions)
-        grids = [self.config.grid_sizes[0], *self.config.grid_sizes]
+            maps = self.compute(pixel_values, grid_sizes, output_attentions)
+        grids = [grid_sizes[0], *grid_sizes]
         maps = [None if tokens is None else as_map(tokens, grid) for tokens, grid in zip(maps, grids)]
         return BackboneOutput(
             feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),
@@ -537,10 +651,12 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
             attentions=() if output_attentions else None,  # filled by capture_outputs
         )
 
-    def compute(self, pixel_values: torch.Tensor, output_attentions: bool) -> list[torch.Tensor]:
+    def compute(
+        self, pixel_values: torch.Tensor, grid_sizes: list[tuple[int, int]], output_attentions: bool
+    ) -> list[torch.Tensor]:
         """Tokens of the stem's map and of every stage's, in PyTorch."""
-        maps = [self.embeddings(pixel_values)]
-        for stage, grid_size in zip(self.stages, self.config.grid_sizes):
+        maps = [self.embeddings(pixel_values, grid_sizes[0])]
+        for stage, grid_size in zip(self.stages, grid_sizes):
             maps.append(stage(maps[-1], grid_size, output_attentions)[0])
         return maps
 
@@ -562,12 +678,18 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs,
     ) -> BinaryViTImageClassifierOutput:
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             labels: `(batch,)` class indices.
+            interpolate_pos_encoding: take images of another size than the config's, with bicubic interpolation of
+                the position embeddings of all stages.
 
         Returns:
             `logits` `(batch, num_labels)`; `loss`, the cross-entropy, if there are labels; `hidden_states`,
@@ -575,14 +697,16 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
             `output_attentions` ask for them.
 
         Raises:
-            ValueError: the images have another size or number of channels than the config.
+            ValueError: the images have another number of channels than the config, or another size without
+                `interpolate_pos_encoding`, or a size that patches, stages and reductions do not divide.
         """
         outputs = logits = None
         only_logits = not (kwargs or self.config.output_hidden_states or self.config.output_attentions)
         if only_logits and type(self.binaryvit) is BinaryViTModel:
-            logits = logits_by_engine(self.binaryvit, self.classifier, pixel_values)
+            logits = logits_by_engine(self.binaryvit, self.classifier, pixel_values, interpolate_pos_encoding)
         if logits is None:
-            outputs = self.binaryvit(pixel_values, return_dict=True, **kwargs)
+            kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
+            outputs = self.binaryvit(pixel_values, **kwargs)
             logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         if outputs is None:

@@ -15,22 +15,26 @@ with a checkpoint may meet in one process, and the quantizer of one may get a mo
 calls methods of the model and checks no classes.
 """
 
+import copy
 import json
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .configuration_binaryvit import as_pair
 from .functional_binaryvit import weight_levels
 from .layers_binaryvit import BinaryLinear, BinaryPatchConv, quantized_linear
 
@@ -62,6 +66,9 @@ CONFIG_FIELDS = (
     "quantization_clip_value",
     "batch_norm_eps",
 )
+SIZE_FIELDS = ("image_size", "patch_size")
+# Arguments of `from_pretrained` that say where a repository's files are.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # auto_map of saved configs, for machines without this package. transformers would write only the saved class.
 AUTO_MAP = {
     "AutoConfig": "configuration_binaryvit.BinaryViTConfig",
@@ -401,9 +408,13 @@ class PackableModel(PreTrainedModel):
         """
         Load a model as `PreTrainedModel.from_pretrained` does, but never with random weights in place of packed ones.
 
+        `image_size`, or a `config` with another `image_size` than the checkpoint's, resizes the position embeddings
+        (`resize_position_embeddings`).
+
         Raises:
             ValueError: packed weights are damaged, incomplete or of another config; the message names the tensor.
         """
+        kwargs, image_size = at_stored_image_size(cls.config_class, pretrained_model_name_or_path, kwargs)
         try:
             model, loading_info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -411,6 +422,8 @@ class PackableModel(PreTrainedModel):
         except SafetensorError as error:
             raise ValueError(f"The weights of {str(pretrained_model_name_or_path)!r} are damaged: {error}") from error
         check_loading(model, loading_info)
+        if image_size is not None:
+            model.resize_position_embeddings(image_size)
         if model.is_packed:
             # Parameters with gradients would make PyTorch compute the model outside of no_grad.
             model.base_model.requires_grad_(False)
@@ -516,6 +529,59 @@ class PackableModel(PreTrainedModel):
             if isinstance(packed, PackedLinear):
                 self.set_submodule(name, unpacked_layer(packed, self.config).train(packed.training))
         self.requires_grad_(True)
+
+
+def at_stored_image_size(config_class: type, source, options: dict) -> tuple[dict, Any]:
+    """
+    Arguments of `from_pretrained` that load a checkpoint at the image size that it was saved with.
+
+    Args:
+        source: folder or Hub repository of the checkpoint.
+        options: keyword arguments of `from_pretrained`.
+
+    Returns:
+        The keyword arguments to use instead, and the image size that `options` ask for; None if it is the same.
+
+    Raises:
+        ValueError: the network cannot take images of that size.
+    """
+    config = options.get("config")
+    if source is None or (config is None and "image_size" not in options):
+        return options, None
+    where = {name: options[name] for name in HUB_ARGUMENTS if name in options}
+    try:
+        stored = stored_sizes(config_class, source, where)
+        if isinstance(config, PreTrainedConfig):
+            asked = {name: getattr(config, name) for name in SIZE_FIELDS}
+        else:
+            asked = stored if config is None else stored_sizes(config_class, config, where)
+            asked = asked | {name: options[name] for name in SIZE_FIELDS if name in options}
+        image_size = asked["image_size"]
+        differs = {name: as_pair(asked[name]) != as_pair(stored[name]) for name in SIZE_FIELDS}
+    except (OSError, TypeError):  # no config.json, or a size that is no number: transformers says so
+        return options, None
+    if not differs["image_size"] or differs["patch_size"]:  # weights of other patches are no matter of size
+        return options, None
+    if isinstance(config, PreTrainedConfig):
+        config = copy.deepcopy(config)
+        config.image_size = stored["image_size"]
+        options = options | {"config": config}
+    else:
+        config = config_class.from_pretrained(config or source, **where)
+        options = options | {"image_size": stored["image_size"]}
+    config.grid_sizes_of(image_size)  # its checks raise before the weights are read
+    return options, image_size
+
+
+def stored_sizes(config_class: type, source, where: dict) -> dict:
+    """
+    The sizes of image and patch in a config.json, or without them their defaults.
+
+    Raises:
+        OSError: there is no config.json.
+    """
+    stored = PreTrainedConfig.get_config_dict(source, **where)[0]
+    return {name: stored.get(name, getattr(config_class, name)) for name in SIZE_FIELDS}
 
 
 def check_quantization_config(quantization_config) -> None:
