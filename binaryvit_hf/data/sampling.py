@@ -1,8 +1,9 @@
 """The order in which training reads its images, and the random numbers of each augmentation."""
 
 import contextlib
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -33,17 +34,21 @@ class StreamedSample(NamedTuple):
 
 
 def create_train_sampler(
-    dataset: Dataset, repeats: int, batch_size: int, num_processes: int, seed: int
+    dataset: Dataset, repeats: int, batch_size: int, num_processes: int, seed: int, balance_classes: bool = False
 ) -> "TrainSampler | StreamSampler":
     """
     A `StreamSampler` for a dataset with a `stream`, a `TrainSampler` for others. The `TrainSampler` yields `SampleKey`s if
     the dataset has `accepts_sample_keys`, otherwise indices.
+
+    Args:
+        balance_classes: show every class equally often. The dataset needs `labels`; a stream has none.
     """
     stream = getattr(dataset, "stream", None)
     if stream is not None:
         return StreamSampler(stream, repeats, batch_size, num_processes)
     yield_keys = getattr(dataset, "accepts_sample_keys", False)
-    return TrainSampler(len(dataset), repeats, batch_size, num_processes, seed, yield_keys)
+    labels = dataset.labels if balance_classes else None
+    return TrainSampler(len(dataset), repeats, batch_size, num_processes, seed, yield_keys, labels)
 
 
 class TrainSampler(Sampler):
@@ -54,6 +59,9 @@ class TrainSampler(Sampler):
     The length of an epoch stays the same. As in DeiT (Touvron et al., ICML 2021), different processes get the repeats of an
     image, as far as there are enough processes.
 
+    With `labels`, every class has the same share of an epoch. Images of small classes repeat with other augmentations, and
+    each epoch draws other images of large classes. The length of an epoch stays the same.
+
     Args:
         num_images: number of images in the dataset.
         repeats: number of times that an epoch shows an image.
@@ -61,11 +69,22 @@ class TrainSampler(Sampler):
         num_processes: number of processes that share the batches.
         seed: the seed and the epoch determine the order. It is the same in all processes.
         yield_keys: yield a `SampleKey` instead of the image's index.
+        labels: the class of each image, to balance the classes.
     """
 
     def __init__(
-        self, num_images: int, repeats: int, batch_size: int, num_processes: int, seed: int, yield_keys: bool = False
+        self,
+        num_images: int,
+        repeats: int,
+        batch_size: int,
+        num_processes: int,
+        seed: int,
+        yield_keys: bool = False,
+        labels: Sequence[int] | None = None,
     ):
+        self.classes = (
+            None if labels is None else [(torch.tensor(labels) == c).nonzero()[:, 0] for c in sorted({*labels})]
+        )
         self.num_images, self.repeats = num_images, repeats
         self.batch_size, self.num_processes = batch_size, num_processes
         self.seed, self.yield_keys = seed, yield_keys
@@ -79,10 +98,41 @@ class TrainSampler(Sampler):
 
     def __iter__(self) -> Iterator[int | SampleKey]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.num_images, generator=generator)
+        if self.classes is None:
+            order = torch.randperm(self.num_images, generator=generator)
+            passes = torch.zeros_like(order)
+        else:
+            order, passes = draw_balanced(self.classes, math.ceil(self.num_images / self.repeats), generator)
         for position in interleave_processes(range(self.num_images), self.batch_size, self.num_processes):
-            index = order[position // self.repeats].item()
-            yield SampleKey(self.epoch, index, position % self.repeats) if self.yield_keys else index
+            place, repeat = divmod(position, self.repeats)
+            index = order[place].item()
+            repeat += self.repeats * passes[place].item()
+            yield SampleKey(self.epoch, index, repeat) if self.yield_keys else index
+
+
+def draw_balanced(
+    classes: list[torch.Tensor], number: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Draw images so that the numbers of two classes differ by at most 1. A class shows all its images before it repeats one.
+
+    Args:
+        classes: indices of the images of each class.
+        number: of images to draw.
+
+    Returns:
+        The indices of the images in random order, and how often each has been drawn before; both `(number,)`.
+    """
+    larger = torch.randperm(len(classes), generator=generator) < number % len(classes)
+    images, passes = [], []
+    for indices, one_more in zip(classes, larger.tolist()):
+        share = number // len(classes) + one_more
+        whole_passes = -(-share // len(indices))
+        shuffled = [indices[torch.randperm(len(indices), generator=generator)] for _ in range(whole_passes)]
+        images.append(torch.cat(shuffled)[:share] if shuffled else indices[:0])
+        passes.append(torch.arange(share) // len(indices))
+    order = torch.randperm(number, generator=generator)
+    return torch.cat(images)[order], torch.cat(passes)[order]
 
 
 class StreamSampler(Sampler):

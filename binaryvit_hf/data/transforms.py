@@ -81,6 +81,10 @@ class TransformedImages(torch.utils.data.Dataset):
         return len(self.images)
 
     @property
+    def labels(self) -> list[int]:
+        return self.images["label"][:] if isinstance(self.images, Dataset) else self.images.labels
+
+    @property
     def stream(self) -> ImageStream | None:
         return self.images if isinstance(self.images, ImageStream) else None
 

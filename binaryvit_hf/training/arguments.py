@@ -97,6 +97,11 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     repeated_augmentations: int = argument(
         1, "Show each image this many times in neighbouring batches, with another augmentation each time."
     )
+    balance_classes: bool = argument(
+        False,
+        "Show every class equally often in training, for folders with few images of some classes: their images repeat "
+        "with other augmentations. It applies to teacher and student.",
+    )
     save_packed: bool = argument(
         True,
         "Save a trained binary network packed, one bit per weight, and its latent float weights in the folder "
@@ -155,6 +160,8 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
                 raise UserError(f"--{name} {value} is not supported: {reason}.")
         if self.neftune_noise_alpha is not None:
             raise UserError("--neftune_noise_alpha is not supported: it is for word embeddings.")
+        if self.balance_classes and self.train_sampling_strategy != "random":
+            raise UserError("--balance_classes needs --train_sampling_strategy random.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
         metric = self.metric_for_best_model

@@ -66,6 +66,10 @@ def check_arguments(arguments: RunArguments) -> None:
         raise UserError(
             "--config_name is a network without weights: add --do_train, or evaluate a --model_name_or_path."
         )
+    if training_arguments.balance_classes and data_arguments.streaming:
+        raise UserError(
+            "--balance_classes needs all labels before training, but --streaming reads them during training."
+        )
     training_arguments.check_supported()
     if training_arguments.do_train:
         training_arguments.check_optimization()

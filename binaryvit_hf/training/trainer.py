@@ -190,6 +190,7 @@ class DistillationTrainer(Trainer):
             self.args.train_batch_size,
             self.args.world_size,
             self.args.sampling_seed,
+            self.args.balance_classes,
         )
         return self.train_sampler
 

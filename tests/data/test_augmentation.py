@@ -1,6 +1,7 @@
 """Augmentation of single images, mixing of batches, and the order of training images."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -136,6 +137,42 @@ def test_a_sample_key_names_epoch_image_and_repeat():
     plain = TrainSampler(8, repeats=2, batch_size=4, num_processes=1, seed=7)
     plain.set_epoch(3)
     assert [key.image_index for key in keys] == list(plain)
+
+
+UNBALANCED = [0] * 40 + [1] * 6 + [3] * 2  # class 2 has no images
+
+
+@pytest.mark.parametrize("number, repeats", [(48, 1), (48, 3)])
+def test_balanced_classes_have_equal_shares_of_an_epoch_and_no_augmentation_is_shown_twice(number, repeats):
+    sampler = TrainSampler(number, repeats, 4, 2, seed=7, yield_keys=True, labels=UNBALANCED)
+    keys = list(sampler)
+    assert len(keys) == len(set(keys)) == len(sampler) == 48
+    counts = Counter(UNBALANCED[key.image_index] for key in keys)
+    assert sorted(counts) == [0, 1, 3]
+    assert max(counts.values()) - min(counts.values()) <= (0 if repeats == 1 else 3)
+    if repeats == 1:
+        shown = Counter(key.image_index for key in keys)
+        assert all(shown[index] == 1 for index in shown if index < 40)
+        assert {shown[index] for index in range(40, 46)} == {2, 3}  # 16 is not a multiple of 6
+        assert shown[46] == shown[47] == 8
+
+
+def test_each_epoch_draws_other_images_of_a_large_class():
+    sampler = TrainSampler(48, 1, 4, 1, seed=7, labels=UNBALANCED)
+    shown = set()
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        shown |= set(sampler)
+    assert len(shown) > 44
+    assert list(sampler) == list(sampler)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_balanced_classes_differ_by_at_most_one_image(number):
+    labels = [0, 0, 0, 1, 1, 2, 2][:number]
+    counts = Counter(labels[index] for index in TrainSampler(number, 1, 4, 1, seed=0, labels=labels))
+    assert sum(counts.values()) == number
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def draw() -> tuple:

@@ -74,7 +74,7 @@ def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iter
     """
     batch, processes, rank = args.train_batch_size, args.world_size, args.process_index
     count = min(count, count_whole_batches(len(dataset), batch * processes))
-    sampler = create_train_sampler(dataset, 1, batch, processes, args.sampling_seed)
+    sampler = create_train_sampler(dataset, 1, batch, processes, args.sampling_seed, args.balance_classes)
     keys = list(itertools.islice(sampler, count * batch * processes))
     own = [keys[start : start + batch] for start in range(rank * batch, len(keys), batch * processes)]
     loader = DataLoader(dataset, batch_sampler=own, collate_fn=collate, num_workers=args.dataloader_num_workers)
