@@ -120,9 +120,9 @@ def usable_engine(
         return None
     if torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in folded.state.parameters)):
         return None
-    if images.shape[1:] == folded.engine.image_shape:
-        return folded.engine
-    if interpolate_pos_encoding and images.dim() == 4 and images.shape[1] == folded.engine.image_shape[0]:
+    if images.shape[1:] == folded.own.image_shape:
+        return folded.own
+    if interpolate_pos_encoding and images.dim() == 4 and images.shape[1] == folded.own.image_shape[0]:
         return folded.engine_of_size(model, tuple(images.shape[2:]))
     return None  # PyTorch says what is wrong
 
@@ -148,7 +148,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
 class FoldedModel(NamedTuple):
     """The engines of a backbone, and the state of the backbone that they were read from."""
 
-    engine: "engine.Engine"  # for images of the config's size
+    own: "engine.Engine"  # for images of the config's size
     state: "ModelState"
     wanted: str | None  # value of BINARYVIT_ENGINE when the model was read
     kernels: str

@@ -531,7 +531,7 @@ class PackableModel(PreTrainedModel):
         self.requires_grad_(True)
 
 
-def at_stored_image_size(config_class: type, source, options: dict) -> tuple[dict, Any]:
+def at_stored_image_size(config_class: type[PreTrainedConfig], source, options: dict) -> tuple[dict, Any]:
     """
     Arguments of `from_pretrained` that load a checkpoint at the image size that it was saved with.
 
@@ -573,7 +573,7 @@ def at_stored_image_size(config_class: type, source, options: dict) -> tuple[dic
     return options, image_size
 
 
-def stored_sizes(config_class: type, source, where: dict) -> dict:
+def stored_sizes(config_class: type[PreTrainedConfig], source, where: dict) -> dict:
     """
     The sizes of image and patch in a config.json, or without them their defaults.
 
