@@ -25,6 +25,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHT
 from .errors import LoadingError, first_sentence
 from .hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
 from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
+from .network.quantization_binaryvit import at_stored_image_size
 
 
 # Bounds for configs of other model types, by the field names of transformers. BinaryViTConfig has its own bounds.
@@ -223,6 +224,8 @@ def check_shapes(source: str, config: PreTrainedConfig | None = None, **argument
     file = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
     if file is None:  # a sharded checkpoint or another format
         return
+    # from_pretrained resizes the position embeddings of another image size.
+    config = at_stored_image_size(type(config), source, {"config": config} | where)[0]["config"]
     with torch.device("meta"):
         expected = build_classifier(config).state_dict()
     try:

@@ -40,13 +40,15 @@ class ModelArguments:
     config_name: str | None = argument(None, "Network to train from scratch: a row of configs/, a path or a Hub id.")
     config_overrides: str | None = argument(
         None,
-        "Config fields of --config_name to change, such as weight_bits=32 for the first of two stages: binary "
+        "Config fields of the new network to change, such as weight_bits=32 for the first of two stages: binary "
         "activations, full-precision weights (ReActNet, Liu et al., ECCV 2020; Martinez et al., ICLR 2020).",
     )
     init_from: str | None = argument(
         None,
-        "Initialise the network with the latent weights of this model, a Hub id or a path: the second of two "
-        "stages. Its shapes must equal the shapes of --config_name; bits may differ.",
+        "Initialise the new network with the latent weights of this model, a Hub id or a path: the second of two "
+        "stages, or fine-tuning at another size with --config_overrides image_size=320, which resizes the position "
+        "embeddings. All other shapes must equal the shapes of --config_name (default: this model's config); bits may "
+        "differ.",
     )
     teacher_model_name_or_path: str | None = argument(
         None, "Teacher to distil from: a Hub id or a path. Default: no teacher, train on the labels."
@@ -64,6 +66,8 @@ class ModelArguments:
 
     def __post_init__(self):
         check_ranges(self)
+        if self.init_from and not (self.config_name or self.model_name_or_path):
+            self.config_name = self.init_from
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ..errors import LoadingError, UserError, first_sentence
 from ..network.quantization_binaryvit import LATENT
 from ..resources import shipped_configs
 from .arguments import ModelArguments
-from .two_stage import first_stage_weights, load_first_stage, override_config
+from .two_stage import first_stage_weights, load_first_stage, override_config, resize_first_stage
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
         config = loading.load_config(source, subfolder=arguments.subfolder, **hub_arguments(arguments))
     except LoadingError as error:
         raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
+    if arguments.config_name and hasattr(config, "quantization_config"):
+        del config.quantization_config  # a new network has no packed weights
     if arguments.config_overrides:
         config = override_config(config, arguments.config_overrides)
     check_config(name, config, arguments, do_train)
@@ -124,6 +126,7 @@ def load_first_weights(
     """The tensors of `--init_from` for a new network; raises UserError if labels or shapes differ."""
     first = load_first_stage(arguments.init_from, **hub_arguments(arguments))
     compare_labels(first.config, labels, f"--init_from {arguments.init_from!r}", "choose a model of these labels")
+    resize_first_stage(first, config, arguments.init_from)
     return first_stage_weights(first, build_meta_network(arguments, config), arguments.init_from)
 
 

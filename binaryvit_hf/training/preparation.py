@@ -61,7 +61,10 @@ def check_arguments(arguments: RunArguments) -> None:
         raise UserError("--do_train needs --train_dir beside --validation_dir.")
     for name in ("config_overrides", "init_from"):
         if getattr(model_arguments, name) and not model_arguments.config_name:
-            raise UserError(f"--{name} needs --config_name: it does not change a --model_name_or_path.")
+            raise UserError(
+                f"--{name} is for new networks. To train the weights of a model in a changed network, for example at "
+                "another image_size, replace --model_name_or_path by --init_from."
+            )
     if model_arguments.config_name and not training_arguments.do_train:
         raise UserError(
             "--config_name is a network without weights: add --do_train, or evaluate a --model_name_or_path."

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import LoadingError, UserError, first_sentence
 from ..loading import load_classifier, load_config
+from ..network.configuration_binaryvit import as_pair
 from ..network.quantization_binaryvit import LATENT
 
 
@@ -73,6 +74,29 @@ def load_first_stage(source: str, **hub_arguments) -> nn.Module:
     except LoadingError as error:
         packed = f" is packed, and its latent weights in {LATENT!r}" if subfolder else ""
         raise UserError(f"--init_from {source!r}{packed} cannot be loaded: {error}") from error
+
+
+def resize_first_stage(first: nn.Module, config: PreTrainedConfig, source: str) -> None:
+    """
+    Resize the position embeddings of a first stage for the images of a new network, if these have another size.
+
+    Args:
+        config: of the new network.
+        source: the first stage's name, for messages.
+
+    Raises:
+        UserError: the first stage cannot take images of that size.
+    """
+    if not first.config.model_type == config.model_type == "binaryvit":
+        return
+    before, after = as_pair(first.config.image_size), as_pair(config.image_size)
+    if before == after or as_pair(first.config.patch_size) != as_pair(config.patch_size):
+        return
+    try:
+        first.resize_position_embeddings(config.image_size)
+    except ValueError as error:
+        raise UserError(f"--init_from {source!r}: {first_sentence(error)}") from error
+    logger.info("Resized the position embeddings of %s from images of %d x %d to %d x %d.", source, *before, *after)
 
 
 def first_stage_weights(first: nn.Module, network: nn.Module, source: str) -> dict[str, torch.Tensor]:

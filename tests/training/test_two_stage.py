@@ -8,13 +8,19 @@ import torch
 from command_line import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_model
+from tiny import class_token_config, tiny_config, tiny_model
+from transformers import AutoImageProcessor
 
 from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as script
-from binaryvit_hf.training.two_stage import first_stage_weights, load_first_stage, override_config
+from binaryvit_hf.training.two_stage import (
+    first_stage_weights,
+    load_first_stage,
+    override_config,
+    resize_first_stage,
+)
 
 
 def test_overrides_are_names_and_values_lists_included():
@@ -132,9 +138,58 @@ def test_the_script_trains_the_second_stage_from_the_first(photos, tmp_path):
     assert all(torch.equal(parameter, theirs.get_parameter(name)) for name, parameter in ours.named_parameters())
 
 
+def test_a_model_is_fine_tuned_at_a_higher_resolution(tmp_path, caplog):
+    """From the folder of a finished run, whose weights are packed, and without a word about its config."""
+    photos = tmp_path / "pictures"
+    for name, color in {"ant": "red", "bee": "blue"}.items():
+        (photos / name).mkdir(parents=True)
+        for index in range(8):
+            picture = Image.new("RGB", (64, 32), color)
+            picture.paste("green", (20 + 3 * index, 0, 64, 16))
+            picture.save(photos / name / f"{index}.png")
+    tiny_config(num_labels=2).save_pretrained(tmp_path / "tiny")
+    common = [
+        *["--train_dir", str(photos), "--validation_dir", str(photos), "--do_train", "--do_eval", "--crop_pct=1"],
+        *["--per_device_train_batch_size=8", "--use_cpu", "--report_to=none", "--save_strategy=no"],
+        *["--learning_rate=0.003", "--lr_scheduler_type=constant", "--logging_steps=1", "--disable_tqdm=True"],
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    arguments = ["--config_name", str(tmp_path / "tiny"), "--max_steps=4", "--output_dir", str(first)]
+    assert script.main([*common, *arguments]) == 0
+    arguments = ["--init_from", str(first), "--config_overrides=image_size=[32, 64]", "--max_steps=12"]
+    with caplog.at_level(logging.INFO):
+        assert script.main([*common, *arguments, "--output_dir", str(second)]) == 0
+    assert f"Resized the position embeddings of {first} from images of 16 x 32 to 32 x 64." in caplog.text
+    history = json.loads((second / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    before, after = (json.loads((folder / "all_results.json").read_text()) for folder in (first, second))
+    assert after["eval_accuracy"] >= before["eval_accuracy"]
+    for folder in (second, second / "latent"):
+        model = BinaryViTForImageClassification.from_pretrained(folder)
+        assert tuple(model.config.image_size) == (32, 64)
+        assert model.binaryvit.embeddings.position_embeddings.shape[1] == 8 * 16
+    processor = AutoImageProcessor.from_pretrained(second)
+    assert (processor.crop_size["height"], processor.crop_size["width"]) == (32, 64)
+
+
+def test_a_first_stage_of_another_size_is_interpolated_as_the_model_interpolates():
+    first, expected = tiny_model(), tiny_model()
+    expected.resize_position_embeddings((32, 16))
+    config = tiny_config(image_size=(32, 16))
+    resize_first_stage(first, config, "first")
+    weights = first_stage_weights(first, BinaryViTForImageClassification(config), "first")
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in weights.items())
+    odd = class_token_config()
+    odd.image_size = 12
+    with pytest.raises(UserError, match=r"--init_from 'first': sequence_reduction_ratios=2 does not divide"):
+        resize_first_stage(first, odd, "first")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--config_overrides=image_size=30", "--init_from", "LATENT"], "the nearest size that fits is 32."),
         (["--init_from", "no-such"], "--init_from 'no-such' cannot be loaded"),
         (["--config_overrides", "weight_bit=32"], "did you mean 'weight_bits'?"),
         (["--config_overrides=weight_bits=32", "--weight_regularization=1"], "is for networks of 1-bit weights"),
@@ -165,4 +220,6 @@ def test_a_bad_first_stage_is_one_sentence(capsys, photos, tmp_path, arguments, 
 @pytest.mark.parametrize("flag", ["--config_overrides=weight_bits=32", "--init_from=first"])
 def test_two_stages_need_a_new_network(capsys, photos, tmp_path, flag):
     arguments = ["--do_train", "--model_name_or_path", "x", "--train_dir", photos, "--output_dir", tmp_path / "out"]
-    assert "needs --config_name" in refusal(capsys, *arguments, flag)
+    message = refusal(capsys, *arguments, flag)
+    assert "is for new networks" in message
+    assert "replace --model_name_or_path by --init_from" in message
