@@ -17,12 +17,14 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from .errors import LoadingError, UserError, first_sentence
 from .loading import build_classifier
 from .network.configuration_binaryvit import BinaryViTConfig, as_pair
+from .network.layers_binaryvit import BinaryLayer
 from .network.modeling_binaryvit import BinaryViTAttention
 from .network.quantization_binaryvit import expect_packed_layers
 
 
 CONFIG_CLASSES = {"binaryvit": BinaryViTConfig, "vit": ViTConfig}
 ATTENTION_CLASSES = (BinaryViTAttention, ViTAttention)
+PRODUCT_CLASSES = (nn.Linear, nn.Conv2d, BinaryLayer, *ATTENTION_CLASSES)
 # Kinds of layer and patterns of module names, in our network and in transformers' ViT. The first match counts.
 LAYER_KINDS = {
     "patch embedding (stem)": r"\.embeddings\.(patch_embeddings\.)?projection$",
@@ -164,7 +166,7 @@ def count_products(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         products[name] = (multiplications * input_bits * other_bits, 0) if quantised else (0, multiplications)
 
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, *ATTENTION_CLASSES)):
+        if isinstance(module, PRODUCT_CLASSES):
             module.register_forward_hook(functools.partial(record, name))
     config = model.config
     try:

@@ -25,20 +25,49 @@ from .functional_binaryvit import (
 )
 
 
-class BinaryLinear(nn.Linear):
+class BinaryLayer(nn.Module):
+    """
+    Quantised weight, and shift of the input, of `BinaryLinear` and `BinaryPatchConv`.
+
+    Not a `nn.Linear` or `nn.Conv2d`: tools that adapt, quantise or replace these (PEFT, torchao, mixed precision in 8
+    bits) compute with float weights, which here are only the latent form of signs.
+
+    Args:
+        weight_shape: `(out, in)`, or `(out, in, height, width)`.
+    """
+
+    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; training may set another
+    centers_weight: bool  # whether signs are those of each row minus its mean
+
+    def __init__(self, config, *weight_shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(weight_shape))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear and nn.Conv2d do
+        self.shift = nn.Parameter(torch.zeros(weight_shape[1]))
+        self.weight_bits, self.input_bits = config.weight_bits, config.input_bits
+        self.clip_value = config.quantization_clip_value
+
+    def quantized_weight(self) -> torch.Tensor:
+        return quantize_weight(self.weight, self.weight_bits, self.clip_value, self.centers_weight)
+
+    def extra_repr(self) -> str:
+        out_features, in_features, *_ = self.weight.shape
+        bits = f"weight_bits={self.weight_bits}, input_bits={self.input_bits}"
+        return f"in_features={in_features}, out_features={out_features}, {bits}"
+
+
+class BinaryLinear(BinaryLayer):
     """
     Linear layer of quantised weight and input, without bias: `(..., in_features) -> (..., out_features)`.
 
     A shift per channel is added to the input before its sign is taken (ReActNet, eq. 1).
     """
 
-    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; training may set another
+    centers_weight = True
 
     def __init__(self, config, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-        self.shift = nn.Parameter(torch.zeros(in_features))
-        self.weight_bits, self.input_bits = config.weight_bits, config.input_bits
-        self.clip_value = config.quantization_clip_value
+        super().__init__(config, out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         bits = self.weight_bits, self.input_bits
@@ -46,11 +75,8 @@ class BinaryLinear(nn.Linear):
             hidden_states, self.shift, self.quantized_weight(), *bits, self.clip_value, self.sign_slope
         )
 
-    def quantized_weight(self) -> torch.Tensor:
-        return quantize_weight(self.weight, self.weight_bits, self.clip_value, center=True)
 
-
-class BinaryPatchConv(nn.Conv2d):
+class BinaryPatchConv(BinaryLayer):
     """
     2 x 2 convolution of stride 2 with quantised weight and input.
 
@@ -58,16 +84,14 @@ class BinaryPatchConv(nn.Conv2d):
     `(batch, tokens, in_channels * 4) -> (batch, tokens, out_channels)`.
     """
 
-    sign_slope = staticmethod(approx_sign_slope)  # gradient of the input's sign; training may set another
+    centers_weight = False
 
     def __init__(self, config, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
-        self.shift = nn.Parameter(torch.zeros(in_channels))
-        self.weight_bits, self.input_bits = config.weight_bits, config.input_bits
-        self.clip_value = config.quantization_clip_value
+        super().__init__(config, out_channels, in_channels, 2, 2)
+        self.in_channels, self.out_channels = in_channels, out_channels
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        weight = quantize_weight(self.weight, self.weight_bits, self.clip_value, center=False).flatten(1)
+        weight = self.quantized_weight().flatten(1)
         shift, bits = self.shift.repeat_interleave(4), (self.weight_bits, self.input_bits)
         return quantized_linear(patches, shift, weight, *bits, self.clip_value, self.sign_slope)
 
@@ -86,6 +110,21 @@ def quantized_linear(
         product = SignLinear.apply(x.flatten(0, -2), shift, weight, weight_bits, sign_slope)
         return product.unflatten(0, x.shape[:-1])
     return nn.functional.linear(quantize_input(x, shift, input_bits, clip_value), weight)
+
+
+def read_tensors(module: nn.Module, *names: str) -> list[torch.Tensor]:
+    """
+    Parameters and buffers of a child that its parent reads instead of calling it.
+
+    If accelerate has offloaded the child, its hook loads them, as it does for a call.
+    """
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return [getattr(module, name) for name in names]
+    hook.pre_forward(module)
+    tensors = [getattr(module, name) for name in names]
+    hook.post_forward(module, None)
+    return tensors
 
 
 class TokenBatchNorm(nn.Module):
@@ -122,7 +161,7 @@ class TokenBatchNorm(nn.Module):
         """
         norm = self.batch_norm
         if not norm.training:
-            return norm.running_mean, norm.running_var, 0
+            return *read_tensors(norm, "running_mean", "running_var"), 0
         norm.num_batches_tracked.add_(1)
         return batch_statistics(blocks, norm, unpack)
 
@@ -152,8 +191,9 @@ class NormActivation(nn.Module):
 
     def arguments(self) -> tuple:
         """Arguments that `NormRPReLU` takes after the statistics: eps, weight, bias, shift_in, slope, shift_out."""
-        norm, activation = self.norm.batch_norm, self.activation
-        return norm.eps, norm.weight, norm.bias, activation.shift_in, activation.slope, activation.shift_out
+        norm = self.norm.batch_norm
+        activation = read_tensors(self.activation, "shift_in", "slope", "shift_out")
+        return norm.eps, *read_tensors(norm, "weight", "bias"), *activation
 
 
 class LayerScale(nn.Module):
@@ -226,10 +266,9 @@ class AvgPoolBranches(nn.ModuleList):
     def forward(self, hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         if not self:
             return hidden_states
-        shift = sum(branch.layer_scale.shift for branch in self)
+        shifts, scales = zip(*(read_tensors(branch.layer_scale, "shift", "scale") for branch in self))
         kernel_sizes = [branch.kernel_size for branch in self]
-        scales = [branch.layer_scale.scale for branch in self]
-        return AddAvgPools.apply(hidden_states, pooled, shift, grid_size, kernel_sizes, *scales)
+        return AddAvgPools.apply(hidden_states, pooled, sum(shifts), grid_size, kernel_sizes, *scales)
 
 
 class DropPath(nn.Module):

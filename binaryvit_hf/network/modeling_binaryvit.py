@@ -43,7 +43,7 @@ from .functional_binaryvit import (
 from .layers_binaryvit import (
     AvgPoolBranch,
     AvgPoolBranches,
-    BinaryLinear,
+    BinaryLayer,
     BinaryPatchConv,
     BinaryProjection,
     DropPath,
@@ -343,7 +343,12 @@ class BinaryViTPreTrainedModel(PackableModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BinaryViTEmbeddings", "BinaryViTLayer"]
+    _no_split_modules = [
+        "BinaryViTEmbeddings",
+        "BinaryPatchEmbeddings",
+        "FullPrecisionPatchEmbeddings",
+        "BinaryViTLayer",
+    ]
     _can_compile_fullgraph = True
     _can_record_outputs = {"attentions": BinaryViTAttention}
 
@@ -456,8 +461,9 @@ class BinaryViTPreTrainedModel(PackableModel):
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-            if isinstance(module, (BinaryLinear, BinaryPatchConv)):
-                init.zeros_(module.shift)
+        elif isinstance(module, BinaryLayer):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.zeros_(module.shift)
         elif isinstance(module, RPReLU):
             init.constant_(module.slope, 0.25)
             init.zeros_(module.shift_in)

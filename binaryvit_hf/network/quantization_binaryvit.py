@@ -15,8 +15,10 @@ with a checkpoint may meet in one process, and the quantizer of one may get a mo
 calls methods of the model and checks no classes.
 """
 
+import contextvars
 import copy
 import json
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
@@ -36,7 +38,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_binaryvit import as_pair
 from .functional_binaryvit import weight_levels
-from .layers_binaryvit import BinaryLinear, BinaryPatchConv, quantized_linear
+from .layers_binaryvit import BinaryLayer, BinaryLinear, BinaryPatchConv, quantized_linear
 
 
 QUANT_METHOD = "binaryvit"
@@ -45,6 +47,7 @@ FORMAT = "1"
 LATENT = "latent"
 PACKED_WIDTHS = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}  # bits of a stored number, by bits of the weight
 HALF_MAX, HALF_SMALLEST_NORMAL = 65504.0, 2.0**-14
+SMALLEST_LATENT = 1e-30  # the sign of a zero cannot be chosen
 ALIGNMENT = 64  # bytes; PyTorch's own allocator aligns so on the CPU
 # The config fields that decide the outputs. A user may change the others: label names, and settings of training.
 CONFIG_FIELDS = (
@@ -69,6 +72,8 @@ CONFIG_FIELDS = (
 SIZE_FIELDS = ("image_size", "patch_size")
 # Arguments of `from_pretrained` that say where a repository's files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Whether `from_pretrained` may make a head of another shape anew (`ignore_mismatched_sizes`); the quantizer is not told.
+NEW_HEAD = contextvars.ContextVar("NEW_HEAD", default=False)
 # auto_map of saved configs, for machines without this package. transformers would write only the saved class.
 AUTO_MAP = {
     "AutoConfig": "configuration_binaryvit.BinaryViTConfig",
@@ -115,7 +120,7 @@ class PackedLinear(nn.Module):
         layer: the layer to replace. Its shift is shared; `pack` stores its weight.
     """
 
-    def __init__(self, layer: BinaryLinear | BinaryPatchConv):
+    def __init__(self, layer: BinaryLayer):
         super().__init__()
         self.weight_bits, self.input_bits, self.clip_value = layer.weight_bits, layer.input_bits, layer.clip_value
         self.weight_shape = tuple(layer.weight.shape)
@@ -129,8 +134,13 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed_weight", packed_weight)
         self.register_buffer("weight_scale", torch.ones(num_scales, 1, dtype=dtype, device=device))
 
+    @property
+    def layer_class(self) -> type[BinaryLayer]:
+        """Class of the layer that was packed."""
+        return BinaryLinear if len(self.weight_shape) == 2 else BinaryPatchConv
+
     @torch.no_grad()
-    def pack(self, layer: BinaryLinear | BinaryPatchConv, name: str) -> None:
+    def pack(self, layer: BinaryLayer, name: str) -> None:
         """
         Store the weight of `layer`, which is called `name`.
 
@@ -141,8 +151,7 @@ class PackedLinear(nn.Module):
         weight = layer.weight.cpu()
         if not weight.isfinite().all():
             raise ValueError(f"Tensor {name + '.weight'!r} is not finite, so it cannot be packed.")
-        center = isinstance(layer, BinaryLinear)
-        levels, scale = weight_levels(weight, self.weight_bits, self.clip_value, center)
+        levels, scale = weight_levels(weight, self.weight_bits, self.clip_value, layer.centers_weight)
         self.packed_weight.copy_(pack_levels(levels.flatten(1), self.width))
         self.weight_scale.copy_(scale.reshape(-1, 1))
 
@@ -161,8 +170,8 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weight_bits={self.weight_bits}"
 
 
-def binary_layers(model: nn.Module) -> dict[str, BinaryLinear | BinaryPatchConv]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (BinaryLinear, BinaryPatchConv))}
+def binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLayer)}
 
 
 def expect_packed_layers(model: nn.Module) -> None:
@@ -171,14 +180,103 @@ def expect_packed_layers(model: nn.Module) -> None:
         model.set_submodule(name, PackedLinear(layer).train(layer.training))
 
 
-def unpacked_layer(packed: PackedLinear, config) -> BinaryLinear | BinaryPatchConv:
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+
+
+def unpacked_layer(packed: PackedLinear, config, weight: torch.Tensor) -> BinaryLayer:
+    """The layer that `packed` replaced, with another weight `(out, in)`."""
     out_features, in_features = packed.weight_shape[:2]
-    kind = BinaryLinear if len(packed.weight_shape) == 2 else BinaryPatchConv
     with torch.device("meta"):
-        layer = kind(config, in_features, out_features)
-    layer.weight = nn.Parameter(packed.unpack().view(packed.weight_shape))
+        layer = packed.layer_class(config, in_features, out_features)
+    layer.weight = nn.Parameter(weight.view(packed.weight_shape))
     layer.shift = packed.shift
-    return layer
+    return layer.train(packed.training)
+
+
+# ---- Latent weights of packed layers ----
+
+
+@torch.no_grad()
+def latent_weight(packed: PackedLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """
+    A weight `(out, in)` that packs to the bits of `packed`, whose name is `name`: its levels times its scale.
+
+    Every weight is where it has a gradient, so it can learn. Therefore 2 to 8 bits end at the clip value, and rows of
+    1 bit with a large scale are not symmetric (`spread_rows`, `offset_rows`).
+
+    Raises:
+        ValueError: no weight packs to these bits.
+    """
+    levels = unpack_levels(packed.packed_weight.cpu(), packed.width, packed.in_features).float()
+    scale = packed.weight_scale.cpu().float()
+    center = packed.layer_class.centers_weight
+    if packed.weight_bits > 1:
+        candidates = [(scale * levels).clamp(-packed.clip_value, packed.clip_value)]
+    else:
+        scale = torch.where((scale >= 0) & (scale < SMALLEST_LATENT), SMALLEST_LATENT, scale)
+        plain = scale * levels
+        # Rounding spoils the offset of a huge scale; such rows stay symmetric.
+        candidates = [offset_rows(levels, scale), plain] if center else [spread_rows(levels, scale)]
+    candidates = [weight.to(dtype) for weight in candidates]
+
+    def packs(weight: torch.Tensor) -> torch.Tensor:
+        """Whether each row `(out, 1)` of a weight packs to the same levels."""
+        found, _ = weight_levels(weight.view(packed.weight_shape), packed.weight_bits, packed.clip_value, center)
+        return (found.flatten(1) == levels).all(1, keepdim=True)
+
+    weight, *others = candidates
+    for other in others:
+        weight = torch.where(packs(weight), weight, other)
+    if center and packed.weight_bits == 1:
+        for row in (~packs(weight)).flatten().nonzero().flatten().tolist():
+            weight[row] = constant_row(levels[row], scale[row].to(dtype))
+    if not packs(weight).all():
+        raise ValueError(
+            f"No {str(dtype).removeprefix('torch.')} weight packs to the bits of {name + '.packed_weight'!r}, so the model "
+            "cannot be trained further: the file was edited, or float32 is needed."
+        )
+    return weight.to(packed.packed_weight.device)
+
+
+def offset_rows(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    Rows of a `BinaryLinear`: levels times scale, or the same around the scale where these have no gradient.
+
+    A centred weight learns if its magnitude is at most 1. A row around `scale` has the mean magnitude `scale`, however
+    small its differences are, so they are scaled to 0.5.
+    """
+    centered = scale * (levels - levels.mean(1, keepdim=True))
+    largest = centered.abs().amax(1, keepdim=True)
+    return torch.where(largest > 1, scale + centered * (0.5 / largest), scale * levels)
+
+
+def spread_rows(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    Rows of a `BinaryPatchConv`: levels times scale, or 0.5 where these have no gradient.
+
+    A weight learns if its magnitude is at most 1. A mean magnitude above 1 needs weights above 1, so the first weight
+    of such a row takes all that the others lack.
+    """
+    magnitude = scale.clamp(max=1).expand_as(levels).clone()
+    wide = scale.flatten() > 1
+    magnitude[wide] = 0.5
+    magnitude[wide, 0] = (levels.shape[1] * scale[wide] - 0.5 * (levels.shape[1] - 1)).flatten()
+    return magnitude * levels
+
+
+def constant_row(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    A row of equal weights near plus or minus `scale`, whose rounded mean gives `levels` `(in,)` of one sign.
+
+    A centred row has both signs, but for the rounding of its mean. So packing made these bits from a row of equal
+    weights.
+    """
+    steps = 1 + torch.arange(64, dtype=torch.float64) * torch.finfo(scale.dtype).eps
+    near = torch.stack((steps, -steps, 1 / steps, -1 / steps), 1).flatten()
+    rows = (scale * near).to(scale.dtype).unsqueeze(1).repeat(1, len(levels))
+    found, _ = weight_levels(rows, 1, 0.0, center=True)
+    return rows[(found == levels).all(1).int().argmax()]
 
 
 # ---- Files ----
@@ -186,8 +284,7 @@ def unpacked_layer(packed: PackedLinear, config) -> BinaryLinear | BinaryPatchCo
 
 def packed_shapes(model: nn.Module) -> dict[str, list[int]]:
     """Shapes of the weights before packing, by the name of the packed weight."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
-    return {f"{name}.packed_weight": list(layer.weight_shape) for name, layer in layers.items()}
+    return {f"{name}.packed_weight": list(layer.weight_shape) for name, layer in packed_layers(model).items()}
 
 
 def fits_half(name: str, tensor: torch.Tensor) -> bool:
@@ -298,7 +395,7 @@ def check_tensors(checkpoint: PackedCheckpoint, model: nn.Module) -> None:
         if stored is None:
             raise ValueError(f"The packed checkpoint lacks the tensor {name!r}: download it again.")
         tensor, file = checkpoint.tensors[stored], checkpoint.origin[stored]
-        if tensor.shape != expected.shape:
+        if tensor.shape != expected.shape and not is_new_head(name, model):
             raise ValueError(
                 f"Tensor {stored!r} of {file!r} has the shape {tuple(tensor.shape)}, but the config makes it "
                 f"{tuple(expected.shape)}."
@@ -330,6 +427,12 @@ def stored_name(name: str, stored: dict, model: nn.Module) -> str | None:
     return next((known for known in (name, prefix + name, name.removeprefix(prefix)) if known in stored), None)
 
 
+def is_new_head(name: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor belongs to the head and may have another shape in the checkpoint."""
+    of_head = model.base_model is not model and not name.startswith(model.base_model_prefix + ".")
+    return NEW_HEAD.get() and of_head
+
+
 # ---- Quantizer of transformers ----
 
 
@@ -345,12 +448,12 @@ class BinaryViTQuantizationConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, half: bool = False, quant_method: str = QUANT_METHOD, **unknown):
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r} for BinaryViT, not {quant_method!r}.")
         if unknown:
             raise ValueError(
                 f"A quantization_config of {QUANT_METHOD!r} has no {next(iter(unknown))!r}; it has 'half'."
             )
-        if quant_method != QUANT_METHOD:
-            raise ValueError(f"quant_method must be {QUANT_METHOD!r}, not {quant_method!r}.")
         if not isinstance(half, bool):
             raise ValueError(f"half of the quantization_config must be true or false, not {half!r}.")
         self.quant_method = QUANT_METHOD
@@ -411,17 +514,24 @@ class PackableModel(PreTrainedModel):
         `image_size`, or a `config` with another `image_size` than the checkpoint's, resizes the position embeddings
         (`resize_position_embeddings`).
 
+        With `ignore_mismatched_sizes`, only the classifier of a packed model may have another shape: it is made anew.
+
         Raises:
             ValueError: packed weights are damaged, incomplete or of another config; the message names the tensor.
         """
         kwargs, image_size = at_stored_image_size(cls.config_class, pretrained_model_name_or_path, kwargs)
+        if isinstance(kwargs.get("quantization_config"), dict):
+            kwargs["quantization_config"] = BinaryViTQuantizationConfig(**kwargs["quantization_config"])
+        token = NEW_HEAD.set(bool(kwargs.get("ignore_mismatched_sizes")))
         try:
             model, loading_info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
+            check_loading(model, loading_info)
         except SafetensorError as error:
             raise ValueError(f"The weights of {str(pretrained_model_name_or_path)!r} are damaged: {error}") from error
-        check_loading(model, loading_info)
+        finally:
+            NEW_HEAD.reset(token)
         if image_size is not None:
             model.resize_position_embeddings(image_size)
         if model.is_packed:
@@ -453,7 +563,7 @@ class PackableModel(PreTrainedModel):
         if mode and self.is_packed:
             raise ValueError(
                 "Packed weights cannot be trained, because a bit has no gradient. Train the latent checkpoint that "
-                "they were packed from, or a copy of this model after .dequantize()."
+                "they were packed from, or this model after .dequantize(latent=True)."
             )
         return super().train(mode)
 
@@ -466,8 +576,7 @@ class PackableModel(PreTrainedModel):
         Raises:
             ValueError: the weights are not quantised.
         """
-        if self.config.weight_bits == 32:
-            raise ValueError("There is nothing to pack: weight_bits of the config is 32.")
+        check_packable(self.config)
         # Signs are computed in float32, also if other tensors are loaded in another dtype.
         self._keep_in_fp32_modules_strict = {f"{name}.weight" for name in binary_layers(self)}
 
@@ -485,12 +594,14 @@ class PackableModel(PreTrainedModel):
         Pack every binary layer in place.
 
         Raises:
-            ValueError: a weight is not finite; the model stays as it was.
+            ValueError: the weights are not quantised, or one is offloaded or not finite; the model stays as it was.
         """
-        packed_layers = {name: PackedLinear(layer) for name, layer in binary_layers(self).items()}
-        for name, packed in packed_layers.items():
+        check_packable(self.config)
+        check_not_offloaded(self, "pack it")
+        layers = {name: PackedLinear(layer) for name, layer in binary_layers(self).items()}
+        for name, packed in layers.items():
             packed.pack(self.get_submodule(name), name)
-        for name, packed in packed_layers.items():
+        for name, packed in layers.items():
             self.set_submodule(name, packed.train(self.training))
 
     def packed_state_dict(self, half: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -504,11 +615,7 @@ class PackableModel(PreTrainedModel):
             ValueError: weights are offloaded.
         """
         tensors = self.state_dict()
-        offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
-        if offloaded:
-            raise ValueError(
-                f"Tensor {offloaded[0]!r} is offloaded: load the model without a device_map to save it packed."
-            )
+        check_not_offloaded(self, "save it packed")
         if half:
             tensors = {
                 name: tensor.half() if tensor.dtype == torch.float32 and fits_half(name, tensor) else tensor
@@ -525,10 +632,66 @@ class PackableModel(PreTrainedModel):
     def unpack_weights(self) -> None:
         """Replace packed layers by full-precision weights `levels * scale`, and set `weight_bits` to 32."""
         self.config.weight_bits = 32
-        for name, packed in list(self.named_modules()):
-            if isinstance(packed, PackedLinear):
-                self.set_submodule(name, unpacked_layer(packed, self.config).train(packed.training))
+        for name, packed in packed_layers(self).items():
+            self.set_submodule(name, unpacked_layer(packed, self.config, packed.unpack()))
         self.requires_grad_(True)
+
+    def dequantize(self, dtype: torch.dtype | str | None = None, latent: bool = False):
+        """
+        Turn a packed model into one of float weights that can be trained, in place. The outputs stay the same, except
+        for rounding.
+
+        Args:
+            dtype: dtype of the result. Default: the dtype of the packed model; float32 if `latent`.
+            latent: return a 1-bit network (`weight_bits` as before) whose latent weights are levels times scale.
+                Training continues from it, and packing it gives the same bits. Without `latent`, the result is a
+                network of 32-bit weights, which cannot be packed.
+
+        Raises:
+            ValueError: the model is not packed, or is offloaded.
+        """
+        if not latent:
+            return super().dequantize() if dtype is None else super().dequantize(dtype)
+        if not self.is_packed:
+            raise ValueError("The model is not packed, so it has no bits to make latent weights from.")
+        check_not_offloaded(self, "make its latent weights")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        # All weights before any layer is replaced: after an error the model stays as it was.
+        weights = {name: latent_weight(packed, dtype, name) for name, packed in packed_layers(self).items()}
+        for name, weight in weights.items():
+            self.set_submodule(name, unpacked_layer(self.get_submodule(name), self.config, weight))
+        if getattr(self, "hf_quantizer", None) is not None:
+            self.hf_quantizer.remove_quantization_config(self)
+        return self.requires_grad_(True).to(dtype)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters (`PreTrainedModel.num_parameters`). A packed weight counts as many as before packing."""
+        total = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return total
+        return total + sum(math.prod(packed.weight_shape) for packed in packed_layers(self).values())
+
+
+def check_packable(config) -> None:
+    """
+    Raises:
+        ValueError: the weights are not quantised.
+    """
+    if config.weight_bits == 32:
+        raise ValueError(
+            "There is nothing to pack: weight_bits of the config is 32. If this was a packed model, turn it into a trainable "
+            "one with .dequantize(latent=True) instead of .dequantize()."
+        )
+
+
+def check_not_offloaded(model: nn.Module, action: str) -> None:
+    """
+    Raises:
+        ValueError: weights are offloaded.
+    """
+    offloaded = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if offloaded:
+        raise ValueError(f"Tensor {offloaded[0]!r} is offloaded: load the model without a device_map to {action}.")
 
 
 def at_stored_image_size(config_class: type[PreTrainedConfig], source, options: dict) -> tuple[dict, Any]:
@@ -607,7 +770,8 @@ def check_loading(model: PackableModel, loading_info: dict) -> None:
     Raises:
         ValueError: packed weights are missing, or were found and not loaded.
     """
-    missing = {*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])}
+    mismatched = {key for key, *_ in loading_info["mismatched_keys"] if not is_new_head(key, model)}
+    missing = {*loading_info["missing_keys"], *mismatched}
     if model.is_packed and missing:
         raise ValueError(f"The checkpoint lacks the tensor {min(missing)!r}: load it with the class that saved it.")
     packed = [key for key in loading_info["unexpected_keys"] if key.endswith(".packed_weight")]

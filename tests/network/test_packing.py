@@ -15,7 +15,15 @@ from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTForImageClassification, BinaryViTModel, BinaryViTQuantizationConfig
-from binaryvit_hf.network.quantization_binaryvit import fits_half, pack_levels, unpack_levels
+from binaryvit_hf.network.layers_binaryvit import BinaryLinear, BinaryPatchConv
+from binaryvit_hf.network.quantization_binaryvit import (
+    PackedLinear,
+    fits_half,
+    latent_weight,
+    pack_levels,
+    packed_layers,
+    unpack_levels,
+)
 
 
 CONFIGS = {
@@ -158,6 +166,129 @@ def test_dequantized_weights_are_levels_times_scale_and_outputs_stay_close(confi
     again.train()(tiny_images(), labels=torch.tensor([0, 1])).loss.backward()  # it trains, in full precision
 
 
+def bits_of(model) -> dict[str, torch.Tensor]:
+    return {name: layer.packed_weight for name, layer in packed_layers(model).items()}
+
+
+def assert_same_bits(model, expected: dict[str, torch.Tensor]) -> None:
+    found = bits_of(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], bits) for name, bits in expected.items())
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_latent_weights_of_packed_ones_give_the_same_outputs_and_bits_and_train(config, tmp_path):
+    tiny_model(config).save_pretrained(tmp_path / "latent")
+    packed = load(tmp_path / "latent", quantization_config=BinaryViTQuantizationConfig())
+    expected, bits = logits(packed), bits_of(packed)
+    model = packed.dequantize(latent=True)
+    assert not model.is_packed
+    assert model.config.weight_bits == config.weight_bits
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    again.train()(tiny_images(), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(parameter.grad is not None for parameter in again.parameters())
+    packed_again = load(tmp_path / "again", quantization_config=BinaryViTQuantizationConfig())
+    assert_same_bits(packed_again, bits)
+
+
+def one_sided(weight: torch.Tensor) -> torch.Tensor:
+    """A weight whose first rows are all positive, all negative and all zero."""
+    weight[0], weight[1], weight[2] = 0.1, -0.1, 0
+    return weight
+
+
+LATENT_WEIGHTS = {
+    "random": lambda weight: weight,
+    "large": lambda weight: 3 * weight,
+    "huge": lambda weight: 1e5 * weight,
+    "beyond float32's precision": lambda weight: 1e12 * weight,
+    "tiny": lambda weight: 1e-42 * weight,
+    "one positive weight a row": lambda weight: -weight.abs() - 5 + 20 * torch.eye(*weight.shape),
+    "constant rows": one_sided,
+}
+
+
+@pytest.mark.parametrize("change", LATENT_WEIGHTS.values(), ids=LATENT_WEIGHTS)
+@pytest.mark.parametrize("weight_bits", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    "kind, shape", [(BinaryLinear, (8, 96)), (BinaryPatchConv, (8, 24, 2, 2))], ids=["linear", "conv"]
+)
+def test_latent_weights_pack_to_the_bits_they_were_made_from_and_have_gradients(kind, shape, weight_bits, change):
+    torch.manual_seed(0)
+    layer = kind(tiny_config(weight_bits=weight_bits), shape[1], shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(change(torch.randn(8, 96)).view(shape))
+    packed, again = PackedLinear(layer), PackedLinear(layer)
+    packed.pack(layer, "layer")
+    latent = latent_weight(packed, torch.float32, "layer")
+    layer.weight = torch.nn.Parameter(latent.view(shape))
+    again.pack(layer, "layer")
+    assert torch.equal(again.packed_weight, packed.packed_weight)
+    torch.testing.assert_close(again.weight_scale, packed.weight_scale, rtol=1e-5, atol=1e-29)
+    if packed.weight_scale.max() < 1e6:
+        quantized = layer.quantized_weight()
+        (quantized * torch.randn_like(quantized)).sum().backward()
+        learning = (layer.weight.grad != 0).flatten(1).sum(1)
+        assert (learning >= 95).all()  # all, or all but the one that holds the scale
+
+
+def test_bits_that_no_weight_packs_to_are_named_and_the_model_stays_packed(packed):
+    model = load(packed)
+    model.binaryvit.stages[0].layers[0].attention.query.linear.weight_scale.fill_(-1.0)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"query\.linear\.packed_weight'.*was edited"):
+        model.dequantize(latent=True)
+    assert model.is_packed
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_dequantized_network_that_is_packed_is_sent_to_latent_weights(packed, tmp_path):
+    plain = load(packed).dequantize()
+    with pytest.raises(ValueError, match=r"dequantize\(latent=True\)"):
+        plain.pack_weights()
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"dequantize\(latent=True\)"):
+        load(tmp_path, quantization_config=BinaryViTQuantizationConfig())
+    with pytest.raises(ValueError, match="is not packed"):
+        plain.dequantize(latent=True)
+
+
+def test_a_packed_model_gets_a_new_head_for_other_labels_and_keeps_its_bits(packed):
+    expected = bits_of(load(packed))
+    labels = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    model = AutoModelForImageClassification.from_pretrained(packed, **labels)
+    assert model.is_packed
+    assert logits(model).shape == (2, 5)
+    assert_same_bits(model, expected)
+    model.dequantize(latent=True).train()(tiny_images(), labels=torch.tensor([0, 4])).loss.backward()
+    with pytest.raises(ValueError, match="'classifier"):
+        AutoModelForImageClassification.from_pretrained(packed, num_labels=5)
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForImageClassification, BinaryViTForImageClassification])
+def test_the_quantization_config_may_be_a_dictionary(latent, tmp_path, kind):
+    model = load(latent, kind=kind, quantization_config={"quant_method": "binaryvit", "half": True})
+    assert model.is_packed
+    model.save_pretrained(tmp_path / "half")
+    assert load(tmp_path / "half", kind=kind).config.quantization_config.half
+    with pytest.raises(ValueError, match=r"quant_method must be 'binaryvit' for BinaryViT, not 'bitsandbytes'"):
+        kind.from_pretrained(latent, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_packed_models_count_the_parameters_of_the_latent_model_and_their_own_bytes(config):
+    model = tiny_model(config)
+    expected = model.num_parameters(), model.num_parameters(exclude_embeddings=True)
+    model.pack_weights()
+    assert (model.num_parameters(), model.num_parameters(exclude_embeddings=True)) == expected
+    assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tensors = (*model.parameters(), *model.buffers())
+    assert model.get_memory_footprint() == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "auto"])
 def test_bits_are_intact_in_every_dtype_whether_packed_before_or_while_loading(latent, packed, dtype):
     expected = load(packed).state_dict()
@@ -245,7 +376,7 @@ def test_a_tensor_fits_half_precision_by_its_largest_value_and_a_variance_by_its
 
 def test_packed_weights_refuse_training(packed):
     model = load(packed)
-    with pytest.raises(ValueError, match="a bit has no gradient"):
+    with pytest.raises(ValueError, match=r"a bit has no gradient.*dequantize\(latent=True\)"):
         model.train()
     assert not model.hf_quantizer.is_trainable
     assert not model.training

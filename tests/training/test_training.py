@@ -7,6 +7,7 @@ from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
 from transformers import TrainerCallback
 
 from binaryvit_hf.errors import NonFiniteLossError
+from binaryvit_hf.network.layers_binaryvit import BinaryLayer
 from binaryvit_hf.network.modeling_binaryvit import BinaryViTAttention
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.callbacks.positive_clips import SMALLEST_CLIP
@@ -198,7 +199,7 @@ def test_only_weights_of_linear_layers_and_convolutions_decay(model, tmp_path):
     products = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BinaryLayer))
     }
     assert decayed == products
 
