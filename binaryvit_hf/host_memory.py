@@ -36,6 +36,15 @@ def peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
+def available_memory() -> int | None:
+    """Memory that this process has and can get without swapping, in bytes. `None` except on Linux."""
+    status, machine = read_status(), Path("/proc/meminfo")
+    if not status or not machine.is_file():
+        return None
+    available = next(line for line in machine.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024 + status["VmRSS"]
+
+
 def measure_growth(work: Callable[[], object]) -> int | None:
     """Peak growth of this process's memory during `work()`, in bytes. `None` except on Linux."""
     if not read_status():

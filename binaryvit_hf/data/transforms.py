@@ -82,7 +82,8 @@ class TransformedImages(torch.utils.data.Dataset):
 
     @property
     def labels(self) -> list[int]:
-        return self.images["label"][:] if isinstance(self.images, Dataset) else self.images.labels
+        """The class of each image. A stream has no such list."""
+        return self.images["label"][:] if isinstance(self.images, Dataset) else self.images.labels  # type: ignore[union-attr]
 
     @property
     def stream(self) -> ImageStream | None:

@@ -17,6 +17,7 @@ The files, in the order in which a run uses them:
     arguments.py     the arguments as dataclasses; optional_methods.py: methods beyond the paper's recipe
     preparation.py   checks and inputs before training: unused_arguments.py, batch_checks.py, checkpoints.py
     models.py        student, teacher and image processors; two_stage.py: weights of a first stage; stochastic_depth.py
+    forecast.py      images and classes, estimated time and memory of the runs
     steps.py         train, evaluate, test, report, upload
     trainer.py       transformers' Trainer with losses.py, checkpoints and packing; callbacks/
     run_folder.py    records a run's arguments and compares them before a run resumes

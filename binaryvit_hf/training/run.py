@@ -17,6 +17,7 @@ from ..host_memory import keep_freed_memory
 from ..writing import describe_full_disk
 from .arguments import DistillationTrainingArguments, RunArguments
 from .command_line import parse_runs
+from .forecast import describe_images, log_forecast
 from .preparation import Inputs, check_arguments, prepare
 from .process_errors import leave, rank, show_error, shown_error_code
 from .steps import CONFUSION_PICTURES, TrainingRun
@@ -62,9 +63,19 @@ def train_and_evaluate(arguments: list[str]) -> None:
     # Prepare every run first: an error in the student's inputs must not wait for its teacher's training.
     loaded: dict = {}
     prepared = [prepare(run_arguments, loaded) for run_arguments in runs]
-    for run_arguments, inputs in zip(runs, prepared):
+    names = ["teacher (1 of 2)", "student (2 of 2)"] if len(runs) == 2 else [""]
+    to_train = {
+        name: (run_arguments, inputs)
+        for name, run_arguments, inputs in zip(names, runs, prepared)
+        if run_arguments.training.do_train and not inputs.finished
+    }
+    first = next(iter(to_train), None)
+    if first is not None:
+        first_arguments, first_inputs = to_train[first]
+        describe_images(first_inputs.images, first_arguments.training.balance_classes)
+    for name, run_arguments, inputs in zip(names, runs, prepared):
         PartialState().wait_for_everyone()  # the first process writes the teacher that all processes load
-        summary = run(run_arguments, inputs)
+        summary = run(run_arguments, inputs, name, to_train if name == first else {})
     # Leave together: a process that exits early may abort, and torchrun then ends others that still write.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
@@ -73,14 +84,30 @@ def train_and_evaluate(arguments: list[str]) -> None:
         print("\n".join([*summary, *(next_steps(runs[-1].training, prepared[-1]) if trained else [])]))
 
 
-def run(arguments: RunArguments, inputs: Inputs) -> list[str]:
-    """Train, evaluate and test one model, write its results and its card, and upload it. Returns lines about its results."""
+def run(
+    arguments: RunArguments, inputs: Inputs, name: str, to_forecast: dict[str, tuple[RunArguments, Inputs]]
+) -> list[str]:
+    """
+    Train, evaluate and test one model, write its results and its card, and upload it.
+
+    Args:
+        name: of the run, if there are two.
+        to_forecast: this run and later ones, by name, whose time is to be estimated.
+
+    Returns:
+        Lines about the results.
+    """
     model_arguments, _, training_arguments = arguments
     logger.info(
-        "%s -> %s", model_arguments.config_name or model_arguments.model_name_or_path, training_arguments.output_dir
+        "%s%s -> %s",
+        f"{name}: " if name else "",
+        model_arguments.config_name or model_arguments.model_name_or_path,
+        training_arguments.output_dir,
     )
     set_seed(training_arguments.seed)
-    training_run = TrainingRun(arguments, inputs)
+    training_run = TrainingRun(arguments, inputs, name)
+    if to_forecast:
+        log_forecast(training_run.datasets["train"], training_run.student, training_run.teacher, to_forecast)
     if training_arguments.do_train and not inputs.finished:
         training_run.train()
     if training_arguments.do_eval:

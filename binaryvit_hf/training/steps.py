@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import create_mix
@@ -21,6 +21,7 @@ from ..errors import TerminatedError
 from ..hub import resumable_upload
 from ..ops import CONFIG_CLASSES, count_operations, total
 from .arguments import DistillationTrainingArguments, RunArguments
+from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe, wilson_interval
 from .learning_curves import plot_learning_curves, read_training_history
 from .metrics import TopKAccuracy
@@ -38,10 +39,15 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
-    """The models and datasets of one run. `run.run` calls the steps in order."""
+    """
+    The models and datasets of one run. `run.run` calls the steps in order.
 
-    def __init__(self, arguments: RunArguments, inputs: Inputs):
-        self.arguments, self.inputs = arguments, inputs
+    Args:
+        name: of the run in its progress bar.
+    """
+
+    def __init__(self, arguments: RunArguments, inputs: Inputs, name: str = ""):
+        self.arguments, self.inputs, self.name = arguments, inputs, name
         self.output_dir = Path(arguments.training.output_dir)
         self.metric = TopKAccuracy()
         self.confusion: ConfusionMatrix | None = None  # of the last evaluation
@@ -82,7 +88,7 @@ class TrainingRun:
             adapt_input(self.teacher, given=student_input, wanted=teacher_input)
 
     def create_trainer(self, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> DistillationTrainer:
-        return DistillationTrainer(
+        trainer = DistillationTrainer(
             model=model,
             args=self.arguments.training,
             teacher=teacher,
@@ -93,6 +99,9 @@ class TrainingRun:
             processing_class=self.processor,
             compute_metrics=self.compute_metrics,
         )
+        if trainer.pop_callback(ProgressCallback):  # --disable_tqdm has none
+            trainer.add_callback(NamedProgress(self.name))
+        return trainer
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions

@@ -1,0 +1,142 @@
+"""What a run says before and while it trains: images, classes, time, memory and progress."""
+
+import io
+import json
+import logging
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from pictures import write_pictures
+from safetensors.torch import load_file
+from tiny import tiny_config
+from tiny_training import tiny_teacher, tiny_trainer
+
+from binaryvit_hf.training import forecast
+from binaryvit_hf.training import run as script
+from binaryvit_hf.training.callbacks.progress import NamedProgress, format_time
+from binaryvit_hf.training.forecast import describe_images, run_seconds, steps_left
+
+
+def splits(**counts: int) -> dict[str, Dataset]:
+    labels = [index for index, count in enumerate(counts.values()) for _ in range(count)]
+    features = Features({"image": Value("int64"), "label": ClassLabel(names=list(counts))})
+    dataset = Dataset.from_dict({"image": [0] * len(labels), "label": labels}, features=features)
+    return {"train": dataset, "validation": dataset.select(range(4))}
+
+
+def test_images_and_the_largest_and_smallest_class_are_logged(caplog):
+    with caplog.at_level(logging.INFO):
+        describe_images(splits(ant=30, bee=42, cat=21), balanced=False)
+    assert caplog.messages == [
+        "Images: 93 to train on, 4 to evaluate on; 3 classes, from 21 training images ('cat') to 42 ('bee')."
+    ]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_small_classes_are_named_and_balancing_is_offered(balanced, caplog):
+    with caplog.at_level(logging.INFO):
+        describe_images(splits(ant=30, bee=19, cat=2, dog=20), balanced)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "2 class(es) have fewer than 20 training images" in warnings[0]
+    assert "'bee' (19), 'cat' (2)." in warnings[0]
+    assert ("Add --balance_classes" in caplog.text) is not balanced
+
+
+def test_at_most_ten_small_classes_are_named(caplog):
+    describe_images(splits(**{f"c{index}": 2 for index in range(13)}), balanced=False)
+    assert "'c9' (2) and 3 more." in caplog.text
+    assert "'c10'" not in caplog.text
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The command line of a teacher's run and its student's."""
+    write_pictures(tmp_path / "photos", ("ant", "bee"), 7)
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    tiny_teacher().config.save_pretrained(tmp_path / "vit")
+    values = {
+        "config_name": str(tmp_path / "tiny"),
+        "train_dir": str(tmp_path / "photos"),
+        "do_train": True,
+        "do_eval": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "learning_rate": 0.01,
+        "teacher": {"config_name": str(tmp_path / "vit"), "max_steps": 3},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    return [str(tmp_path / "run.json"), "--output_dir"]
+
+
+def test_time_and_memory_are_estimated_for_both_runs_and_no_weight_changes(command, tmp_path, caplog, monkeypatch):
+    weights, logs = [], []
+    for shortest in (1, 1000):
+        monkeypatch.setattr(forecast, "SHORT_RUN", shortest)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert script.main([*command, str(tmp_path / f"out{shortest}")]) == 0
+        logs.append(caplog.text)
+        weights.append(
+            [load_file(tmp_path / f"out{shortest}{name}" / "model.safetensors") for name in ("", "-teacher")]
+        )
+    for ours, theirs in zip(*weights):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert re.search(r"Time: about .* on this machine \(.* for the teacher, .* for the student\)\.", logs[0])
+    assert ("Memory: about" in logs[0]) is (sys.platform == "linux")
+    assert logs[0].count("Time: about") == logs[0].count("Images: 11 to train on") == 1
+    assert "Time: about" not in logs[1]
+    assert "teacher (1 of 2): step 2 of 3, about" in logs[1]
+    assert "student (2 of 2): step 2 of 4, about" in logs[1]
+    assert "student (2 of 2): step 4 of 4" not in logs[1]
+
+
+def run_with(training: dict, **inputs):
+    defaults = {"do_train": True, "do_eval": True, "max_steps": -1, "num_train_epochs": 4.0, "eval_strategy": "epoch"}
+    arguments = SimpleNamespace(training=SimpleNamespace(effective_batch_size=8, **(defaults | training)))
+    images = {"train": range(80), "validation": range(30)}
+    return arguments, SimpleNamespace(**({"images": images, "finished": False, "checkpoint": None} | inputs))
+
+
+def test_the_time_of_a_run_is_that_of_its_steps_and_evaluations(tmp_path):
+    run = run_with({})
+    assert steps_left(*run) == 40
+    assert run_seconds(0.5, *run) == pytest.approx(0.5 * (4 * 80 + 5 * 30 / 3))  # four epochs and the final evaluation
+    assert run_seconds(0.5, *run_with({"eval_strategy": "no"})) == pytest.approx(0.5 * (4 * 80 + 30 / 3))
+    assert steps_left(*run_with({"max_steps": 7})) == 7
+    assert steps_left(*run_with({}, finished=True)) == steps_left(*run_with({"do_train": False})) == 0
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 30}')
+    assert steps_left(*run_with({}, checkpoint=str(tmp_path))) == 10
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "1 seconds"), (89, "89 seconds"), (600, "10 minutes"), (5399, "90 minutes"), (9000, "2.5 hours")],
+)
+def test_times_are_in_a_unit_of_a_readable_size(seconds, text):
+    assert format_time(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("output", [Terminal, io.StringIO])
+def test_a_terminal_shows_a_bar_with_the_runs_name_and_a_log_file_lines(output, tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path, disable_tqdm=True, logging_steps=1)
+    trainer.add_callback(NamedProgress("student (2 of 2)"))
+    monkeypatch.setattr(sys, "stderr", output())
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+    shown = sys.stderr.getvalue()
+    assert ("student (2 of 2): 100%" in shown) is (output is Terminal)
+    assert ("student (2 of 2): step 1 of 2, about 1 seconds left" in caplog.text) is (output is not Terminal)
