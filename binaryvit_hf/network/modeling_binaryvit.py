@@ -593,7 +593,8 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
     A feature map is the residual stream after the stage's last layer, without a class token. "stem" is the output of
     the embeddings. `out_features` and `out_indices` of the config choose the maps.
 
-    Packed weights stay frozen: training a head on them leaves this module in evaluation mode, on the engine.
+    Packed weights stay frozen: training a head on them leaves this module in evaluation mode, on the engine. Save it
+    apart from the head, whose `from_pretrained` builds a latent backbone.
 
     Raises:
         ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
@@ -607,6 +608,10 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
         self.embeddings = BinaryViTEmbeddings(config)
         self.stages = build_stages(config)
         self.post_init()
+
+    def post_init(self):
+        # Without BackboneMixin's, which puts a hook on every attention: that model could not be pickled.
+        super(BackboneMixin, self).post_init()
 
     @property
     def backbone_class(self) -> type:
@@ -622,7 +627,7 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         output_hidden_states: bool | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        interpolate_pos_encoding: bool = True,
         **kwargs,
     ) -> BackboneOutput:
         """
@@ -630,7 +635,7 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             output_hidden_states: also return `hidden_states`. Default: the config's.
             interpolate_pos_encoding: take images of another size than the config's, with bicubic interpolation of
-                the position embeddings of all stages.
+                the position embeddings of all stages. On by default, because heads for detection cannot ask for it.
 
         Returns:
             `feature_maps` `(batch, channels, height, width)` of `out_features`; `hidden_states`, the maps of all

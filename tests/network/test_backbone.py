@@ -225,3 +225,11 @@ def test_a_detection_head_trains_a_latent_backbone():
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     assert all(p.grad is not None for p in model.model.backbone.parameters())
+
+
+def test_a_head_takes_pictures_of_other_sizes():
+    model = segmentation_model().eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 24, 40)).logits.shape == (1, 3, 24, 40)
+        with pytest.raises(ValueError, match="the nearest size that fits"):
+            model(torch.randn(1, 3, 20, 32))
