@@ -42,6 +42,10 @@ model.save_pretrained(f"{root}/again")
 again = AutoModelForImageClassification.from_pretrained(f"{root}/again", trust_remote_code=True)
 with torch.no_grad():
     assert torch.equal(again(images).logits, expected)
+larger = AutoModelForImageClassification.from_pretrained(name, subfolder=subfolder, image_size=32, **trust)
+squares = torch.cat((images, images), dim=2)
+with torch.no_grad():
+    assert torch.equal(larger(squares).logits, model(squares, interpolate_pos_encoding=True).logits)
 if not subfolder:
     AutoImageProcessor.from_pretrained(name, revision=revision or None)
     pipeline("image-classification", model=name, **trust)(Image.new("L", (50, 40)))

@@ -231,7 +231,7 @@ class Engine:
     def call(self, function: Callable, *arguments) -> None:
         """Call a function of the library, without Python's global lock. Raises `MemoryError` if it fails."""
         if function(self.model, *arguments):
-            raise MemoryError("The engine ran out of memory; use a smaller batch.")
+            raise MemoryError("The engine ran out of memory; use a smaller batch or smaller images.")
 
     def check_images(self, images: torch.Tensor) -> torch.Tensor:
         """The images, contiguous; raises `ValueError` for another shape or dtype."""

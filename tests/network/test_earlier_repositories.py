@@ -23,6 +23,11 @@ for subfolder in ("", "latent"):
         assert type(model).__module__.startswith("transformers_modules." if trust else "binaryvit_hf.")
     with torch.no_grad():
         torch.testing.assert_close(model(images).logits, expected)
+    if not trust:
+        larger = AutoModelForImageClassification.from_pretrained(folder, subfolder=subfolder, image_size=32)
+        squares = torch.cat((images, images), dim=2)
+        with torch.no_grad():
+            assert torch.equal(larger(squares).logits, model(squares, interpolate_pos_encoding=True).logits)
     model.save_pretrained("again")
     again = AutoModelForImageClassification.from_pretrained("again", trust_remote_code=trust)
     assert again.is_packed == model.is_packed

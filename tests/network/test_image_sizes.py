@@ -309,6 +309,7 @@ def checkpoints(tmp_path_factory):
         ("latent", AutoModel, (32, 16)),
         ("packed", BinaryViTForImageClassification, (32, 16)),
         ("packed", AutoModel, 64),
+        ("packed", BinaryViTBackbone, (24, 40)),
     ],
 )
 def test_a_checkpoint_loads_at_another_size_with_its_positions_resized(
