@@ -1,7 +1,7 @@
 """The datasets that a `DataLoader` reads: encoded images are decoded and transformed one at a time."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,16 +11,18 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from ..errors import UserError
+from ..host_memory import available_memory
 from ..pixels import to_rgb
 from .arguments import DataArguments
 from .augmentation import create_train_transform
 from .decoding import CroppingDecoder, decode_image, open_encoded
-from .image_checks import describe_fault, inspect_images, lock_if_large
+from .image_checks import describe_fault, evenly_spaced, inspect_images, lock_if_large
 from .model_inputs import RGB, describe_input
 from .sampling import SampleKey, StreamedSample, seeded_rng
 from .streaming import ImageSplits, ImageStream
 
 
+SAMPLED_IMAGES = 32  # to estimate the memory of all images
 PROCESSED_ALONE = 2**22  # pixels; larger images are processed one at a time
 
 logger = logging.getLogger(__name__)
@@ -35,15 +37,27 @@ class ImagesInMemory(torch.utils.data.Dataset):
         convert: function of an encoded image. Threads call it.
 
     Raises:
-        UserError: an image cannot be decoded.
+        UserError: an image cannot be decoded, or the memory is too small.
     """
 
     def __init__(self, images: Dataset, convert: Callable):
         self.labels = images["label"][:]
-        self.converted = inspect_images(images, range(len(images)), convert, "Reading images")
-        for index, result in enumerate(self.converted):
+        some = self.read(images, evenly_spaced(range(len(images)), SAMPLED_IMAGES), convert)
+        need, free = len(images) * sum(image.nbytes for image in some) / len(some), available_memory()
+        if free is not None and need > free:
+            raise UserError(
+                f"--keep_images_in_memory needs {need / 1e9:.1f} GB for {len(images)} images, and {free / 1e9:.1f} GB are "
+                "free: leave it out, or limit the images with --max_train_samples."
+            )
+        self.converted = self.read(images, range(len(images)), convert)
+
+    @staticmethod
+    def read(images: Dataset, indices: Sequence[int], convert: Callable) -> list:
+        results = inspect_images(images, indices, convert, "Reading images")
+        for index, result in zip(indices, results):
             if isinstance(result, Exception):
                 raise UserError(describe_fault(images[index]["image"], index, result)) from result
+        return results
 
     def __len__(self) -> int:
         return len(self.labels)

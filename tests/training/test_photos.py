@@ -1,0 +1,134 @@
+"""`configs/photos.json`: from a folder of pictures to `binaryvit classify`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_data import CONFIGS
+from pictures import write_pictures
+from tiny import tiny_config, tiny_model
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from binaryvit_hf.cli import main as binaryvit
+from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_fashion_mnist_splits
+from binaryvit_hf.network.quantization_binaryvit import ShippedModel
+from binaryvit_hf.training import run as script
+from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.models import build_meta_network, load_config
+from binaryvit_hf.training.unused_arguments import find_unused
+
+
+PHOTOS = CONFIGS / "photos.json"
+CLIPART = Path("/usr/share/openclipart/png")  # Debian's package openclipart-png
+CLIPART_CLASSES = ("animals", "food", "people", "transportation")
+
+
+@pytest.fixture
+def tiny_photos(tmp_path) -> list[str]:
+    """The recipe for tiny networks, a step each, on two classes of four pictures."""
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTConfig(image_size=[16, 32], patch_size=8, **fields).save_pretrained(tmp_path / "vit")
+    other = ViTForImageClassification(ViTConfig(image_size=24, patch_size=8, num_labels=5, **fields))
+    other.save_pretrained(tmp_path / "hub-vit")
+    ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "hub-vit")
+    values = json.loads(PHOTOS.read_text())
+    values["teacher"]["config_name"] = str(tmp_path / "vit")
+    values |= {"config_name": str(tmp_path / "tiny"), "max_steps": 1, "per_device_train_batch_size": 4}
+    (tmp_path / "photos.json").write_text(json.dumps(values))
+    write_pictures(tmp_path / "photos", ("ant", "bee"), 4)
+    places = ["--train_dir", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "out")]
+    return [str(tmp_path / "photos.json"), *places, "--use_cpu"]
+
+
+def test_the_recipe_has_no_argument_without_effect_and_its_networks_take_the_same_images():
+    runs = parse_runs([str(PHOTOS), "--train_dir", "photos", "--use_cpu"])
+    assert [find_unused(run) for run in runs] == [[], []]
+    assert not any(run.training.bf16 or run.training.fp16 for run in runs)
+    assert all(run.training.eval_strategy == "epoch" for run in runs)
+    configs = [load_config(run.model, do_train=True) for run in runs]
+    assert [config.model_type for config in configs] == ["vit", "binaryvit"]
+    assert configs[0].image_size == configs[1].image_size
+    for run, config in zip(runs, configs):
+        build_meta_network(run.model, config)
+
+
+def test_both_runs_train_and_the_folder_is_classified(tiny_photos, tmp_path, capsys):
+    (tmp_path / "photos" / "ant" / "0.png").write_bytes(b"no picture")
+    assert script.main(tiny_photos) == 0
+    results = [json.loads((tmp_path / f"out{name}" / "all_results.json").read_text()) for name in ("-teacher", "")]
+    for result in results:
+        assert (result["train_samples"], result["eval_samples"], result["skipped_images"]) == (5, 2, 1)
+    assert results[1]["teacher_accuracy"] == results[0]["eval_accuracy"]  # of the same images
+    capsys.readouterr()
+    assert binaryvit(["classify", str(tmp_path / "out"), str(tmp_path / "photos" / "bee"), "--json"]) == 0
+    assert {Path(answer["image"]).name for answer in json.loads(capsys.readouterr().out)} == {
+        f"{k}.png" for k in range(4)
+    }
+
+
+def test_a_trained_teacher_of_other_classes_and_another_size_replaces_the_files(tiny_photos, tmp_path):
+    flags = ["--teacher.model_name_or_path", str(tmp_path / "hub-vit"), "--teacher.ignore_mismatched_sizes"]
+    assert script.main([*tiny_photos, *flags]) == 0
+    teacher = json.loads((tmp_path / "out-teacher" / "config.json").read_text())
+    assert (teacher["image_size"], teacher["id2label"]) == (24, {"0": "ant", "1": "bee"})
+    processor = json.loads((tmp_path / "out-teacher" / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"height": 24, "width": 24}
+    student = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (student["model_type"], student["image_size"]) == ("binaryvit", [16, 32])
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert 0 <= results["teacher_accuracy"] <= 1
+
+
+def test_a_trained_binary_network_of_other_classes_can_be_the_students_start(tiny_photos, tmp_path):
+    ShippedModel(tiny_model(tiny_config(num_labels=5))).save_pretrained(tmp_path / "trained")
+    flags = ["--model_name_or_path", str(tmp_path / "trained"), "--subfolder=latent", "--ignore_mismatched_sizes"]
+    assert script.main([*tiny_photos, *flags]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "ant", "1": "bee"}
+
+
+def write_clothes(folder: Path) -> Path:
+    """The first 2,000 training images of Fashion-MNIST as PNG files."""
+    images = load_fashion_mnist_splits()["train"]
+    names = [name.replace(" / ", " or ") for name in images.features["label"].names]
+    for number in range(2000):
+        row = images[number]
+        path = folder / names[row["label"]] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["image"]["bytes"])
+    return folder
+
+
+def link_clipart(folder: Path) -> Path:
+    """Four classes of drawings with transparency, without the few huge ones."""
+    for name in CLIPART_CLASSES:
+        (folder / name).mkdir(parents=True)
+        paths = sorted((CLIPART / name).rglob("*.png"))
+        for number, path in enumerate(path for path in paths if path.stat().st_size < 500_000):
+            (folder / name / f"{number}.png").symlink_to(path)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "source, write, flags, floor",
+    [
+        pytest.param(FASHION_MNIST_FOLDER, write_clothes, [], 0.7, id="clothes"),
+        pytest.param(CLIPART, link_clipart, ["--background=white"], 0.4, id="clipart"),
+    ],
+)
+def test_real_pictures_become_a_packed_classifier(source, write, flags, floor, tmp_path, capsys):
+    """The README's commands. The floors are above chance (0.1 and 0.28) and below the accuracy of a shortened run."""
+    if not source.is_dir():
+        pytest.skip(f"{source} is not installed")
+    folder, out = write(tmp_path / "photos"), tmp_path / "out"
+    short = ["--num_train_epochs=15", "--teacher.num_train_epochs=15", "--use_cpu"]
+    assert script.main([str(PHOTOS), "--train_dir", str(folder), "--output_dir", str(out), *short, *flags]) == 0
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_accuracy"] > floor
+    capsys.readouterr()
+    assert binaryvit(["classify", str(out), str(folder), "--json", *flags]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    right = [answer["label"] == Path(answer["image"]).parent.name for answer in answers]
+    assert np.mean(right) > floor
