@@ -63,10 +63,16 @@ def image_extensions() -> set[str]:
 
 
 def describe_left_out(paths: list[Path], folder: str | Path) -> str:
-    return (
-        f"Left out {len(paths)} file(s) in {str(folder)!r} that are hidden or have no image's extension, first "
-        f"{str(paths[0])!r}."
-    )
+    """One sentence about the files that `find_images` left out: how many, why, and the first."""
+    hidden = sum(path.name.startswith(".") for path in paths)
+    others = sum(not path.name.startswith(".") and not is_image_name(path.name) and path.is_file() for path in paths)
+    counts = [
+        (hidden, "hidden"),
+        (others, "without an image's extension"),
+        (len(paths) - hidden - others, "links or special files"),
+    ]
+    reasons = ", ".join(f"{count} {reason}" for count, reason in counts if count)
+    return f"Left out {len(paths)} file(s) in {str(folder)!r}: {reasons}; the first is {str(paths[0])!r}."
 
 
 class ImageFile(NamedTuple):

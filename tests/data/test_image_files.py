@@ -111,11 +111,12 @@ def test_training_and_classify_see_the_same_files(wild, model, tmp_path, capsys,
     expected = [*sorted(Path(folder, "ant", name) for name in [*IMAGES, "linked.png"]), Path(folder, "bee", "a.png")]
     assert len(images) == len(expected)
     assert all(decode_image(image).size == (8, 8) for image in images["image"])
-    assert "Left out 16 file(s)" in caplog.text
+    reasons = "4 hidden, 8 without an image's extension, 4 links or special files; the first is"
+    assert f"Left out 16 file(s) in {folder!r}: {reasons} " in caplog.text
     code, out, err = classify(capsys, model, folder, "--json")
     assert code == 0
     assert [Path(answer["image"]) for answer in json.loads(out)] == expected
-    assert err.startswith(f"Left out 17 file(s) in {folder!r} that are hidden or have no image's extension, first ")
+    assert err.startswith(f"Left out 17 file(s) in {folder!r}: 5 hidden, 8 without an image's extension, 4 links or ")
 
 
 def test_a_name_that_is_not_utf8_is_printed_unchanged(model, tmp_path, monkeypatch):
