@@ -130,10 +130,9 @@ def run(model, images=None, **arguments):
         return model(tiny_images() if images is None else images, **arguments)
 
 
-def loss_of(outputs) -> torch.Tensor:
+def loss_of(outputs, device: str = "cpu") -> torch.Tensor:
     """A loss that depends on every value of the outputs, each with a weight of its own."""
-    tensors = flat(outputs)
-    return sum((tensor * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape)).sum() for tensor in tensors)
+    return sum((x * torch.linspace(-1, 1, x.numel(), device=device).view(x.shape)).sum() for x in flat(outputs))
 
 
 # ---- Saving and loading ----
@@ -393,6 +392,16 @@ def test_every_parameter_gets_a_gradient(model):
     loss_of(model.train()(tiny_images())).backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert not without
+
+
+def test_a_training_step_needs_no_value_and_no_tensor_of_another_device(model, monkeypatch):
+    # On the meta device, where such an operation fails as it would wait or fail on a GPU. It lacks one kernel.
+    monkeypatch.setattr(torch, "batch_norm_update_stats", lambda x, *_: (x.mean(0), x.var(0)))
+    model.to("meta").train()
+    for arguments in ({}, {"output_hidden_states": True, "output_attentions": True}):
+        model.zero_grad()
+        loss_of(model(tiny_images().to("meta"), **arguments), "meta").backward()
+        assert all(parameter.grad.is_meta for parameter in model.parameters())
 
 
 def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(model):
