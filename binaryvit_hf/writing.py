@@ -78,20 +78,21 @@ def check_writable_file(file: Path) -> None:
             try_to_write(file.parent)
 
 
-def write_file(file: Path, text: str) -> None:
+def write_file(file: Path, content: str | bytes) -> None:
     """
-    Write a text file, whole or not at all.
+    Write a file, whole or not at all. Text is written in UTF-8.
 
     Raises:
         UserError: it cannot be written.
     """
+    content = content.encode() if isinstance(content, str) else content
     with reported_write_errors(file):
         if is_stream(file):
-            file.write_text(text, encoding="utf-8")
+            file.write_bytes(content)
             return
         target = file.resolve()
         with staging_folder(target) as staging:
-            (staging / target.name).write_text(text, encoding="utf-8")
+            (staging / target.name).write_bytes(content)
             (staging / target.name).replace(target)
 
 

@@ -20,6 +20,7 @@ FLOORS = {
     "doctor": 3,
     "hub": 3,
     "loading": 3,
+    "onnx_export": 3,
     "ops": 3,
     "pixels": 3,
     "writing": 3,

@@ -36,7 +36,7 @@ from ..writing import describe_full_disk
 from .common import print_error
 
 
-COMMANDS = ("pack", "convert", "ops", "classify", "push", "benchmark", "ablation", "doctor", "card")
+COMMANDS = ("pack", "convert", "export", "ops", "classify", "push", "benchmark", "ablation", "doctor", "card")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,9 +17,10 @@ from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import binaryvit_hf
-from binaryvit_hf import engine
+from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.cli import COMMANDS, main
 from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.onnx_export import ExportedFile
 
 
 @pytest.fixture
@@ -236,3 +237,43 @@ def test_push_refuses_folders_without_a_model_that_loads(latent, tmp_path, capsy
     assert_refused(capsys, ["push", tmp_path, "me/x"], "no config.json")
     (latent / "model.safetensors").unlink()
     assert_refused(capsys, ["push", latent, "me/x"], "cannot be loaded")
+
+
+def test_export_prints_the_sizes_of_the_file(latent, tmp_path, capsys, monkeypatch):
+    def export_onnx(model, processor, file):
+        assert model.dtype == torch.float32
+        assert (processor is None) == (not (latent / "preprocessor_config.json").exists())
+        return ExportedFile(1000, 3000)
+
+    monkeypatch.setattr(onnx_export, "export_onnx", export_onnx)
+    file = tmp_path / "model.onnx"
+    AutoModelForImageClassification.from_pretrained(latent).bfloat16().save_pretrained(latent)
+    printed = f"{file}: 1.00 kB (3.00 kB in float32), opset 18\n"
+    assert run(capsys, "export", latent, file) == printed
+    (latent / "preprocessor_config.json").unlink()
+    assert main(["export", str(latent), str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert out == printed
+    assert "no image processor" in err
+
+
+@pytest.mark.parametrize(
+    "out, words", [("model.bin", ["end in .onnx"]), ("missing/model.onnx", ["there is no folder", "missing"])]
+)
+def test_export_refuses_a_wrong_file_first(out, words, tmp_path, capsys):
+    assert_refused(capsys, ["export", "no-such-model", tmp_path / out], *words)
+
+
+def test_export_refuses_other_networks(tmp_path, capsys):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=2)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    assert_refused(capsys, ["export", tmp_path / "vit", tmp_path / "model.onnx"], "'vit'", "only binary networks")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_export_names_the_package_that_is_missing(package, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "binaryvit_hf.onnx_export", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    arguments = ["export", "binaryvit-digits", tmp_path / "model.onnx"]
+    assert_refused(capsys, arguments, f"'{package}'", "pip install 'binaryvit_hf[export]'")

@@ -1,0 +1,43 @@
+"""`binaryvit export`: writes a model as ONNX."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+from ..resources import shipped_models
+from ..writing import check_writable_file
+from .common import add_token_argument, needs_extra
+
+
+EXAMPLE = f"binaryvit export {next(iter(shipped_models()), 'MODEL')} model.onnx"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, such as model.onnx")
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export a model to ONNX, for other runtimes. They compute it in floats, more slowly than the engine."""
+    if options.out.suffix != ".onnx":
+        raise UserError(f"OUT must end in .onnx, not {str(options.out)!r}.")
+    check_writable_file(options.out)
+    with needs_extra("export", "Exports to ONNX"):
+        from ..onnx_export import OPSET, export_onnx
+    import torch
+
+    from ..network.quantization_binaryvit import QUANT_METHOD
+    from ..ops import readable
+    from .models import find_model, load_model
+
+    source, config = find_model(options.model, options.token, shipped_models())
+    if config.model_type != QUANT_METHOD:
+        raise UserError(f"{options.model!r} is a {config.model_type!r}; only binary networks can be exported.")
+    model, processor = load_model(options.model, source, options.token, dtype=torch.float32)
+    if processor is None:
+        note = f"{options.model!r} has no image processor, so the file does not describe the preprocessing."
+        print(note, file=sys.stderr)
+    file = export_onnx(model, processor, options.out)
+    print(f"{options.out}: {readable(file.bytes, 'B')} ({readable(file.float_bytes, 'B')} in float32), opset {OPSET}")

@@ -1,0 +1,268 @@
+"""
+Write an image classifier as ONNX, with its preprocessing in the metadata.
+
+The file computes what the model computes in evaluation, with ordinary operations on floats, so any runtime takes it.
+Products of signs are exact in floats. Only roundings between them differ from PyTorch.
+"""
+
+import copy
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxscript  # noqa: F401, torch.onnx would report its absence only after the network is traced
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from PIL import Image
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from .errors import UserError
+from .network.configuration_binaryvit import as_pair
+from .network.functional_binaryvit import fold_norm, quantize_input, weight_levels
+from .network.layers_binaryvit import BinaryLinear, NormActivation, TokenBatchNorm
+from .network.quantization_binaryvit import PackedLinear, binary_layers, unpack_levels
+from .writing import write_file
+
+
+OPSET = 18
+INPUT, OUTPUT = "pixel_values", "logits"
+MOST_BYTES = 2**31 - 1  # of a file of Protocol Buffers
+# Steps of an image processor that `describe_preprocessing` describes.
+KNOWN_STEPS = {
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+    "do_flip_channel_order",
+}
+
+
+class ExportedFile(NamedTuple):
+    """Bytes of an exported file, and of the same file with all weights in float32."""
+
+    bytes: int
+    float_bytes: int
+
+
+def export_onnx(model: PreTrainedModel, processor: BaseImageProcessor | None, file: Path) -> ExportedFile:
+    """
+    Write a BinaryViT, latent or packed, as ONNX. The file is written whole or not at all.
+
+    - Input `pixel_values` `(batch, channels, height, width)`, normalised; output `logits` `(batch, labels)`, both
+      float32. The batch has any size.
+    - Weights of 1 to 8 bits are whole numbers in int8, which a node `Cast` turns into floats. Their scales are floats
+      that multiply the product.
+    - The metadata holds the preprocessing and the names of the labels (`describe_preprocessing`).
+
+    Args:
+        model: in float32, on the CPU.
+        processor: `None` leaves the preprocessing out.
+
+    Raises:
+        UserError: the network is larger than a file of ONNX may be, the image processor has a step that the metadata
+            cannot describe, or the file cannot be written.
+    """
+    metadata = describe_labels(model) | (describe_preprocessing(processor) if processor else {})
+    network = EvaluationNetwork(model)
+    if sum(tensor.nbytes for tensor in network.state_dict().values()) > MOST_BYTES:
+        raise UserError(f"The network is too large for ONNX, whose files have at most {MOST_BYTES / 1e9:.1f} GB.")
+    proto = trace(network, image_shape(model))
+    saved = store_whole_numbers(proto)
+    helper.set_model_props(proto, metadata)
+    onnx.checker.check_model(proto, full_check=True)
+    content = proto.SerializeToString()
+    write_file(file, content)
+    return ExportedFile(len(content), len(content) + saved)
+
+
+def image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    height, width = as_pair(model.config.image_size)
+    return model.config.num_channels, height, width
+
+
+# ---- The network ----
+
+
+class EvaluationNetwork(nn.Module):
+    """
+    The logits of a model in evaluation, with few operations to trace: `pixel_values -> logits`.
+
+    Args:
+        model: is not changed.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        packed = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, PackedLinear)}
+        for name, layer in (packed | binary_layers(self.model)).items():
+            if layer.weight_bits < 32:
+                self.model.set_submodule(name, LinearOfLevels(layer))
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, NormActivation):
+                self.model.set_submodule(name, FoldedNormActivation(module))
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, TokenBatchNorm):
+                self.model.set_submodule(name, FoldedNorm(module))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values, return_dict=True).logits
+
+
+class LinearOfLevels(nn.Module):
+    """A binary layer as a product with whole numbers, then with their scale: `(..., in) -> (..., out)`."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.input_bits, self.clip_value = layer.input_bits, layer.clip_value
+        if isinstance(layer, PackedLinear):
+            levels, scale = unpack_levels(layer.packed_weight, layer.width, layer.in_features), layer.weight_scale
+        else:
+            center = isinstance(layer, BinaryLinear)
+            levels, scale = weight_levels(layer.weight, layer.weight_bits, layer.clip_value, center)
+        self.register_buffer("levels", levels.flatten(1).float())
+        self.register_buffer("scale", scale.flatten())
+        # A convolution has one shift for the four neighbours of a channel.
+        self.register_buffer("shift", layer.shift.repeat_interleave(self.levels.shape[1] // layer.shift.shape[0]))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        quantized = quantize_input(hidden_states, self.shift, self.input_bits, self.clip_value)
+        return nn.functional.linear(quantized, self.levels) * self.scale
+
+
+class FoldedNorm(nn.Module):
+    """`TokenBatchNorm` by running statistics: `scale * x + offset`. `shift` `(channels,)` is added to the result."""
+
+    def __init__(self, layer: TokenBatchNorm, shift: torch.Tensor | float = 0.0):
+        super().__init__()
+        norm = layer.batch_norm
+        scale, offset = fold_norm(norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias + shift)
+        self.register_buffer("scale", scale)
+        self.register_buffer("offset", offset)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.scale + self.offset
+
+
+class FoldedNormActivation(nn.Module):
+    """`NormActivation` by running statistics."""
+
+    def __init__(self, layer: NormActivation):
+        super().__init__()
+        self.norm = FoldedNorm(layer.norm, -layer.activation.shift_in)
+        self.register_buffer("slope", layer.activation.slope.data)
+        self.register_buffer("shift_out", layer.activation.shift_out.data)
+
+    def forward(self, hidden_states: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        shifted = self.norm(hidden_states) + fit_shortcut(shortcut, hidden_states.shape[-1])
+        # torch.prelu has its slopes along the second dimension, which is the tokens here.
+        return torch.where(shifted > 0, shifted, self.slope * shifted) + self.shift_out
+
+
+def fit_shortcut(shortcut: torch.Tensor, channels: int) -> torch.Tensor:
+    """The channels of a shortcut repeated or averaged, as `add_fitted_` adds them: `(..., in) -> (..., channels)`."""
+    if channels < shortcut.shape[-1]:
+        return shortcut.unflatten(-1, (channels, -1)).mean(-1)
+    return torch.cat((shortcut,) * (channels // shortcut.shape[-1]), dim=-1)
+
+
+@torch.no_grad()
+def trace(network: nn.Module, shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """The graph of a network for any number of images of this shape."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter warns of what this network does not use
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(2, *shape),),  # a batch of 1 would be traced as always 1
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+    finally:
+        logging.disable(disabled)
+    # Stack traces with paths of this machine, several times the size of the weights.
+    ClearMetadataAndDocStringPass()(program.model)
+    return program.model_proto
+
+
+def store_whole_numbers(proto: onnx.ModelProto) -> int:
+    """Store float matrices of whole numbers in int8, which a `Cast` reads. Returns the number of bytes saved."""
+    casts, saved = [], 0
+    for tensor in proto.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if tensor.data_type != TensorProto.FLOAT or values.ndim != 2:
+            continue
+        levels = values.clip(-127, 127).astype(np.int8)
+        if (levels == values).all():
+            name, stored = tensor.name, f"{tensor.name}_int8"
+            tensor.CopyFrom(numpy_helper.from_array(levels, stored))
+            casts.append(helper.make_node("Cast", [stored], [name], name=f"{name}_cast", to=TensorProto.FLOAT))
+            saved += values.nbytes - levels.nbytes
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return saved
+
+
+# ---- Metadata ----
+
+
+def describe_labels(model: PreTrainedModel) -> dict[str, str]:
+    """The metadata `labels`: a JSON list of the names of the logits."""
+    config = model.config
+    return {"labels": json.dumps([config.id2label[index] for index in range(config.num_labels)])}
+
+
+def describe_preprocessing(processor: BaseImageProcessor) -> dict[str, str]:
+    """
+    The steps from a picture to `pixel_values`, each as JSON, in the order of their use. `null` leaves a step out.
+
+    - `channel_order`: "RGB" or "BGR".
+    - `resize`: `{"height": …, "width": …}`, or `{"shortest_edge": …}`, which keeps the aspect ratio. `resample` is the
+      interpolation in Pillow's words, such as "bicubic".
+    - `crop`: `{"height": …, "width": …}` from the centre.
+    - `rescale_factor`: multiplies the numbers from 0 to 255.
+    - `mean`, `std`: of each channel; `(x - mean) / std`.
+
+    Raises:
+        UserError: the processor has another step.
+    """
+    fields = processor.to_dict()
+    unknown = sorted(name for name in fields if name.startswith("do_") and fields[name] and name not in KNOWN_STEPS)
+    if unknown or fields.get("crop_pct") is not None:
+        raise UserError(
+            f"The metadata of ONNX cannot describe {(unknown or ['crop_pct'])[0]!r} of the image processor "
+            "(preprocessor_config.json): remove it there."
+        )
+
+    def step(switch: str, name: str):
+        return fields.get(name) if fields.get(switch) else None
+
+    size, crop = (
+        {edge: length for edge, length in (value or {}).items() if length is not None} or None
+        for value in (step("do_resize", "size"), step("do_center_crop", "crop_size"))
+    )
+    resample = step("do_resize", "resample")
+    described = {
+        "channel_order": "BGR" if fields.get("do_flip_channel_order") else "RGB",
+        "resize": size,
+        "resample": None if resample is None else Image.Resampling(resample).name.lower(),
+        "crop": crop,
+        "rescale_factor": step("do_rescale", "rescale_factor"),
+        "mean": step("do_normalize", "image_mean"),
+        "std": step("do_normalize", "image_std"),
+    }
+    return {name: json.dumps(value) for name, value in described.items()}

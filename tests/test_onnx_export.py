@@ -1,0 +1,253 @@
+"""ONNX files against PyTorch: logits, stored weights, preprocessing, other runtimes."""
+
+import json
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+from sklearn.datasets import load_digits
+from tiny import class_token_config, tiny_config, tiny_images, tiny_model
+from transformers import ConvNextImageProcessor, ViTImageProcessor
+
+from binaryvit_hf import onnx_export
+from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, read_idx
+from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.loading import load_classifier, load_image_processor
+from binaryvit_hf.network import functional_binaryvit, modeling_binaryvit
+from binaryvit_hf.network.quantization_binaryvit import PackedLinear
+from binaryvit_hf.onnx_export import describe_preprocessing, export_onnx
+from binaryvit_hf.resources import shipped_models
+
+
+SHALLOW = {"depths": [1, 1], "avg_pool_kernel_sizes": [3]}  # tracing takes a second a layer
+FOUR_BITS = {"weight_bits": 4, "input_bits": 4, "binarize_patch_embeddings": False, "avg_pool_kernel_sizes": []}
+NETWORKS = {  # config, and whether it is packed
+    "packed pyramid": (tiny_config(**SHALLOW), True),
+    "latent class token": (class_token_config(), False),
+    "4 bits, some full precision": (tiny_config(**SHALLOW | FOUR_BITS), True),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def exported(request, tmp_path_factory):
+    """A model, its file and the sizes that the export returned."""
+    config, packed = NETWORKS[request.param]
+    model = tiny_model(config).eval()
+    if packed:
+        model.pack_weights()
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    return model, file, export_onnx(model, create_image_processor(config, crop_pct=1.0), file)
+
+
+def logits_of(file, images: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
+
+
+def test_onnxruntime_gives_pytorchs_logits_for_any_number_of_images(exported, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    model, file, _ = exported
+    for batch in (1, 2, 5):
+        with torch.no_grad():
+            torch.testing.assert_close(logits_of(file, tiny_images(batch)), model(tiny_images(batch)).logits)
+
+
+def test_openvino_gives_pytorchs_logits_for_any_number_of_images(exported, monkeypatch):
+    openvino = pytest.importorskip("openvino")  # 180 MB: not among the packages that the tests install
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    model, file, _ = exported
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.compile_model(file, "CPU", exact)
+    for batch in (2, 5):
+        with torch.no_grad():
+            expected = model(tiny_images(batch)).logits
+        torch.testing.assert_close(torch.from_numpy(compiled(tiny_images(batch).numpy())["logits"]), expected)
+
+
+def test_every_quantised_weight_is_stored_in_int8(exported):
+    model, file, sizes = exported
+    graph = onnx.load(file).graph
+    stored = [numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type == TensorProto.INT8]
+    layers = [module for module in model.modules() if getattr(module, "weight_bits", 32) < 32]
+    assert sum(levels.size for levels in stored) == sum(layer.in_features * layer.out_features for layer in layers)
+    most = {4: 7, 1: 1}[model.config.weight_bits]
+    assert {level for levels in stored for level in np.abs(levels).flatten()} <= set(range(most + 1))
+    assert sizes.bytes == file.stat().st_size
+    assert sizes.float_bytes - sizes.bytes == 3 * sum(levels.size for levels in stored)
+
+
+def test_the_file_is_valid_and_has_the_names_and_the_opset_that_it_promises(exported):
+    _, file, _ = exported
+    proto = onnx.load(file)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(opset.domain, opset.version >= 18) for opset in proto.opset_import] == [("", True)]
+    (images,), (logits,) = proto.graph.input, proto.graph.output
+    shape = [dimension.dim_param or dimension.dim_value for dimension in images.type.tensor_type.shape.dim]
+    assert (images.name, shape) == ("pixel_values", ["batch", 3, 16, 32])
+    assert logits.name == "logits"
+    assert b"site-packages" not in file.read_bytes()  # stack traces of this machine
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"do_center_crop": False, "size": {"height": 16, "width": 32}},
+        {"do_resize": False, "do_normalize": False},
+    ],
+)
+def test_pixel_values_can_be_computed_from_the_metadata_alone(changes):
+    processor = create_image_processor(tiny_config(), crop_pct=0.9)
+    for name, value in changes.items():
+        setattr(processor, name, value)
+    pixels = np.random.default_rng(0).integers(0, 255, (36, 54, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    steps = {name: json.loads(value) for name, value in describe_preprocessing(processor).items()}
+    ours = preprocess(picture, steps)
+    theirs = processor(picture, return_tensors="np")["pixel_values"][0]
+    assert np.abs(ours - theirs).max() < 2 / 255 / 0.22  # Pillow and torchvision round a pixel differently
+
+
+def preprocess(picture: Image.Image, steps: dict) -> np.ndarray:
+    if steps["resize"]:
+        size = steps["resize"]
+        if "shortest_edge" in size:
+            ratio = size["shortest_edge"] / min(picture.size)
+            width, height = (int(ratio * edge) for edge in picture.size)
+        else:
+            width, height = size["width"], size["height"]
+        picture = picture.resize((width, height), Image.Resampling[steps["resample"].upper()])
+    pixels = np.asarray(picture, np.float32)
+    if steps["crop"]:
+        height, width = steps["crop"]["height"], steps["crop"]["width"]
+        top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+        pixels = pixels[top : top + height, left : left + width]
+    if steps["channel_order"] == "BGR":
+        pixels = pixels[..., ::-1]
+    pixels = pixels * (steps["rescale_factor"] or 1)
+    if steps["mean"]:
+        pixels = (pixels - np.float32(steps["mean"])) / np.float32(steps["std"])
+    return pixels.transpose(2, 0, 1)
+
+
+def test_labels_are_in_the_metadata_in_the_order_of_the_logits(exported):
+    _, file, _ = exported
+    metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert json.loads(metadata["labels"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert json.loads(metadata["crop"]) == {"height": 16, "width": 32}
+
+
+@pytest.mark.parametrize(
+    "processor, step", [(ViTImageProcessor(do_pad=True), "do_pad"), (ConvNextImageProcessor(), "crop_pct")]
+)
+def test_a_step_of_preprocessing_that_the_metadata_cannot_describe_is_refused(processor, step):
+    with pytest.raises(UserError, match=re.escape(repr(step))):
+        describe_preprocessing(processor)
+
+
+def test_a_network_larger_than_a_file_of_onnx_is_refused_before_it_is_traced(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_export, "MOST_BYTES", 1000)
+    with pytest.raises(UserError, match="too large"):
+        export_onnx(tiny_model(), None, tmp_path / "model.onnx")
+
+
+def test_a_file_that_the_checker_refuses_is_not_written(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise onnx.checker.ValidationError("bad")
+
+    model = tiny_model(class_token_config())
+    (tmp_path / "model.onnx").write_text("of before")
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    monkeypatch.setattr(onnx_export, "trace", lambda network, shape: onnx.ModelProto())
+    with pytest.raises(onnx.checker.ValidationError):
+        export_onnx(model, None, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "of before"
+
+
+def test_the_exported_model_is_not_changed(monkeypatch, tmp_path):
+    model = tiny_model(class_token_config()).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    onnx_export.EvaluationNetwork(model)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- 1,000 real images ----
+
+
+@pytest.mark.parametrize("name", ["binaryvit-digits", pytest.param("binaryvit-fashion-mnist", marks=pytest.mark.slow)])
+def test_a_shipped_model_classifies_1000_images_like_pytorch(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    folder = shipped_models()[name]
+    model, processor = load_classifier(folder), load_image_processor(folder)
+    pictures = [Image.fromarray(pixels).convert("RGB") for pixels in read_pictures(name)[:1000]]
+    images = processor(pictures, return_tensors="pt")["pixel_values"]
+    export_onnx(model, processor, tmp_path / "model.onnx")
+    session = session_with_bits(tmp_path / "model.onnx")
+    bits = record_bits(model, monkeypatch)
+
+    same_bits, differences = [], []
+    for batch in images.split(250):
+        bits.clear()
+        with torch.no_grad():
+            expected = model(batch).logits
+        logits, *exported_bits = map(torch.from_numpy, session.run(None, {"pixel_values": batch.numpy()}))
+        assert torch.equal(logits.argmax(1), expected.argmax(1))
+        differences.append((logits - expected).abs().amax(1))
+        flips = [(ours != (theirs > 0)).flatten(1).any(1) for ours, theirs in zip(bits, exported_bits, strict=True)]
+        same_bits.append(~torch.stack(flips).any(0))
+    same_bits, differences = torch.cat(same_bits), torch.cat(differences)
+    assert same_bits.sum() >= 950
+    assert differences[same_bits].max() < 1e-3
+
+
+def read_pictures(name: str) -> np.ndarray:
+    """Grey pictures of the kind that a shipped model classifies: `(pictures, height, width)`."""
+    if name == "binaryvit-digits":
+        return (load_digits().images * (255 / 16)).round().astype("uint8")
+    if not FASHION_MNIST_FOLDER.is_dir():
+        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
+    return read_idx(FASHION_MNIST_FOLDER / "t10k-images-idx3-ubyte.gz")
+
+
+def record_bits(model, monkeypatch) -> list[torch.Tensor]:
+    """A list to which each forward adds the bits of all activations, in order, each `(batch, ...)`."""
+    bits = []
+
+    def record_inputs(layer, inputs):
+        shift = layer.shift.repeat_interleave(layer.in_features // layer.shift.shape[0])
+        bits.append(inputs[0] + shift >= 0)
+
+    def quantize_input(x, shift, *settings):
+        bits.append(x + shift >= 0)
+        return functional_binaryvit.quantize_input(x, shift, *settings)
+
+    def quantize_probability(*arguments):
+        quantized = functional_binaryvit.quantize_probability(*arguments)
+        bits.append(quantized > 0)
+        return quantized
+
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.register_forward_pre_hook(record_inputs)
+    monkeypatch.setattr(modeling_binaryvit, "quantize_input", quantize_input)
+    monkeypatch.setattr(modeling_binaryvit, "quantize_probability", quantize_probability)
+    return bits
+
+
+def session_with_bits(file) -> onnxruntime.InferenceSession:
+    """Returns the logits, then the bits of all activations in the order of `record_bits`; a positive number is a 1."""
+    proto = onnx.load(file)
+    for node in proto.graph.node:
+        if node.op_type in ("GreaterOrEqual", "Round"):
+            kind = TensorProto.BOOL if node.op_type == "GreaterOrEqual" else TensorProto.FLOAT
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
