@@ -20,12 +20,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from .errors import LoadingError, first_sentence
 from .hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
 from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .network.quantization_binaryvit import at_stored_image_size
+from .resources import find_source
 
 
 # Bounds for configs of other model types, by the field names of transformers. BinaryViTConfig has its own bounds.
@@ -83,10 +91,20 @@ def load_classifier(source: str | Path, **arguments) -> PreTrainedModel:
     Raises:
         LoadingError: there is no such model, it is damaged or incomplete, or a tensor is not finite.
     """
+    return load_complete(fetch_classifier, source, **arguments)
+
+
+def load_complete(fetch_model: Callable, source: str | Path, **arguments) -> PreTrainedModel:
+    """
+    Call `fetch_model(source, **arguments)`, which returns a model and its `loading_info`, and return the model.
+
+    Raises:
+        LoadingError: a tensor is missing in the checkpoint, or one in a checkpoint of ours is not in the network.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers prints a line for each tensor that does not fit
     try:
-        model, info = fetch_classifier(source, **arguments)
+        model, info = fetch_model(source, **arguments)
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
@@ -145,6 +163,12 @@ def load_image_processor(
     return fetch(load, source, **arguments)
 
 
+def has_config(source: str | Path, **arguments) -> bool:
+    """Whether a folder or repository has a config.json. Arguments as for `load_config`."""
+    arguments.pop("trust_remote_code", None)
+    return has_file(find_source(str(source)), CONFIG_NAME, arguments)
+
+
 def has_file(source: str, name: str, arguments: dict) -> bool:
     """Whether a folder or repository has a file. `True` if this is unknown, for example without a connection."""
     try:
@@ -155,13 +179,13 @@ def has_file(source: str, name: str, arguments: dict) -> bool:
 
 def fetch(load: Callable, source: str | Path, **arguments):
     """
-    Call `load(source, **arguments)`. If it fails, damaged files in the Hub's local cache are downloaded again, once.
+    Call `load(source, **arguments)`. `source` may be the name of a shipped model. If it fails, damaged files in the Hub's local cache are downloaded again, once.
 
     Raises:
         LoadingError: `load` raised anything.
     """
     arguments = {"trust_remote_code": False} | arguments  # with None, transformers asks the user on the terminal
-    source = str(source)
+    source = find_source(str(source))
     cache_dir = arguments.get("cache_dir")
     try:
         return load(source, **arguments)

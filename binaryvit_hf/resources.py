@@ -14,6 +14,11 @@ def shipped_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in shipped_folder("model_cards").glob("*/model.safetensors")}
 
 
+def find_source(name: str) -> str:
+    """The folder of a trained model that comes with the package, if `name` is one; else `name`, a path or a Hub id."""
+    return name if Path(name).exists() else str(shipped_models().get(name, name))
+
+
 def shipped_configs() -> dict[str, Path]:
     """Folders of the configs (the rows of the paper and the examples), by their path in `configs`."""
     configs = shipped_folder("configs")

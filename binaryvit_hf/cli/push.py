@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,13 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Upload a trained model to the Hub: packed weights, latent weights (in 'latent'), card and image processor."""
     from ..hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
-    from ..network.quantization_binaryvit import ShippedModel, is_latent
+    from ..network.quantization_binaryvit import NOTHING_TO_PACK, QUANT_METHOD, ShippedModel, is_latent
     from .models import load_model
 
     folder = options.folder
     check_model_folder(folder)
     # A model or processor that does not load is not published.
     model, _ = load_model(str(folder), str(folder), options.token)
+    if model.config.model_type == QUANT_METHOD and model.config.weight_bits == 32:
+        print(NOTHING_TO_PACK, file=sys.stderr)
     repository = create_repository(options.repository, options.token, options.private)
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging) / "model"

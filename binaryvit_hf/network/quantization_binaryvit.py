@@ -33,6 +33,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -48,6 +49,10 @@ LATENT = "latent"
 PACKED_WIDTHS = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}  # bits of a stored number, by bits of the weight
 HALF_MAX, HALF_SMALLEST_NORMAL = 65504.0, 2.0**-14
 SMALLEST_LATENT = 1e-30  # the sign of a zero cannot be chosen
+NOTHING_TO_PACK = (
+    "There is nothing to pack: weight_bits of the config is 32. If this was a packed model, turn it into a trainable 1-bit "
+    "network with .dequantize(latent=True) instead of .dequantize()."
+)
 ALIGNMENT = 64  # bytes; PyTorch's own allocator aligns so on the CPU
 # The config fields that decide the outputs. A user may change the others: label names, and settings of training.
 CONFIG_FIELDS = (
@@ -81,6 +86,8 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_binaryvit.BinaryViTBackbone",
     "AutoModelForImageClassification": "modeling_binaryvit.BinaryViTForImageClassification",
 }
+
+logger = logging.get_logger(__name__)
 
 
 # ---- Bits ----
@@ -551,6 +558,8 @@ class PackableModel(PreTrainedModel):
 
         The repository then holds the packed model, and the latent one in its folder `latent`.
         """
+        if self.config.weight_bits == 32:
+            logger.warning(NOTHING_TO_PACK)
         if is_latent(self):
             return ShippedModel(self).push_to_hub(repo_id, **kwargs)
         return super().push_to_hub(repo_id, **kwargs)
@@ -678,10 +687,7 @@ def check_packable(config) -> None:
         ValueError: the weights are not quantised.
     """
     if config.weight_bits == 32:
-        raise ValueError(
-            "There is nothing to pack: weight_bits of the config is 32. If this was a packed model, turn it into a trainable "
-            "one with .dequantize(latent=True) instead of .dequantize()."
-        )
+        raise ValueError(NOTHING_TO_PACK)
 
 
 def check_not_offloaded(model: nn.Module, action: str) -> None:

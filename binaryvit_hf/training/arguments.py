@@ -31,11 +31,12 @@ UNSUPPORTED = {
 class ModelArguments:
     """Arguments that choose the network and its teacher."""
 
-    model_name_or_path: str | None = argument(None, "Trained model to fine-tune or evaluate: a Hub id or a path.")
+    model_name_or_path: str | None = argument(
+        None, "Trained model to fine-tune or evaluate: a Hub id, a path, binaryvit-digits or binaryvit-fashion-mnist."
+    )
     subfolder: str = argument(
         "",
-        "Folder of the model's repository to load from. Where the repository's weights are packed, 'latent' holds "
-        "the latent weights, which can be trained further.",
+        "Folder of the model's repository to load from. Training finds the latent weights of a packed model without it.",
     )
     config_name: str | None = argument(None, "Network to train from scratch: a row of configs/, a path or a Hub id.")
     config_overrides: str | None = argument(

@@ -14,9 +14,10 @@ from ..data.arguments import DataArguments
 from ..data.label_names import compare_labels
 from ..data.model_inputs import RGB, create_image_processor, describe_input
 from ..errors import LoadingError, UserError, first_sentence
-from ..network.quantization_binaryvit import LATENT
-from ..resources import shipped_configs
+from ..network.quantization_binaryvit import LATENT, QUANT_METHOD
+from ..resources import find_source, shipped_configs
 from .arguments import ModelArguments
+from .latent_weights import fetch_trainable
 from .two_stage import first_stage_weights, load_first_stage, override_config, resize_first_stage
 
 
@@ -26,16 +27,18 @@ logger = logging.getLogger(__name__)
 def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
     """The network's config; raises UserError if it cannot be loaded or its network cannot be used here."""
     name = arguments.config_name or arguments.model_name_or_path
-    source = name if Path(name).exists() else str(shipped_configs().get(name, name))
+    source = name
+    if arguments.config_name and not Path(name).exists():
+        source = str(shipped_configs().get(name, name))
     try:
         config = loading.load_config(source, subfolder=arguments.subfolder, **hub_arguments(arguments))
     except LoadingError as error:
         raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
-    if arguments.config_name and hasattr(config, "quantization_config"):
-        del config.quantization_config  # a new network has no packed weights
+    check_config(name, config, arguments, do_train)
+    if do_train and hasattr(config, "quantization_config"):
+        del config.quantization_config  # a network to train has no packed weights
     if arguments.config_overrides:
         config = override_config(config, arguments.config_overrides)
-    check_config(name, config, arguments, do_train)
     if arguments.drop_path_rate is not None:
         if hasattr(config, "drop_path_rate"):
             config.drop_path_rate = arguments.drop_path_rate
@@ -45,12 +48,17 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
 
 
 def check_config(name: str, config: PreTrainedConfig, arguments: ModelArguments, do_train: bool) -> None:
-    """Raise UserError for packed weights to train, for images without colours, and for a new network without image size."""
-    if do_train and getattr(config, "quantization_config", None):
-        raise UserError(
-            f"{name!r} has packed weights, which cannot be trained: a bit has no gradient. Train its latent weights; if the "
-            f"model has them in a sub-folder, add --subfolder {LATENT}."
-        )
+    """
+    Raise UserError for quantised weights of others to train, for images without colours, and for a new network without
+    image size.
+    """
+    if (
+        do_train
+        and arguments.model_name_or_path
+        and config.model_type != QUANT_METHOD
+        and getattr(config, "quantization_config", None)
+    ):
+        raise UserError(f"{name!r} has quantised weights, which cannot be trained: choose its full-precision weights.")
     if getattr(config, "num_channels", 3) != 3:
         raise UserError(
             f"{name!r} takes images of {config.num_channels} channels; training reads colour images, so 3."
@@ -98,9 +106,7 @@ def load_model(
     try:
         if new_head is None:
             return loading.load_classifier(source, **options)
-        model, info = loading.fetch_classifier(
-            source, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options
-        )
+        model, info = fetch_trainable(source, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options)
     except LoadingError as error:
         raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {error}") from error
     # transformers makes a new head only if the number of labels differs.
@@ -177,7 +183,7 @@ def load_image_processor(source: str, arguments: ModelArguments) -> BaseImagePro
 
 def hub_revision(name: str, arguments: ModelArguments) -> str | None:
     """The commit that a model of the Hub was loaded from; `None` for a local model."""
-    file = cached_file(name, CONFIG_NAME, cache_dir=arguments.cache_dir, token=arguments.token)
+    file = cached_file(find_source(name), CONFIG_NAME, cache_dir=arguments.cache_dir, token=arguments.token)
     return extract_commit_hash(file, None)
 
 

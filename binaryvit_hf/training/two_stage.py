@@ -14,9 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import LoadingError, UserError, first_sentence
-from ..loading import load_classifier, load_config
 from ..network.configuration_binaryvit import as_pair
-from ..network.quantization_binaryvit import LATENT
+from .latent_weights import load_trainable
 
 
 # Tensors that networks of other bits or of another row may have or lack. They keep a new network's initial values.
@@ -61,19 +60,15 @@ def override_config(config: PreTrainedConfig, overrides: str) -> PreTrainedConfi
 
 def load_first_stage(source: str, **hub_arguments) -> nn.Module:
     """
-    Load a trained model with its latent weights from a folder or the Hub. A packed model has them in its folder `latent`.
+    Load a trained model with its latent weights from a folder or the Hub (`fetch_trainable`).
 
     Raises:
-        UserError: it cannot be loaded, lacks tensors, or is packed and has no folder `latent`.
+        UserError: it cannot be loaded, or lacks tensors.
     """
-    subfolder = ""
     try:
-        if getattr(load_config(source, **hub_arguments), "quantization_config", None):
-            subfolder = LATENT
-        return load_classifier(source, subfolder=subfolder, dtype=torch.float32, **hub_arguments)
+        return load_trainable(source, dtype=torch.float32, **hub_arguments)
     except LoadingError as error:
-        packed = f" is packed, and its latent weights in {LATENT!r}" if subfolder else ""
-        raise UserError(f"--init_from {source!r}{packed} cannot be loaded: {error}") from error
+        raise UserError(f"--init_from {source!r} cannot be loaded: {error}") from error
 
 
 def resize_first_stage(first: nn.Module, config: PreTrainedConfig, source: str) -> None:

@@ -146,19 +146,6 @@ def test_distillation_on_folders_writes_all_files_and_evaluates_again(photos, co
     )
 
 
-def test_packed_weights_cannot_be_trained_and_latent_ones_beside_them_can(photos, config, tmp_path, run_script):
-    common = ["--train_dir", photos, *TRAIN, "--max_steps=1"]
-    result = run_script("--config_name", config, "--output_dir", tmp_path / "out", *common)
-    assert result.returncode == 0, result.stderr
-    more = ["--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "more", *common]
-    assert_refused(run_script(*more), "a bit has no gradient", "--subfolder latent")
-    assert not (tmp_path / "more").exists()
-    result = run_script(*more, "--subfolder=latent", "--save_packed=False")
-    assert result.returncode == 0, result.stderr
-    assert not AutoModelForImageClassification.from_pretrained(tmp_path / "more").is_packed
-    assert not (tmp_path / "more" / "latent").exists()
-
-
 def test_all_augmentations_train_together_and_the_batch_is_logged(photos, config, teacher, tmp_path, run_script):
     result = run_script(
         *["--config_name", config, "--teacher_model_name_or_path", teacher, "--train_dir", photos],
