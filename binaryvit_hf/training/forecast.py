@@ -187,12 +187,11 @@ def log_forecast(
         if seconds:
             teacher, network = network, build_classifier(inputs.config, trust_remote_code=run.model.trust_remote_code)
         seconds[name] = run_seconds(timer.seconds_per_image(network, teacher), run, inputs)
-    parts = ", ".join(f"{format_time(value)} for the {name.split()[0]}" for name, value in seconds.items())
-    logger.info(
-        "Time: about %s on this machine%s.",
-        format_time(sum(seconds.values())),
-        f" ({parts})" if len(seconds) > 1 else "",
-    )
+    parts = ""
+    if len(seconds) > 1:
+        each = (f"{format_time(value)} for the {name.split()[0]}" for name, value in seconds.items())
+        parts = f" ({', '.join(each)})"
+    logger.info("Time: about %s on this machine%s.", format_time(sum(seconds.values())), parts)
     if (free := available_memory()) is not None:
         weights = sum(weight.nbytes for weight in network.parameters())
         logger.info(

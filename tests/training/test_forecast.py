@@ -99,6 +99,16 @@ def test_time_and_memory_are_estimated_for_both_runs_and_no_weight_changes(comma
     assert "student (2 of 2): step 4 of 4" not in logs[1]
 
 
+def test_a_single_run_is_estimated_too(command, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(forecast, "SHORT_RUN", 1)
+    values = json.loads((tmp_path / "run.json").read_text())
+    del values["teacher"]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with caplog.at_level(logging.INFO):
+        assert script.main([*command, str(tmp_path / "out")]) == 0
+    assert "Time: about 1 seconds on this machine." in caplog.text
+
+
 def run_with(training: dict, **inputs):
     defaults = {"do_train": True, "do_eval": True, "max_steps": -1, "num_train_epochs": 4.0, "eval_strategy": "epoch"}
     arguments = SimpleNamespace(training=SimpleNamespace(effective_batch_size=8, **(defaults | training)))
