@@ -44,6 +44,7 @@ from .layers_binaryvit import (
     AvgPoolBranch,
     AvgPoolBranches,
     BinaryLayer,
+    BinaryLinear,
     BinaryPatchConv,
     BinaryProjection,
     DropPath,
@@ -248,7 +249,9 @@ class BinaryViTMLP(nn.Module):
         self.fc2 = BinaryProjection(config, intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.training and self.bits == (1, 1):
+        # A wrapper of a layer, such as PEFT's, computes something else.
+        are_plain = isinstance(self.fc1.linear, BinaryLinear) and isinstance(self.fc2.linear, BinaryLinear)
+        if self.training and self.bits == (1, 1) and are_plain:
             product, pooled = binary_mlp_products(self.fc1, self.fc2.linear, hidden_states)
             return self.fc2.norm_activation(product, pooled)
         return self.fc2(self.fc1(hidden_states))
