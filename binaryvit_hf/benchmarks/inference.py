@@ -126,13 +126,12 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
         for model_name, engine_name, file, options in in_pytorch
     ]
     if importlib.util.find_spec("onnxruntime"):
-        from .onnx_peers import export_networks, load_onnx
+        from .onnx_peers import export_networks, export_packed, load_onnx
 
+        competitors.append(Competitor(network, "onnxruntime, exported", export_packed(packed.parent), load_onnx))
         competitors += [Competitor(*exported, load_onnx) for exported in export_networks(folder)]
     else:
-        logger.info(
-            "DeiT-S, MobileNetV2 and ResNet-18 in onnxruntime are left out: pip install 'binaryvit_hf[benchmark]'"
-        )
+        logger.info("All networks in onnxruntime are left out: pip install 'binaryvit_hf[benchmark]'")
     return competitors
 
 

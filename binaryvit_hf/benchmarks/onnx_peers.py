@@ -1,4 +1,4 @@
-"""Networks of timm in onnxruntime, in float32 and quantised to 8 bits: peers for `inference`."""
+"""Networks in onnxruntime, peers for `inference`: timm's in float32 and in 8 bits, and ours as `binaryvit export` writes it."""
 
 import functools
 import logging
@@ -12,6 +12,9 @@ import timm
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from ..loading import load_classifier
+from ..onnx_export import export_onnx
 
 
 NETWORKS = {  # name in timm: whether it also competes in float32
@@ -70,10 +73,18 @@ def export_float32(name: str, file: Path) -> None:
         )
 
 
+def export_packed(folder: Path) -> Path:
+    """Export the packed model in a folder."""
+    file = folder / "model.onnx"
+    export_onnx(load_classifier(folder), None, file)
+    return file
+
+
 def load_onnx(file: Path, threads: int) -> Callable[[int], list]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
     generator = np.random.default_rng(0)
-    create_images = functools.cache(lambda size: generator.standard_normal((size, *IMAGE_SHAPE), np.float32))
-    return lambda batch_size: session.run(None, {"images": create_images(batch_size)})
+    create_images = functools.cache(lambda size: generator.standard_normal((size, *images.shape[1:]), np.float32))
+    return lambda batch_size: session.run(None, {images.name: create_images(batch_size)})

@@ -70,6 +70,7 @@ def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
     competitors = [
         *(("binaryvit-digits", name) for name in (*kernels, "PyTorch, simulated")),
         *(("vit-digits", name) for name in ("PyTorch float32", "PyTorch bfloat16", "torch.compile")),
+        ("binaryvit-digits", "onnxruntime, exported"),
         *(("resnet10t", name) for name in ("onnxruntime float32", "onnxruntime int8")),
     ]
     results = measured["results"]
@@ -81,11 +82,12 @@ def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
         assert row["ratio"] == peer["seconds"] / row["seconds"]
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds"])
         assert row["seconds_10_90"][0] <= row["seconds"] <= row["seconds_10_90"][1]
-    *ours, latent, floats, half, _, onnx_floats, onnx_bytes = [row["file_bytes"] for row in results][
+    *ours, latent, floats, half, _, exported, onnx_floats, onnx_bytes = [row["file_bytes"] for row in results][
         : len(competitors)
     ]
     assert set(ours) == {ours[0]}
     assert ours[0] < latent / 5
+    assert ours[0] < exported < latent / 2
     assert floats == pytest.approx(2 * half, rel=0.05)
     assert onnx_floats == pytest.approx(4 * onnx_bytes, rel=0.05)
     assert [(first["model"], first["engine"]) for first in measured["starts"]] == competitors
