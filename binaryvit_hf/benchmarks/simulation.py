@@ -94,7 +94,7 @@ def mlp_forward(self: BinaryViTMLP, hidden_states: torch.Tensor) -> torch.Tensor
 
 
 def attention_forward(
-    self: BinaryViTAttention, hidden_states: torch.Tensor, grid_size: tuple[int, int]
+    self: BinaryViTAttention, hidden_states: torch.Tensor, grid_size: tuple[int, int], output_attentions: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query = self.query(hidden_states)
     if self.reduction is not None:
