@@ -7,6 +7,7 @@ import multiprocessing
 import platform
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from command_line import assert_refused, run
@@ -14,7 +15,7 @@ from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
 from warm_python import LIBRARIES
 
-from binaryvit_hf import engine
+from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.benchmarks import inference, onnx_peers
 from binaryvit_hf.benchmarks.simulation import simulate
 from binaryvit_hf.errors import UserError
@@ -62,6 +63,7 @@ def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
 ):
     monkeypatch.setattr(inference, "PEER", "vit-digits")
     monkeypatch.setattr(onnx_peers, "NETWORKS", {"resnet10t": True})
+    monkeypatch.setattr(onnx_peers, "export_onnx", write_copying_network)
     plot = tmp_path / "latency.png"
     arguments = ("--model", "binaryvit-digits", "--threads", 1, "--batch-size", 1, 2, "--steps", 2, "--plot", plot)
     measured = json.loads(run(capsys, "benchmark", *arguments, "--json"))
@@ -82,12 +84,11 @@ def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
         assert row["ratio"] == peer["seconds"] / row["seconds"]
         assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds"])
         assert row["seconds_10_90"][0] <= row["seconds"] <= row["seconds_10_90"][1]
-    *ours, latent, floats, half, _, exported, onnx_floats, onnx_bytes = [row["file_bytes"] for row in results][
+    *ours, latent, floats, half, _, _, onnx_floats, onnx_bytes = [row["file_bytes"] for row in results][
         : len(competitors)
     ]
     assert set(ours) == {ours[0]}
     assert ours[0] < latent / 5
-    assert ours[0] < exported < latent / 2
     assert floats == pytest.approx(2 * half, rel=0.05)
     assert onnx_floats == pytest.approx(4 * onnx_bytes, rel=0.05)
     assert [(first["model"], first["engine"]) for first in measured["starts"]] == competitors
@@ -96,6 +97,14 @@ def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
     printed = inference.format_forwards(measured).splitlines()
     assert len(printed) == 1 + len(results) + 1 + len(kernels)
     assert printed[1].split()[:4] == ["binaryvit-digits", kernels[0], "1", "1"]
+
+
+def write_copying_network(model, processor, file: Path) -> None:
+    """In place of an export, which takes 10 s: a network whose output is its input."""
+    shape = ["batch", *onnx_export.image_shape(model)]
+    images, copies = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "y"))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "copy", [images], [copies])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), file)
 
 
 def load_quick(file: Path, threads: int):
