@@ -506,7 +506,10 @@ AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, BinaryViTQuantizer)
 
 
 class PackableModel(PreTrainedModel):
-    """Loads, saves, packs and uploads. `BinaryViTQuantizer` calls the last five methods."""
+    """
+    Loads, saves, packs and uploads. `BinaryViTQuantizer` calls the methods from `expect_latent_weights` to
+    `unpack_weights`.
+    """
 
     def __init__(self, config, *args, **kwargs):
         check_quantization_config(getattr(config, "quantization_config", None))
