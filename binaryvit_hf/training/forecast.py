@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -119,7 +120,7 @@ class StepTimer:
 
         with seeded_rng(0):
             step()
-            computing = shortest(step) / len(images)
+            computing = median_time(step) / len(images)
         if self.num_workers:
             return max(computing, self.loading / self.num_workers)
         return computing + self.loading
@@ -131,14 +132,14 @@ class StepTimer:
         return nn.functional.interpolate(self.images, as_pair(size))
 
 
-def shortest(step: Callable[[], None]) -> float:
-    """The shortest of a few timed calls, in seconds: other programs can only add to the time."""
+def median_time(step: Callable[[], None]) -> float:
+    """The median of a few timed calls, in seconds."""
     times: list[float] = []
     while len(times) < TIMED_STEPS and sum(times) < SECONDS_TO_TIME:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 def steps_left(run: RunArguments, inputs: Inputs) -> int:
