@@ -64,7 +64,8 @@ def plot_learning_curves(histories: dict[str, TrainingHistory], path: Path) -> N
             if curve.epochs:
                 axes.plot(curve.epochs, curve.values, curve.style, color=curve.color, marker=".", label=curve.label)
         axes.set(title=title, xlabel="epoch", ylabel=unit)
-        if unit != "%":
+        values = [value for curve in curves for value in curve.values]
+        if min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
