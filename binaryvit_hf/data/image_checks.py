@@ -72,7 +72,10 @@ def check_images(
             if split != "train" and background is None:
                 warn_of_transparent_stream(dataset, split)
         else:
-            dataset, names, maybe_transparent = leave_out_broken(dataset, split, skip_broken)
+            whole, names, maybe_transparent = leave_out_broken(dataset, split, skip_broken)
+            if split == "train" and names:
+                check_classes_left(dataset, whole)
+            dataset = whole
             warn_of_appearance(dataset, split, maybe_transparent, background)
             broken += names
         kept[split] = dataset
@@ -104,6 +107,16 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
         dataset = dataset.select(list(maybe_transparent))
         maybe_transparent = dict(enumerate(maybe_transparent.values()))
     return dataset, names, maybe_transparent
+
+
+def check_classes_left(before: Dataset, after: Dataset) -> None:
+    """Raise UserError if all training images of a class are broken: the network could not learn it."""
+    lost = sorted(set(before["label"][:]) - set(after["label"][:]))
+    if lost:
+        name = before.features["label"].names[lost[0]]
+        raise UserError(
+            f"No training image of the class {name!r} can be read: replace its broken images, or remove the class."
+        )
 
 
 def warn_of_appearance(

@@ -11,6 +11,8 @@ from .decoding import quote_path
 from .image_files import describe_left_out, find_images
 
 
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,6 +69,12 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
         raise UserError(
             f"--{split}_dir: the class folder {str(folder / empty[0])!r} has no file with an image's extension, such as "
             ".jpg; add images or remove the folder."
+        )
+    names = {child.name.lower() for child in children}
+    if not any(path.parent.name == name for name, paths in classes.items() for path in paths) and names <= SPLIT_NAMES:
+        raise UserError(
+            f"--{split}_dir: {str(folder)!r} has the folders {', '.join(map(repr, classes))}, which are no classes: give the "
+            "splits with --train_dir and --validation_dir."
         )
     if left_out:
         logger.warning("%s", describe_left_out(left_out, folder))

@@ -21,7 +21,7 @@ from .arguments import DistillationTrainingArguments, ModelArguments, RunArgumen
 from .batch_checks import check_batches
 from .checkpoints import describe_damage, last_whole_checkpoint
 from .models import build_meta_network, load_config, load_first_weights, load_processor
-from .run_folder import compare_with_recorded, is_finished, read_json
+from .run_folder import compare_training_images, compare_with_recorded, is_finished, read_json
 from .unused_arguments import find_unused
 
 
@@ -59,6 +59,14 @@ def check_arguments(arguments: RunArguments) -> None:
         )
     if training_arguments.do_train and data_arguments.validation_dir and not data_arguments.train_dir:
         raise UserError("--do_train needs --train_dir beside --validation_dir.")
+    output_dir = Path(training_arguments.output_dir)
+    for name in ("train_dir", "validation_dir"):
+        folder = getattr(data_arguments, name)
+        if folder and output_dir.resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"--output_dir {str(output_dir)!r} is inside --{name} {folder!r}, whose sub-folders are classes: choose an "
+                "--output_dir elsewhere."
+            )
     for name in ("config_overrides", "init_from"):
         if getattr(model_arguments, name) and not model_arguments.config_name:
             raise UserError(
@@ -108,7 +116,7 @@ def prepare(arguments: RunArguments, loaded: dict[str, CheckedImages] | None = N
         indices = match_labels(config, labels, f"--model_name_or_path {model_arguments.model_name_or_path!r}")
         warn_of_absent_labels(config, indices)
         images = relabel(images, indices, config.num_labels)
-    checkpoint, finished = find_earlier_run(output_dir, config, arguments)
+    checkpoint, finished = find_earlier_run(output_dir, config, arguments, images)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
             training_arguments.hub_model_id or output_dir.absolute().name,
@@ -185,12 +193,14 @@ def warn_of_absent_labels(config: PreTrainedConfig, indices: list[int]) -> None:
         )
 
 
-def find_earlier_run(output_dir: Path, config: PreTrainedConfig, arguments: RunArguments) -> tuple[str | None, bool]:
+def find_earlier_run(
+    output_dir: Path, config: PreTrainedConfig, arguments: RunArguments, images: ImageSplits
+) -> tuple[str | None, bool]:
     """
     The checkpoint in the output directory to resume from, if any, and whether this run is finished.
 
     Raises:
-        UserError: the folder is not writable, or holds a run of another network or of other arguments.
+        UserError: the folder is not writable, or holds a run of another network, of other arguments or of other images.
     """
     training_arguments = arguments.training
     if training_arguments.process_index == 0:
@@ -202,6 +212,7 @@ def find_earlier_run(output_dir: Path, config: PreTrainedConfig, arguments: RunA
     if training_arguments.resume_from_checkpoint or not training_arguments.do_train:
         return chosen_checkpoint(training_arguments, last), False
     compare_with_recorded(output_dir, arguments)
+    compare_training_images(output_dir, images["train"])
     if is_finished(output_dir):
         logger.info("%s is trained already; it is evaluated again.", output_dir)
         return None, True
@@ -214,12 +225,26 @@ def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path)
     """Raise UserError if the config in `folder`, the output directory or a checkpoint in it, differs from `config`."""
     # Compare as JSON, which turns tuples into lists.
     found, given = read_json(folder / "config.json"), json.loads(config.to_json_string())
+    remedy = "choose another --output_dir, or remove this one"
+    before, now = stored_labels(found), stored_labels(given)
+    if before and (changed := [name for name in [*now, *before] if (name in now) != (name in before)]):
+        change = "is new" if changed[0] in now else "is missing now"
+        raise UserError(
+            f"--output_dir {str(output_dir)!r} holds a run with {len(before)} classes, and there are {len(now)} ({changed[0]!r} "
+            f"{change}): {remedy}."
+        )
     for field in ("model_type", *type(config).__annotations__, "id2label"):
         if found.get(field) != given.get(field):
             raise UserError(
                 f"--output_dir {str(output_dir)!r} holds another model's run (its {field} is {found.get(field)}, not "
-                f"{given.get(field)}): choose another --output_dir, or remove this one."
+                f"{given.get(field)}): {remedy}."
             )
+
+
+def stored_labels(config: dict) -> list:
+    """The class names in a config.json; empty if it has none or is damaged."""
+    labels = config.get("id2label")
+    return list(labels.values()) if isinstance(labels, dict) else []
 
 
 def chosen_checkpoint(arguments: DistillationTrainingArguments, last: Path | None) -> str | None:

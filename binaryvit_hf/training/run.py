@@ -63,6 +63,8 @@ def train_and_evaluate(arguments: list[str]) -> None:
     # Prepare every run first: an error in the student's inputs must not wait for its teacher's training.
     loaded: dict = {}
     prepared = [prepare(run_arguments, loaded) for run_arguments in runs]
+    if len(runs) == 2:
+        check_teacher_is_the_students(prepared, runs[1].training)
     names = ["teacher (1 of 2)", "student (2 of 2)"] if len(runs) == 2 else [""]
     to_train = {
         name: (run_arguments, inputs)
@@ -82,6 +84,17 @@ def train_and_evaluate(arguments: list[str]) -> None:
     if rank() == 0:
         trained = runs[-1].training.do_train
         print("\n".join([*summary, *(next_steps(runs[-1].training, prepared[-1]) if trained else [])]))
+
+
+def check_teacher_is_the_students(prepared: list[Inputs], student: DistillationTrainingArguments) -> None:
+    """Raise UserError if a teacher is to be trained whose student has learned already, from an earlier teacher."""
+    of_teacher, of_student = prepared
+    if of_teacher.finished or not (of_student.finished or of_student.checkpoint) or student.resume_from_checkpoint:
+        return
+    raise UserError(
+        f"--output_dir {student.output_dir!r} holds a student of an earlier teacher: choose another --output_dir, or remove "
+        "this one."
+    )
 
 
 def run(

@@ -1,5 +1,6 @@
 """The files that describe a run in its output directory: its arguments and results."""
 
+import hashlib
 import json
 import os
 import sys
@@ -7,12 +8,17 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
+from ..data.image_checks import is_embedded
+from ..data.streaming import ImageStream
 from ..errors import UserError, first_sentence
 from .arguments import RunArguments
 
 
 RUN_ARGUMENTS = "run_arguments.json"  # the arguments of the run that made the weights in the folder
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
+TRAINING_IMAGES = "_training_images.json"  # of the run that started last; never uploaded
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results.json")
 # Secrets, and arguments that may differ each time a run is resumed.
@@ -93,6 +99,27 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
             )
 
 
+def compare_training_images(output_dir: Path, images: Dataset | ImageStream) -> None:
+    """Raise UserError if the run in the output directory was started with other training images."""
+    recorded, given = read_json(output_dir / TRAINING_IMAGES), identify_images(images)
+    if recorded and recorded != given:
+        raise UserError(
+            f"--output_dir {str(output_dir)!r} holds a run on other training images ({recorded.get('images')} before, "
+            f"{given['images']} now): choose another --output_dir, remove this one, or continue it with "
+            "--resume_from_checkpoint."
+        )
+
+
+def identify_images(images: Dataset | ImageStream) -> dict:
+    """The number of images, and a digest of their labels and, for files, of their names. A stream has only a number."""
+    if isinstance(images, ImageStream):
+        return {"images": len(images)}
+    content = [images["label"][:]]
+    if not is_embedded(images):
+        content.append([Path(encoded["path"] or "").name for encoded in images["image"][:]])
+    return {"images": len(images), "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+
+
 def normalize(name: str, value: Any) -> Any:
     """Make paths absolute: `photos`, `photos/` and `./photos` are one folder."""
     return os.path.abspath(value) if name in PATH_ARGUMENTS and isinstance(value, str) else value
@@ -103,13 +130,18 @@ def is_finished(output_dir: Path) -> bool:
     return (output_dir / TRAIN_RESULTS).is_file() and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
 
 
-def record_start(output_dir: Path, arguments: RunArguments) -> None:
-    """Write the arguments of a run that starts. A finished run in the folder keeps its own until `record_end`."""
+def record_start(output_dir: Path, arguments: RunArguments, images: Dataset | ImageStream) -> None:
+    """
+    Write the arguments and training images of a run that starts. A finished run in the folder keeps its arguments until
+    `record_end`.
+    """
     continues = any((output_dir / name).is_file() for name in (TRAIN_RESULTS, UNFINISHED_RUN_ARGUMENTS))
     name = UNFINISHED_RUN_ARGUMENTS if continues else RUN_ARGUMENTS
-    partial = output_dir / f"{name}.writing"
-    partial.write_text(json.dumps(arguments_to_json(arguments), indent=2) + "\n", encoding="utf-8")
-    partial.replace(output_dir / name)
+    contents = {TRAINING_IMAGES: identify_images(images), name: arguments_to_json(arguments)}
+    for file, content in contents.items():
+        partial = output_dir / f"{file}.writing"
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(output_dir / file)
 
 
 def record_end(output_dir: Path) -> None:

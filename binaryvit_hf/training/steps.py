@@ -117,7 +117,7 @@ class TrainingRun:
             log_batch(arguments)
             if self.arguments.data.streaming:
                 logger.info("Streaming: %s", self.inputs.images["train"])
-            record_start(self.output_dir, self.arguments)
+            record_start(self.output_dir, self.arguments, self.inputs.images["train"])
         earlier_metrics = read_json(self.output_dir / TRAIN_RESULTS)
         result = trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
         if trainer.termination.terminated:

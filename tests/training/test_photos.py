@@ -1,10 +1,12 @@
 """`configs/photos.json`: from a folder of pictures to `binaryvit classify`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import refusal
 from golden_data import CONFIGS
 from pictures import write_pictures
 from tiny import tiny_config, tiny_model
@@ -86,6 +88,41 @@ def test_a_trained_binary_network_of_other_classes_can_be_the_students_start(tin
     flags = ["--model_name_or_path", str(tmp_path / "trained"), "--subfolder=latent", "--ignore_mismatched_sizes"]
     assert script.main([*tiny_photos, *flags]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "ant", "1": "bee"}
+
+
+def test_a_finished_run_is_not_reused_for_other_pictures_classes_or_another_teacher(tiny_photos, tmp_path, capsys):
+    ant, out = tmp_path / "photos" / "ant", str(tmp_path / "out")
+    assert script.main(tiny_photos) == 0
+    (tmp_path / "out-teacher").rename(tmp_path / "away")
+    assert f"'{out}' holds a student of an earlier teacher" in refusal(capsys, *tiny_photos)
+    (tmp_path / "away").rename(tmp_path / "out-teacher")
+    shutil.copy(ant / "0.png", ant / "new.png")
+    assert f"{out}-teacher' holds a run on other training images (6 before, 7 now)" in refusal(capsys, *tiny_photos)
+    (ant / "3.png").unlink()
+    assert "holds a run on other training images (6 before, 6 now)" in refusal(capsys, *tiny_photos)
+    (tmp_path / "photos" / "bee").rename(tmp_path / "photos" / "wasp")
+    assert "holds a run with 2 classes, and there are 2 ('wasp' is new)" in refusal(capsys, *tiny_photos)
+
+
+def test_a_class_whose_images_are_all_broken_is_refused(tiny_photos, tmp_path, capsys):
+    (tmp_path / "photos" / "cow").mkdir()
+    (tmp_path / "photos" / "cow" / "0.png").write_bytes(b"no picture")
+    assert "No training image of the class 'cow' can be read" in refusal(capsys, *tiny_photos)
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/out", "link/out"])
+def test_results_inside_of_the_photos_would_become_a_class(out, tiny_photos, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    message = refusal(capsys, *tiny_photos, "--output_dir", tmp_path / out)
+    assert f"{tmp_path / out}' is inside --train_dir" in message.replace("-teacher", "")
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["ant", "bee"]
+
+
+def test_folders_of_splits_are_no_classes(tiny_photos, tmp_path, capsys):
+    for split in ("train", "Validation"):
+        write_pictures(tmp_path / "splits" / split, ("ant", "bee"), 1)
+    message = refusal(capsys, *tiny_photos, "--train_dir", tmp_path / "splits")
+    assert "splits' has the folders 'Validation', 'train', which are no classes" in message
 
 
 def write_clothes(folder: Path) -> Path:
