@@ -43,7 +43,6 @@ from .functional_binaryvit import (
 from .layers_binaryvit import (
     AvgPoolBranch,
     AvgPoolBranches,
-    BinaryLayer,
     BinaryLinear,
     BinaryPatchConv,
     BinaryProjection,
@@ -464,9 +463,6 @@ class BinaryViTPreTrainedModel(PackableModel):
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, BinaryLayer):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            init.zeros_(module.shift)
         elif isinstance(module, RPReLU):
             init.constant_(module.slope, 0.25)
             init.zeros_(module.shift_in)
@@ -503,8 +499,7 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
     """
     BinaryViT backbone without classifier (Le & Li, CVPRW 2023, arXiv 2306.16678).
 
-    Raises:
-        ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
+    A config with a quantization_config builds packed layers, which compute NaN until their weights are loaded.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
@@ -596,11 +591,9 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
     A feature map is the residual stream after the stage's last layer, without a class token. "stem" is the output of
     the embeddings. `out_features` and `out_indices` of the config choose the maps.
 
-    Packed weights stay frozen: training a head on them leaves this module in evaluation mode, on the engine. Save it
-    apart from the head, whose `from_pretrained` builds a latent backbone.
-
-    Raises:
-        ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
+    Packed weights stay frozen: training a head on them leaves this module in evaluation mode, on the engine. A head
+    saves and loads a packed backbone if its `backbone_config` is the config of the backbone, which has a
+    quantization_config. Such a config builds packed layers that compute NaN until their weights are loaded.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^(binaryvit\.)?norm\.", r"^classifier\."]
@@ -621,7 +614,9 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
         return BinaryViTBackbone
 
     def train(self, mode: bool = True):
-        """Does not change packed weights to training mode: a head on them is trained while they are frozen."""
+        """Keeps a packed backbone frozen and in evaluation mode: the head on it is trained."""
+        if self.is_packed:
+            self.requires_grad_(False)  # transformers' loader of a head makes every float tensor trainable
         return super().train(mode and not self.is_packed)
 
     @merge_with_config_defaults

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -77,8 +78,8 @@ CONFIG_FIELDS = (
 SIZE_FIELDS = ("image_size", "patch_size")
 # Arguments of `from_pretrained` that say where a repository's files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Whether `from_pretrained` may make a head of another shape anew (`ignore_mismatched_sizes`); the quantizer is not told.
-NEW_HEAD = contextvars.ContextVar("NEW_HEAD", default=False)
+# Arguments of the `from_pretrained` that runs, which modules and quantizer are not told; None outside of it.
+LOADING: contextvars.ContextVar[dict | None] = contextvars.ContextVar("LOADING", default=None)
 # auto_map of saved configs, for machines without this package. transformers would write only the saved class.
 AUTO_MAP = {
     "AutoConfig": "configuration_binaryvit.BinaryViTConfig",
@@ -437,7 +438,12 @@ def stored_name(name: str, stored: dict, model: nn.Module) -> str | None:
 def is_new_head(name: str, model: PreTrainedModel) -> bool:
     """Whether a tensor belongs to the head and may have another shape in the checkpoint."""
     of_head = model.base_model is not model and not name.startswith(model.base_model_prefix + ".")
-    return NEW_HEAD.get() and of_head
+    return may_mismatch() and of_head
+
+
+def may_mismatch() -> bool:
+    """Whether the running `from_pretrained` may make tensors of another shape anew."""
+    return bool((LOADING.get() or {}).get("ignore_mismatched_sizes"))
 
 
 # ---- Quantizer of transformers ----
@@ -515,6 +521,41 @@ class PackableModel(PreTrainedModel):
         check_quantization_config(getattr(config, "quantization_config", None))
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self):
+        """
+        Transformers calls it when all modules exist.
+
+        A model of another kind builds its backbone from the config and then loads tensors by name. So the backbone of
+        a packed config has packed layers at once. They compute NaN until they are loaded.
+
+        Raises:
+            ValueError: the config is of packed weights, and the network is a new classifier.
+        """
+        if LOADING.get() is None and getattr(self.config, "quantization_config", None) is not None:
+            if self.base_model is not self:
+                raise ValueError(
+                    "The quantization_config is of packed weights, which a new network does not have: load them with "
+                    "from_pretrained, or remove quantization_config."
+                )
+            expect_packed_layers(self)
+        super().post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, PackedLinear):
+            init.constant_(module.weight_scale, math.nan)
+        elif isinstance(module, BinaryLayer):
+            if is_loaded(module.shift) and not is_loaded(module.weight) and not may_mismatch():
+                name = next(name for name, layer in binary_layers(self).items() if layer is module)
+                raise ValueError(
+                    f"Tensor {name + '.packed_weight'!r} is packed, but config.json has no quantization_config: load the "
+                    "config.json that was saved with it. A head on a packed backbone needs the backbone's own config as "
+                    "its backbone_config."
+                )
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.zeros_(module.shift)
+        else:
+            super()._init_weights(module)
+
     @classmethod
     @torch.inference_mode(False)  # PyTorch does not count changes of tensors made in inference mode
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
@@ -532,7 +573,12 @@ class PackableModel(PreTrainedModel):
         kwargs, image_size = at_stored_image_size(cls.config_class, pretrained_model_name_or_path, kwargs)
         if isinstance(kwargs.get("quantization_config"), dict):
             kwargs["quantization_config"] = BinaryViTQuantizationConfig(**kwargs["quantization_config"])
-        token = NEW_HEAD.set(bool(kwargs.get("ignore_mismatched_sizes")))
+        config = kwargs.get("config")
+        if isinstance(getattr(config, "quantization_config", None), QuantizationConfigMixin):
+            # The config of a loaded model has an object, but transformers reads a dictionary.
+            kwargs["config"] = config = copy.deepcopy(config)
+            config.quantization_config = config.quantization_config.to_dict()
+        token = LOADING.set(kwargs)
         try:
             model, loading_info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -541,7 +587,7 @@ class PackableModel(PreTrainedModel):
         except SafetensorError as error:
             raise ValueError(f"The weights of {str(pretrained_model_name_or_path)!r} are damaged: {error}") from error
         finally:
-            NEW_HEAD.reset(token)
+            LOADING.reset(token)
         if image_size is not None:
             model.resize_position_embeddings(image_size)
         if model.is_packed:
@@ -553,7 +599,24 @@ class PackableModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
+        self.match_quantizer()
         super().save_pretrained(*args, **kwargs)
+
+    def match_quantizer(self) -> None:
+        """
+        Give a packed model a quantizer, from which transformers gets the content of its files, and take it from others.
+
+        `from_pretrained` does so too. But layers may be packed and unpacked later, in this model or in one around it.
+        """
+        quantizer = getattr(self, "hf_quantizer", None)
+        if self.is_packed and quantizer is None:
+            packing = getattr(self.config, "quantization_config", None) or {}
+            if isinstance(packing, dict):
+                packing = BinaryViTQuantizationConfig(**packing)
+            self.hf_quantizer = BinaryViTQuantizer(packing, pre_quantized=True)
+            self.config.quantization_config = packing
+        elif not self.is_packed and quantizer is not None:
+            quantizer.remove_quantization_config(self)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """
@@ -663,6 +726,7 @@ class PackableModel(PreTrainedModel):
             ValueError: the model is not packed, or is offloaded.
         """
         if not latent:
+            self.match_quantizer()
             return super().dequantize() if dtype is None else super().dequantize(dtype)
         if not self.is_packed:
             raise ValueError("The model is not packed, so it has no bits to make latent weights from.")
@@ -672,8 +736,7 @@ class PackableModel(PreTrainedModel):
         weights = {name: latent_weight(packed, dtype, name) for name, packed in packed_layers(self).items()}
         for name, weight in weights.items():
             self.set_submodule(name, unpacked_layer(self.get_submodule(name), self.config, weight))
-        if getattr(self, "hf_quantizer", None) is not None:
-            self.hf_quantizer.remove_quantization_config(self)
+        self.match_quantizer()
         return self.requires_grad_(True).to(dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -759,36 +822,30 @@ def stored_sizes(config_class: type[PreTrainedConfig], source, where: dict) -> d
 def check_quantization_config(quantization_config) -> None:
     """
     Raises:
-        ValueError: the config is of packed weights, but the network is new; or its quant_method is another one.
+        ValueError: the quant_method is another one.
     """
     if quantization_config is None:
         return
-    is_new = isinstance(quantization_config, dict)  # from_pretrained passes an object
-    method = quantization_config.get("quant_method") if is_new else quantization_config.quant_method
+    is_dict = isinstance(quantization_config, dict)
+    method = quantization_config.get("quant_method") if is_dict else quantization_config.quant_method
     if method != QUANT_METHOD:
         raise ValueError(f"quant_method must be {QUANT_METHOD!r} for BinaryViT, not {method!r}.")
-    if is_new:
-        raise ValueError(
-            "The quantization_config is of packed weights, which a new network does not have: load them with "
-            "from_pretrained, or remove quantization_config."
-        )
+
+
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether transformers has loaded a tensor from a checkpoint, and so does not initialise it."""
+    return getattr(tensor, "_is_hf_initialized", False)
 
 
 def check_loading(model: PackableModel, loading_info: dict) -> None:
     """
     Raises:
-        ValueError: packed weights are missing, or were found and not loaded.
+        ValueError: tensors of a packed model are missing.
     """
     mismatched = {key for key, *_ in loading_info["mismatched_keys"] if not is_new_head(key, model)}
     missing = {*loading_info["missing_keys"], *mismatched}
     if model.is_packed and missing:
         raise ValueError(f"The checkpoint lacks the tensor {min(missing)!r}: load it with the class that saved it.")
-    packed = [key for key in loading_info["unexpected_keys"] if key.endswith(".packed_weight")]
-    if packed:
-        raise ValueError(
-            f"Tensor {min(packed)!r} is packed, but config.json has no quantization_config: load the config.json that "
-            "was saved with it."
-        )
 
 
 # ---- Upload of a packed model with its latent weights ----

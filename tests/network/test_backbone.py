@@ -158,10 +158,14 @@ def pyramid_config(**changes) -> BinaryViTConfig:
     return tiny_config(out_features=["stage1", "stage2"], **changes)
 
 
-def segmentation_model(seed: int = 0) -> UperNetForSemanticSegmentation:
-    torch.manual_seed(seed)
+def segmentation_model(config=None) -> UperNetForSemanticSegmentation:
+    torch.manual_seed(0)
     config = UperNetConfig(
-        backbone_config=pyramid_config(), hidden_size=8, pool_scales=[1, 2], use_auxiliary_head=False, num_labels=3
+        backbone_config=config or pyramid_config(),
+        hidden_size=8,
+        pool_scales=[1, 2],
+        use_auxiliary_head=False,
+        num_labels=3,
     )
     return UperNetForSemanticSegmentation(config)
 
@@ -203,6 +207,55 @@ def test_a_segmentation_head_trains_on_a_frozen_packed_backbone(tmp_path):
     assert model.backbone.engine.name == (engine.kernels_here() or ["torch"])[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.state_dict().items())
     assert model.eval()(tiny_images()).logits.shape == (2, 3, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def packed_backbone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pyramid")
+    tiny_model(pyramid_config()).save_pretrained(folder)
+    return BinaryViTBackbone.from_pretrained(folder, quantization_config=BinaryViTQuantizationConfig())
+
+
+def test_a_head_saves_its_packed_backbone_and_loads_it_frozen_and_on_the_engine(packed_backbone, tmp_path):
+    model = segmentation_model(config=packed_backbone.config).eval()
+    assert model.backbone(tiny_images()).feature_maps[-1].isnan().all()  # built, but not loaded
+    model.backbone = packed_backbone
+    model.save_pretrained(tmp_path / "head")
+    loaded, info = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert not any(info.values())
+    assert_same_network(loaded.train().backbone, packed_backbone)
+    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tiny_images()).logits, model(tiny_images()).logits)
+    loaded.backbone.save_pretrained(tmp_path / "backbone")
+    assert_same_network(BinaryViTBackbone.from_pretrained(tmp_path / "backbone"), packed_backbone)
+    options = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    new_head = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "head", **options)
+    assert_same_network(new_head.backbone, packed_backbone)
+
+
+def assert_same_network(backbone, expected) -> None:
+    assert backbone.is_packed
+    assert backbone.engine == expected.engine
+    for ours, theirs in zip(backbone(tiny_images()).feature_maps, expected(tiny_images()).feature_maps, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_head_with_the_config_of_a_latent_backbone_does_not_load_packed_weights(packed_backbone, tmp_path):
+    model = segmentation_model()
+    model.backbone = packed_backbone
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"packed_weight' is packed, .* own config as its backbone_config\.$"):
+        UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+
+
+def test_packed_weights_that_a_head_lacks_give_nan(packed_backbone, tmp_path):
+    model = segmentation_model(config=packed_backbone.config)
+    model.backbone = packed_backbone
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".stages.0.layers.0." not in name}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+    assert loaded(tiny_images()).logits.isnan().all()
 
 
 def test_a_detection_head_trains_a_latent_backbone():

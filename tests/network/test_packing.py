@@ -1,5 +1,6 @@
 """Packed weights: the format, bit-identical outputs, and every way that a file may be wrong."""
 
+import copy
 import json
 import logging
 import shutil
@@ -458,6 +459,43 @@ def test_a_packed_config_builds_no_network_of_random_weights(packed):
     config = AutoConfig.from_pretrained(packed)
     with pytest.raises(ValueError, match="packed weights, which a new network does not have"):
         AutoModelForImageClassification.from_config(config)
+
+
+def test_a_packed_folder_loads_with_the_config_of_a_loaded_model(packed):
+    model = AutoModelForImageClassification.from_pretrained(packed)
+    expected = copy.deepcopy(model.config.to_dict())
+    for kind in (AutoModelForImageClassification, BinaryViTForImageClassification):
+        again = kind.from_pretrained(packed, config=model.config)
+        assert torch.equal(logits(again), logits(model))
+    assert model.config.to_dict() == expected
+    with pytest.raises(ValueError, match="new network does not have"):
+        BinaryViTForImageClassification(model.config)
+
+
+def test_a_model_that_is_packed_in_place_is_saved_with_what_loading_needs(tmp_path):
+    model = tiny_model().eval()
+    model.pack_weights()
+    model.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.binaryvit.save_pretrained(tmp_path / "backbone")
+    backbone = AutoModel.from_pretrained(tmp_path / "backbone")
+    assert torch.equal(backbone(tiny_images())[0], loaded.binaryvit(tiny_images())[0])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_whose_layers_are_unpacked_and_packed_again_is_saved_as_it_is(packed, tmp_path, whole):
+    model = AutoModelForImageClassification.from_pretrained(packed)
+    expected = logits(model)
+    unpacked = model if whole else model.base_model
+    unpacked.dequantize(latent=True)
+    model.save_pretrained(tmp_path / "latent")
+    assert not AutoModelForImageClassification.from_pretrained(tmp_path / "latent").is_packed
+    unpacked.pack_weights()
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
+    assert again.is_packed
+    torch.testing.assert_close(logits(again), expected)
 
 
 def test_a_packed_backbone_is_not_loaded_as_a_classifier(packed, tmp_path):
