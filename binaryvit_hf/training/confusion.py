@@ -124,7 +124,7 @@ def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
     low, high = wilson_interval(matrix.correct, matrix.images)
     lines = [
         f"accuracy:  {matrix.correct / matrix.images:.1%} of {matrix.images} {images_name} images "
-        f"(95 % interval: {low:.1%} to {high:.1%})"
+        f"(95 % confidence interval: {low:.1%} to {high:.1%})"
     ]
     for pair in matrix.most_confused(3):
         lines.append(

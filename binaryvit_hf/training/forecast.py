@@ -53,15 +53,15 @@ def describe_images(images: ImageSplits, balanced: bool) -> None:
     counts = Counter(dict.fromkeys(names, 0))
     counts.update(names[label] for label in train["label"][:])
     (largest, most), (smallest, least) = max_and_min(counts)
+    sizes = f"{least} training images each"
+    if least < most:
+        sizes = f"from {least} training images ({smallest!r}) to {most} ({largest!r})"
     logger.info(
-        "Images: %d to train on, %d to evaluate on; %d classes, from %d training images (%r) to %d (%r).",
+        "Images: %d to train on, %d to evaluate on; %d classes, %s.",
         len(train),
         len(images["validation"]),
         len(names),
-        least,
-        smallest,
-        most,
-        largest,
+        sizes,
     )
     few = [f"{name!r} ({count})" for name, count in counts.items() if count < FEW_IMAGES]
     if few:

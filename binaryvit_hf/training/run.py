@@ -8,7 +8,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from ..data.streaming import ImageStream
 from ..doctor import check_engine_variable
@@ -31,6 +33,7 @@ def main(arguments: list[str]) -> int:
     is_first = rank() == 0
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_first else logging.ERROR)
     keep_freed_memory()
+    hide_progress_of_files()
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
@@ -53,6 +56,14 @@ def main(arguments: list[str]) -> int:
             raise
         return leave(code)  # another process failed and has shown its error; this one was waiting for it
     return 0
+
+
+def hide_progress_of_files() -> None:
+    """Hide transformers' bars for each checkpoint that is read or written. Downloads keep theirs."""
+    downloads_are_hidden = are_progress_bars_disabled()
+    disable_progress_bar()
+    if not downloads_are_hidden:
+        enable_progress_bars()
 
 
 def train_and_evaluate(arguments: list[str]) -> None:
@@ -78,12 +89,15 @@ def train_and_evaluate(arguments: list[str]) -> None:
     for name, run_arguments, inputs in zip(names, runs, prepared):
         PartialState().wait_for_everyone()  # the first process writes the teacher that all processes load
         summary = run(run_arguments, inputs, name, to_train if name == first else {})
+        if run_arguments is not runs[-1]:
+            logger.info("%s", "\n".join(summary))
     # Leave together: a process that exits early may abort, and torchrun then ends others that still write.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
     if rank() == 0:
-        trained = runs[-1].training.do_train
-        print("\n".join([*summary, *(next_steps(runs[-1].training, prepared[-1]) if trained else [])]))
+        last = runs[-1].training
+        lines = [*summary, f"metrics:   {Path(last.output_dir) / 'all_results.json'}"]
+        print("\n".join([*lines, *(next_steps(last, prepared[-1]) if last.do_train else [])]))
 
 
 def check_teacher_is_the_students(prepared: list[Inputs], student: DistillationTrainingArguments) -> None:
@@ -146,6 +160,7 @@ def next_steps(arguments: DistillationTrainingArguments, inputs: Inputs) -> list
         f"pictures:  {', '.join(str(folder / name) for name in pictures)}",
         f"its card:  {folder / 'README.md'}",
         "",
+        "Classify images, load the model in Python, or publish it:",
         shlex.join(["binaryvit", "classify", str(folder), image]),
         shlex.join(["python", "-c", f"import binaryvit_hf; from transformers import pipeline; print({classify})"]),
         shlex.join(["binaryvit", "push", str(folder), folder.absolute().name]),

@@ -141,8 +141,12 @@ class TrainingRun:
         metrics = self.trainer.evaluate()
         metrics["eval_samples"] = len(self.inputs.images["validation"])
         metrics |= self.describe_confusion("eval", "held-out")
+        if "eval_top5_accuracy" in metrics:
+            share = f"{metrics['eval_top5_accuracy']:.1%}"
+            self.summary.insert(1, f"top 5:     {share} have their label among the five most likely classes")
         if self.teacher is not None:
             metrics |= self.describe_teacher(self.teacher)
+            self.summary.insert(1, f"teacher:   {metrics['teacher_accuracy']:.1%} of the same images")
         if self.inputs.broken:
             metrics["skipped_images"] = len(self.inputs.broken)
         self.save_metrics("eval", metrics)
@@ -170,7 +174,7 @@ class TrainingRun:
         """Draw the confusion matrix of the last evaluation. Returns the confidence interval of its accuracy."""
         matrix = self.confusion
         assert matrix is not None
-        self.summary = describe(matrix, images_name)
+        self.summary += describe(matrix, images_name)
         if self.trainer.is_world_process_zero():
             self.output_dir.mkdir(parents=True, exist_ok=True)
             matrix.plot(
@@ -181,7 +185,6 @@ class TrainingRun:
         return {f"{split}_accuracy_low": low, f"{split}_accuracy_high": high}
 
     def save_metrics(self, split: str, metrics: dict) -> None:
-        self.trainer.log_metrics(split, metrics)
         self.trainer.save_metrics(split, metrics)
 
     def report(self) -> None:
@@ -201,14 +204,11 @@ class TrainingRun:
 
 def log_batch(arguments: DistillationTrainingArguments) -> None:
     batch, recipe_batch = arguments.effective_batch_size, arguments.learning_rate_batch_size
-    logger.info(
-        "Batch: %d images (%d processes of %d, %d accumulated); learning rate: %g",
-        batch,
-        arguments.world_size,
-        arguments.train_batch_size,
-        arguments.gradient_accumulation_steps,
-        arguments.scaled_learning_rate,
-    )
+    processes, accumulated = arguments.world_size, arguments.gradient_accumulation_steps
+    parts = ""
+    if processes * accumulated > 1:
+        parts = f" ({processes} processes of {arguments.train_batch_size}, {accumulated} accumulated)"
+    logger.info("Batch: %d images%s; learning rate: %g", batch, parts, arguments.scaled_learning_rate)
     if recipe_batch is not None and batch != recipe_batch:
         logger.warning(
             "The recipe is for a batch of %d images, so the learning rate was scaled from %g. For the recipe's own batch "

@@ -94,9 +94,10 @@ def test_time_and_memory_are_estimated_for_both_runs_and_no_weight_changes(comma
     assert ("Memory: about" in logs[0]) is (sys.platform == "linux")
     assert logs[0].count("Time: about") == logs[0].count("Images: 11 to train on") == 1
     assert "Time: about" not in logs[1]
-    assert "teacher (1 of 2): step 2 of 3, about" in logs[1]
-    assert "student (2 of 2): step 2 of 4, about" in logs[1]
-    assert "student (2 of 2): step 4 of 4" not in logs[1]
+    line = r"{}: epoch 0.6667, step 2 of {}: training loss [\d.]+, about 1 seconds left\n"
+    assert re.search(line.format(r"teacher \(1 of 2\)", 3), logs[1])
+    assert re.search(line.format(r"student \(2 of 2\)", 4), logs[1])
+    assert re.search(r"student \(2 of 2\): epoch 1.333, step 4 of 4: training loss [\d.]+\n", logs[1])
 
 
 def test_a_single_run_is_estimated_too(command, tmp_path, caplog, monkeypatch):
@@ -141,7 +142,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("output", [Terminal, io.StringIO])
-def test_a_terminal_shows_a_bar_with_the_runs_name_and_a_log_file_lines(output, tmp_path, monkeypatch, caplog):
+def test_a_terminal_shows_a_bar_with_the_runs_name_and_a_log_file_lines(output, tmp_path, monkeypatch, caplog, capsys):
     trainer = tiny_trainer(tmp_path, disable_tqdm=True, logging_steps=1)
     trainer.add_callback(NamedProgress("student (2 of 2)"))
     monkeypatch.setattr(sys, "stderr", output())
@@ -149,4 +150,6 @@ def test_a_terminal_shows_a_bar_with_the_runs_name_and_a_log_file_lines(output, 
         trainer.train()
     shown = sys.stderr.getvalue()
     assert ("student (2 of 2): 100%" in shown) is (output is Terminal)
-    assert ("student (2 of 2): step 1 of 2, about 1 seconds left" in caplog.text) is (output is not Terminal)
+    line = r"student \(2 of 2\): epoch 0.25, step 1 of 2: training loss [\d.]+"
+    assert bool(re.search(f"{line}, about 1 seconds left", caplog.text)) is (output is not Terminal)
+    assert bool(re.search(line, capsys.readouterr().out)) is (output is Terminal)

@@ -63,7 +63,12 @@ def test_both_runs_train_and_the_folder_is_classified(tiny_photos, tmp_path, cap
     for result in results:
         assert (result["train_samples"], result["eval_samples"], result["skipped_images"]) == (5, 2, 1)
     assert results[1]["teacher_accuracy"] == results[0]["eval_accuracy"]  # of the same images
-    capsys.readouterr()
+    shown = capsys.readouterr()
+    assert "Writing model shards" not in shown.err
+    assert "Loading weights" not in shown.err
+    assert "%|" not in shown.err  # no bar: this is no terminal
+    assert f"\nteacher:   {results[0]['eval_accuracy']:.1%} of the same images\n" in shown.out
+    assert f"\nmetrics:   {tmp_path / 'out' / 'all_results.json'}\n" in shown.out
     assert binaryvit(["classify", str(tmp_path / "out"), str(tmp_path / "photos" / "bee"), "--json"]) == 0
     assert {Path(answer["image"]).name for answer in json.loads(capsys.readouterr().out)} == {
         f"{k}.png" for k in range(4)

@@ -84,7 +84,7 @@ def test_distillation_on_folders_writes_all_files_and_evaluates_again(photos, co
     common = ["--train_dir", photos, "--output_dir", output]
     result = run_script("--config_name", config, "--teacher_model_name_or_path", teacher, *common, *TRAIN)
     assert result.returncode == 0, result.stderr
-    assert "held-out images (95 % interval:" in result.stdout
+    assert "held-out images (95 % confidence interval:" in result.stdout
     classify, load, publish = (shlex.split(line) for line in result.stdout.splitlines()[-3:])
     assert main(classify[1:]) == 0
     exec(load[-1], {})

@@ -4,7 +4,8 @@ import logging
 import time
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerState
+from transformers.trainer_utils import has_length
 
 
 logger = logging.getLogger(__name__)
@@ -12,8 +13,9 @@ logger = logging.getLogger(__name__)
 
 class NamedProgress(ProgressCallback):
     """
-    transformers' progress bar with the name of the run. Where the output is no terminal, a bar would fill the log with copies
-    of itself; each logged loss is followed by the time left instead.
+    transformers' progress bar with the name of the run, and one line for each loss and evaluation. All values are in
+    trainer_state.json. Where the output is no terminal, a bar would fill the log with copies of itself; the lines tell the time
+    left instead.
 
     Args:
         name: such as "teacher (1 of 2)"; it may be empty.
@@ -22,6 +24,7 @@ class NamedProgress(ProgressCallback):
     def __init__(self, name: str = ""):
         super().__init__()
         self.name, self.start, self.first_step = name, 0.0, 0
+        self.prefix = f"{name}: " if name else ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step = time.monotonic(), state.global_step
@@ -36,17 +39,37 @@ class NamedProgress(ProgressCallback):
             )
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self.training_bar is None or not self.training_bar.disable:
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        if not (state.is_world_process_zero and has_length(eval_dataloader)):
+            return
+        if self.prediction_bar is None:
+            batches = len(eval_dataloader)
+            self.prediction_bar = tqdm(total=batches, desc="evaluation", leave=False, dynamic_ncols=True, disable=None)
+        self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs, **kwargs)
-        done, to_do = state.global_step - self.first_step, state.max_steps - state.global_step
-        if self.training_bar is None or not self.training_bar.disable or "loss" not in logs or not (done and to_do):
+        if self.training_bar is None or not logs:
             return
-        left = (time.monotonic() - self.start) / done * to_do
-        name = f"{self.name}: " if self.name else ""
-        logger.info("%sstep %d of %d, about %s left", name, state.global_step, state.max_steps, format_time(left))
+        line = self.prefix + describe_metrics(logs, state)
+        if not self.training_bar.disable:
+            self.training_bar.write(line)
+            return
+        done, to_do = state.global_step - self.first_step, state.max_steps - state.global_step
+        if "loss" in logs and done and to_do:
+            line += f", about {format_time((time.monotonic() - self.start) / done * to_do)} left"
+        logger.info("%s", line)
+
+
+def describe_metrics(logs: dict[str, float], state: TrainerState) -> str:
+    """One line about what the Trainer logs: losses of training, an evaluation, or the end."""
+    if "train_runtime" in logs:
+        return f"trained in {format_time(logs['train_runtime'])}"
+    shown = {"loss": "training loss", "eval_loss": "loss on held-out images", "eval_accuracy": "accuracy"}
+    values = [
+        f"{text} {logs[name]:.1%}" if name == "eval_accuracy" else f"{text} {logs[name]:.4g}"
+        for name, text in shown.items()
+        if isinstance(logs.get(name), (int, float))
+    ]
+    return f"epoch {logs.get('epoch', 0):.4g}, step {state.global_step} of {state.max_steps}: {', '.join(values)}"
 
 
 def format_time(seconds: float) -> str:
