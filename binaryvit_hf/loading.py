@@ -4,7 +4,8 @@ Load configs, models and image processors from folders and the Hub, and check th
 Every failure is a `LoadingError` of one sentence. Sizes are checked before memory is allocated. Weights must be finite.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +102,24 @@ def load_complete(fetch_model: Callable, source: str | Path, **arguments) -> Pre
     Raises:
         LoadingError: a tensor is missing in the checkpoint, or one in a checkpoint of ours is not in the network.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers prints a line for each tensor that does not fit
-    try:
+    with without_load_report():
         model, info = fetch_model(source, **arguments)
-    finally:
-        logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise LoadingError(f"the checkpoint lacks the tensor {min(info['missing_keys'])!r}.")
     if info["unexpected_keys"] and model.config.model_type == "binaryvit":
         raise LoadingError(f"the network of the config has no tensor {min(info['unexpected_keys'])!r}.")
     return model
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hide the table of tensors that do not fit, which transformers prints. `loading_info` has the same."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def fetch_classifier(source: str | Path, **arguments) -> tuple[PreTrainedModel, dict]:

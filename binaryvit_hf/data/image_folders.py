@@ -70,12 +70,24 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
             f"--{split}_dir: the class folder {str(folder / empty[0])!r} has no file with an image's extension, such as "
             ".jpg; add images or remove the folder."
         )
-    names = {child.name.lower() for child in children}
-    if not any(path.parent.name == name for name, paths in classes.items() for path in paths) and names <= SPLIT_NAMES:
+    refuse_nested_classes(folder, split, classes)
+    if left_out:
+        logger.warning("%s", describe_left_out(left_out, folder))
+    return classes
+
+
+def refuse_nested_classes(folder: Path, split: str, classes: dict[str, list[Path]]) -> None:
+    """Raise UserError if `folder` is one level too high: it holds splits, or the folder of the classes."""
+    if any(path.parent == folder / name for name, paths in classes.items() for path in paths):
+        return
+    if SPLIT_NAMES.issuperset(name.lower() for name in classes):
         raise UserError(
             f"--{split}_dir: {str(folder)!r} has the folders {', '.join(map(repr, classes))}, which are no classes: give the "
             "splits with --train_dir and --validation_dir."
         )
-    if left_out:
-        logger.warning("%s", describe_left_out(left_out, folder))
-    return classes
+    if split == "train" and len(classes) == 1:
+        inner = str(folder / next(iter(classes)))
+        raise UserError(
+            f"--train_dir: {str(folder)!r} has one folder, and the images are in the folders of that one: give "
+            f"--train_dir {inner!r}."
+        )

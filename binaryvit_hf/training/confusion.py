@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: 95 % of a normal distribution lie within this many standard deviations
 MAX_DRAWN_CLASSES = 30  # more names cannot be read in one picture
 MAX_NAME_LENGTH = 24
+FALLBACK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Zen Hei"),  # Linux
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Segoe UI Emoji", "Nirmala UI"),  # Windows
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),  # macOS
+)
+
+logger = logging.getLogger(__name__)
 
 
 class Confusion(NamedTuple):
@@ -92,13 +102,27 @@ class ConfusionMatrix:
         figure.colorbar(drawn, ax=axes, label="% of the images of a class", shrink=0.8)
         axes.set(title=title, xlabel="predicted class", ylabel="label")
         # A name with a $ would be read as a formula.
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
-        axes.set_yticks(range(len(names)), names, parse_math=False)
+        text = {"parse_math": False, "fontfamily": installed_fonts()}
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", **text)
+        axes.set_yticks(range(len(names)), names, **text)
         for (row, column), share in np.ndenumerate(shares):
             if share > 0:
                 color = "white" if share > 60 else "black"
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
-        figure.savefig(path, dpi=120)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure.savefig(path, dpi=120)
+        if any("missing from font" in str(warning.message) for warning in caught):
+            logger.warning(
+                "%s shows boxes for characters of class names that no font here has; install Noto Sans CJK, for example.",
+                path,
+            )
+
+
+def installed_fonts() -> list[str]:
+    """matplotlib's own font, and those of this machine that have the characters it lacks."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
@@ -134,4 +158,5 @@ def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
 
 
 def shorten(name: str) -> str:
+    name = " ".join(name.split())
     return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"

@@ -106,12 +106,22 @@ def load_model(
     try:
         if new_head is None:
             return loading.load_classifier(source, **options)
-        model, info = fetch_trainable(source, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options)
+        with loading.without_load_report():
+            model, info = fetch_trainable(source, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options)
     except LoadingError as error:
         raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {error}") from error
-    # transformers makes a new head only if the number of labels differs.
-    if new_head and finished_run is None and not info["mismatched_keys"]:
-        model.load_state_dict(create_head(arguments, config), strict=False)
+    if info["missing_keys"]:
+        logger.warning(
+            "%s lacks %d tensor(s), which start from random values, such as %r.",
+            source,
+            len(info["missing_keys"]),
+            min(info["missing_keys"]),
+        )
+    if new_head and finished_run is None:
+        logger.info("%s gets a new head for the %d classes of the images.", source, config.num_labels)
+        # transformers makes a new head only if the number of labels differs.
+        if not info["mismatched_keys"]:
+            model.load_state_dict(create_head(arguments, config), strict=False)
     return model
 
 

@@ -82,12 +82,14 @@ def test_the_latent_weights_of_a_packed_model_are_taken_if_it_has_them(packed, c
     )
 
 
-def test_a_shipped_model_learns_the_classes_of_own_pictures(pictures, tmp_path, caplog):
+def test_a_shipped_model_learns_the_classes_of_own_pictures(pictures, tmp_path, caplog, capsys):
     """Nothing is downloaded: the name is the shipped model's, which has neither latent weights nor these labels."""
     flags = ["--max_steps=2", "--ignore_mismatched_sizes"]
     with caplog.at_level(logging.INFO):
         assert train("binaryvit-digits", pictures, tmp_path / "own", *flags) == 0
     assert "made from its bits" in caplog.text
+    assert "gets a new head for the 2 classes" in caplog.text
+    assert "LOAD REPORT" not in capsys.readouterr().err
     config = json.loads((tmp_path / "own" / "config.json").read_text())
     assert config["id2label"] == {"0": "ant", "1": "bee"}
     assert config["quantization_config"]["quant_method"] == "binaryvit"

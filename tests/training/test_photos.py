@@ -128,6 +128,14 @@ def test_folders_of_splits_are_no_classes(tiny_photos, tmp_path, capsys):
         write_pictures(tmp_path / "splits" / split, ("ant", "bee"), 1)
     message = refusal(capsys, *tiny_photos, "--train_dir", tmp_path / "splits")
     assert "splits' has the folders 'Validation', 'train', which are no classes" in message
+    message = refusal(
+        capsys, *tiny_photos, "--train_dir", tmp_path / "splits", "--validation_dir", tmp_path / "photos"
+    )
+    assert "which are no classes" in message
+    shutil.rmtree(tmp_path / "splits" / "train")
+    (tmp_path / "splits" / "Validation").rename(tmp_path / "splits" / "mine")
+    message = refusal(capsys, *tiny_photos, "--train_dir", tmp_path / "splits")
+    assert f"give --train_dir '{tmp_path / 'splits' / 'mine'}'" in message
 
 
 def write_clothes(folder: Path) -> Path:

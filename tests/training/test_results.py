@@ -69,6 +69,15 @@ def test_the_picture_shows_per_cent_of_each_label(figures, tmp_path):
     assert Image.open(tmp_path / "a.png").width < 1000
 
 
+def test_a_class_name_without_a_font_is_one_sentence_and_no_warning_of_matplotlib(tmp_path, caplog, recwarn):
+    names = ["$x$\tand $", "-rf", "\u0378" * 40]  # U+0378 is no character, so that no font has it
+    ConfusionMatrix(np.eye(3, dtype=np.int64), names).plot(tmp_path / "matrix.png", "Title")
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        f"{tmp_path / 'matrix.png'} shows boxes for characters of class names that no font here has"
+    ]
+    assert not recwarn.list
+
+
 def test_the_picture_of_many_classes_shows_those_with_the_most_errors(figures, tmp_path):
     counts = np.diag(np.full(1000, 5))
     counts[700, 900] = 3
