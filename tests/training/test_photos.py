@@ -165,11 +165,11 @@ def link_clipart(folder: Path) -> Path:
     "source, write, flags, floor",
     [
         pytest.param(FASHION_MNIST_FOLDER, write_clothes, [], 0.65, id="clothes"),
-        pytest.param(CLIPART, link_clipart, ["--background=white"], 0.36, id="clipart"),
+        pytest.param(CLIPART, link_clipart, ["--background=white"], 0.42, id="clipart"),
     ],
 )
 def test_real_pictures_become_a_packed_classifier(source, write, flags, floor, tmp_path, capsys):
-    """The README's commands. The floors are above chance (0.1 and 0.28) and below the accuracy of a shortened run."""
+    """The README's commands. The floors are above chance (0.1 and 0.28); a run reached 0.76 and 0.54."""
     if not source.is_dir():
         pytest.skip(f"{source} is not installed")
     folder, out = write(tmp_path / "photos"), tmp_path / "out"
