@@ -24,6 +24,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .errors import UserError
 from .network.configuration_binaryvit import as_pair
+from .network.engine_binaryvit import ModelState
 from .network.functional_binaryvit import fold_norm, quantize_input, weight_levels
 from .network.layers_binaryvit import BinaryLinear, NormActivation, TokenBatchNorm
 from .network.quantization_binaryvit import PackedLinear, binary_layers, unpack_levels
@@ -62,13 +63,14 @@ def export_onnx(model: PreTrainedModel, processor: BaseImageProcessor | None, fi
     - The metadata holds the preprocessing and the names of the labels (`describe_preprocessing`).
 
     Args:
-        model: in float32, on the CPU.
+        model: in float32, on the CPU, without hooks.
         processor: `None` leaves the preprocessing out.
 
     Raises:
-        UserError: the network is larger than a file of ONNX may be, the image processor has a step that the metadata
-            cannot describe, or the file cannot be written.
+        UserError: the model is not as above, the network is larger than a file of ONNX may be, the image processor has
+            a step that the metadata cannot describe, or the file cannot be written.
     """
+    check_exportable(model)
     metadata = describe_labels(model) | (describe_preprocessing(processor) if processor else {})
     network = EvaluationNetwork(model)
     if sum(tensor.nbytes for tensor in network.state_dict().values()) > MOST_BYTES:
@@ -80,6 +82,19 @@ def export_onnx(model: PreTrainedModel, processor: BaseImageProcessor | None, fi
     content = proto.SerializeToString()
     write_file(file, content)
     return ExportedFile(len(content), len(content) + saved)
+
+
+def check_exportable(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        UserError: a tensor is offloaded, on another device or not in float32, or a module has a hook.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} on the device {tensor.device.type!r}"
+            raise UserError(f"Tensor {name!r} is {kind}: load the model with dtype=torch.float32 and no device_map.")
+    if ModelState(model).has_hooks():
+        raise UserError("The model has hooks, which a file of ONNX cannot hold: remove them.")
 
 
 def image_shape(model: PreTrainedModel) -> tuple[int, int, int]:

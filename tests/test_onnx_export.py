@@ -157,6 +157,21 @@ def test_a_network_larger_than_a_file_of_onnx_is_refused_before_it_is_traced(mon
         export_onnx(tiny_model(), None, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda model: model.half(), r"position_embeddings' is float16 on the device 'cpu': load .*float32"),
+        (lambda model: model.to("meta"), "position_embeddings' is float32 on the device 'meta': load .*no device_map"),
+        (lambda model: model.binaryvit.norm.register_forward_hook(lambda *_: None), "has hooks"),
+    ],
+)
+def test_a_model_that_the_file_would_not_compute_is_refused(change, message, tmp_path):
+    model = tiny_model()
+    change(model)
+    with pytest.raises(UserError, match=message):
+        export_onnx(model, None, tmp_path / "model.onnx")
+
+
 def test_a_file_that_the_checker_refuses_is_not_written(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise onnx.checker.ValidationError("bad")

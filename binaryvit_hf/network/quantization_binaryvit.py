@@ -38,7 +38,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_binaryvit import as_pair
+from .configuration_binaryvit import as_pair, check_dtype
 from .functional_binaryvit import weight_levels
 from .layers_binaryvit import BinaryLayer, BinaryLinear, BinaryPatchConv, quantized_linear
 
@@ -609,14 +609,14 @@ class PackableModel(PreTrainedModel):
         `from_pretrained` does so too. But layers may be packed and unpacked later, in this model or in one around it.
         """
         quantizer = getattr(self, "hf_quantizer", None)
+        packing = getattr(self.config, "quantization_config", None)
         if self.is_packed and quantizer is None:
-            packing = getattr(self.config, "quantization_config", None) or {}
-            if isinstance(packing, dict):
-                packing = BinaryViTQuantizationConfig(**packing)
+            if packing is None or isinstance(packing, dict):
+                packing = BinaryViTQuantizationConfig(**(packing or {}))
             self.hf_quantizer = BinaryViTQuantizer(packing, pre_quantized=True)
             self.config.quantization_config = packing
-        elif not self.is_packed and quantizer is not None:
-            quantizer.remove_quantization_config(self)
+        elif not self.is_packed and (quantizer or packing):
+            BinaryViTQuantizer(packing).remove_quantization_config(self)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """
@@ -664,6 +664,7 @@ class PackableModel(PreTrainedModel):
         if checkpoint_files is not None:
             check_packed_files(checkpoint_files, self)
 
+    @torch.inference_mode(False)  # tensors made in inference mode can be neither trained nor watched by the engine
     def pack_weights(self) -> None:
         """
         Pack every binary layer in place.
@@ -704,6 +705,7 @@ class PackableModel(PreTrainedModel):
         }
         return tensors, metadata
 
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
     def unpack_weights(self) -> None:
         """Replace packed layers by full-precision weights `levels * scale`, and set `weight_bits` to 32."""
         self.config.weight_bits = 32
@@ -711,6 +713,7 @@ class PackableModel(PreTrainedModel):
             self.set_submodule(name, unpacked_layer(packed, self.config, packed.unpack()))
         self.requires_grad_(True)
 
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
     def dequantize(self, dtype: torch.dtype | str | None = None, latent: bool = False):
         """
         Turn a packed model into one of float weights that can be trained, in place. The outputs stay the same, except
@@ -723,8 +726,9 @@ class PackableModel(PreTrainedModel):
                 network of 32-bit weights, which cannot be packed.
 
         Raises:
-            ValueError: the model is not packed, or is offloaded.
+            ValueError: the model is not packed, or is offloaded, or `dtype` is not one of floats.
         """
+        check_dtype(dtype)
         if not latent:
             self.match_quantizer()
             return super().dequantize() if dtype is None else super().dequantize(dtype)

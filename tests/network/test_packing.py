@@ -257,6 +257,24 @@ def test_a_dequantized_network_that_is_packed_is_sent_to_latent_weights(packed, 
         plain.dequantize(latent=True)
 
 
+@pytest.mark.parametrize("trainable_bits", [True, False])
+def test_a_model_is_dequantized_in_inference_mode_and_trains(packed, trainable_bits):
+    model = load(packed)
+    with torch.inference_mode():
+        model.dequantize(latent=trainable_bits)
+    model.train()(tiny_images(), labels=torch.tensor([0, 2])).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("trainable_bits", [True, False])
+def test_a_dtype_that_is_not_one_of_floats_is_refused_and_the_model_stays_packed(packed, trainable_bits):
+    model = load(packed)
+    for dtype in ("float23", torch.int8):
+        with pytest.raises(ValueError, match="dtype must be float32, bfloat16, float16 or float64"):
+            model.dequantize(dtype, latent=trainable_bits)
+    assert model.is_packed
+
+
 def test_a_packed_model_gets_a_new_head_for_other_labels_and_keeps_its_bits(packed):
     expected = bits_of(load(packed))
     labels = {"num_labels": 5, "ignore_mismatched_sizes": True}
@@ -489,6 +507,8 @@ def test_a_model_whose_layers_are_unpacked_and_packed_again_is_saved_as_it_is(pa
     expected = logits(model)
     unpacked = model if whole else model.base_model
     unpacked.dequantize(latent=True)
+    unpacked.save_pretrained(tmp_path / "part")
+    assert not type(unpacked).from_pretrained(tmp_path / "part").is_packed
     model.save_pretrained(tmp_path / "latent")
     assert not AutoModelForImageClassification.from_pretrained(tmp_path / "latent").is_packed
     unpacked.pack_weights()
