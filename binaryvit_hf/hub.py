@@ -93,6 +93,12 @@ def create_repository(repo_id: str, token: str | None, private: bool | None) -> 
         ) from error
 
 
+def suggest_name(folder: Path) -> str:
+    """The folder's name as a name that the Hub allows for a repository."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.absolute().name)
+    return re.sub(r"([.-])[.-]+", r"\1", name)[:96].strip(".-") or "model"
+
+
 def upload_folder(folder: Path, repo_id: str, token: str | None, revision: str | None, message: str) -> str:
     """Upload a folder in one commit, so that it arrives whole or not at all. Returns the URL of the repository."""
     api = HfApi(token=token)

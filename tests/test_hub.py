@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import ALICE, BOB
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors.torch import load
 from tiny import tiny_config, tiny_images, tiny_model
@@ -16,6 +17,7 @@ from warm_python import WITHOUT_PACKAGE
 
 from binaryvit_hf.cli import main as binaryvit
 from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.hub import suggest_name
 
 
 ROOT = Path(__file__).parent.parent
@@ -274,3 +276,18 @@ def test_push_takes_a_packed_folder_as_it_is(server, client, latent, tmp_path):
         name for name in files if "latent" in name or "checkpoint" in name or "secret" in name or name[0] == "_"
     ]
     assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "binaryvit"
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [
+        ("photos", "photos"),
+        ("my photos (2)", "my-photos-2"),
+        ("a--b..c-.d_", "a-b.c-d_"),
+        ("蚂蚁", "model"),
+        ("x" * 120, "x" * 96),
+    ],
+)
+def test_the_suggested_name_of_a_repository_is_one_that_the_hub_allows(folder, name, tmp_path):
+    assert suggest_name(tmp_path / folder) == name
+    validate_repo_id(name)

@@ -79,8 +79,6 @@ def check_images(
             warn_of_appearance(dataset, split, maybe_transparent, background)
             broken += names
         kept[split] = dataset
-    for name in broken:
-        logger.warning("Left out, as it is no image: %s", name)
     return kept, broken
 
 
@@ -102,6 +100,8 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
     if len(faults) == len(dataset):  # also true of an empty split
         raise UserError(f"No image of the {split} split can be read.")
     names = [image_name(dataset[index]["image"], index) for index in faults]
+    for name, fault in zip(names, faults.values()):
+        logger.warning("Left out %s: %s.", name, first_sentence(fault).rstrip("."))
     maybe_transparent = {index: result for index, result in zip(checked, results) if index not in faults}
     if faults:
         dataset = dataset.select(list(maybe_transparent))

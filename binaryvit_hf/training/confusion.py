@@ -102,9 +102,11 @@ class ConfusionMatrix:
         figure.colorbar(drawn, ax=axes, label="% of the images of a class", shrink=0.8)
         axes.set(title=title, xlabel="predicted class", ylabel="label")
         # A name with a $ would be read as a formula.
-        text = {"parse_math": False, "fontfamily": installed_fonts()}
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", **text)
-        axes.set_yticks(range(len(names)), names, **text)
+        fonts = installed_fonts()
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+        for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            tick.set_fontfamily(fonts)
         for (row, column), share in np.ndenumerate(shares):
             if share > 0:
                 color = "white" if share > 60 else "black"

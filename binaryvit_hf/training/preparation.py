@@ -22,7 +22,6 @@ from .batch_checks import check_batches
 from .checkpoints import describe_damage, last_whole_checkpoint
 from .models import build_meta_network, load_config, load_first_weights, load_processor
 from .run_folder import compare_training_images, compare_with_recorded, is_finished, read_json
-from .unused_arguments import find_unused
 
 
 CheckedImages = tuple[ImageSplits, list[str]]  # the images, and the files that --skip_broken_images left out
@@ -45,7 +44,7 @@ class Inputs:
 
 
 def check_arguments(arguments: RunArguments) -> None:
-    """Raise UserError if arguments contradict each other or are not supported; warn about unused ones."""
+    """Raise UserError if arguments contradict each other or are not supported."""
     model_arguments, data_arguments, training_arguments = arguments
     if not (training_arguments.do_train or training_arguments.do_eval or training_arguments.do_predict):
         raise UserError("There is nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -84,8 +83,6 @@ def check_arguments(arguments: RunArguments) -> None:
     training_arguments.check_supported()
     if training_arguments.do_train:
         training_arguments.check_optimization()
-    for name, reason in find_unused(arguments):
-        logger.warning("--%s has no effect: %s.", name, reason)
 
 
 def prepare(arguments: RunArguments, loaded: dict[str, CheckedImages] | None = None) -> Inputs:

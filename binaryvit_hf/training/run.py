@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import shlex
 import signal
+import subprocess
 from pathlib import Path
 
 from accelerate import PartialState
@@ -16,6 +18,7 @@ from ..data.streaming import ImageStream
 from ..doctor import check_engine_variable
 from ..errors import NonFiniteLossError, TerminatedError, UploadError, UserError
 from ..host_memory import keep_freed_memory
+from ..hub import suggest_name
 from ..writing import describe_full_disk
 from .arguments import DistillationTrainingArguments, RunArguments
 from .command_line import parse_runs
@@ -23,6 +26,7 @@ from .forecast import describe_images, log_forecast
 from .preparation import Inputs, check_arguments, prepare
 from .process_errors import leave, rank, show_error, shown_error_code
 from .steps import CONFUSION_PICTURES, TrainingRun
+from .unused_arguments import find_unused
 
 
 logger = logging.getLogger(__name__)
@@ -71,6 +75,8 @@ def train_and_evaluate(arguments: list[str]) -> None:
     runs = parse_runs(arguments)
     for run_arguments in runs:
         check_arguments(run_arguments)
+    for argument, reason in dict.fromkeys(unused for run_arguments in runs for unused in find_unused(run_arguments)):
+        logger.warning("--%s has no effect: %s.", argument, reason)
     # Prepare every run first: an error in the student's inputs must not wait for its teacher's training.
     loaded: dict = {}
     prepared = [prepare(run_arguments, loaded) for run_arguments in runs]
@@ -156,14 +162,15 @@ def next_steps(arguments: DistillationTrainingArguments, inputs: Inputs) -> list
     image = find_image_file(inputs.images["validation"]) or "IMAGE"
     classify = f'pipeline("image-classification", {json.dumps(str(folder))})({json.dumps(image)})'
     pictures = [name for name in (*CONFUSION_PICTURES.values(), "learning_curves.png") if (folder / name).is_file()]
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return [
         f"pictures:  {', '.join(str(folder / name) for name in pictures)}",
         f"its card:  {folder / 'README.md'}",
         "",
         "Classify images, load the model in Python, or publish it:",
-        shlex.join(["binaryvit", "classify", str(folder), image]),
-        shlex.join(["python", "-c", f"import binaryvit_hf; from transformers import pipeline; print({classify})"]),
-        shlex.join(["binaryvit", "push", str(folder), folder.absolute().name]),
+        join(["binaryvit", "classify", str(folder), image]),
+        join(["python", "-c", f"import binaryvit_hf; from transformers import pipeline; print({classify})"]),
+        join(["binaryvit", "push", str(folder), suggest_name(folder)]),
     ]
 
 

@@ -1,6 +1,7 @@
 """`configs/photos.json`: from a folder of pictures to `binaryvit classify`."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -56,9 +57,13 @@ def test_the_recipe_has_no_argument_without_effect_and_its_networks_take_the_sam
         build_meta_network(run.model, config)
 
 
-def test_both_runs_train_and_the_folder_is_classified(tiny_photos, tmp_path, capsys):
-    (tmp_path / "photos" / "ant" / "0.png").write_bytes(b"no picture")
-    assert script.main(tiny_photos) == 0
+def test_both_runs_train_and_the_folder_is_classified(tiny_photos, tmp_path, capsys, caplog):
+    broken = tmp_path / "photos" / "ant" / "0.png"
+    broken.write_bytes(b"no picture")
+    with caplog.at_level(logging.WARNING):
+        assert script.main([*tiny_photos, "--mixup_prob=0.5"]) == 0
+    for message in (f"Left out {broken}: it has no format that Pillow knows.", "--mixup_prob has no effect"):
+        assert caplog.text.count(message) == 1  # not once more for the student
     results = [json.loads((tmp_path / f"out{name}" / "all_results.json").read_text()) for name in ("-teacher", "")]
     for result in results:
         assert (result["train_samples"], result["eval_samples"], result["skipped_images"]) == (5, 2, 1)
