@@ -223,19 +223,22 @@ def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path)
     # Compare as JSON, which turns tuples into lists.
     found, given = read_json(folder / "config.json"), json.loads(config.to_json_string())
     remedy = "choose another --output_dir, or remove this one"
-    before, now = stored_labels(found), stored_labels(given)
-    if before and (changed := [name for name in [*now, *before] if (name in now) != (name in before)]):
-        change = "is new" if changed[0] in now else "is missing now"
-        raise UserError(
-            f"--output_dir {str(output_dir)!r} holds a run with {len(before)} classes, and there are {len(now)} ({changed[0]!r} "
-            f"{change}): {remedy}."
-        )
-    for field in ("model_type", *type(config).__annotations__, "id2label"):
+    for field in ("model_type", *type(config).__annotations__):
         if found.get(field) != given.get(field):
             raise UserError(
                 f"--output_dir {str(output_dir)!r} holds another model's run (its {field} is {found.get(field)}, not "
                 f"{given.get(field)}): {remedy}."
             )
+    before, now = stored_labels(found), stored_labels(given)
+    if before != now:
+        changed = [name for name in [*now, *before] if (name in now) != (name in before)]
+        change = "their order differs"
+        if changed:
+            change = f"{changed[0]!r} {'is new' if changed[0] in now else 'is missing now'}"
+        raise UserError(
+            f"--output_dir {str(output_dir)!r} holds a run with {len(before)} classes, and there are {len(now)} ({change}): "
+            f"{remedy}."
+        )
 
 
 def stored_labels(config: dict) -> list:
