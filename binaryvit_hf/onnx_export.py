@@ -26,7 +26,7 @@ from .errors import UserError
 from .network.configuration_binaryvit import as_pair
 from .network.engine_binaryvit import ModelState
 from .network.functional_binaryvit import fold_norm, quantize_input, weight_levels
-from .network.layers_binaryvit import BinaryLinear, NormActivation, TokenBatchNorm
+from .network.layers_binaryvit import AvgPoolBranches, BinaryLinear, NormActivation, TokenBatchNorm
 from .network.quantization_binaryvit import PackedLinear, binary_layers, unpack_levels
 from .writing import write_file
 
@@ -123,6 +123,8 @@ class EvaluationNetwork(nn.Module):
         for name, module in list(self.model.named_modules()):
             if isinstance(module, NormActivation):
                 self.model.set_submodule(name, FoldedNormActivation(module))
+            if isinstance(module, AvgPoolBranches) and len(module) > 0:
+                self.model.set_submodule(name, FoldedAvgPools(module))
         for name, module in list(self.model.named_modules()):
             if isinstance(module, TokenBatchNorm):
                 self.model.set_submodule(name, FoldedNorm(module))
@@ -148,7 +150,10 @@ class LinearOfLevels(nn.Module):
         self.register_buffer("shift", layer.shift.repeat_interleave(self.levels.shape[1] // layer.shift.shape[0]))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        quantized = quantize_input(hidden_states, self.shift, self.input_bits, self.clip_value)
+        if self.input_bits == 1:  # two operations, not the five of `quantize_input`
+            quantized = torch.where(hidden_states + self.shift >= 0, 1.0, -1.0)
+        else:
+            quantized = quantize_input(hidden_states, self.shift, self.input_bits, self.clip_value)
         return nn.functional.linear(quantized, self.levels) * self.scale
 
 
@@ -181,11 +186,33 @@ class FoldedNormActivation(nn.Module):
         return torch.where(shifted > 0, shifted, self.slope * shifted) + self.shift_out
 
 
+class FoldedAvgPools(nn.Module):
+    """`AvgPoolBranches` as one depthwise convolution, whose kernels hold `scale / (height * width)` of every branch."""
+
+    def __init__(self, branches: AvgPoolBranches):
+        super().__init__()
+        self.padding = max(size // 2 for branch in branches for size in branch.kernel_size)
+        scales = [branch.layer_scale.scale.data for branch in branches]
+        kernels = torch.zeros(len(scales[0]), 1, 2 * self.padding + 1, 2 * self.padding + 1)
+        for scale, (height, width) in zip(scales, (branch.kernel_size for branch in branches)):
+            top, left = self.padding - height // 2, self.padding - width // 2
+            kernels[:, 0, top : top + height, left : left + width] += scale.view(-1, 1, 1) / (height * width)
+        self.register_buffer("kernels", kernels)
+        self.register_buffer("shift", sum(branch.layer_scale.shift.data for branch in branches))
+
+    def forward(self, hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        # (batch, height * width, channels) -> (batch, channels, height, width)
+        token_map = pooled.unflatten(1, grid_size).permute(0, 3, 1, 2)
+        means = nn.functional.conv2d(token_map, self.kernels, self.shift, padding=self.padding, groups=len(self.shift))
+        return hidden_states + means.flatten(2).transpose(1, 2)
+
+
 def fit_shortcut(shortcut: torch.Tensor, channels: int) -> torch.Tensor:
     """The channels of a shortcut repeated or averaged, as `add_fitted_` adds them: `(..., in) -> (..., channels)`."""
     if channels < shortcut.shape[-1]:
         return shortcut.unflatten(-1, (channels, -1)).mean(-1)
-    return torch.cat((shortcut,) * (channels // shortcut.shape[-1]), dim=-1)
+    repeats = channels // shortcut.shape[-1]
+    return shortcut if repeats == 1 else torch.cat((shortcut,) * repeats, dim=-1)
 
 
 @torch.no_grad()

@@ -25,12 +25,10 @@ from binaryvit_hf.onnx_export import describe_preprocessing, export_onnx
 from binaryvit_hf.resources import shipped_models
 
 
-SHALLOW = {"depths": [1, 1], "avg_pool_kernel_sizes": [3]}  # tracing takes a second a layer
-FOUR_BITS = {"weight_bits": 4, "input_bits": 4, "binarize_patch_embeddings": False, "avg_pool_kernel_sizes": []}
-NETWORKS = {  # config, and whether it is packed
-    "packed pyramid": (tiny_config(**SHALLOW), True),
-    "latent class token": (class_token_config(), False),
-    "4 bits, some full precision": (tiny_config(**SHALLOW | FOUR_BITS), True),
+ONE_LAYER = {"depths": [1], "weight_bits": 4, "input_bits": 4}
+NETWORKS = {  # config, and whether it is packed; tracing takes seconds a layer
+    "latent pyramid, some full precision": (tiny_config(depths=[1, 1], binarize_patch_embeddings=False), False),
+    "packed class token, 4 bits": (class_token_config(**ONE_LAYER), True),
 }
 
 
@@ -50,10 +48,34 @@ def logits_of(file, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"weight_bits": bits, "input_bits": bits} for bits in (1, 2, 4, 8)),
+        *({"weight_bits": bits, "input_bits": 33 - bits} for bits in (1, 32)),
+        {"avg_pool_kernel_sizes": [3, 7, 1]},
+        {"avg_pool_kernel_sizes": []},
+        {"use_layer_scale": False, "use_stem_norm": False},
+        {"hidden_sizes": [8], "depths": [1], "num_attention_heads": [8], "intermediate_sizes": [8]}
+        | {"sequence_reduction_ratios": [4], "num_labels": 1},
+    ],
+    ids=str,
+)
+def test_the_network_that_is_traced_gives_the_logits_of_the_model(changes, packed, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    model = tiny_model(tiny_config(**changes)).eval()
+    if packed and model.config.weight_bits < 32:
+        model.pack_weights()
+    with torch.no_grad():
+        expected = model(tiny_images()).logits
+        torch.testing.assert_close(onnx_export.EvaluationNetwork(model)(tiny_images()), expected)
+
+
 def test_onnxruntime_gives_pytorchs_logits_for_any_number_of_images(exported, monkeypatch):
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     model, file, _ = exported
-    for batch in (1, 2, 5):
+    for batch in (0, 1, 2, 5):
         with torch.no_grad():
             torch.testing.assert_close(logits_of(file, tiny_images(batch)), model(tiny_images(batch)).logits)
 
