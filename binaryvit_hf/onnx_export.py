@@ -27,7 +27,7 @@ from .network.configuration_binaryvit import as_pair
 from .network.engine_binaryvit import ModelState
 from .network.functional_binaryvit import fold_norm, quantize_input, weight_levels
 from .network.layers_binaryvit import AvgPoolBranches, BinaryLinear, NormActivation, TokenBatchNorm
-from .network.quantization_binaryvit import PackedLinear, binary_layers, unpack_levels
+from .network.packing_binaryvit import PackedLinear, binary_layers, unpack_levels
 from .writing import write_file
 
 

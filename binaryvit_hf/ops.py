@@ -19,7 +19,7 @@ from .loading import build_classifier
 from .network.configuration_binaryvit import BinaryViTConfig, as_pair
 from .network.layers_binaryvit import BinaryLayer
 from .network.modeling_binaryvit import BinaryViTAttention
-from .network.quantization_binaryvit import expect_packed_layers
+from .network.packing_binaryvit import expect_packed_layers
 
 
 CONFIG_CLASSES = {"binaryvit": BinaryViTConfig, "vit": ViTConfig}

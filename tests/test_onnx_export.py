@@ -20,7 +20,7 @@ from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.loading import load_classifier, load_image_processor
 from binaryvit_hf.network import functional_binaryvit, modeling_binaryvit
-from binaryvit_hf.network.quantization_binaryvit import PackedLinear
+from binaryvit_hf.network.packing_binaryvit import PackedLinear
 from binaryvit_hf.onnx_export import describe_preprocessing, export_onnx
 from binaryvit_hf.resources import shipped_models
 

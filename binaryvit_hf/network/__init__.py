@@ -5,7 +5,8 @@ The binary network: every file that travels to the Hub with a checkpoint, and no
 - `modeling_binaryvit.py`: embeddings, attention, MLP, stages, and the model classes.
 - `layers_binaryvit.py`: binary linear layers, batch normalisation of tokens, RPReLU, LayerScale, pooling.
 - `functional_binaryvit.py`: differentiable functions: quantizers, batch normalisation over processes, fused steps.
-- `quantization_binaryvit.py`: packed weights: format, layers, files and checks, quantizer of transformers, upload.
+- `packing_binaryvit.py`: packed weights: bits, their layer, and latent weights made from them.
+- `quantization_binaryvit.py`: packed checkpoints: files and checks, quantizer of transformers, saving and upload.
 - `engine_binaryvit.py`: which calls the compiled engine computes, and when it must read the weights again.
 
 Input: `pixel_values` `(batch, channels, height, width)`, configs and checkpoints.

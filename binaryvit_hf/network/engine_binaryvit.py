@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging, output_capturing
 
-from .quantization_binaryvit import config_fields, expect_packed_layers
+from .packing_binaryvit import expect_packed_layers
+from .quantization_binaryvit import config_fields
 
 
 try:  # code that came with a checkpoint uses the package if it is installed

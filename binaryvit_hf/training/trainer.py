@@ -23,7 +23,8 @@ from transformers.utils.hub import PushInProgress
 
 from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
 from ..errors import NonFiniteLossError
-from ..network.quantization_binaryvit import LATENT, ShippedModel, binary_layers, is_latent, pack_folder
+from ..network.packing_binaryvit import binary_layers
+from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .callbacks.checkpointed import CheckpointedCallback

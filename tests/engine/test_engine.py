@@ -22,7 +22,7 @@ from binaryvit_hf import BinaryViTConfig, engine
 from binaryvit_hf.engine import library
 from binaryvit_hf.engine.library import Engine, count_differing_bits
 from binaryvit_hf.network.configuration_binaryvit import as_pair
-from binaryvit_hf.network.quantization_binaryvit import pack_levels
+from binaryvit_hf.network.packing_binaryvit import pack_levels
 
 
 KERNELS = engine.kernels_here()

@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTForImageClassification, BinaryViTModel, BinaryViTQuantizationConfig
 from binaryvit_hf.network.layers_binaryvit import BinaryLinear, BinaryPatchConv
-from binaryvit_hf.network.quantization_binaryvit import (
+from binaryvit_hf.network.packing_binaryvit import (
     PackedLinear,
-    fits_half,
     latent_weight,
     pack_levels,
     packed_layers,
     unpack_levels,
 )
+from binaryvit_hf.network.quantization_binaryvit import fits_half
 
 
 CONFIGS = {

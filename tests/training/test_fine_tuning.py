@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from binaryvit_hf.cli import main
 from binaryvit_hf.errors import LoadingError
-from binaryvit_hf.network.quantization_binaryvit import ShippedModel, packed_layers
+from binaryvit_hf.network.packing_binaryvit import packed_layers
+from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.resources import shipped_models
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.latent_weights import load_trainable

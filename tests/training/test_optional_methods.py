@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from binaryvit_hf import BinaryViTForImageClassification
 from binaryvit_hf.data.sampling import seeded_rng
 from binaryvit_hf.errors import UserError
-from binaryvit_hf.network.quantization_binaryvit import binary_layers
+from binaryvit_hf.network.packing_binaryvit import binary_layers
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.checkpoints import describe_damage, last_whole_checkpoint
 from binaryvit_hf.training.command_line import parse_runs

@@ -9,7 +9,7 @@ import torch
 
 from ...network.functional_binaryvit import binary_sign, center_rows, row_scale
 from ...network.layers_binaryvit import BinaryLinear, BinaryPatchConv
-from ...network.quantization_binaryvit import binary_layers
+from ...network.packing_binaryvit import binary_layers
 from .checkpointed import CheckpointedCallback
 
 
