@@ -589,7 +589,8 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
     BinaryViT for detection and segmentation: the feature maps of its stages (Le & Li, CVPRW 2023, arXiv 2306.16678).
 
     A feature map is the residual stream after the stage's last layer, without a class token. "stem" is the output of
-    the embeddings. `out_features` and `out_indices` of the config choose the maps.
+    the embeddings. `out_features` and `out_indices` of the config choose the maps. Stages after the last of them are
+    not computed, so DistributedDataParallel needs `find_unused_parameters=True` if there are any.
 
     Packed weights stay frozen: training a head on them leaves this module in evaluation mode, on the engine. A head
     saves and loads a packed backbone if its `backbone_config` is the config of the backbone, which has a
@@ -651,7 +652,9 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
         maps = None if output_attentions else maps_by_engine(self, pixel_values, wanted, interpolate_pos_encoding)
         grid_sizes = self.grid_sizes_of(pixel_values, interpolate_pos_encoding)
         if maps is None:
-            maps = self.compute(pixel_values, grid_sizes, output_attentions)
+            last = max([stage for stage, want in enumerate(wanted) if want], default=0)
+            num_stages = len(self.stages) if output_attentions else last
+            maps = self.compute(pixel_values, grid_sizes, num_stages, output_attentions)
         grids = [grid_sizes[0], *grid_sizes]
         maps = [None if tokens is None else as_map(tokens, grid) for tokens, grid in zip(maps, grids)]
         return BackboneOutput(
@@ -661,11 +664,11 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
         )
 
     def compute(
-        self, pixel_values: torch.Tensor, grid_sizes: list[tuple[int, int]], output_attentions: bool
+        self, pixel_values: torch.Tensor, grid_sizes: list[tuple[int, int]], num_stages: int, output_attentions: bool
     ) -> list[torch.Tensor]:
-        """Tokens of the stem's map and of every stage's, in PyTorch."""
+        """Tokens of the stem's map and of those of the first `num_stages` stages, in PyTorch."""
         maps = [self.embeddings(pixel_values, grid_sizes[0])]
-        for stage, grid_size in zip(self.stages, grid_sizes):
+        for stage, grid_size in zip(self.stages, grid_sizes[:num_stages]):
             maps.append(stage(maps[-1], grid_size, output_attentions)[0])
         return maps
 

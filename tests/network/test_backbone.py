@@ -132,6 +132,20 @@ def test_every_parameter_of_a_backbone_gets_a_gradient(classifier):
     assert not unused  # DDP stops at one
 
 
+@pytest.mark.parametrize("chosen, last", [(["stem"], 0), (["stage1"], 1), (["stem", "stage2"], 2)])
+def test_stages_after_the_last_map_are_computed_for_attentions_only(chosen, last):
+    backbone = BinaryViTBackbone(tiny_config(out_features=chosen)).train()
+    computed = []
+    for number, stage in enumerate(backbone.stages, 1):
+        stage.register_forward_hook(lambda *_, number=number: computed.append(number))
+    assert len(backbone(tiny_images()).feature_maps) == len(chosen)
+    assert computed == [1, 2][:last]
+    for name, output in (("output_attentions", 3), ("output_hidden_states", 3)):
+        computed.clear()
+        assert len(backbone(tiny_images(), **{name: True})[name.removeprefix("output_")]) == output
+        assert computed == [1, 2]
+
+
 def test_out_features_are_the_last_stage_until_chosen_and_only_a_choice_is_saved(tmp_path):
     config = tiny_config()
     assert (config.out_features, config.out_indices) == (["stage2"], [2])
