@@ -189,6 +189,9 @@ class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: the network cannot take images of this size.
         """
+        sides = image_size if isinstance(image_size, (list, tuple)) else [image_size]
+        if not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            raise ValueError(f"image_size must be a whole number of pixels or (height, width), not {image_size!r}.")
         check_range("image_size", image_size)
         self._check_map(image_size)
         self._check_size(image_size)

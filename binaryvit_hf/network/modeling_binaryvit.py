@@ -401,7 +401,7 @@ class BinaryViTPreTrainedModel(PackableModel):
         """
         shape, own_shape = tuple(pixel_values.shape[1:]), self.base_model.embeddings.image_shape
         if shape == own_shape:
-            return self.config.grid_sizes_of(own_shape[1:])
+            return [module.grid_size for module in self.positioned_embeddings().values()]
         if len(shape) != 3 or shape[0] != own_shape[0] or not interpolate_pos_encoding:
             raise ValueError(
                 f"The model takes images of (channels, height, width) {own_shape}, not {shape}; for another height and "

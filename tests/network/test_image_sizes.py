@@ -283,7 +283,7 @@ def test_resizing_keeps_all_other_tensors_and_the_order_of_parameters(model):
 
 def test_a_size_that_does_not_fit_leaves_the_model_as_it_was(model):
     expected = copy.deepcopy(model)
-    for size in (30, (16, 0), "32", [16, 16, 16], 2**14):
+    for size in (30, (16, 0), "32", 32.0, [32.0, 32], True, None, [16, 16, 16], 2**14):
         with pytest.raises(ValueError, match=r"image_size|too many"):
             model.resize_position_embeddings(size)
     assert_same_tensors(model, expected)
