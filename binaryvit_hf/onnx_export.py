@@ -34,15 +34,6 @@ from .writing import write_file
 OPSET = 18
 INPUT, OUTPUT = "pixel_values", "logits"
 MOST_BYTES = 2**31 - 1  # of a file of Protocol Buffers
-# Steps of an image processor that `describe_preprocessing` describes.
-KNOWN_STEPS = {
-    "do_resize",
-    "do_center_crop",
-    "do_rescale",
-    "do_normalize",
-    "do_convert_rgb",
-    "do_flip_channel_order",
-}
 
 
 class ExportedFile(NamedTuple):
@@ -67,8 +58,8 @@ def export_onnx(model: PreTrainedModel, processor: BaseImageProcessor | None, fi
         processor: `None` leaves the preprocessing out.
 
     Raises:
-        UserError: the model is not as above, the network is larger than a file of ONNX may be, the image processor has
-            a step that the metadata cannot describe, or the file cannot be written.
+        UserError: the model is not as above, the network is larger than a file of ONNX may be, the metadata cannot
+            describe the image processor, or the file cannot be written.
     """
     check_exportable(model)
     metadata = describe_labels(model) | (describe_preprocessing(processor) if processor else {})
@@ -273,22 +264,18 @@ def describe_preprocessing(processor: BaseImageProcessor) -> dict[str, str]:
     The steps from a picture to `pixel_values`, each as JSON, in the order of their use. `null` leaves a step out.
 
     - `channel_order`: "RGB" or "BGR".
-    - `resize`: `{"height": …, "width": …}`, or `{"shortest_edge": …}`, which keeps the aspect ratio. `resample` is the
-      interpolation in Pillow's words, such as "bicubic".
+    - `resize`: `{"height": …, "width": …}`, or `{"shortest_edge": …}`, which keeps the aspect ratio (the other edge is
+      rounded down). `resample` is the interpolation in Pillow's words, such as "bicubic".
     - `crop`: `{"height": …, "width": …}` from the centre.
     - `rescale_factor`: multiplies the numbers from 0 to 255.
     - `mean`, `std`: of each channel; `(x - mean) / std`.
 
+    `preprocess` follows them.
+
     Raises:
-        UserError: the processor has another step.
+        UserError: these steps do not give the numbers of the processor.
     """
     fields = processor.to_dict()
-    unknown = sorted(name for name in fields if name.startswith("do_") and fields[name] and name not in KNOWN_STEPS)
-    if unknown or fields.get("crop_pct") is not None:
-        raise UserError(
-            f"The metadata of ONNX cannot describe {(unknown or ['crop_pct'])[0]!r} of the image processor "
-            "(preprocessor_config.json): remove it there."
-        )
 
     def step(switch: str, name: str):
         return fields.get(name) if fields.get(switch) else None
@@ -307,4 +294,53 @@ def describe_preprocessing(processor: BaseImageProcessor) -> dict[str, str]:
         "mean": step("do_normalize", "image_mean"),
         "std": step("do_normalize", "image_std"),
     }
+    check_description(described, processor)
     return {name: json.dumps(value) for name, value in described.items()}
+
+
+def check_description(steps: dict, processor: BaseImageProcessor) -> None:
+    """
+    Follow the steps with a wide and a tall picture of random colours, and compare with the processor.
+
+    Raises:
+        UserError: the numbers are not the same.
+    """
+    edges = [*(steps["resize"] or {}).values(), *(steps["crop"] or {}).values()]
+    length = max(edges, default=32)
+    colours = np.random.default_rng(0).integers(0, 256, (length * 5 // 4, length * 3 // 2, 3), np.uint8)
+    # Pillow and torchvision round a pixel differently, by one of 255 levels, before it is normalised.
+    rounding = 2 * (steps["rescale_factor"] or 1) / np.min(steps["std"] or 1)
+    for pixels in (colours, colours.transpose(1, 0, 2)):
+        picture = Image.fromarray(pixels)
+        expected = processor(picture, return_tensors="np")["pixel_values"][0]
+        try:
+            described = preprocess(picture, steps)
+            agrees = described.shape == expected.shape and np.abs(described - expected).max() < rounding
+        except (KeyError, ValueError):  # an edge of another name, or pictures without a common shape
+            agrees = False
+        if not agrees:
+            raise UserError(
+                f"The {type(processor).__name__} (preprocessor_config.json) does more than the metadata of ONNX can "
+                "describe, which is to resize, crop, rescale and normalise: give the model a ViTImageProcessor."
+            )
+
+
+def preprocess(picture: Image.Image, steps: dict) -> np.ndarray:
+    """`pixel_values` `(channels, height, width)` of a picture in RGB, by the steps of `describe_preprocessing`."""
+    if resize := steps["resize"]:
+        if "shortest_edge" in resize:
+            shortest = min(picture.size)
+            width, height = (int(resize["shortest_edge"] * edge / shortest) for edge in picture.size)
+        else:
+            width, height = resize["width"], resize["height"]
+        picture = picture.resize((width, height), Image.Resampling[steps["resample"].upper()])
+    pixels = np.asarray(picture, np.float32)
+    if crop := steps["crop"]:
+        top, left = (pixels.shape[0] - crop["height"]) // 2, (pixels.shape[1] - crop["width"]) // 2
+        pixels = pixels[top : top + crop["height"], left : left + crop["width"]]
+    if steps["channel_order"] == "BGR":
+        pixels = pixels[..., ::-1]
+    pixels = pixels * np.float32(steps["rescale_factor"] or 1)
+    if steps["mean"]:
+        pixels = (pixels - np.float32(steps["mean"])) / np.float32(steps["std"])
+    return pixels.transpose(2, 0, 1)
