@@ -620,6 +620,11 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
             self.requires_grad_(False)  # transformers' loader of a head makes every float tensor trainable
         return super().train(mode and not self.is_packed)
 
+    def pack_weights(self) -> None:
+        super().pack_weights()
+        self.eval()
+        self.match_quantizer()  # a head saves this config in its own, and builds its backbone from it
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(

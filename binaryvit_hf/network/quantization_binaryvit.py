@@ -411,14 +411,15 @@ class PackableModel(PreTrainedModel):
         """
         Give a packed model a quantizer, from which transformers gets the content of its files, and take it from others.
 
-        `from_pretrained` does so too. But layers may be packed and unpacked later, in this model or in one around it.
+        `from_pretrained` does so too. But layers may be packed and unpacked later, also through a part of this model,
+        which shares its config.
         """
         quantizer = getattr(self, "hf_quantizer", None)
         packing = getattr(self.config, "quantization_config", None)
         if self.is_packed and quantizer is None:
             if packing is None or isinstance(packing, dict):
                 packing = BinaryViTQuantizationConfig(**(packing or {}))
-            self.hf_quantizer = BinaryViTQuantizer(packing, pre_quantized=True)
+            self.hf_quantizer = BinaryViTQuantizer(packing)
             self.config.quantization_config = packing
         elif not self.is_packed and (quantizer or packing):
             BinaryViTQuantizer(packing).remove_quantization_config(self)

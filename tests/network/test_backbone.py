@@ -255,6 +255,23 @@ def assert_same_network(backbone, expected) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_head_whose_backbone_is_packed_and_unpacked_in_place_is_saved_as_it_is(tmp_path):
+    model = segmentation_model().train()
+    model.backbone.pack_weights()
+    assert not model.backbone.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(tiny_images()).logits
+    for is_packed in (True, False):
+        model.save_pretrained(tmp_path)
+        model = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+        assert model.backbone.is_packed == is_packed
+        with torch.no_grad():
+            torch.testing.assert_close(model(tiny_images()).logits, expected)
+        if is_packed:
+            model.backbone.dequantize(latent=True)
+
+
 def test_a_head_with_the_config_of_a_latent_backbone_does_not_load_packed_weights(packed_backbone, tmp_path):
     model = segmentation_model()
     model.backbone = packed_backbone
