@@ -517,6 +517,7 @@ class PackableModel(PreTrainedModel):
         self.config.weight_bits = 32
         for name, packed in packed_layers(self).items():
             self.set_submodule(name, unpacked_layer(packed, self.config, packed.unpack()))
+        give_own_memory(self)
         self.requires_grad_(True)
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
@@ -547,6 +548,7 @@ class PackableModel(PreTrainedModel):
         for name, weight in weights.items():
             self.set_submodule(name, unpacked_layer(self.get_submodule(name), self.config, weight))
         self.match_quantizer()
+        give_own_memory(self)
         return self.requires_grad_(True).to(dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -712,6 +714,22 @@ def lay_in_one_buffer(model: nn.Module) -> None:
             view = part[: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
             is_parameter = isinstance(tensor, nn.Parameter)
             members[name] = nn.Parameter(view, tensor.requires_grad) if is_parameter else view
+
+
+def give_own_memory(model: nn.Module) -> None:
+    """
+    Give every tensor memory and a counter of changes of its own: the reverse of `lay_in_one_buffer`, for training.
+
+    Batch normalisation changes its running statistics in place. A counter that they share with parameters would make
+    PyTorch take these for changed, too, and refuse the backward pass.
+    """
+    for module in model.modules():
+        for members in (module._parameters, module._buffers):
+            for name, tensor in members.items():
+                if isinstance(tensor, nn.Parameter):
+                    members[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+                elif tensor is not None:
+                    members[name] = tensor.clone()
 
 
 def align_weights(model: nn.Module) -> None:

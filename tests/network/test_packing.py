@@ -267,6 +267,19 @@ def test_a_model_is_dequantized_in_inference_mode_and_trains(packed, trainable_b
 
 
 @pytest.mark.parametrize("trainable_bits", [True, False])
+def test_tensors_of_a_dequantized_model_change_one_by_one(packed, trainable_bits):
+    model = load(packed).dequantize(latent=trainable_bits)
+    tensors = model.state_dict(keep_vars=True)
+    before = {name: tensor._version for name, tensor in tensors.items()}
+    changed = next(name for name in tensors if name.endswith("running_mean"))
+    torch.autograd.graph.increment_version(tensors[changed])
+    assert [name for name, tensor in tensors.items() if tensor._version != before[name]] == [changed]
+    images = tiny_images(32)
+    model.train()(images, labels=torch.arange(32) % 3).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("trainable_bits", [True, False])
 def test_a_dtype_that_is_not_one_of_floats_is_refused_and_the_model_stays_packed(packed, trainable_bits):
     model = load(packed)
     for dtype in ("float23", torch.int8):
