@@ -101,9 +101,9 @@ def train_and_evaluate(arguments: list[str]) -> None:
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
     if rank() == 0:
-        last = runs[-1].training
-        lines = [*summary, f"metrics:   {Path(last.output_dir) / 'all_results.json'}"]
-        print("\n".join([*lines, *(next_steps(last, prepared[-1]) if last.do_train else [])]))
+        last = runs[-1]
+        lines = [*summary, f"metrics:   {Path(last.training.output_dir) / 'all_results.json'}"]
+        print("\n".join([*lines, *(next_steps(last, prepared[-1]) if last.training.do_train else [])]))
 
 
 def check_teacher_is_the_students(prepared: list[Inputs], student: DistillationTrainingArguments) -> None:
@@ -156,11 +156,19 @@ def run(
     return training_run.summary
 
 
-def next_steps(arguments: DistillationTrainingArguments, inputs: Inputs) -> list[str]:
-    """Where the results of a trained model are, and commands that can be pasted: classify, load, publish."""
-    folder = Path(arguments.output_dir)
-    image = find_image_file(inputs.images["validation"]) or "IMAGE"
-    classify = f'pipeline("image-classification", {json.dumps(str(folder))})({json.dumps(image)})'
+def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
+    """
+    Where the results of a trained model are, and commands that can be pasted: classify, load, publish.
+
+    The commands put transparent pictures on the run's `--background`, so they answer as its evaluation.
+    """
+    folder = Path(run.training.output_dir)
+    image, background = find_image_file(inputs.images["validation"]) or "IMAGE", run.data.background
+    classifier, picture = f'pipeline("image-classification", {json.dumps(str(folder))})', json.dumps(image)
+    imports = "import binaryvit_hf; from transformers import pipeline"
+    if background is not None:  # a pipeline drops transparency
+        imports += "; from binaryvit_hf.pixels import to_rgb; from PIL import Image"
+        picture = f"to_rgb(Image.open({picture}), {json.dumps(background)})"
     pictures = [name for name in (*CONFUSION_PICTURES.values(), "learning_curves.png") if (folder / name).is_file()]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return [
@@ -168,8 +176,8 @@ def next_steps(arguments: DistillationTrainingArguments, inputs: Inputs) -> list
         f"its card:  {folder / 'README.md'}",
         "",
         "Classify images, load the model in Python, or publish it:",
-        join(["binaryvit", "classify", str(folder), image]),
-        join(["python", "-c", f"import binaryvit_hf; from transformers import pipeline; print({classify})"]),
+        join(["binaryvit", "classify", str(folder), image, *(["--background", background] if background else [])]),
+        join(["python", "-c", f"{imports}; print({classifier}({picture}))"]),
         join(["binaryvit", "push", str(folder), suggest_name(folder)]),
     ]
 

@@ -1,16 +1,25 @@
 """What a run says and draws about its results: confidence interval, confusion matrix, learning curves, next steps."""
 
+import ast
 import json
+import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 from scipy.stats import binomtest
+from tiny import tiny_model
 
+from binaryvit_hf.cli import main
+from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import confusion, learning_curves
 from binaryvit_hf.training.confusion import ConfusionMatrix, describe, wilson_interval
 from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
 from binaryvit_hf.training.metrics import TopKAccuracy
+from binaryvit_hf.training.run import next_steps
 
 
 @pytest.fixture
@@ -128,3 +137,21 @@ def test_a_run_too_short_to_log_still_has_a_picture(figures, tmp_path):
 def test_folders_without_results_have_no_picture(tmp_path):
     plot_learning_curves({"model": read_training_history(tmp_path)}, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_the_closing_commands_put_transparent_pictures_on_the_runs_background(tmp_path, capsys):
+    Image.new("RGBA", (32, 16), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    ShippedModel(tiny_model()).save_pretrained(tmp_path / "out")
+    create_image_processor(tiny_model().config, 1.0).save_pretrained(tmp_path / "out")
+    images = Dataset.from_list([{"image": {"path": str(tmp_path / "clear.png"), "bytes": None}}])
+    answers = {}
+    for background in ("white", None):
+        arguments = SimpleNamespace(output_dir=str(tmp_path / "out"))
+        run = SimpleNamespace(training=arguments, data=SimpleNamespace(background=background))
+        classify, load, _ = map(shlex.split, next_steps(run, SimpleNamespace(images={"validation": images}))[-3:])
+        assert main([*classify[1:], "--json"]) == 0
+        (answer,) = json.loads(capsys.readouterr().out)
+        exec(load[-1], {})
+        assert ast.literal_eval(capsys.readouterr().out) == answer["labels"]
+        answers[background] = answer["labels"]
+    assert answers["white"] != answers[None]
