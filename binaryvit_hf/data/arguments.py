@@ -58,7 +58,7 @@ class DataArguments(AugmentationArguments):
     max_train_samples: int | None = argument(None, "Train on at most this many images.")
     max_eval_samples: int | None = argument(None, "Evaluate on at most this many images.")
     skip_broken_images: bool = argument(
-        False, "Decode all images before training, and leave out broken ones instead of stopping."
+        False, "Decode all images before training, and leave out broken and too large ones instead of stopping."
     )
     keep_images_in_memory: bool = argument(
         False,

@@ -56,7 +56,7 @@ def check_images(
     - in a stream, the pixels of the first 100 evaluation images.
 
     Args:
-        skip_broken: leave out broken images.
+        skip_broken: leave out images that are broken or too large.
         background: the colour that the run puts behind transparent images.
 
     Returns:
@@ -85,7 +85,7 @@ def check_images(
 def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[Dataset, list[str], dict[int, bool]]:
     """
     Returns:
-        The dataset without broken images, the names of the broken ones, and for each index that was checked whether the
+        The dataset without broken and too large images, the names of these, and for each index that was checked whether the
         image may be transparent.
     """
     checked: Sequence[int] = range(len(dataset))
@@ -93,10 +93,10 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
         checked = evenly_spaced(checked, MAX_EMBEDDED_HEADERS)
     results = inspect_images(dataset, checked, decode_fully if skip_broken else read_header)
     faults = {index: result for index, result in zip(checked, results) if isinstance(result, Exception)}
-    for index, fault in faults.items():
-        if isinstance(fault, DecompressionBombError) or not skip_broken:
-            count = f"; {len(faults)} such image(s) in all" if len(faults) > 1 else ""
-            raise UserError(describe_fault(dataset[index]["image"], index, fault, "cannot be read as an image", count))
+    if faults and not skip_broken:
+        index, fault = next(iter(faults.items()))
+        count = f"; {len(faults)} such image(s) in all" if len(faults) > 1 else ""
+        raise UserError(describe_fault(dataset[index]["image"], index, fault, "cannot be read as an image", count))
     if len(faults) == len(dataset):  # also true of an empty split
         raise UserError(f"No image of the {split} split can be read.")
     names = [image_name(dataset[index]["image"], index) for index in faults]

@@ -147,18 +147,15 @@ def test_a_truncated_picture_is_named_before_training_if_it_is_checked(photos):
     assert len(images["train"]) == 9
 
 
-@pytest.mark.parametrize("skip_broken", [False, True])
-def test_a_picture_above_pillows_limit_is_not_broken(photos, skip_broken):
-    Image.new("1", (14000, 14000)).save(photos / "ant" / "large.png")
-    (photos / "ant" / "broken.png").write_text("no image")
-    path = photos / "ant" / ("large.png" if skip_broken else "broken.png")
-    with pytest.raises(
-        UserError, match=f"^'{path}'.*" + ("too large: it has 14000 x 14000 " if skip_broken else "cannot be read")
-    ):
-        check(photos, skip_broken)
-    (photos / "ant" / "broken.png").unlink()
+def test_a_picture_above_pillows_limit_is_named_and_left_out_on_request(photos, caplog):
+    path = photos / "ant" / "large.png"
+    Image.new("1", (14000, 14000)).save(path)
     with pytest.raises(UserError, match=r"is too large: it has 14000 x 14000 .* make it smaller, or remove it\.$"):
-        check(photos, skip_broken)
+        check(photos)
+    images, left_out = check(photos, skip_broken=True)
+    assert left_out == [str(path)] * 2
+    assert len(images["train"]) == 10
+    assert f"Left out {path}: it has 14000 x 14000 pixels, more than 134217728" in caplog.text
 
 
 def test_float_pictures_of_no_known_range_are_refused_by_name(photos):
