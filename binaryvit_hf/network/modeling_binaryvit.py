@@ -383,6 +383,12 @@ class BinaryViTPreTrainedModel(PackableModel):
         """The class that the engine computes. Its subclasses run in PyTorch."""
         return BinaryViTModel
 
+    def wanted_outputs(self, output_hidden_states: bool | None, options: dict) -> tuple[bool, bool]:
+        """Whether to return hidden states and attentions: as the call says, else as the config does."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return output_hidden_states, bool(options.get("output_attentions", self.config.output_attentions))
+
     def get_input_embeddings(self) -> nn.Module:
         """The stem's convolution, which turns patches into tokens."""
         return self.base_model.embeddings.projection
@@ -539,25 +545,21 @@ class BinaryViTModel(BinaryViTPreTrainedModel):
             ValueError: the images have another number of channels than the config, or another size without
                 `interpolate_pos_encoding`, or a size that patches, stages and reductions do not divide.
         """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        output_hidden_states, output_attentions = self.wanted_outputs(output_hidden_states, kwargs)
         outputs = None
         if not output_attentions:
             outputs = outputs_by_engine(self, pixel_values, output_hidden_states, interpolate_pos_encoding)
-        if outputs is None:
+        if outputs is None or output_hidden_states:
             grid_sizes = self.grid_sizes_of(pixel_values, interpolate_pos_encoding)
+        if outputs is None:
             outputs = self.compute(pixel_values, grid_sizes, output_hidden_states, output_attentions)
         last_hidden_state, pooled, hidden_states = outputs
-        maps = None
-        if hidden_states is not None:
-            maps = self.reshape(hidden_states, self.grid_sizes_of(pixel_values, interpolate_pos_encoding))
         return BinaryViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled if self.add_pooling_layer else None,
             hidden_states=hidden_states,
             attentions=() if output_attentions else None,  # capture_outputs fills it, in this place of the tuple
-            reshaped_hidden_states=maps,
+            reshaped_hidden_states=None if hidden_states is None else self.reshape(hidden_states, grid_sizes),
         )
 
     def compute(
@@ -650,9 +652,7 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
             ValueError: the images have another number of channels than the config, or another size without
                 `interpolate_pos_encoding`, or a size that patches, stages and reductions do not divide.
         """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        output_hidden_states, output_attentions = self.wanted_outputs(output_hidden_states, kwargs)
         wanted = [output_hidden_states or name in self.out_features for name in self.stage_names]
         maps = None if output_attentions else maps_by_engine(self, pixel_values, wanted, interpolate_pos_encoding)
         grid_sizes = self.grid_sizes_of(pixel_values, interpolate_pos_encoding)

@@ -694,6 +694,17 @@ def pack_folder(model_class: type[PreTrainedModel], latent: str | Path, folder: 
 # ---- Memory of loaded models ----
 
 
+def stored_tensors(model: nn.Module) -> list[tuple[dict, str, torch.Tensor]]:
+    """Every parameter and buffer: the dictionary of its module that holds it, its name there, and the tensor."""
+    return [
+        (members, name, tensor)
+        for module in model.modules()
+        for members in (module._parameters, module._buffers)
+        for name, tensor in members.items()
+        if tensor is not None
+    ]
+
+
 def lay_in_one_buffer(model: nn.Module) -> None:
     """
     Make all tensors of a dtype on the CPU views of one buffer, whose changes PyTorch counts together.
@@ -701,11 +712,9 @@ def lay_in_one_buffer(model: nn.Module) -> None:
     So the engine reads one counter per dtype. A counter for each tensor would take a tenth of a forward.
     """
     by_dtype = defaultdict(list)
-    for module in model.modules():
-        for members in (module._parameters, module._buffers):
-            for name, tensor in members.items():
-                if tensor is not None and tensor.device.type == "cpu":
-                    by_dtype[tensor.dtype].append((members, name, tensor))
+    for members, name, tensor in stored_tensors(model):
+        if tensor.device.type == "cpu":
+            by_dtype[tensor.dtype].append((members, name, tensor))
     for dtype, entries in by_dtype.items():
         step = ALIGNMENT // dtype.itemsize
         sizes = [-(-tensor.numel() // step) * step for *_, tensor in entries]
@@ -723,13 +732,10 @@ def give_own_memory(model: nn.Module) -> None:
     Batch normalisation changes its running statistics in place. A counter that they share with parameters would make
     PyTorch take these for changed, too, and refuse the backward pass.
     """
-    for module in model.modules():
-        for members in (module._parameters, module._buffers):
-            for name, tensor in members.items():
-                if isinstance(tensor, nn.Parameter):
-                    members[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-                elif tensor is not None:
-                    members[name] = tensor.clone()
+    for members, name, tensor in stored_tensors(model):
+        copied = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        members[name] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
 
 
 def align_weights(model: nn.Module) -> None:

@@ -73,6 +73,11 @@ class ConfusionMatrix:
     def correct(self) -> int:
         return int(self.counts.trace())
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the accuracy."""
+        return wilson_interval(self.correct, self.images)
+
     def most_confused(self, limit: int) -> list[Confusion]:
         """The pairs of classes with the most errors, at most `limit`."""
         errors = self.counts - np.diag(self.counts.diagonal())
@@ -147,7 +152,7 @@ def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
     Args:
         images_name: the kind of images, such as "held-out".
     """
-    low, high = wilson_interval(matrix.correct, matrix.images)
+    low, high = matrix.interval
     lines = [
         f"accuracy:  {matrix.correct / matrix.images:.1%} of {matrix.images} {images_name} images "
         f"(95 % confidence interval: {low:.1%} to {high:.1%})"

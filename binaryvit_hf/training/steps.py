@@ -22,7 +22,7 @@ from ..hub import resumable_upload
 from ..ops import CONFIG_CLASSES, count_operations, total
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
-from .confusion import ConfusionMatrix, describe, wilson_interval
+from .confusion import ConfusionMatrix, describe
 from .learning_curves import plot_learning_curves, read_training_history
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
@@ -181,7 +181,7 @@ class TrainingRun:
                 self.output_dir / CONFUSION_PICTURES[split],
                 f"Confusion matrix of {matrix.images} {images_name} images",
             )
-        low, high = wilson_interval(matrix.correct, matrix.images)
+        low, high = matrix.interval
         return {f"{split}_accuracy_low": low, f"{split}_accuracy_high": high}
 
     def save_metrics(self, split: str, metrics: dict) -> None:
