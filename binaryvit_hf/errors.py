@@ -11,6 +11,10 @@ class LoadingError(UserError):
     """A config, model or image processor is missing, damaged or unfit. The message says why; callers add the name."""
 
 
+class NoModelError(LoadingError):
+    """The name is of no model. The message also says what to do."""
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss of training is not finite. Commands print only the message and exit with code 1."""
 

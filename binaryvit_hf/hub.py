@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import shlex
@@ -23,7 +24,10 @@ from .errors import UploadError, UserError, first_sentence
 
 
 # Checkpoints for resuming, hidden files, unfinished files of a run, and a pickle that may hold a token.
-NOT_UPLOADED = ["checkpoint-*", ".*", "_*", "training_args.bin"]
+NOT_UPLOADED = [
+    *("checkpoint-*", ".*", "_*", "training_args.bin"),
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"),  # of a checkpoint that is uploaded as a model
+]
 LOG_IN = "log in with `hf auth login`, or pass a token with access"
 CAUSES = {
     GatedRepoError: "the repository is gated: ask for access on its page, then log in with `hf auth login`",
@@ -73,6 +77,26 @@ def explain_hub_error(error: BaseException) -> str | None:
 def explain_error(error: Exception) -> str:
     """Explain any error in one sentence."""
     return explain_hub_error(error) or first_sentence(error)
+
+
+class OneLineOfRetries(logging.Filter):
+    """Of the two lines that huggingface_hub logs for each failed try of a request, pass one, for the first."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if " thrown while requesting " in message:
+            return False
+        retry = re.match(r"Retrying in \S+ \[Retry (\d+)/(\d+)\]", message)
+        if retry is None:
+            return True
+        record.msg, record.args = "The Hub does not answer; trying again, up to %s times.", (retry[2],)
+        return retry[1] == "1"
+
+
+def shorten_log_of_retries() -> None:
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    if not any(isinstance(known, OneLineOfRetries) for known in logger.filters):
+        logger.addFilter(OneLineOfRetries())
 
 
 def create_repository(repo_id: str, token: str | None, private: bool | None) -> str:

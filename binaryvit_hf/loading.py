@@ -5,7 +5,7 @@ Every failure is a `LoadingError` of one sentence. Sizes are checked before memo
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from transformers.utils import (
     logging,
 )
 
-from .errors import LoadingError, first_sentence
+from .errors import LoadingError, NoModelError, first_sentence
 from .hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
 from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .network.quantization_binaryvit import at_stored_image_size
-from .resources import find_source
+from .resources import find_source, shipped_models
+from .sources import describe_fault, describe_neighbours
 
 
 # Bounds for configs of other model types, by the field names of transformers. BinaryViTConfig has its own bounds.
@@ -56,9 +57,12 @@ MAX_RESIZED = 2**14  # pixels of a side before the crop
 MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised image; without normalisation, values go up to 255
 
 
-def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
+def load_config(source: str | Path, shipped: Iterable[str] = (), **arguments) -> PreTrainedConfig:
     """
     Load a config and check the bounds of its sizes (`AutoConfig.from_pretrained`).
+
+    Args:
+        shipped: names that the user could have given beside those of the shipped models, to suggest one.
 
     Raises:
         LoadingError: there is no config, or it describes no network.
@@ -69,7 +73,7 @@ def load_config(source: str | Path, **arguments) -> PreTrainedConfig:
         check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
 
-    return fetch(load, source, **arguments)
+    return fetch(load, source, shipped, **arguments)
 
 
 def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
@@ -168,6 +172,8 @@ def load_image_processor(
             check_image_processor(processor, config)
         return processor
 
+    if describe_fault(find_source(str(source))):
+        return None
     return fetch(load, source, **arguments)
 
 
@@ -185,15 +191,18 @@ def has_file(source: str, name: str, arguments: dict) -> bool:
         return True
 
 
-def fetch(load: Callable, source: str | Path, **arguments):
+def fetch(load: Callable, source: str | Path, shipped: Iterable[str] = (), **arguments):
     """
     Call `load(source, **arguments)`. `source` may be the name of a shipped model. If it fails, damaged files in the Hub's local cache are downloaded again, once.
 
     Raises:
+        NoModelError: `source` is no model, as far as this machine knows. The Hub was not asked.
         LoadingError: `load` raised anything.
     """
     arguments = {"trust_remote_code": False} | arguments  # with None, transformers asks the user on the terminal
     source = find_source(str(source))
+    if fault := describe_fault(source, arguments.get("subfolder", ""), {*shipped_models(), *shipped}):
+        raise NoModelError(fault)
     cache_dir = arguments.get("cache_dir")
     try:
         return load(source, **arguments)
@@ -213,7 +222,7 @@ def fetch(load: Callable, source: str | Path, **arguments):
 
 def explain_loading(error: Exception, source: str, cache_dir: str | None) -> str:
     if cause := explain_hub_error(error):
-        return cause
+        return f"{cause}{describe_neighbours(source) or ''}"
     cached = cache_folder(source, cache_dir)
     sentence = first_sentence(error)
     return sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})"

@@ -1,5 +1,6 @@
 """Files that come with the package: configs, model cards, trained models."""
 
+import os
 from pathlib import Path
 
 
@@ -16,7 +17,7 @@ def shipped_models() -> dict[str, Path]:
 
 def find_source(name: str) -> str:
     """The folder of a trained model that comes with the package, if `name` is one; else `name`, a path or a Hub id."""
-    return name if Path(name).exists() else str(shipped_models().get(name, name))
+    return name if os.path.exists(name) else str(shipped_models().get(name, name))
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -23,6 +23,7 @@ FLOORS = {
     "onnx_export": 3,
     "ops": 3,
     "pixels": 3,
+    "sources": 3,
     "writing": 3,
     "data": 4,
     "training": 5,

@@ -92,6 +92,8 @@ def prepare_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..doctor import check_engine_variable
+    from ..hub import shorten_log_of_retries
 
     disable_progress_bar()
+    shorten_log_of_retries()
     check_engine_variable()

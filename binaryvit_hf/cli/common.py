@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError, one_line
+from ..sources import describe_unfinished_run
 
 
 def add_token_argument(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,8 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         UserError: the folder has no config.json.
     """
+    if unfinished := describe_unfinished_run(folder):
+        raise UserError(f"{str(folder)!r} has no model yet: {unfinished}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} is not a model folder: it has no config.json.")
 

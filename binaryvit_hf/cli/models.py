@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from ..errors import LoadingError, UserError
+from ..errors import LoadingError, NoModelError, UserError
 from ..loading import load_classifier, load_config, load_image_processor
 
 
@@ -23,10 +23,10 @@ def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[
         UserError: there is no such model, or its config is damaged.
     """
     source = name if os.path.exists(name) else str(shipped.get(name, name))
-    if not os.path.exists(source) and (os.path.isabs(name) or name.startswith(".")):
-        raise UserError(f"There is no folder {name!r}.")
     try:
-        return source, load_config(source, token=token)
+        return source, load_config(source, shipped, token=token)
+    except NoModelError as error:
+        raise UserError(f"The model {name!r} cannot be loaded: {error}") from error
     except LoadingError as error:
         if os.path.isfile(os.path.join(source, "config.json")):
             raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error

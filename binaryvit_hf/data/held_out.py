@@ -14,6 +14,7 @@ from .arguments import HELD_OUT_SHARE
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 0
+NAMED_CLASSES = 10
 
 
 def hold_out(splits: dict[str, Dataset], size: float | None) -> dict[str, Dataset]:
@@ -40,20 +41,26 @@ def hold_out(splits: dict[str, Dataset], size: float | None) -> dict[str, Datase
     dataset, size = splits["train"], HELD_OUT_SHARE if size is None else size
     number = math.ceil(size * len(dataset)) if size < 1 else size
     remedy = "give images to evaluate on with --validation_dir or --validation_split_name"
+    labels, names = np.array(dataset["label"][:]), dataset.features["label"].names
+    counts = np.bincount(labels, minlength=len(names))
+    most = sum(max(0, count - 1) for count in counts)
+    if most == 0:
+        raise UserError(
+            "No image can be held out for evaluation, because every class keeps one to train on, and no class has more: "
+            f"{describe_smallest(names, counts)}. Add images of these classes, or {remedy}."
+        )
     if number >= len(dataset) or number != int(number):
         raise UserError(
             f"--train_val_split is a share between 0 and 1 or a number of images below {len(dataset)}, not {size:g}; or "
             f"{remedy}."
         )
-    labels, names = np.array(dataset["label"][:]), dataset.features["label"].names
-    counts = np.bincount(labels, minlength=len(names))
-    most = sum(max(0, count - 1) for count in counts)
     if size < 1:  # a share of few images per class may need to grow, or to shrink
         number = min(max(number, sum(count > 1 for count in counts)), most)
     if not 0 < number <= most:
         raise UserError(
-            f"Every class keeps an image to train on, so at most {most} of the {len(dataset)} images can be held out for "
-            f"evaluation: change --train_val_split, or {remedy}."
+            f"--train_val_split {size:g} is too large: every class keeps an image to train on, so at most {most} of the "
+            f"{len(dataset)} images can be held out for evaluation ({describe_smallest(names, counts)}). Reduce it, add images "
+            f"of these classes, or {remedy}."
         )
     alone = [name for name, count in zip(names, counts) if count == 1]
     if alone:
@@ -70,6 +77,13 @@ def hold_out(splits: dict[str, Dataset], size: float | None) -> dict[str, Datase
             left[labels[index]] -= 1
             held_out[index] = True
     return {"train": dataset.select(np.flatnonzero(~held_out)), "validation": dataset.select(np.flatnonzero(held_out))}
+
+
+def describe_smallest(names: Sequence[str], counts: Sequence[int]) -> str:
+    """The classes with the fewest images, each with its number: `'ant' has 1, 'bee' has 2`."""
+    order = sorted(range(len(names)), key=lambda index: counts[index])
+    named = ", ".join(f"{names[index]!r} has {counts[index]}" for index in order[:NAMED_CLASSES])
+    return f"{named}, …" if len(names) > NAMED_CLASSES else named
 
 
 def share_out(counts: Sequence[int], number: int) -> list[int]:

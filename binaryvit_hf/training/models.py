@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
     """The network's config; raises UserError if it cannot be loaded or its network cannot be used here."""
     name = arguments.config_name or arguments.model_name_or_path
     source = name
-    if arguments.config_name and not Path(name).exists():
-        source = str(shipped_configs().get(name, name))
+    shipped = shipped_configs() if arguments.config_name else {}
+    if not os.path.exists(name):
+        source = str(shipped.get(name, name))
     try:
-        config = loading.load_config(source, subfolder=arguments.subfolder, **hub_arguments(arguments))
+        config = loading.load_config(source, shipped, subfolder=arguments.subfolder, **hub_arguments(arguments))
     except LoadingError as error:
         raise UserError(f"The config of {name!r} cannot be loaded: {error}") from error
     check_config(name, config, arguments, do_train)

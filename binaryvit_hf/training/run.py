@@ -18,7 +18,7 @@ from ..data.streaming import ImageStream
 from ..doctor import check_engine_variable
 from ..errors import NonFiniteLossError, TerminatedError, UploadError, UserError
 from ..host_memory import keep_freed_memory
-from ..hub import suggest_name
+from ..hub import shorten_log_of_retries, suggest_name
 from ..writing import describe_full_disk
 from .arguments import DistillationTrainingArguments, RunArguments
 from .command_line import parse_runs
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_first else logging.ERROR)
     keep_freed_memory()
     hide_progress_of_files()
+    shorten_log_of_retries()
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:

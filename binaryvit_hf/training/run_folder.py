@@ -13,10 +13,10 @@ from datasets import Dataset
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
 from ..errors import UserError, first_sentence
+from ..sources import RUN_ARGUMENTS  # the arguments of the run that made the weights in the folder
 from .arguments import RunArguments
 
 
-RUN_ARGUMENTS = "run_arguments.json"  # the arguments of the run that made the weights in the folder
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
 TRAINING_IMAGES = "_training_images.json"  # of the run that started last; never uploaded
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes

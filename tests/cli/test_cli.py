@@ -228,7 +228,9 @@ def test_classify_refuses_wrong_files_models_and_arguments(latent, photos, capsy
     assert_refused(capsys, ["classify", latent, photos, "--top-k", 0], "--top-k")
     assert_refused(capsys, ["classify", photos, photos], "cannot be loaded", "config.json")
     assert_refused(capsys, ["classify", "no/model", photos], "The model 'no/model' cannot be loaded")
-    assert_refused(capsys, ["classify", "./none", photos], "There is no folder './none'.")
+    assert_refused(
+        capsys, ["classify", "./none", photos], "The model './none' cannot be loaded: there is no such folder."
+    )
     (latent / "preprocessor_config.json").unlink()
     assert_refused(capsys, ["classify", latent, photos], "no image processor")
 

@@ -71,8 +71,18 @@ def test_a_class_of_one_image_is_trained_on_and_named(caplog):
 
 
 @pytest.mark.parametrize(
-    "size, counts", [(None, (1, 1)), (1, (1, 1, 1)), (6, (4, 3))], ids=["single images", "one of three", "too many"]
+    "size, counts, words",
+    [
+        (None, (1, 1), ["No image can be held out", "'c0' has 1, 'c1' has 1. Add images"]),
+        (None, (1,), ["'c0' has 1. Add images"]),
+        (1, (1, 0, 1), ["'c1' has 0, 'c0' has 1, 'c2' has 1. Add images"]),
+        (6, (4, 3), ["--train_val_split 6 is too large", "at most 5 of the 7 images", "'c1' has 3, 'c0' has 4"]),
+        (None, (1,) * 12, ["'c9' has 1, …. Add images"]),
+    ],
+    ids=["single images", "one image", "an empty class", "too many", "many classes"],
 )
-def test_more_than_the_classes_can_give_is_refused(size, counts):
-    with pytest.raises(UserError, match=r"Every class keeps an image to train on.*--validation_dir"):
+def test_more_than_the_classes_can_give_is_refused_with_their_numbers(size, counts, words):
+    with pytest.raises(UserError, match=r"every class keeps .* to train on.*--validation_dir") as refused:
         hold_out({"train": numbered(*counts)}, size)
+    for word in words:
+        assert word in str(refused.value)

@@ -1,0 +1,148 @@
+"""Names that are no models: runs that are not finished, misspelt names, missing folders."""
+
+import logging
+import shutil
+
+import pytest
+from command_line import assert_refused, refusal, run
+from PIL import Image
+from tiny import tiny_config, tiny_model
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
+
+from binaryvit_hf import loading
+from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.hub import NOT_UPLOADED, shorten_log_of_retries
+from binaryvit_hf.resources import shipped_configs, shipped_models
+from binaryvit_hf.sources import RUN_ARGUMENTS, describe_fault
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    """The working folder, with the output directory `out` of a run that was stopped after its checkpoint of step 12."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}))
+    for step in (2, 12):
+        model.save_pretrained(tmp_path / "out" / f"checkpoint-{step}")
+    create_image_processor(model.config, crop_pct=1.0).save_pretrained(tmp_path / "out" / "checkpoint-12")
+    (tmp_path / "out" / "checkpoint-20").mkdir()  # not whole
+    (tmp_path / "out" / RUN_ARGUMENTS).write_text("{}")
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Any loading beyond the checks of the name fails the test."""
+
+    def load(*args, **kwargs):
+        pytest.fail("the Hub would be asked")
+
+    monkeypatch.setattr(loading.PreTrainedConfig, "get_config_dict", load)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["classify", "out", "a.png"],
+        ["pack", "out", "packed"],
+        ["export", "out", "a.onnx"],
+        ["ops", "out"],
+        ["card", "out"],
+        ["push", "out", "me/x"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_say_that_a_run_is_not_finished_and_which_checkpoint_works(command, unfinished, capsys):
+    words = ["'out'", "not finished", "same training command again", "last checkpoint, 'out/checkpoint-12'"]
+    assert_refused(capsys, command, *words)
+
+
+@pytest.mark.parametrize("argument", ["model_name_or_path", "teacher_model_name_or_path", "init_from", "config_name"])
+def test_training_says_that_a_run_is_not_finished(argument, unfinished, capsys):
+    network = ["--config_name", "binaryvit-digits"] if argument.startswith("teacher") else []
+    arguments = [f"--{argument}", "out", *network, "--dataset_name", "sklearn-digits", "--do_train", "--use_cpu"]
+    message = refusal(capsys, *arguments, "--output_dir", "new", "--report_to", "none", "--max_steps", 1)
+    assert "training is not finished" in message
+    assert "'out/checkpoint-12'" in message
+
+
+def test_the_checkpoint_that_the_message_names_works(unfinished, capsys):
+    checkpoint = "out/checkpoint-12"
+    assert "ant" in run(capsys, "classify", checkpoint, "a.png")
+    run(capsys, "pack", checkpoint, "packed")
+    run(capsys, "card", checkpoint)
+
+
+def test_a_run_without_a_checkpoint_is_not_finished_either(tmp_path):
+    (tmp_path / RUN_ARGUMENTS).write_text("{}")
+    fault = describe_fault(str(tmp_path))
+    assert fault == "its training is not finished: run the same training command again to resume it."
+    (tmp_path / "config.json").write_text("{}")
+    assert describe_fault(str(tmp_path)) is None
+
+
+def test_a_folder_within_an_unfinished_run_is_a_model(unfinished):
+    assert describe_fault("out", "checkpoint-12") is None
+    assert describe_fault("out/checkpoint-12") is None
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("binaryvit-digit", "did you mean 'binaryvit-digits'?"),
+        ("binaryvit-fashion-minst", "did you mean 'binaryvit-fashion-mnist'?"),
+        (
+            "photos-packed",
+            "no such folder, and it is neither an id of the Hub (OWNER/NAME) nor one of binaryvit-digits",
+        ),
+        ("ou", "did you mean 'out'?"),
+        ("outputs/photos/latent", "there is no such folder."),
+        ("outputs/photos/", "there is no such folder."),
+        ("outputs\\photos", "there is no such folder."),
+        ("./out/checkpoint-13", "did you mean 'out/checkpoint-12'?"),
+        ("/none/of/these", "there is no such folder."),
+    ],
+)
+def test_a_name_that_cannot_be_of_the_hub_is_refused_without_asking_it(name, words, unfinished, no_hub, capsys):
+    assert_refused(capsys, ["classify", name, "a.png"], f"The model {name!r} cannot be loaded: there is no", words)
+
+
+def test_a_misspelt_row_is_refused_without_asking_the_hub(no_hub, capsys, tmp_path):
+    assert_refused(capsys, ["ops", "vit-digit"], "did you mean 'vit-digits'?")
+    arguments = ["--config_name", "binaryvit-small-patch4-22", "--do_train", "--output_dir", tmp_path / "out"]
+    assert "did you mean 'binaryvit-small-patch4-224'?" in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["me/binaryvit-digits", "google/vit-base-patch16-224", "microsoft/resnet-50", "out/photos"]
+)
+def test_ids_of_the_hub_are_asked_for(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert describe_fault(name, shipped=shipped_models() | shipped_configs()) is None
+
+
+def test_when_the_hub_has_no_such_model_its_local_neighbours_are_named(unfinished, capsys):
+    (unfinished / "outputs").mkdir()
+    (unfinished / "out").rename(unfinished / "outputs" / "photos")
+    assert_refused(capsys, ["classify", "outputs/photo", "a.png"], "did you mean 'outputs/photos'?")
+    assert_refused(capsys, ["classify", "outputs/digits", "a.png"], "'outputs' has 'photos'")
+
+
+@pytest.mark.parametrize("name", [OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, TRAINING_ARGS_NAME, "rng_state_0.pth"])
+def test_the_state_of_training_in_a_checkpoint_is_not_uploaded(name):
+    assert shutil.ignore_patterns(*NOT_UPLOADED)("folder", [name, "model.safetensors"]) == {name}
+
+
+def test_of_all_retries_of_a_request_one_line_is_logged(monkeypatch):
+    shorten_log_of_retries()
+    shorten_log_of_retries()
+    logger, messages = logging.getLogger("huggingface_hub.utils._http"), []
+    monkeypatch.setattr(logger, "callHandlers", lambda record: messages.append(record.getMessage()))
+    for number in range(1, 6):
+        logger.warning(f"'[Errno 101] Network is unreachable' thrown while requesting HEAD https://x/{number}")
+        logger.warning(f"Retrying in {number}s [Retry {number}/5].")
+    logger.warning("Rate limited. Waiting 31.0s before retry [Retry 1/5].")
+    assert messages == [
+        "The Hub does not answer; trying again, up to 5 times.",
+        "Rate limited. Waiting 31.0s before retry [Retry 1/5].",
+    ]
