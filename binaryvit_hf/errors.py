@@ -1,4 +1,4 @@
-"""Errors that commands report in one sentence, and how messages of other libraries become one line."""
+"""Errors that commands report in one sentence, and helpers for messages: numbers with nouns, messages of other libraries."""
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -47,6 +47,12 @@ def first_sentence(error: BaseException) -> str:
     if not line or isinstance(error, KeyError):  # the message of a KeyError is only the key
         line = f"{type(error).__name__} {line}".strip()
     return one_line(line, FOREIGN_LENGTH)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`, `2 classes`."""
+    plural = f"{noun}es" if noun.endswith(("s", "x", "ch")) else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def one_line(text: str, length: int = LINE_LENGTH) -> str:

@@ -18,6 +18,7 @@ from ..data.image_checks import evenly_spaced
 from ..data.sampling import SampleKey, seeded_rng
 from ..data.streaming import ImageSplits, ImageStream
 from ..data.transforms import TransformedImages, collate_images
+from ..errors import counted
 from ..host_memory import available_memory, peak_of_process
 from ..loading import build_classifier
 from ..network.configuration_binaryvit import as_pair
@@ -32,8 +33,8 @@ UNBALANCED = 3  # the largest class has this many times the images of the smalle
 NAMED_CLASSES = 10
 
 TIMED_STEPS, TIMED_IMAGES = 3, 32
+TIMED_SHARE = 1 / 40  # of a run's images in a timed step, so that the steps take at most a tenth of a short run's time
 SECONDS_TO_TIME = 5  # after which no further step is timed
-SHORT_RUN = 100  # steps; shorter runs are not timed
 EVALUATION_COST = 1 / 3  # of a training step: a forward without a backward
 
 logger = logging.getLogger(__name__)
@@ -89,10 +90,11 @@ class StepTimer:
     Args:
         dataset: training images, some of which are read and augmented to time the loader.
         num_workers: processes that load images during training.
+        num_images: images of a step.
     """
 
-    def __init__(self, dataset: TransformedImages, num_workers: int):
-        keys = [SampleKey(0, index, 0) for index in evenly_spaced(range(len(dataset)), TIMED_IMAGES)]
+    def __init__(self, dataset: TransformedImages, num_workers: int, num_images: int = TIMED_IMAGES):
+        keys = [SampleKey(0, index, 0) for index in evenly_spaced(range(len(dataset)), num_images)]
         examples = [dataset[keys[0]]]  # the first image takes longer: it imports and caches
         start = time.perf_counter()
         examples += [dataset[key] for key in keys[1:]]
@@ -153,10 +155,14 @@ def steps_left(run: RunArguments, inputs: Inputs) -> int:
     return max(0, steps - done)
 
 
+def images_left(run: RunArguments, inputs: Inputs) -> int:
+    """Images of the training steps that a run has still to make, repetitions counted."""
+    return steps_left(run, inputs) * min(run.training.effective_batch_size, len(inputs.images["train"]))
+
+
 def run_seconds(per_image: float, run: RunArguments, inputs: Inputs) -> float:
     """Time of a run's training steps and evaluations, from the time of training on one image."""
-    arguments, steps = run.training, steps_left(run, inputs)
-    trained = steps * min(arguments.effective_batch_size, len(inputs.images["train"]))
+    arguments, trained = run.training, images_left(run, inputs)
     evaluations = arguments.do_eval + (arguments.eval_strategy == "epoch") * trained / len(inputs.images["train"])
     return per_image * (trained + EVALUATION_COST * evaluations * len(inputs.images["validation"]))
 
@@ -168,8 +174,8 @@ def log_forecast(
     runs: dict[str, tuple[RunArguments, Inputs]],
 ) -> None:
     """
-    Time steps on the CPU, and log about how long the runs take and how much memory. Short runs, streams, several processes
-    and accelerators are not timed: a progress bar tells more about them.
+    Time steps on the CPU, and log about how long the runs take and how much memory. Streams, several processes and
+    accelerators are not timed: the number of steps is logged, and the lines of progress tell the time left.
 
     Args:
         dataset: the training images of the first run.
@@ -179,22 +185,28 @@ def log_forecast(
     arguments = next(iter(runs.values()))[0]
     training = arguments.training
     if training.device.type != "cpu" or training.world_size > 1 or arguments.data.streaming or len(dataset) < 2:
+        steps = {name: counted(steps_left(*run), "step") for name, run in runs.items()}
+        logger.info("Time: %s; the first lines of progress tell how long they take.", of_each(steps))
         return
-    if sum(steps_left(*run) for run in runs.values()) < SHORT_RUN:
-        return
-    timer, seconds = StepTimer(dataset, training.dataloader_num_workers), {}
+    num_images = min(TIMED_IMAGES, max(2, int(TIMED_SHARE * min(images_left(*run) for run in runs.values()))))
+    timer, seconds = StepTimer(dataset, training.dataloader_num_workers, num_images), {}
     network = copy.deepcopy(network)
     for name, (run, inputs) in runs.items():
         if seconds:
             teacher, network = network, build_classifier(inputs.config, trust_remote_code=run.model.trust_remote_code)
         seconds[name] = run_seconds(timer.seconds_per_image(network, teacher), run, inputs)
-    parts = ""
-    if len(seconds) > 1:
-        each = (f"{format_time(value)} for the {name.split()[0]}" for name, value in seconds.items())
-        parts = f" ({', '.join(each)})"
+    times = {name: format_time(value) for name, value in seconds.items()}
+    parts = f" ({of_each(times)})" if len(times) > 1 else ""
     logger.info("Time: about %s on this machine%s.", format_time(sum(seconds.values())), parts)
     if (free := available_memory()) is not None:
         weights = sum(weight.nbytes for weight in network.parameters())
         logger.info(
             "Memory: about %.1f GB; this machine has %.1f GB for it.", (peak_of_process() + weights) / 1e9, free / 1e9
         )
+
+
+def of_each(values: dict[str, str]) -> str:
+    """`3 steps for the teacher, 4 steps for the student`; of a single run its value alone."""
+    if len(values) == 1:
+        return next(iter(values.values()))
+    return ", ".join(f"{value} for the {name.split()[0]}" for name, value in values.items())

@@ -17,8 +17,9 @@ from tiny_training import tiny_teacher, tiny_trainer
 
 from binaryvit_hf.training import forecast
 from binaryvit_hf.training import run as script
+from binaryvit_hf.training.callbacks import progress
 from binaryvit_hf.training.callbacks.progress import NamedProgress, format_time
-from binaryvit_hf.training.forecast import describe_images, run_seconds, steps_left
+from binaryvit_hf.training.forecast import describe_images, log_forecast, run_seconds, steps_left
 
 
 def splits(**counts: int) -> dict[str, Dataset]:
@@ -79,35 +80,61 @@ def command(tmp_path):
 
 def test_time_and_memory_are_estimated_for_both_runs_and_no_weight_changes(command, tmp_path, caplog, monkeypatch):
     weights, logs = [], []
-    for shortest in (1, 1000):
-        monkeypatch.setattr(forecast, "SHORT_RUN", shortest)
+    for out in ("timed", "untimed"):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            assert script.main([*command, str(tmp_path / f"out{shortest}")]) == 0
+            assert script.main([*command, str(tmp_path / out)]) == 0
         logs.append(caplog.text)
-        weights.append(
-            [load_file(tmp_path / f"out{shortest}{name}" / "model.safetensors") for name in ("", "-teacher")]
-        )
+        weights.append([load_file(tmp_path / f"{out}{name}" / "model.safetensors") for name in ("", "-teacher")])
+        monkeypatch.setattr(script, "log_forecast", lambda *arguments: None)
     for ours, theirs in zip(*weights):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert re.search(r"Time: about .* on this machine \(.* for the teacher, .* for the student\)\.", logs[0])
     assert ("Memory: about" in logs[0]) is (sys.platform == "linux")
     assert logs[0].count("Time: about") == logs[0].count("Images: 11 to train on") == 1
     assert "Time: about" not in logs[1]
-    line = r"{}: epoch 0.6667, step 2 of {}: training loss [\d.]+, about 1 seconds left\n"
+    line = r"{}: epoch 0.6667, step 2 of {}: training loss [\d.]+, about 1 second left\n"
     assert re.search(line.format(r"teacher \(1 of 2\)", 3), logs[1])
     assert re.search(line.format(r"student \(2 of 2\)", 4), logs[1])
     assert re.search(r"student \(2 of 2\): epoch 1.333, step 4 of 4: training loss [\d.]+\n", logs[1])
 
 
-def test_a_single_run_is_estimated_too(command, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(forecast, "SHORT_RUN", 1)
+def test_a_single_run_is_estimated_too(command, tmp_path, caplog):
     values = json.loads((tmp_path / "run.json").read_text())
     del values["teacher"]
     (tmp_path / "run.json").write_text(json.dumps(values))
     with caplog.at_level(logging.INFO):
         assert script.main([*command, str(tmp_path / "out")]) == 0
-    assert "Time: about 1 seconds on this machine." in caplog.text
+    assert "Time: about 1 second on this machine." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names, line",
+    [
+        ([""], "Time: 40 steps; the first lines of progress tell how long they take."),
+        (
+            ["teacher (1 of 2)", "student (2 of 2)"],
+            "Time: 40 steps for the teacher, 40 steps for the student; the first lines of progress tell how long they take.",
+        ),
+    ],
+)
+def test_runs_that_are_not_timed_tell_their_steps(names, line, caplog):
+    run, inputs = run_with({"device": torch.device("cuda"), "world_size": 1})
+    with caplog.at_level(logging.INFO):
+        log_forecast(range(80), None, None, dict.fromkeys(names, (run, inputs)))
+    assert caplog.messages == [line]
+
+
+@pytest.mark.parametrize("steps, images", [(1, 2), (20, 4), (1000, 32)])
+def test_timed_steps_of_a_short_run_have_few_images(steps, images, monkeypatch):
+    timed = []
+    monkeypatch.setattr(forecast, "StepTimer", lambda dataset, workers, number: timed.append(number) or sys.exit())
+    training = {"device": torch.device("cpu"), "world_size": 1, "max_steps": steps, "dataloader_num_workers": 0}
+    run, inputs = run_with(training)
+    run.data = SimpleNamespace(streaming=False)
+    with pytest.raises(SystemExit):
+        log_forecast(range(80), None, None, {"": (run, inputs)})
+    assert timed == [images]
 
 
 def run_with(training: dict, **inputs):
@@ -130,7 +157,14 @@ def test_the_time_of_a_run_is_that_of_its_steps_and_evaluations(tmp_path):
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0, "1 seconds"), (89, "89 seconds"), (600, "10 minutes"), (5399, "90 minutes"), (9000, "2.5 hours")],
+    [
+        (0, "1 second"),
+        (2, "2 seconds"),
+        (89, "89 seconds"),
+        (600, "10 minutes"),
+        (5399, "90 minutes"),
+        (9000, "2.5 hours"),
+    ],
 )
 def test_times_are_in_a_unit_of_a_readable_size(seconds, text):
     assert format_time(seconds) == text
@@ -151,5 +185,19 @@ def test_a_terminal_shows_a_bar_with_the_runs_name_and_a_log_file_lines(output, 
     shown = sys.stderr.getvalue()
     assert ("student (2 of 2): 100%" in shown) is (output is Terminal)
     line = r"student \(2 of 2\): epoch 0.25, step 1 of 2: training loss [\d.]+"
-    assert bool(re.search(f"{line}, about 1 seconds left", caplog.text)) is (output is not Terminal)
+    assert bool(re.search(f"{line}, about 1 second left", caplog.text)) is (output is not Terminal)
     assert bool(re.search(line, capsys.readouterr().out)) is (output is Terminal)
+
+
+@pytest.mark.parametrize("output, silence", [(Terminal, 0), (io.StringIO, 0), (io.StringIO, 3600)])
+def test_a_log_file_gets_a_line_after_a_minute_of_silence(output, silence, tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path, disable_tqdm=True, logging_steps=500, max_steps=3, eval_strategy="epoch")
+    trainer.add_callback(NamedProgress())
+    monkeypatch.setattr(sys, "stderr", output())
+    monkeypatch.setattr(progress, "MAX_SILENCE", silence)
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+        trainer.evaluate()
+    wanted = output is not Terminal and silence == 0
+    assert ("epoch 0.5, step 2 of 3, about 1 second left" in caplog.messages) is wanted
+    assert ("evaluation: batch 1 of 1" in caplog.messages) is wanted
