@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from datasets import Dataset
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
@@ -151,6 +151,34 @@ def add_transforms(
         count, size = len(reduced) + len(processed), (reduced.nbytes + processed.nbytes) / 1e6
         logger.info("Keeping %d images in memory: %.0f MB.", count, size)
     return transformed
+
+
+def describe_sizes(processor: BaseImageProcessor, arguments: DataArguments, training: bool) -> str:
+    """
+    One sentence about the size of the model's images, and how images of other sizes get it.
+
+    Args:
+        training: also describe the crops of training.
+    """
+    height, width = describe_input(processor, "The model").size
+    parts = [f"{width} x {height} pixels"]
+    if training:
+        shares = f"{100 * arguments.random_resized_crop_min_scale:.3g} to 100 % of the image"
+        parts.append(f"for training a random crop of {shares}, resized (bicubic)")
+    settings = processor.to_dict()
+    size = settings.get("size") or {}
+    if not settings.get("do_resize", True):
+        resized = "not resized"
+    elif side := size.get("shortest_edge"):
+        resized = f"the shorter side resized to {side}"
+    elif {"height", "width"} <= size.keys():
+        resized = f"resized to {size['width']} x {size['height']}"
+    else:
+        resized = f"processed by {type(processor).__name__}"
+    if (resample := settings.get("resample")) in list(Resampling):
+        resized += f" ({Resampling(resample).name.lower()})"
+    crop = ", then a centre crop" if settings.get("do_center_crop") else ""
+    return f"Image size: {'; '.join([*parts, f'for evaluation {resized}{crop}'])}."
 
 
 def identity(value):

@@ -22,6 +22,7 @@ The files, in the order in which a run uses them:
     trainer.py       transformers' Trainer with losses.py, checkpoints and packing; callbacks/
     run_folder.py    records a run's arguments and compares them before a run resumes
     metrics.py, confusion.py, learning_curves.py, model_card.py
+    example_image.py a held-out image for the commands at the end
 
 `process_errors.py` shows an error once for several processes. `ablation.py` starts the runs of a whole table.
 

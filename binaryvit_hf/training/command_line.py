@@ -16,6 +16,7 @@ from .optional_methods import OptionalMethodArguments
 
 
 TEACHER_PREFIX = "teacher."
+NO_TEACHER = (["null"], ["none"])  # values of --teacher
 ARGUMENT_CLASSES = tuple(RunArguments.__annotations__.values())
 # Arguments that the teacher's run does not take over from the student's.
 STUDENT_ONLY = {
@@ -30,6 +31,10 @@ NETWORK_ARGUMENTS = (
     ("config_name", "config_overrides", "init_from"),
     ("model_name_or_path", "subfolder", "ignore_mismatched_sizes"),
 )
+DESCRIPTION = (
+    "Train and evaluate image classifiers. Flags may follow a file of arguments, FILE.json or FILE.yaml, and override it: "
+    "--teacher.NAME VALUE in its object 'teacher', and --teacher null leaves that teacher out, to learn from the labels."
+)
 Flags = list[tuple[str, list[str]]]
 
 
@@ -40,7 +45,7 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     Args:
         arguments: may begin with a JSON or YAML file of arguments; flags after it override the file. An object `teacher` in
             the file holds the teacher's own arguments, and `--teacher.NAME VALUE` overrides these. A flag
-            `--model_name_or_path` replaces the file's `config_name`.
+            `--model_name_or_path` replaces the file's `config_name`. `--teacher null` leaves the teacher out.
 
     Raises:
         UserError: an unknown or malformed argument, or a file that cannot be read.
@@ -51,10 +56,18 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     teacher_values = values.pop("teacher", None)
     flags, teacher_flags = [], []
     for name, words in group_flags(arguments):
+        if name == "teacher":
+            if [word.lower() for word in words] not in NO_TEACHER:
+                raise UserError(
+                    "--teacher takes null, to learn from the labels without the teacher of the file of arguments; name a "
+                    "trained teacher with --teacher_model_name_or_path."
+                )
+            teacher_values = None
+            continue
         of_teacher = name.startswith(TEACHER_PREFIX)
         (teacher_flags if of_teacher else flags).append((name.removeprefix(TEACHER_PREFIX), words))
     if teacher_flags and teacher_values is None:
-        raise UserError("--teacher.… flags need a file of arguments with a 'teacher' object.")
+        raise UserError("--teacher.… flags need a file of arguments with a 'teacher' object, and no --teacher null.")
     if not isinstance(teacher_values, (dict, type(None))):
         raise UserError("'teacher' in the file of arguments must be an object of arguments.")
 
@@ -130,9 +143,7 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
     """Parse one run: the `values` of a file, overridden by `flags`."""
     values = without_replaced_network(values, flags)
     # No abbreviations: a typing error could be the abbreviation of another argument.
-    parser = HfArgumentParser(
-        ARGUMENT_CLASSES, allow_abbrev=False, description="Train and evaluate image classifiers."
-    )
+    parser = HfArgumentParser(ARGUMENT_CLASSES, allow_abbrev=False, description=DESCRIPTION)
     parser.error = raise_user_error
     actions = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
     fields_by_name = {action.dest: action for action in reversed(parser._actions)}

@@ -161,25 +161,39 @@ def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
     """
     Where the results of a trained model are, and commands that can be pasted: classify, load, publish.
 
-    The commands put transparent pictures on the run's `--background`, so they answer as its evaluation.
+    The commands put transparent pictures on the run's `--background`, so they answer as its evaluation. If the images are
+    no files, the Python command loads one of the dataset, and there is no `binaryvit classify`.
     """
     folder = Path(run.training.output_dir)
-    image, background = find_image_file(inputs.images["validation"]) or "IMAGE", run.data.background
-    classifier, picture = f'pipeline("image-classification", {json.dumps(str(folder))})', json.dumps(image)
+    image, background = find_image_file(inputs.images["validation"]), run.data.background
+    classifier = f'pipeline("image-classification", {json.dumps(str(folder))})'
     imports = "import binaryvit_hf; from transformers import pipeline"
-    if background is not None:  # a pipeline drops transparency
+    if image is None:
+        imports += "; from binaryvit_hf.training.example_image import held_out_image"
+        cache = f", {json.dumps(run.model.cache_dir)}" if run.model.cache_dir else ""
+        picture = f"held_out_image({json.dumps(str(folder))}{cache})"
+    elif background is not None:  # a pipeline drops transparency
         imports += "; from binaryvit_hf.pixels import to_rgb; from PIL import Image"
-        picture = f"to_rgb(Image.open({picture}), {json.dumps(background)})"
+        picture = f"to_rgb(Image.open({json.dumps(image)}), {json.dumps(background)})"
+    else:
+        picture = json.dumps(image)
+    commands = [
+        ["python", "-c", f"{imports}; print({classifier}({picture}))"],
+        ["binaryvit", "push", str(folder), suggest_name(folder)],
+    ]
+    if image is not None:
+        options = ["--background", background] if background else []
+        commands.insert(0, ["binaryvit", "classify", str(folder), image, *options])
     pictures = [name for name in (*CONFUSION_PICTURES.values(), "learning_curves.png") if (folder / name).is_file()]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return [
         f"pictures:  {', '.join(str(folder / name) for name in pictures)}",
         f"its card:  {folder / 'README.md'}",
         "",
-        "Classify images, load the model in Python, or publish it:",
-        join(["binaryvit", "classify", str(folder), image, *(["--background", background] if background else [])]),
-        join(["python", "-c", f"{imports}; print({classifier}({picture}))"]),
-        join(["binaryvit", "push", str(folder), suggest_name(folder)]),
+        "Classify images, load the model in Python, or publish it:"
+        if image is not None
+        else "Classify one of the held-out images in Python, or publish the model:",
+        *map(join, commands),
     ]
 
 

@@ -16,7 +16,7 @@ from ..data.model_inputs import (
     describe_teacher_input,
     teacher_normalization,
 )
-from ..data.transforms import add_transforms, collate_images
+from ..data.transforms import add_transforms, collate_images, describe_sizes
 from ..errors import TerminatedError
 from ..hub import resumable_upload
 from ..ops import CONFIG_CLASSES, count_operations, total
@@ -61,6 +61,7 @@ class TrainingRun:
         trains = arguments.training.do_train and not inputs.finished
         keep = arguments.data.keep_images_in_memory and trains
         self.datasets = add_transforms(inputs.images, self.processor, arguments.data, arguments.training.seed, keep)
+        logger.info("%s", describe_sizes(self.processor, arguments.data, trains))
         self.trainer = self.create_trainer(self.student, self.teacher)
         if inputs.finished:
             self.trainer.state.epoch = read_json(self.output_dir / TRAINER_STATE_NAME).get("epoch")  # for the results

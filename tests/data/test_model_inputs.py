@@ -32,6 +32,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from binaryvit_hf.cli import main as binaryvit
+from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.model_inputs import (
     InputAdapter,
     ModelInput,
@@ -42,6 +43,7 @@ from binaryvit_hf.data.model_inputs import (
     describe_teacher_input,
     teacher_normalization,
 )
+from binaryvit_hf.data.transforms import describe_sizes
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.training import models
 from binaryvit_hf.training import run as script
@@ -416,3 +418,29 @@ def test_classify_finds_the_image_processor_that_timm_keeps_in_the_config(tmp_pa
     Image.new("RGB", (40, 30), COLORS["ant"][0]).save(tmp_path / "ant.png")
     assert binaryvit(["classify", str(tmp_path / "timm"), str(tmp_path / "ant.png")]) == 0
     assert "%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "processor, training, text",
+    [
+        (
+            create_image_processor(tiny_config(image_size=64), crop_pct=0.875),
+            True,
+            "Image size: 64 x 64 pixels; for training a random crop of 35 to 100 % of the image, resized (bicubic); for "
+            "evaluation the shorter side resized to 73 (bicubic), then a centre crop.",
+        ),
+        (
+            create_image_processor(tiny_config(), crop_pct=0.5),
+            False,
+            "Image size: 32 x 16 pixels; for evaluation resized to 64 x 32 (bicubic), then a centre crop.",
+        ),
+        (
+            ViTImageProcessor(size={"height": 24, "width": 20}, resample=2),
+            False,
+            "Image size: 20 x 24 pixels; for evaluation resized to 20 x 24 (bilinear).",
+        ),
+    ],
+)
+def test_the_size_of_the_images_is_one_sentence(processor, training, text):
+    arguments = DataArguments(random_resized_crop_min_scale=0.35)
+    assert describe_sizes(processor, arguments, training) == text

@@ -42,6 +42,8 @@ from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, arguments_to_json, c
             "'no-such' cannot be loaded",
         ),
         (["--teacher.num_train_epochs", "1"], "need a file of arguments"),
+        (["--teacher", "some/model"], "name a trained teacher with --teacher_model_name_or_path"),
+        (["--teacher"], "--teacher takes null"),
     ],
 )
 def test_bad_argument_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):
@@ -127,6 +129,17 @@ def test_named_teacher_replaces_the_one_to_train(tmp_path):
     (tmp_path / "run.json").write_text('{"config_name": "student", "teacher": {"config_name": "teacher"}}')
     runs = parse_runs([str(tmp_path / "run.json"), "--teacher_model_name_or_path", "some/teacher"])
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("flags", [["--teacher", "null"], ["--teacher=None"], ["--teacher", "none", "--seed", "3"]])
+def test_the_files_teacher_can_be_left_out(flags, tmp_path):
+    values = {"config_name": "student", "output_dir": "out", "seed": 3, "teacher": {"config_name": "teacher"}}
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    (run,) = parse_runs([str(tmp_path / "run.json"), *flags])
+    assert run.model.config_name == "student"
+    assert run.model.teacher_model_name_or_path is None
+    with pytest.raises(UserError, match="no --teacher null"):
+        parse_runs([str(tmp_path / "run.json"), *flags, "--teacher.seed", "4"])
 
 
 @pytest.mark.parametrize("prefix", ["", "teacher."])

@@ -1,22 +1,26 @@
 """What a run says and draws about its results: confidence interval, confusion matrix, learning curves, next steps."""
 
 import ast
+import io
 import json
 import shlex
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from scipy.stats import binomtest
 from tiny import tiny_model
 
 from binaryvit_hf.cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import confusion, learning_curves
 from binaryvit_hf.training.confusion import ConfusionMatrix, describe, wilson_interval
+from binaryvit_hf.training.example_image import held_out_image
 from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
 from binaryvit_hf.training.metrics import TopKAccuracy
 from binaryvit_hf.training.run import next_steps
@@ -155,3 +159,39 @@ def test_the_closing_commands_put_transparent_pictures_on_the_runs_background(tm
         assert ast.literal_eval(capsys.readouterr().out) == answer["labels"]
         answers[background] = answer["labels"]
     assert answers["white"] != answers[None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_closing_commands_of_images_that_are_no_files_work_too(streaming, tmp_path, capsys):
+    ShippedModel(tiny_model()).save_pretrained(tmp_path / "out")
+    create_image_processor(tiny_model().config, 1.0).save_pretrained(tmp_path / "out")
+    pixels = io.BytesIO()
+    Image.new("RGBA", (32, 16), (255, 0, 0, 0)).save(pixels, "PNG")
+    pictures = {"image": [{"bytes": pixels.getvalue(), "path": None}] * 4, "label": [0, 1, 0, 1]}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["ant", "bee"])})
+    dataset = Dataset.from_dict(pictures, features=features)
+    for split in ("train", "validation"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        dataset.to_parquet(tmp_path / "data" / f"{split}-0.parquet")
+    values = {"dataset_name": str(tmp_path / "data"), "background": "white", "streaming": streaming, "seed": 0}
+    (tmp_path / "out" / "run_arguments.json").write_text(json.dumps(values))
+    run = SimpleNamespace(
+        training=SimpleNamespace(output_dir=str(tmp_path / "out")),
+        data=SimpleNamespace(background="white"),
+        model=SimpleNamespace(cache_dir=str(tmp_path / "cache")),
+    )
+    embedded = dataset.cast_column("image", ImageFeature(decode=False))
+    lines = next_steps(run, SimpleNamespace(images={"validation": embedded}))
+    assert not any("IMAGE" in line or "classify " in line for line in lines)
+    load, publish = map(shlex.split, lines[-2:])
+    exec(load[-1], {})
+    Image.new("RGB", (32, 16), "white").save(tmp_path / "white.png")
+    answer = ast.literal_eval(capsys.readouterr().out)
+    assert main(["classify", str(tmp_path / "out"), str(tmp_path / "white.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["labels"] == answer
+    assert publish[:2] == ["binaryvit", "push"]
+
+
+def test_a_folder_without_a_run_has_no_held_out_image(tmp_path):
+    with pytest.raises(UserError, match="no output directory of a run"):
+        held_out_image(tmp_path)

@@ -1,0 +1,36 @@
+"""An image that a finished run was evaluated on, for the commands that the run prints at its end."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from PIL.Image import Image
+
+from ..data.arguments import DataArguments
+from ..data.decoding import decode_image
+from ..data.loading import load_images
+from ..data.streaming import ImageStream
+from ..errors import UserError
+from .run_folder import RUN_ARGUMENTS, read_json
+
+
+def held_out_image(output_dir: str | Path, cache_dir: str | None = None) -> Image:
+    """
+    The first image that a run was evaluated on, in RGB, on the run's background.
+
+    The images are loaded as the run loaded them: a dataset of the Hub from its cache, or from the Hub.
+
+    Args:
+        output_dir: of the run.
+        cache_dir: the run's `--cache_dir`, which is not recorded.
+
+    Raises:
+        UserError: the folder holds no arguments of a run, or its images cannot be loaded any more.
+    """
+    recorded = read_json(Path(output_dir) / RUN_ARGUMENTS)
+    if not recorded:
+        raise UserError(f"{str(output_dir)!r} is no output directory of a run: it has no {RUN_ARGUMENTS}.")
+    names = {field.name for field in fields(DataArguments)}
+    arguments = DataArguments(**{name: value for name, value in recorded.items() if name in names})
+    images = load_images(arguments, recorded.get("seed", 42), cache_dir, None)["validation"]
+    row = next(row for _, _, row in images.read(0)) if isinstance(images, ImageStream) else images[0]
+    return decode_image(row["image"], arguments.background)
