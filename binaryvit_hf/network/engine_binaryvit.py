@@ -180,6 +180,11 @@ class EngineSlot:
 
     folded: FoldedModel | None = None
 
+    def forget_changed_model(self) -> None:
+        """Drop the engine of a model that has changed, or is in training mode, as the next call would do."""
+        if self.folded is not None and not self.folded.state.is_current():
+            self.folded = None
+
     def __deepcopy__(self, memo):
         return EngineSlot()
 

@@ -358,6 +358,11 @@ class BinaryViTPreTrainedModel(PackableModel):
         super().__init__(config, *args, **kwargs)
         self.engine_slot = EngineSlot()
 
+    def train(self, mode: bool = True):
+        # PEFT merges an adapter through .data, which PyTorch does not count. Before, it calls eval() with the adapter in place.
+        self.engine_slot.forget_changed_model()
+        return super().train(mode)
+
     def refresh_engine(self) -> None:
         """
         Make the engine read the model again at the next call.
@@ -617,14 +622,12 @@ class BinaryViTBackbone(BackboneMixin, BinaryViTPreTrainedModel):
         return BinaryViTBackbone
 
     def train(self, mode: bool = True):
-        """Keeps a packed backbone frozen and in evaluation mode: the head on it is trained."""
-        if self.is_packed:
-            self.requires_grad_(False)  # transformers' loader of a head makes every float tensor trainable
-        return super().train(mode and not self.is_packed)
+        """As `PackableModel.train`. Packed weights are frozen in evaluation mode too, where the engine computes them."""
+        self.freeze_bits()
+        return super().train(mode)
 
     def pack_weights(self) -> None:
         super().pack_weights()
-        self.eval()
         self.match_quantizer()  # a head saves this config in its own, and builds its backbone from it
 
     @merge_with_config_defaults

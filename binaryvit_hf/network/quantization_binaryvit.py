@@ -306,7 +306,11 @@ class BinaryViTQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self):
-        return False
+        return True
+
+    @property
+    def is_qat_trainable(self):
+        return True  # without it, a Trainer takes only models of PEFT; the model refuses to train its bits (`train`)
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, BinaryViTQuantizationConfig)
@@ -438,15 +442,44 @@ class PackableModel(PreTrainedModel):
 
     def train(self, mode: bool = True):
         """
+        Switch to training mode, or to evaluation mode.
+
+        A bit has no gradient. So a packed backbone stays in evaluation mode and keeps its running statistics. Heads on it
+        go to training mode, and so do adapters in it.
+
         Raises:
-            ValueError: training mode for packed weights.
+            ValueError: a packed classifier has nothing to train, or its layers of bits are not frozen.
         """
-        if mode and self.is_packed:
+        if not mode or not self.is_packed:
+            return super().train(mode)
+        if self.base_model is not self:
+            self.check_trains_without_bits()
+            return super().train()
+        self.freeze_bits()
+        super().train(False)
+        train_parts_without_bits(self)
+        return self
+
+    def freeze_bits(self) -> None:
+        """Freeze a packed backbone. The loader of a head on it, in transformers, makes every float tensor trainable."""
+        if self.is_packed and bits_want_gradients(self):
+            self.requires_grad_(False)
+
+    def check_trains_without_bits(self) -> None:
+        """
+        Raises:
+            ValueError: no parameter of this packed model requires a gradient, or one in a layer of bits does.
+        """
+        if bits_want_gradients(self) or not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(
-                "Packed weights cannot be trained, because a bit has no gradient. Train the latent checkpoint that "
-                "they were packed from, or this model after .dequantize(latent=True)."
+                "Packed weights cannot be trained, because a bit has no gradient. Train the latent checkpoint that they "
+                "were packed from, or this model after .dequantize(latent=True); to train only its classifier, freeze its "
+                "base_model."
             )
-        return super().train(mode)
+        logger.warning_once(
+            "This model is packed, so its bits do not train: only the parameters that require a gradient do, such as "
+            "the classifier's. To train all of it, call .dequantize(latent=True) first."
+        )
 
     @property
     def is_packed(self) -> bool:
@@ -484,7 +517,8 @@ class PackableModel(PreTrainedModel):
         for name, packed in layers.items():
             packed.pack(self.get_submodule(name), name)
         for name, packed in layers.items():
-            self.set_submodule(name, packed.train(self.training))
+            self.set_submodule(name, packed)
+        self.eval()
 
     def packed_state_dict(self, half: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """
@@ -557,6 +591,28 @@ class PackableModel(PreTrainedModel):
         if only_trainable:
             return total
         return total + sum(math.prod(packed.weight_shape) for packed in packed_layers(self).values())
+
+
+def bits_want_gradients(model: nn.Module) -> bool:
+    """Whether a parameter of a layer of bits requires a gradient."""
+    layers = (layer for layer in model.modules() if isinstance(layer, (BinaryLayer, PackedLinear)))
+    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+def train_parts_without_bits(module: nn.Module) -> None:
+    """
+    Training mode for the parts of a packed backbone that train and have neither bits nor running statistics.
+
+    Such a part is an adapter with its dropout.
+    """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    stays = (BinaryLayer, PackedLinear, nn.modules.batchnorm._BatchNorm)
+    if not any(isinstance(part, stays) for part in module.modules()):
+        module.train()
+        return
+    for child in module.children():
+        train_parts_without_bits(child)
 
 
 def check_packable(config) -> None:

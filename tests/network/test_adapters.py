@@ -80,8 +80,7 @@ def test_lora_on_float_layers_trains_saves_loads_and_merges(model, tmp_path):
     is_packed, expected = model.is_packed, logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=FLOAT_LAYERS, lora_alpha=16))
     assert torch.equal(logits(adapted), expected)
-    adapted.train(not is_packed)
-    losses = train(adapted)
+    losses = train(adapted.train())
     assert min(losses[1:]) < losses[0]
     trained = logits(adapted.eval())
     assert not torch.equal(trained, expected)

@@ -406,14 +406,6 @@ def test_a_tensor_fits_half_precision_by_its_largest_value_and_a_variance_by_its
     assert fits_half(name, torch.tensor(values)) == fits
 
 
-def test_packed_weights_refuse_training(packed):
-    model = load(packed)
-    with pytest.raises(ValueError, match=r"a bit has no gradient.*dequantize\(latent=True\)"):
-        model.train()
-    assert not model.hf_quantizer.is_trainable
-    assert not model.training
-
-
 def test_a_weight_that_is_not_finite_is_named_and_the_model_stays_as_it_was():
     model = tiny_model()
     with torch.no_grad():
