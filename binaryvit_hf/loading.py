@@ -34,6 +34,7 @@ from .errors import LoadingError, NoModelError, first_sentence
 from .hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
 from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .network.quantization_binaryvit import at_stored_image_size
+from .pixels import read_background
 from .resources import find_source, shipped_models
 from .sources import describe_fault, describe_neighbours
 
@@ -151,7 +152,7 @@ def load_image_processor(
     source: str | Path, config: PreTrainedConfig | None = None, **arguments
 ) -> BaseImageProcessor | None:
     """
-    Load an image processor and check the bounds of its sizes. `None` if there is no image processor.
+    Load an image processor and check the bounds of its sizes and its background. `None` if there is no image processor.
 
     Args:
         config: of the network that takes the images. If given, the processor is tried on a picture.
@@ -168,6 +169,7 @@ def load_image_processor(
                 raise
             return None
         check_sizes(processor)
+        read_background(processor)  # raises its error now
         if config is not None:
             check_image_processor(processor, config)
         return processor

@@ -28,6 +28,7 @@ from .network.engine_binaryvit import ModelState
 from .network.functional_binaryvit import fold_norm, quantize_input, weight_levels
 from .network.layers_binaryvit import AvgPoolBranches, BinaryLinear, NormActivation, TokenBatchNorm
 from .network.packing_binaryvit import PackedLinear, binary_layers, unpack_levels
+from .pixels import read_background, to_rgb
 from .writing import write_file
 
 
@@ -51,7 +52,8 @@ def export_onnx(model: PreTrainedModel, processor: BaseImageProcessor | None, fi
       float32. The batch has any size.
     - Weights of 1 to 8 bits are whole numbers in int8, which a node `Cast` turns into floats. Their scales are floats
       that multiply the product.
-    - The metadata holds the preprocessing and the names of the labels (`describe_preprocessing`).
+    - The metadata holds the preprocessing and the names of the labels (`describe_preprocessing`). The description
+      (`doc_string`) says in a sentence what the network is and how to prepare its input.
 
     Args:
         model: in float32, on the CPU, without hooks.
@@ -62,13 +64,14 @@ def export_onnx(model: PreTrainedModel, processor: BaseImageProcessor | None, fi
             describe the image processor, or the file cannot be written.
     """
     check_exportable(model)
-    metadata = describe_labels(model) | (describe_preprocessing(processor) if processor else {})
+    preprocessing = describe_preprocessing(processor) if processor else {}
     network = EvaluationNetwork(model)
     if sum(tensor.nbytes for tensor in network.state_dict().values()) > MOST_BYTES:
         raise UserError(f"The network is too large for ONNX, whose files have at most {MOST_BYTES / 1e9:.1f} GB.")
     proto = trace(network, image_shape(model))
     saved = store_whole_numbers(proto)
-    helper.set_model_props(proto, metadata)
+    helper.set_model_props(proto, describe_labels(model) | preprocessing)
+    proto.doc_string = describe_network(model, list(preprocessing))
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     write_file(file, content)
@@ -253,6 +256,21 @@ def store_whole_numbers(proto: onnx.ModelProto) -> int:
 # ---- Metadata ----
 
 
+def describe_network(model: PreTrainedModel, steps: list[str]) -> str:
+    """
+    What the network is and how to prepare its input, in one sentence.
+
+    Args:
+        steps: names of the steps of preprocessing in the metadata.
+    """
+    config, (_, height, width) = model.config, image_shape(model)
+    by = f"by the metadata {', '.join(steps)}, in this order" if steps else "in a way that the metadata does not say"
+    return (
+        f"BinaryViT, an image classifier of {config.num_labels} classes with {config.weight_bits}-bit weights and "
+        f"{config.input_bits}-bit inputs of its layers: it takes images of {height} x {width} pixels, prepared {by}."
+    )
+
+
 def describe_labels(model: PreTrainedModel) -> dict[str, str]:
     """The metadata `labels`: a JSON list of the names of the logits."""
     config = model.config
@@ -263,6 +281,7 @@ def describe_preprocessing(processor: BaseImageProcessor) -> dict[str, str]:
     """
     The steps from a picture to `pixel_values`, each as JSON, in the order of their use. `null` leaves a step out.
 
+    - `background`: the colour to put behind transparent pixels, such as "#ffffff". `null` drops transparency.
     - `channel_order`: "RGB" or "BGR".
     - `resize`: `{"height": …, "width": …}`, or `{"shortest_edge": …}`, which keeps the aspect ratio (the other edge is
       rounded down). `resample` is the interpolation in Pillow's words, such as "bicubic".
@@ -286,6 +305,7 @@ def describe_preprocessing(processor: BaseImageProcessor) -> dict[str, str]:
     )
     resample = step("do_resize", "resample")
     described = {
+        "background": read_background(processor),
         "channel_order": "BGR" if fields.get("do_flip_channel_order") else "RGB",
         "resize": size,
         "resample": None if resample is None else Image.Resampling(resample).name.lower(),
@@ -326,7 +346,8 @@ def check_description(steps: dict, processor: BaseImageProcessor) -> None:
 
 
 def preprocess(picture: Image.Image, steps: dict) -> np.ndarray:
-    """`pixel_values` `(channels, height, width)` of a picture in RGB, by the steps of `describe_preprocessing`."""
+    """`pixel_values` `(channels, height, width)` of a picture, by the steps of `describe_preprocessing`."""
+    picture = to_rgb(picture, steps["background"])
     if resize := steps["resize"]:
         if "shortest_edge" in resize:
             shortest = min(picture.size)

@@ -4,7 +4,7 @@ import os
 import stat
 import threading
 import warnings
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
@@ -24,6 +24,7 @@ ORIENTATION_TRANSPOSES = {
 }
 MAX_ASPECT_RATIO = 1000  # resizing the shorter side of a longer picture would run out of memory
 MAX_PIXELS = 2**27  # decoding and resizing them takes 2 GB of memory
+NO_BACKGROUND = "none"  # as an argument: transparency is dropped, whatever the model's background
 PIXEL_LIMIT_LOCK = threading.Lock()  # held while Pillow's limit is disabled for the process
 
 # Pillow's warnings would only repeat ours about large pictures, damaged EXIF and transparent palettes.
@@ -168,14 +169,62 @@ def is_of_one_colour(picture: Image.Image) -> bool:
     return all(low == high for low, high in picture.getextrema())
 
 
-def check_background(colour: str | None) -> None:
+# ---- The colour behind transparent pixels ----
+
+
+def normalize_colour(colour: str) -> str:
     """
+    A colour in Pillow's words, such as `white` or `hsl(30, 50%, 50%)`, as `#rrggbb`.
+
     Raises:
-        UserError: the colour is not opaque, or Pillow does not know it.
+        ValueError: the colour is not opaque, or Pillow does not know it.
     """
     try:
-        opaque = colour is None or len(ImageColor.getrgb(colour)) == 3
-    except (AttributeError, TypeError, ValueError):
-        opaque = False
-    if not opaque:
-        raise UserError(f"--background must be an opaque colour such as white or '#ffcc00', not {colour!r}.")
+        red, green, blue = (min(value, 255) for value in ImageColor.getrgb(colour))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"an opaque colour such as white or '#ffcc00', not {colour!r}") from error
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def choose_background(given: str | None, of_model: str | None) -> str | None:
+    """
+    The colour, as `#rrggbb`, to put behind transparent pixels. `None` drops transparency.
+
+    Args:
+        given: the argument `--background`, a colour in Pillow's words or `none`. `None`: use the model's.
+        of_model: from `read_background`.
+
+    Raises:
+        UserError: `given` is not an opaque colour.
+    """
+    if given is None:
+        return of_model
+    try:
+        return None if given == NO_BACKGROUND else normalize_colour(given)
+    except ValueError as error:
+        raise UserError(f"--background must be {NO_BACKGROUND!r} or {error}.") from error
+
+
+def read_background(processor: Any) -> str | None:
+    """
+    The colour, as `#rrggbb`, that a model's training put behind transparent pixels. `None` if it is unknown.
+
+    Args:
+        processor: the model's image processor, or the content of its preprocessor_config.json. Its field `background` is the
+            colour.
+
+    Raises:
+        UserError: the field is not an opaque colour.
+    """
+    colour = (processor if isinstance(processor, dict) else vars(processor)).get("background")
+    try:
+        return None if colour is None else normalize_colour(colour)
+    except ValueError as error:
+        raise UserError(f"background must be {error}.") from error
+
+
+def write_background(processor: Any, background: str | None) -> None:
+    """Set the field `background`, which the image processor saves in preprocessor_config.json. `None` removes the field."""
+    vars(processor).pop("background", None)
+    if background is not None:
+        processor.background = background

@@ -18,6 +18,7 @@ from warm_python import WITHOUT_PACKAGE
 from binaryvit_hf.cli import main as binaryvit
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.hub import suggest_name
+from binaryvit_hf.pixels import write_background
 
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,9 @@ def latent(tmp_path) -> Path:
     """A model with its image processor. `expected.pt` beside it holds images and their logits."""
     model = tiny_model(tiny_config(id2label=LABELS)).eval()
     model.save_pretrained(tmp_path / "latent")
-    create_image_processor(model.config, crop_pct=1.0).save_pretrained(tmp_path / "latent")
+    processor = create_image_processor(model.config, crop_pct=1.0)
+    write_background(processor, "#ffffff")
+    processor.save_pretrained(tmp_path / "latent")
     with torch.no_grad():
         torch.save((tiny_images(), model(tiny_images()).logits), tmp_path / "expected.pt")
     return tmp_path / "latent"
@@ -241,6 +244,11 @@ def test_a_token_that_may_not_write_is_refused_before_training(server, client, p
     assert not (tmp_path / "run").exists()
 
 
+def assert_keeps_background(files: dict[str, bytes]) -> None:
+    assert json.loads(files["preprocessor_config.json"])["background"] == "#ffffff"
+    assert "`#ffffff` behind transparent pixels" in files["README.md"].decode()
+
+
 def test_push_packs_a_latent_folder_and_writes_its_card(server, client, latent, tmp_path):
     server.fail_next(1, on="commit", how=500)
     failed = push(client, tmp_path, ALICE, latent, "alice/pyramid")
@@ -253,6 +261,7 @@ def test_push_packs_a_latent_folder_and_writes_its_card(server, client, latent, 
     files = server.files("alice/pyramid", revision="next")
     assert_shipped(files)
     assert "1-bit vision transformer" in files["README.md"].decode()
+    assert_keeps_background(files)
     assert "model.safetensors" not in server.files("alice/pyramid")
     loaded = download(client, tmp_path / "other", None, "alice/pyramid", "next", "")
     assert (loaded.stdout, loaded.stderr) == ("all equal\n", "")
@@ -272,6 +281,7 @@ def test_push_takes_a_packed_folder_as_it_is(server, client, latent, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert "modeling_binaryvit.py" in files
+    assert_keeps_background(files)
     assert not [
         name for name in files if "latent" in name or "checkpoint" in name or "secret" in name or name[0] == "_"
     ]

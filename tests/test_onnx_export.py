@@ -28,6 +28,7 @@ from binaryvit_hf.loading import load_classifier, load_image_processor
 from binaryvit_hf.network import functional_binaryvit, modeling_binaryvit
 from binaryvit_hf.network.packing_binaryvit import PackedLinear
 from binaryvit_hf.onnx_export import describe_preprocessing, export_onnx
+from binaryvit_hf.pixels import to_rgb, write_background
 from binaryvit_hf.resources import shipped_models
 
 
@@ -46,7 +47,9 @@ def exported(request, tmp_path_factory):
     if packed:
         model.pack_weights()
     file = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    return model, file, export_onnx(model, create_image_processor(config, crop_pct=1.0), file)
+    processor = create_image_processor(config, crop_pct=1.0)
+    write_background(processor, "#ffcc00")
+    return model, file, export_onnx(model, processor, file)
 
 
 def logits_of(file, images: torch.Tensor) -> torch.Tensor:
@@ -165,6 +168,29 @@ def test_labels_are_in_the_metadata_in_the_order_of_the_logits(exported):
     metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert json.loads(metadata["labels"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert json.loads(metadata["crop"]) == {"height": 16, "width": 32}
+    assert json.loads(metadata["background"]) == "#ffcc00"
+
+
+def test_the_description_says_what_the_network_is_and_how_to_prepare_its_input(exported):
+    model, file, _ = exported
+    bits = model.config.weight_bits
+    expected = (
+        f"BinaryViT, an image classifier of 3 classes with {bits}-bit weights and {bits}-bit inputs of its layers: it takes "
+        "images of 16 x 32 pixels, prepared by the metadata background, channel_order, resize, resample, crop, "
+        "rescale_factor, mean, std, in this order."
+    )
+    assert onnxruntime.InferenceSession(file).get_modelmeta().description == expected
+
+
+@pytest.mark.parametrize("background", [None, "#ffcc00"])
+def test_transparent_pictures_are_prepared_by_the_metadata_as_by_training(background):
+    processor = create_image_processor(tiny_config(), crop_pct=1.0)
+    write_background(processor, background)
+    pixels = np.random.default_rng(0).integers(0, 255, (42, 54, 4), np.uint8)
+    steps = {step: json.loads(value) for step, value in describe_preprocessing(processor).items()}
+    ours = onnx_export.preprocess(Image.fromarray(pixels), steps)
+    theirs = processor(to_rgb(Image.fromarray(pixels), background), return_tensors="np")["pixel_values"][0]
+    assert np.abs(ours - theirs).max() < 2 / 255 / min(steps["std"])
 
 
 def test_a_network_larger_than_a_file_of_onnx_is_refused_before_it_is_traced(monkeypatch, tmp_path):

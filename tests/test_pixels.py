@@ -15,7 +15,16 @@ from transformers.image_utils import load_image
 from binaryvit_hf import pixels
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
-from binaryvit_hf.pixels import check_background, find_orientation, is_transparent, open_picture, to_rgb
+from binaryvit_hf.errors import UserError
+from binaryvit_hf.pixels import (
+    choose_background,
+    find_orientation,
+    is_transparent,
+    normalize_colour,
+    open_picture,
+    read_background,
+    to_rgb,
+)
 
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 40, 3)).astype("uint8").repeat(8, 0).repeat(8, 1)
@@ -200,14 +209,35 @@ def test_training_puts_transparent_pixels_on_the_background():
 
 @pytest.mark.parametrize("colour", ["whit", "", "#ffcc0080", "#12", 5, ["white"]])
 def test_a_background_that_is_no_opaque_colour_is_refused(colour):
-    with pytest.raises(ValueError, match="--background must be an opaque colour such as white"):
+    with pytest.raises(ValueError, match="--background must be 'none' or an opaque colour such as white"):
         DataArguments(background=colour)
 
 
 @pytest.mark.parametrize("colour", [None, "white", "#FC0", "#ffcc00", "rgb(1, 2, 3)", "hsl(30, 50%, 50%)"])
 def test_colours_that_pillow_knows_are_backgrounds(colour):
-    check_background(colour)
-    to_rgb(Image.new("RGBA", (1, 1)), colour)
+    background = choose_background(colour, None)
+    expected = Image.new("RGB", (1, 1), colour or "black")
+    assert to_rgb(Image.new("RGBA", (1, 1)), background).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "colour, normal",
+    [("White", "#ffffff"), ("#FC0", "#ffcc00"), ("rgb(1, 2, 3)", "#010203"), ("rgb(999, 0, 0)", "#ff0000")],
+)
+def test_colours_have_one_normal_form(colour, normal):
+    assert normalize_colour(colour) == normal == normalize_colour(normal)
+
+
+@pytest.mark.parametrize("colour", ["whit", "", "none", "#ffcc0080", 5, ["white"], {}, True])
+def test_a_damaged_background_of_a_model_is_refused(colour):
+    with pytest.raises(UserError, match=r"^background must be an opaque colour such as white or '#ffcc00', not "):
+        read_background({"background": colour})
+
+
+def test_a_background_that_is_given_goes_before_the_models():
+    assert choose_background(None, "#010203") == "#010203"
+    assert choose_background("white", "#010203") == "#ffffff"
+    assert choose_background("none", "#010203") is None
 
 
 def test_a_picture_above_pillows_limit_says_its_size_and_the_limit(tmp_path, monkeypatch):

@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder of images, or pattern")
     parser.add_argument(
-        "--background", metavar="COLOUR", help="put this colour behind transparent pixels, such as white or '#ffcc00'"
+        "--background",
+        metavar="COLOUR",
+        help="colour behind transparent pixels, such as white or '#ffcc00'; 'none' drops transparency (default: the "
+        "model's, from its training)",
     )
     parser.add_argument("--top-k", type=int, default=5, help="labels to print for each image (default 5)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -28,23 +31,24 @@ def run(options: argparse.Namespace) -> int:
     from transformers import pipeline
 
     from ..data.image_files import list_images
-    from ..pixels import check_background, describe_transparent
+    from ..pixels import choose_background, describe_transparent, read_background
     from .classification import classify_files
     from .models import find_model, load_model
 
     if options.top_k < 1:
         raise UserError(f"--top-k is the number of labels to print, 1 or more, not {options.top_k}.")
-    check_background(options.background)
+    choose_background(options.background, None)  # raises its error before the model is loaded
     files, notes = list_images(options.images)
     source, _ = find_model(options.model, options.token, shipped_models())
     model, processor = load_model(options.model, source, options.token)
     if processor is None:
         raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).")
+    background = choose_background(options.background, read_background(processor))
     for note in notes:
         print(note, file=sys.stderr)
     classifier = pipeline("image-classification", model=model, image_processor=processor)
     answers = []
-    for answer in classify_files(classifier, files, options.background, options.top_k):
+    for answer in classify_files(classifier, files, background, options.top_k):
         answers.append(answer)
         if answer.error:
             print_error(answer.error)
@@ -55,6 +59,6 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([answer.describe() for answer in answers], indent=2))
     transparent = [answer.image for answer in answers if answer.transparent]
-    if transparent and options.background is None:
+    if transparent and background is None:
         print(describe_transparent(len(transparent), f"{len(answers)} images", transparent[0]), file=sys.stderr)
     return 1 if any(answer.error for answer in answers) else 0

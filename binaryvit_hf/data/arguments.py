@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..argument_checks import argument
-from ..pixels import check_background
+from ..pixels import choose_background
 from .augmentation import AugmentationArguments
 from .known_datasets import KNOWN_DATASETS
 from .schema import CLASS_NAMES
@@ -67,7 +67,8 @@ class DataArguments(AugmentationArguments):
     )
     background: str | None = argument(
         None,
-        "Colour behind transparent pixels, such as white or #ffcc00. Default: transparency is dropped, which "
+        "Colour behind transparent pixels, such as white or #ffcc00. It is saved with the model. Default: the colour of the "
+        "model that is given, or of a new network's teacher. Without any, or with 'none', transparency is dropped, which "
         "shows the colours beneath it, as in transformers' pipelines.",
     )
     crop_pct: float = argument(
@@ -76,7 +77,7 @@ class DataArguments(AugmentationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_background(self.background)
+        choose_background(self.background, None)  # raises its error now
         has_files = bool(self.dataset_name) and self.dataset_name not in KNOWN_DATASETS
         if (self.train_files or self.validation_files) and not has_files:
             raise ValueError(

@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor
 
 from ..errors import UserError
 from ..host_memory import available_memory
-from ..pixels import to_rgb
+from ..pixels import read_background, to_rgb
 from .arguments import DataArguments
 from .augmentation import create_train_transform
 from .decoding import CroppingDecoder, decode_image, open_encoded
@@ -128,15 +128,16 @@ def add_transforms(
     Training images are cropped at random and augmented. All other splits go through the image processor.
 
     Args:
+        processor: its field `background` is the colour behind transparent pixels.
         keep: read the training and validation images now, and keep them in memory. Evaluation sees the same values as
             without, training crops are from images that may be reduced.
     """
-    wanted = describe_input(processor, "The model")
-    crop = CroppingDecoder(wanted.size, arguments.random_resized_crop_min_scale, arguments.background)
+    wanted, background = describe_input(processor, "The model"), read_background(processor)
+    crop = CroppingDecoder(wanted.size, arguments.random_resized_crop_min_scale, background)
     augment = create_train_transform(arguments, wanted.size, wanted.mean, wanted.std)
     if wanted.channels != RGB:
         augment = v2.Compose([augment, partial(reorder_channels, wanted.channels)])
-    decode, process = partial(decode_image, background=arguments.background), partial(process_image, processor)
+    decode, process = partial(decode_image, background=background), partial(process_image, processor)
     transformed = {
         split: TransformedImages(dataset, crop, augment, seed)
         if split == "train"
@@ -145,7 +146,7 @@ def add_transforms(
     }
     if keep:
         reduced = ImagesInMemory(images["train"], crop.reduce)
-        processed = ImagesInMemory(images["validation"], partial(process_encoded, process, arguments.background))
+        processed = ImagesInMemory(images["validation"], partial(process_encoded, process, background))
         transformed["train"] = TransformedImages(reduced, crop, augment, seed)
         transformed["validation"] = TransformedImages(processed, identity, identity, seed)
         count, size = len(reduced) + len(processed), (reduced.nbytes + processed.nbytes) / 1e6

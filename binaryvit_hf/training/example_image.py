@@ -4,18 +4,20 @@ from dataclasses import fields
 from pathlib import Path
 
 from PIL.Image import Image
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..data.arguments import DataArguments
 from ..data.decoding import decode_image
 from ..data.loading import load_images
 from ..data.streaming import ImageStream
 from ..errors import UserError
+from ..pixels import read_background
 from .run_folder import RUN_ARGUMENTS, read_json
 
 
 def held_out_image(output_dir: str | Path, cache_dir: str | None = None) -> Image:
     """
-    The first image that a run was evaluated on, in RGB, on the run's background.
+    The first image that a run was evaluated on, in RGB, on the model's background.
 
     The images are loaded as the run loaded them: a dataset of the Hub from its cache, or from the Hub.
 
@@ -33,4 +35,4 @@ def held_out_image(output_dir: str | Path, cache_dir: str | None = None) -> Imag
     arguments = DataArguments(**{name: value for name, value in recorded.items() if name in names})
     images = load_images(arguments, recorded.get("seed", 42), cache_dir, None)["validation"]
     row = next(row for _, _, row in images.read(0)) if isinstance(images, ImageStream) else images[0]
-    return decode_image(row["image"], arguments.background)
+    return decode_image(row["image"], read_background(read_json(Path(output_dir) / IMAGE_PROCESSOR_NAME)))

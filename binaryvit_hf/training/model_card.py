@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..data.arguments import DataArguments
 from ..data.known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
@@ -11,6 +12,7 @@ from ..errors import LoadingError, UserError
 from ..loading import load_config
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, readable, total
+from ..pixels import read_background
 from ..resources import shipped_folder
 from ..writing import write_file
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
@@ -26,7 +28,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
 
     Args:
         folder: a run's output directory, or a folder of a config without weights. It must hold `config.json`. The card uses
-            `run_arguments.json`, `all_results.json`, the weights and the picture of the learning curves if they are there.
+            `run_arguments.json`, `all_results.json`, `preprocessor_config.json`, the weights and the picture of the learning curves if they are there.
         model_id: the id on the Hub or path that the card's code loads the model from.
         path: the card, by default `README.md` in the folder.
 
@@ -40,7 +42,11 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         raise UserError(f"config.json of {str(folder)!r} describes no network: {error}") from error
     names = ("all_results.json", RUN_ARGUMENTS, "train.json")
     recorded, arguments, recipe = (read_json(folder / name) for name in names)
-    results = finite_numbers(recorded)
+    results, processor = finite_numbers(recorded), folder / IMAGE_PROCESSOR_NAME
+    try:
+        background = read_background(read_json(processor))
+    except UserError as error:
+        raise UserError(f"{str(processor)!r} is damaged: {error}") from error
     given = arguments or recipe
     teacher = text(given, "teacher_model_name_or_path")
     dataset = text(given, "dataset_name") or text(given, "train_dir") or text(given, "validation_dir")
@@ -59,6 +65,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         trained=bool(arguments),
         weights=weight_bytes(folder) > 0,
         dataset=dataset,
+        background=background,
         results=results,
         metrics=metrics,
         test_metrics=test_metrics,

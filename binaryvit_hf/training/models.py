@@ -16,6 +16,7 @@ from ..data.label_names import compare_labels
 from ..data.model_inputs import RGB, create_image_processor, describe_input
 from ..errors import LoadingError, UserError, first_sentence
 from ..network.quantization_binaryvit import LATENT, QUANT_METHOD
+from ..pixels import read_background, write_background
 from ..resources import find_source, shipped_configs
 from .arguments import ModelArguments
 from .latent_weights import fetch_trainable
@@ -169,7 +170,7 @@ def load_processor(
 ) -> BaseImageProcessor | None:
     """
     The student's image processor: the earlier run's, or else the one of `--model_name_or_path`, or else a new one with the
-    mean and deviation of `--init_from`. `None` if there is none of these; a new one then follows the teacher's.
+    mean, deviation and background of `--init_from`. `None` if there is none of these; a new one then follows the teacher's.
     """
     for source in (earlier_run, arguments.model_name_or_path):
         if source and (processor := load_image_processor(str(source), arguments)):
@@ -180,7 +181,9 @@ def load_processor(
         like = describe_input(first, who)
         if like.channels != RGB:
             raise UserError(f"{who} takes BGR images, a new network RGB images; choose a first stage that takes RGB.")
-        return create_image_processor(config, data_arguments.crop_pct, like)
+        processor = create_image_processor(config, data_arguments.crop_pct, like)
+        write_background(processor, read_background(first))
+        return processor
     if source := arguments.model_name_or_path or arguments.init_from:
         logger.warning("%r has no image processor; a new one is made.", source)
     return None
@@ -191,6 +194,18 @@ def load_image_processor(source: str, arguments: ModelArguments) -> BaseImagePro
         return loading.load_image_processor(source, **hub_arguments(arguments))
     except LoadingError as error:
         raise UserError(f"The image processor of {source!r} cannot be loaded: {error}") from error
+
+
+def background_of_teacher(arguments: ModelArguments) -> str | None:
+    """The colour that a teacher's training put behind transparent pixels. `None` if it is unknown."""
+    name = arguments.teacher_model_name_or_path
+    if name is None:
+        return None
+    try:
+        processor = loading.load_image_processor(name, **hub_arguments(arguments))
+    except LoadingError:  # `load_teacher` reports it
+        return None
+    return None if processor is None else read_background(processor)
 
 
 def hub_revision(name: str, arguments: ModelArguments) -> str | None:

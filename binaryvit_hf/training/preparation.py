@@ -16,11 +16,12 @@ from ..data.loading import load_images, relabel
 from ..data.streaming import ImageSplits
 from ..errors import UserError
 from ..hub import create_repository
+from ..pixels import choose_background, read_background
 from ..writing import check_writable
 from .arguments import DistillationTrainingArguments, ModelArguments, RunArguments
 from .batch_checks import check_batches
 from .checkpoints import describe_damage, last_whole_checkpoint
-from .models import build_meta_network, load_config, load_first_weights, load_processor
+from .models import background_of_teacher, build_meta_network, load_config, load_first_weights, load_processor
 from .run_folder import compare_training_images, compare_with_recorded, is_finished, read_json
 
 
@@ -39,6 +40,7 @@ class Inputs:
     checkpoint: str | None  # folder to resume from
     finished: bool  # whether the output directory holds this run, trained to its end
     processor: BaseImageProcessor | None  # None: it is created once the teacher's is known
+    background: str | None  # the colour that the run puts behind transparent pixels; None: transparency is dropped
     first_weights: dict[str, torch.Tensor] | None  # tensors of --init_from
     new_head: bool | None  # whether to train the head from scratch; None if nothing is trained
 
@@ -85,12 +87,15 @@ def check_arguments(arguments: RunArguments) -> None:
         training_arguments.check_optimization()
 
 
-def prepare(arguments: RunArguments, loaded: dict[str, CheckedImages] | None = None) -> Inputs:
+def prepare(
+    arguments: RunArguments, loaded: dict[str, CheckedImages] | None = None, teacher: Inputs | None = None
+) -> Inputs:
     """
     Load the inputs of a run and check that they fit each other. With `--push_to_hub`, create the repository.
 
     Args:
         loaded: images of earlier runs, by `describe_source`. A teacher and its student read and check their images once.
+        teacher: of the run before, which trains the teacher of this one.
 
     Raises:
         UserError: an input is missing, damaged or does not fit the others.
@@ -101,9 +106,14 @@ def prepare(arguments: RunArguments, loaded: dict[str, CheckedImages] | None = N
     if training_arguments.do_train:
         training_arguments.check_network(config)
         network = build_meta_network(model_arguments, config)
-    source, loaded = describe_source(arguments), {} if loaded is None else loaded
+    last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
+    checkpoint, finished = find_earlier_run(output_dir, last, training_arguments)
+    processor = load_processor(model_arguments, data_arguments, config, output_dir if finished else checkpoint)
+    of_teacher = teacher.background if teacher else background_of_teacher(model_arguments)
+    background = find_background(data_arguments.background, processor, of_teacher)
+    source, loaded = describe_source(arguments, background), {} if loaded is None else loaded
     if source not in loaded:
-        loaded[source] = load_checked_images(arguments)
+        loaded[source] = load_checked_images(arguments, background)
     images, broken = loaded[source]
     labels = images["validation"].features["label"].names
     if training_arguments.do_train:
@@ -113,32 +123,56 @@ def prepare(arguments: RunArguments, loaded: dict[str, CheckedImages] | None = N
         indices = match_labels(config, labels, f"--model_name_or_path {model_arguments.model_name_or_path!r}")
         warn_of_absent_labels(config, indices)
         images = relabel(images, indices, config.num_labels)
-    checkpoint, finished = find_earlier_run(output_dir, config, arguments, images)
+    check_earlier_run(output_dir, last, config, arguments, images)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
             training_arguments.hub_model_id or output_dir.absolute().name,
             training_arguments.hub_token,
             training_arguments.hub_private_repo,
         )
-    processor = load_processor(model_arguments, data_arguments, config, output_dir if finished else checkpoint)
     first_weights = None
     if model_arguments.init_from and not (checkpoint or finished):
         first_weights = load_first_weights(model_arguments, config, labels)
-    return Inputs(images, broken, config, checkpoint, finished, processor, first_weights, new_head)
+    return Inputs(images, broken, config, checkpoint, finished, processor, background, first_weights, new_head)
 
 
-def describe_source(arguments: RunArguments) -> str:
-    """All arguments that determine the images and their checks. The length of a stream also depends on the batch."""
+def find_background(given: str | None, processor: BaseImageProcessor | None, of_teacher: str | None) -> str | None:
+    """
+    The colour that a run puts behind transparent pixels, as `#rrggbb`; `None` drops transparency.
+
+    Without `--background` it is the model's, or for a new network the teacher's. Warns if the model or the teacher was
+    trained with another one.
+
+    Args:
+        given: the argument `--background`.
+        processor: of the model; `None` for a new network.
+        of_teacher: the teacher's background.
+    """
+    of_model = None if processor is None else read_background(processor)
+    owner, known = ("teacher", of_teacher) if processor is None else ("model", of_model)
+    background = choose_background(given, known)
+    if given is None and known is not None:
+        logger.info("Transparent pictures are put on %s, the background of the %s.", known, owner)
+    for owner, known in (("model", of_model), ("teacher", of_teacher)):
+        if known is not None and known != background:
+            here = "drops transparency" if background is None else f"puts transparent pictures on {background}"
+            logger.warning("This run %s, but the %s was trained with the background %s.", here, owner, known)
+    return background
+
+
+def describe_source(arguments: RunArguments, background: str | None) -> str:
+    """All values that determine the images and their checks. The length of a stream also depends on the batch."""
     model_arguments, data_arguments, training_arguments = arguments
     names = {field.name for field in fields(DataArguments)} - {field.name for field in fields(AugmentationArguments)}
-    values = [(name, getattr(data_arguments, name)) for name in sorted(names)]
+    values = [(name, getattr(data_arguments, name)) for name in sorted(names - {"background"})]
+    values.append(("background", background))
     values += [(name, getattr(training_arguments, name)) for name in ("seed", "do_train", "do_predict")]
     if data_arguments.streaming:
         values += [("max_steps", training_arguments.max_steps), ("batch", training_arguments.effective_batch_size)]
     return repr((values, model_arguments.cache_dir, model_arguments.token))
 
 
-def load_checked_images(arguments: RunArguments) -> CheckedImages:
+def load_checked_images(arguments: RunArguments, background: str | None) -> CheckedImages:
     """The images of every split, and the broken files that were left out."""
     model_arguments, data_arguments, training_arguments = arguments
     images = load_images(
@@ -157,7 +191,7 @@ def load_checked_images(arguments: RunArguments) -> CheckedImages:
             batch_size = training_arguments.effective_batch_size
             images["train"] = images["train"].for_training(training_arguments.max_steps, batch_size)
         images |= {split: images[split].for_evaluation() for split in ("validation", "test") if split in images}
-    return check_images(images, data_arguments.skip_broken_images, data_arguments.background)
+    return check_images(images, data_arguments.skip_broken_images, background)
 
 
 def adopt_labels(config: PreTrainedConfig, labels: list[str], arguments: ModelArguments) -> bool:
@@ -191,10 +225,29 @@ def warn_of_absent_labels(config: PreTrainedConfig, indices: list[int]) -> None:
 
 
 def find_earlier_run(
-    output_dir: Path, config: PreTrainedConfig, arguments: RunArguments, images: ImageSplits
+    output_dir: Path, last: Path | None, arguments: DistillationTrainingArguments
 ) -> tuple[str | None, bool]:
     """
-    The checkpoint in the output directory to resume from, if any, and whether this run is finished.
+    The checkpoint to resume from, if any, and whether the output directory holds a finished run.
+
+    Args:
+        last: the newest whole checkpoint in the output directory.
+
+    Raises:
+        UserError: training cannot resume from the checkpoint of `--resume_from_checkpoint`.
+    """
+    if arguments.resume_from_checkpoint or not arguments.do_train:
+        return chosen_checkpoint(arguments, last), False
+    if is_finished(output_dir):
+        return None, True
+    return str(last) if last else None, False
+
+
+def check_earlier_run(
+    output_dir: Path, last: Path | None, config: PreTrainedConfig, arguments: RunArguments, images: ImageSplits
+) -> None:
+    """
+    Check that the output directory holds no other run, and log whether this one resumes.
 
     Raises:
         UserError: the folder is not writable, or holds a run of another network, of other arguments or of other images.
@@ -202,20 +255,17 @@ def find_earlier_run(
     training_arguments = arguments.training
     if training_arguments.process_index == 0:
         check_writable(output_dir)
-    last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
     for folder in (output_dir, last):
         if folder is not None and (folder / "config.json").is_file():
             check_same_network(folder, config, output_dir)
     if training_arguments.resume_from_checkpoint or not training_arguments.do_train:
-        return chosen_checkpoint(training_arguments, last), False
+        return
     compare_with_recorded(output_dir, arguments)
     compare_training_images(output_dir, images["train"])
     if is_finished(output_dir):
         logger.info("%s is trained already; it is evaluated again.", output_dir)
-        return None, True
-    if last is not None:
+    elif last is not None:
         logger.info("Resuming from %s.", last)
-    return str(last) if last else None, False
 
 
 def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path) -> None:

@@ -80,7 +80,9 @@ def train_and_evaluate(arguments: list[str]) -> None:
         logger.warning("--%s has no effect: %s.", argument, reason)
     # Prepare every run first: an error in the student's inputs must not wait for its teacher's training.
     loaded: dict = {}
-    prepared = [prepare(run_arguments, loaded) for run_arguments in runs]
+    prepared: list[Inputs] = []
+    for run_arguments in runs:
+        prepared.append(prepare(run_arguments, loaded, teacher=prepared[0] if prepared else None))
     if len(runs) == 2:
         check_teacher_is_the_students(prepared, runs[1].training)
     names = ["teacher (1 of 2)", "student (2 of 2)"] if len(runs) == 2 else [""]
@@ -161,11 +163,11 @@ def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
     """
     Where the results of a trained model are, and commands that can be pasted: classify, load, publish.
 
-    The commands put transparent pictures on the run's `--background`, so they answer as its evaluation. If the images are
+    The commands put transparent pictures on the model's background, so they answer as its evaluation. If the images are
     no files, the Python command loads one of the dataset, and there is no `binaryvit classify`.
     """
     folder = Path(run.training.output_dir)
-    image, background = find_image_file(inputs.images["validation"]), run.data.background
+    image, background = find_image_file(inputs.images["validation"]), inputs.background
     classifier = f'pipeline("image-classification", {json.dumps(str(folder))})'
     imports = "import binaryvit_hf; from transformers import pipeline"
     if image is None:
@@ -182,8 +184,7 @@ def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
         ["binaryvit", "push", str(folder), suggest_name(folder)],
     ]
     if image is not None:
-        options = ["--background", background] if background else []
-        commands.insert(0, ["binaryvit", "classify", str(folder), image, *options])
+        commands.insert(0, ["binaryvit", "classify", str(folder), image])
     pictures = [name for name in (*CONFUSION_PICTURES.values(), "learning_curves.png") if (folder / name).is_file()]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return [

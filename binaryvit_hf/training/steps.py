@@ -19,7 +19,9 @@ from ..data.model_inputs import (
 from ..data.transforms import add_transforms, collate_images, describe_sizes
 from ..errors import TerminatedError
 from ..hub import resumable_upload
+from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, total
+from ..pixels import read_background, write_background
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe
@@ -57,6 +59,8 @@ class TrainingRun:
         self.processor = inputs.processor or create_image_processor(
             inputs.config, arguments.data.crop_pct, like=teacher_normalization(teacher_processor, inputs.config)
         )
+        self.saves_background = inputs.finished and read_background(self.processor) != inputs.background
+        write_background(self.processor, inputs.background)
         self.check_inputs_of_models(teacher_processor)
         trains = arguments.training.do_train and not inputs.finished
         keep = arguments.data.keep_images_in_memory and trains
@@ -196,6 +200,9 @@ class TrainingRun:
         folders = {"student": self.output_dir, "teacher": Path(teacher)} if teacher else {"model": self.output_dir}
         histories = {name: read_training_history(folder) for name, folder in folders.items()}
         plot_learning_curves(histories, self.output_dir / "learning_curves.png")
+        if self.saves_background:  # 0.1.0, which trained this model, did not
+            for folder in filter(Path.is_dir, (self.output_dir, self.output_dir / LATENT)):
+                self.processor.save_pretrained(folder)
         write_model_card(self.output_dir, self.trainer.hub_model_id or str(self.output_dir))
 
     def upload(self) -> None:

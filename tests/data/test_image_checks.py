@@ -201,11 +201,11 @@ def test_the_script_and_classify_agree_on_turned_transparent_and_16_bit_pictures
     accuracy = json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"]
     assert "transparent" not in caplog.text
     capsys.readouterr()
-    command = ["classify", str(tmp_path / "out"), str(tmp_path / "photos"), "--json", "--background=white"]
+    command = ["classify", str(tmp_path / "out"), str(tmp_path / "photos"), "--json"]
     assert binaryvit(command) == 0
     answers = json.loads(capsys.readouterr().out)
     right = [answer["labels"][0]["label"] in answer["image"].split("/") for answer in answers]
     assert sum(right) / len(right) == pytest.approx(accuracy)
     evaluate = ["--model_name_or_path", tmp_path / "out", "--do_eval", "--output_dir", tmp_path / "again"]
-    assert main([str(argument) for argument in (*common, *evaluate)]) == 0
+    assert main([str(argument) for argument in (*common, *evaluate, "--background=none")]) == 0
     assert "6 of the 18 validation images are transparent in places" in caplog.text

@@ -334,7 +334,8 @@ def test_classify_warns_of_transparent_pictures_and_puts_them_on_a_background(mo
     ours, theirs = (answer["labels"] for answer in json.loads(out))
     assert ours == theirs != black
     code, _, err = classify(capsys, model, tmp_path / "white.png", "--background=whit")
-    assert (code, err) == (2, "error: --background must be an opaque colour such as white or '#ffcc00', not 'whit'.\n")
+    message = "error: --background must be 'none' or an opaque colour such as white or '#ffcc00', not 'whit'.\n"
+    assert (code, err) == (2, message)
 
 
 def test_classify_says_how_large_a_picture_is_too_large(model, tmp_path, capsys):

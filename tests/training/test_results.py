@@ -18,6 +18,7 @@ from binaryvit_hf.cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
+from binaryvit_hf.pixels import write_background
 from binaryvit_hf.training import confusion, learning_curves
 from binaryvit_hf.training.confusion import ConfusionMatrix, describe, wilson_interval
 from binaryvit_hf.training.example_image import held_out_image
@@ -146,25 +147,30 @@ def test_folders_without_results_have_no_picture(tmp_path):
 def test_the_closing_commands_put_transparent_pictures_on_the_runs_background(tmp_path, capsys):
     Image.new("RGBA", (32, 16), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     ShippedModel(tiny_model()).save_pretrained(tmp_path / "out")
-    create_image_processor(tiny_model().config, 1.0).save_pretrained(tmp_path / "out")
+    processor = create_image_processor(tiny_model().config, 1.0)
     images = Dataset.from_list([{"image": {"path": str(tmp_path / "clear.png"), "bytes": None}}])
     answers = {}
-    for background in ("white", None):
+    for background in ("#ffffff", None):
+        write_background(processor, background)
+        processor.save_pretrained(tmp_path / "out")
         arguments = SimpleNamespace(output_dir=str(tmp_path / "out"))
-        run = SimpleNamespace(training=arguments, data=SimpleNamespace(background=background))
-        classify, load, _ = map(shlex.split, next_steps(run, SimpleNamespace(images={"validation": images}))[-3:])
+        inputs = SimpleNamespace(images={"validation": images}, background=background)
+        classify, load, _ = map(shlex.split, next_steps(SimpleNamespace(training=arguments), inputs)[-3:])
+        assert not [word for word in classify if "background" in word]
         assert main([*classify[1:], "--json"]) == 0
         (answer,) = json.loads(capsys.readouterr().out)
         exec(load[-1], {})
         assert ast.literal_eval(capsys.readouterr().out) == answer["labels"]
         answers[background] = answer["labels"]
-    assert answers["white"] != answers[None]
+    assert answers["#ffffff"] != answers[None]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_closing_commands_of_images_that_are_no_files_work_too(streaming, tmp_path, capsys):
     ShippedModel(tiny_model()).save_pretrained(tmp_path / "out")
-    create_image_processor(tiny_model().config, 1.0).save_pretrained(tmp_path / "out")
+    processor = create_image_processor(tiny_model().config, 1.0)
+    write_background(processor, "#ffffff")  # of the model that the run started from
+    processor.save_pretrained(tmp_path / "out")
     pixels = io.BytesIO()
     Image.new("RGBA", (32, 16), (255, 0, 0, 0)).save(pixels, "PNG")
     pictures = {"image": [{"bytes": pixels.getvalue(), "path": None}] * 4, "label": [0, 1, 0, 1]}
@@ -173,15 +179,14 @@ def test_the_closing_commands_of_images_that_are_no_files_work_too(streaming, tm
     for split in ("train", "validation"):
         (tmp_path / "data").mkdir(exist_ok=True)
         dataset.to_parquet(tmp_path / "data" / f"{split}-0.parquet")
-    values = {"dataset_name": str(tmp_path / "data"), "background": "white", "streaming": streaming, "seed": 0}
+    values = {"dataset_name": str(tmp_path / "data"), "background": None, "streaming": streaming, "seed": 0}
     (tmp_path / "out" / "run_arguments.json").write_text(json.dumps(values))
     run = SimpleNamespace(
         training=SimpleNamespace(output_dir=str(tmp_path / "out")),
-        data=SimpleNamespace(background="white"),
         model=SimpleNamespace(cache_dir=str(tmp_path / "cache")),
     )
     embedded = dataset.cast_column("image", ImageFeature(decode=False))
-    lines = next_steps(run, SimpleNamespace(images={"validation": embedded}))
+    lines = next_steps(run, SimpleNamespace(images={"validation": embedded}, background="#ffffff"))
     assert not any("IMAGE" in line or "classify " in line for line in lines)
     load, publish = map(shlex.split, lines[-2:])
     exec(load[-1], {})
