@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             folder = staging / target.name
             folder.mkdir()
             yield folder
+            give_usual_mode(folder, *(path for path in folder.rglob("*") if path.is_dir()))
             folder.replace(target)
 
 
@@ -94,6 +96,19 @@ def write_file(file: Path, content: str | bytes) -> None:
         with staging_folder(target) as staging:
             (staging / target.name).write_bytes(content)
             (staging / target.name).replace(target)
+
+
+def give_usual_mode(*folders: Path) -> None:
+    """
+    Give weights the mode of the config.json beside them, which follows the umask. safetensors writes files that only their
+    owner can read, so nobody else could use a model in a shared folder.
+    """
+    for folder in folders:
+        for file in folder.glob("*.safetensors"):
+            config = folder / "config.json"
+            if config.is_file():
+                with contextlib.suppress(OSError):  # the file of another user, or a file system without modes
+                    file.chmod(stat.S_IMODE(config.stat().st_mode))
 
 
 def is_stream(file: Path) -> bool:

@@ -11,6 +11,7 @@ from full_disk import files_up_to
 from PIL import Image
 from safetensors import SafetensorError
 from tiny import tiny_config, tiny_model
+from tiny_training import tiny_trainer
 
 import binaryvit_hf
 from binaryvit_hf.cli import main
@@ -97,6 +98,40 @@ def test_a_file_is_written_whole_or_the_old_one_stays(latent, tmp_path, capsys):
     write_file(tmp_path / "card.md", "größer")
     assert (tmp_path / "card.md").read_text(encoding="utf-8") == "größer"
     assert [path.name for path in tmp_path.iterdir()] == ["card.md"]
+
+
+@pytest.fixture(params=[0o002, 0o022, 0o077], ids=oct)
+def mode(request):
+    """The mode of a new file under a umask."""
+    before = os.umask(request.param)
+    yield 0o666 & ~request.param
+    os.umask(before)
+
+
+def modes(folder) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_all_files_of_a_run_have_the_mode_that_the_umask_asks_for(mode, tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, ema_decay=0.5)
+    trainer.train()
+    trainer.save_model()
+    found = modes(tmp_path / "run")
+    weights = {name for name in found if name.endswith(".safetensors")}
+    assert {"model.safetensors", "latent/model.safetensors", "checkpoint-1/model.safetensors"} < weights
+    assert {name: found[name] for name in found if found[name] != mode} == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_all_files_of_commands_have_the_mode_that_the_umask_asks_for(mode, latent, tmp_path, capsys):
+    assert main(["pack", str(latent), str(tmp_path / "packed")]) == 0
+    with new_folder(tmp_path / "nested") as folder:
+        tiny_model().save_pretrained(folder / "inner")
+    write_file(tmp_path / "file.onnx", b"1")
+    found = modes(tmp_path)
+    assert {"packed/model.safetensors", "nested/inner/model.safetensors", "file.onnx"} < found.keys()
+    assert {name: found[name] for name in found if found[name] != mode} == {}
 
 
 @pytest.mark.parametrize("size", [5000, 60_000], ids=["at the start", "at the checkpoint"])

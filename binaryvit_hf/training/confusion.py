@@ -113,8 +113,8 @@ class ConfusionMatrix:
         for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
             tick.set_fontfamily(fonts)
         for (row, column), share in np.ndenumerate(shares):
-            if share > 0:
-                color = "white" if share > 60 else "black"
+            if images[shown[row]]:
+                color = "white" if share > 60 else "black" if share > 0 else "silver"
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

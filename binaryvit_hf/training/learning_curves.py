@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .run_folder import RUN_ARGUMENTS, finite_numbers, read_json
@@ -64,6 +65,8 @@ def plot_learning_curves(histories: dict[str, TrainingHistory], path: Path) -> N
             if curve.epochs:
                 axes.plot(curve.epochs, curve.values, curve.style, color=curve.color, marker=".", label=curve.label)
         axes.set(title=title, xlabel="epoch", ylabel=unit)
+        if max(max(curve.epochs, default=0) for curve in curves) >= 2:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         values = [value for curve in curves for value in curve.values]
         if min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")

@@ -140,7 +140,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def chosen_arguments(arguments: dict) -> dict:
-    """The arguments of a run that differ from their defaults."""
+    """The arguments of a run that differ from their defaults, and always its length, batch and learning rate."""
     if not arguments:
         return {}
     # The defaults depend on the device, so create them for the run's: this machine may have another.
@@ -148,4 +148,12 @@ def chosen_arguments(arguments: dict) -> dict:
         text(arguments, "output_dir") or "output", use_cpu=arguments.get("use_cpu") is True
     )
     defaults = arguments_to_json(RunArguments(ModelArguments(), DataArguments(), training_arguments))
-    return {name: value for name, value in arguments.items() if value != defaults.get(name)}
+    steps = arguments.get("max_steps")
+    by_steps = isinstance(steps, int) and steps > 0
+    length, unused = ("max_steps", "num_train_epochs") if by_steps else ("num_train_epochs", "max_steps")
+    always = {length, "per_device_train_batch_size", "learning_rate"}
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name in always or (value != defaults.get(name) and name != unused)
+    }

@@ -25,6 +25,7 @@ from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
 from ..errors import NonFiniteLossError
 from ..network.packing_binaryvit import binary_layers
 from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder
+from ..writing import give_usual_mode
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .callbacks.checkpointed import CheckpointedCallback
@@ -252,7 +253,7 @@ class DistillationTrainer(Trainer):
         """Save latent weights in a checkpoint; save the final model packed, with its latent weights in `latent/`."""
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            super()._save(str(folder), state_dict)
+            super()._save(str(folder), state_dict)  # `_save_checkpoint` gives the mode
             return
         latent_folder = folder / LATENT if self.saves_packed else folder
         super()._save(str(latent_folder), state_dict)
@@ -262,6 +263,7 @@ class DistillationTrainer(Trainer):
             pack_folder(type(self.plain_model), latent_folder, folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+        give_usual_mode(folder, latent_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint to the staging folder, then rename it: every `checkpoint-…` is whole."""
@@ -282,6 +284,7 @@ class DistillationTrainer(Trainer):
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             for callback in self.checkpointed:
                 callback.save(staged)
+            give_usual_mode(staged)
             flush_to_disk(staged)
             shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted run may have written it
             staged.rename(checkpoint)
@@ -336,6 +339,7 @@ class DistillationTrainer(Trainer):
         (ShippedModel(model) if self.saves_packed else model).save_pretrained(self.args.output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(self.args.output_dir)
+        give_usual_mode(Path(self.args.output_dir), Path(self.args.output_dir, LATENT))
 
         uploads: list[tuple[str, str | None]] = [(self.args.output_dir, None)]
         if self.args.hub_strategy == HubStrategy.CHECKPOINT:

@@ -13,7 +13,9 @@ from binaryvit_hf.cli import main
 from binaryvit_hf.data.decoding import decode_image
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_digits_splits, load_fashion_mnist_splits
 from binaryvit_hf.ops import count_operations, readable, total
-from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.command_line import parse, parse_runs
+from binaryvit_hf.training.model_card import chosen_arguments
+from binaryvit_hf.training.run_folder import arguments_to_json
 
 
 CARDS = CONFIGS.parent / "model_cards"
@@ -61,6 +63,16 @@ def processed_for(folder, splits: list[Dataset]) -> tuple[torch.Tensor, torch.Te
 def digits(*names: str) -> tuple[torch.Tensor, torch.Tensor]:
     splits = load_digits_splits()
     return processed_for(DIGITS, [splits[name] for name in names])
+
+
+@pytest.mark.parametrize(
+    "given, length", [({}, {"num_train_epochs": 3.0}), ({"max_steps": 7, "num_train_epochs": 5}, {"max_steps": 7})]
+)
+def test_the_card_lists_the_length_batch_and_learning_rate_of_a_run_also_by_default(given, length):
+    run = parse({"output_dir": "out", "use_cpu": True} | given, [])
+    chosen = chosen_arguments(arguments_to_json(run))
+    defaults = {"per_device_train_batch_size": 8, "learning_rate": 5e-05}
+    assert chosen == defaults | length
 
 
 def predict(folder, images) -> torch.Tensor:

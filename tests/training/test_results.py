@@ -78,6 +78,7 @@ def test_the_picture_shows_per_cent_of_each_label(figures, tmp_path):
     ConfusionMatrix(counts, ["$\\frac$", "no images", "x" * 100]).plot(tmp_path / "a.png", "6 images")
     axes = figures[0].axes[0]
     assert axes.images[0].get_array().tolist() == [[75, 25, 0], [0, 0, 0], [0, 100, 0]]
+    assert [text.get_text() for text in axes.texts] == ["75", "25", "0", "0", "100", "0"]  # none without images
     assert axes.get_yticklabels()[0].get_text() == "$\\frac$"
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("label", "predicted class")
     assert Image.open(tmp_path / "a.png").width < 1000
@@ -137,6 +138,15 @@ def test_a_run_too_short_to_log_still_has_a_picture(figures, tmp_path):
     plot_learning_curves({"model": read_training_history(tmp_path / "run")}, tmp_path / "a.png")
     assert [axes.get_title() for axes in figures[0].axes] == ["Label loss", "Top-1 accuracy on held-out images"]
     assert all(line.get_marker() == "." for axes in figures[0].axes for line in axes.lines)
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 5, 16, 300])
+def test_the_ticks_of_epochs_are_whole_numbers(epochs, figures, tmp_path):
+    write_run(tmp_path / "run", [{"epoch": epoch, "loss": 1.0} for epoch in range(1, epochs + 1)], {"epoch": epochs})
+    plot_learning_curves({"model": read_training_history(tmp_path / "run")}, tmp_path / "a.png")
+    ticks = figures[0].axes[0].get_xticks()
+    assert len(ticks) > 1
+    assert all(tick == round(tick) for tick in ticks)
 
 
 def test_folders_without_results_have_no_picture(tmp_path):
