@@ -1,5 +1,6 @@
 """Runs of `WarmPython` behave as new interpreters."""
 
+import signal
 import subprocess
 import sys
 
@@ -36,6 +37,13 @@ def test_a_script_imports_the_modules_beside_it(warm_python, tmp_path):
     (tmp_path / "script.py").write_text("import sys, neighbour; print(neighbour.VALUE, sys.argv[1:])")
     run = warm_python.run(tmp_path / "script.py", "x", folder=tmp_path)
     assert run.stdout == "5 ['x']\n", run.stderr
+
+
+def test_a_run_that_was_started_gets_signals(warm_python, tmp_path):
+    run = warm_python.start("-c", "import time; time.sleep(60)", folder=tmp_path)
+    assert not run.has_ended()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=10).returncode == -signal.SIGTERM
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there each run is a new interpreter")

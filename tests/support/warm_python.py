@@ -78,41 +78,29 @@ class WarmPython:
     def run(
         self, *arguments: object, folder: Path, variables: dict[str, str] | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess:
+        """Run `python *arguments` to its end. See `start`."""
+        return self.start(*arguments, folder=folder, variables=variables).wait(timeout)
+
+    def start(self, *arguments: object, folder: Path, variables: dict[str, str] | None = None) -> "WarmRun | ColdRun":
         """
-        Run `python *arguments` in `folder`, which is created.
+        Start `python *arguments` in `folder`, which is created. Wait for its end before you start another.
 
         Args:
             arguments: a script, `-m` and a module, or `-c` and code; then its own arguments.
             variables: the whole environment of the run; by default that of the libraries.
         """
         folder.mkdir(exist_ok=True)
-        arguments = list(map(str, arguments))
         variables = self.variables if variables is None else variables
-        if sys.platform != "linux":
-            return subprocess.run(
-                [sys.executable, *arguments],
-                cwd=folder,
-                env=variables,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
-        with tempfile.NamedTemporaryFile("r+") as stdout, tempfile.NamedTemporaryFile("r+") as stderr:
-            request = {"arguments": arguments, "folder": str(folder), "variables": variables}
-            code = self.fork(request | {"output": [stdout.name, stderr.name]}, timeout)
-            return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+        kind = WarmRun if sys.platform == "linux" else ColdRun
+        return kind(self, list(map(str, arguments)), folder, variables)
 
     def run_bare(self, code: str, home: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
         """Run `code` offline as another user, whose home is `home` and who has set `variables`."""
         bare = {"PATH": os.environ["PATH"], "HOME": str(home), "HF_HOME": "hf", "HF_HUB_OFFLINE": "1"}
         return self.run("-c", code, *arguments, folder=home, variables=bare | variables)
 
-    def fork(self, request: dict, timeout: float) -> int:
-        """
-        Returns:
-            The exit code of a fork that does what `request` says.
-        """
+    def fork(self, request: dict) -> int:
+        """The process id of a fork that does what `request` says. Its exit code is the next line of `forking`."""
         if self.forking is None:
             self.forking = subprocess.Popen(
                 [sys.executable, "-c", FORKING, *LIBRARIES],
@@ -122,13 +110,65 @@ class WarmPython:
                 bufsize=0,  # `select` does not see lines that lie in a buffer
             )
         self.forking.stdin.write(json.dumps(request).encode() + b"\n")
-        process = int(self.forking.stdout.readline())
-        if not select.select([self.forking.stdout], [], [], timeout)[0]:
-            os.kill(process, signal.SIGKILL)
-            self.forking.stdout.readline()
-            raise subprocess.TimeoutExpired(request["arguments"], timeout)
         return int(self.forking.stdout.readline())
 
     def close(self) -> None:
         if self.forking is not None:
             self.forking.communicate()
+
+
+class WarmRun:
+    """A run in a fork of the process that has imported the libraries."""
+
+    def __init__(self, python: WarmPython, arguments: list[str], folder: Path, variables: dict[str, str]):
+        self.arguments = arguments
+        self.output = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]  # noqa: SIM115, `wait` closes them
+        request = {"arguments": arguments, "folder": str(folder), "variables": variables}
+        self.process = python.fork(request | {"output": [file.name for file in self.output]})
+        self.answers = python.forking.stdout
+
+    def has_ended(self, timeout: float = 0) -> bool:
+        return bool(select.select([self.answers], [], [], timeout)[0])
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process, number)
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """
+        Raises:
+            subprocess.TimeoutExpired: the run takes longer; it is killed.
+        """
+        ended = self.has_ended(timeout)
+        if not ended:
+            self.send_signal(signal.SIGKILL)
+        code = int(self.answers.readline())
+        stdout, stderr = (file.read() for file in self.output)
+        for file in self.output:
+            file.close()
+        if not ended:
+            raise subprocess.TimeoutExpired(self.arguments, timeout)
+        return subprocess.CompletedProcess(self.arguments, code, stdout, stderr)
+
+
+class ColdRun:
+    """A run in a new interpreter, with the methods of `WarmRun`."""
+
+    def __init__(self, python: WarmPython, arguments: list[str], folder: Path, variables: dict[str, str]):
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        stdout, stderr = self.process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, stdout, stderr)

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -85,18 +83,17 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
     assert_refused(capsys, command, "learning_rate", "binary-seed1")
 
 
-def test_an_interrupted_ablation_ends_its_runs_with_a_checkpoint(folder, tmp_path):
+def test_an_interrupted_ablation_ends_its_runs_with_a_checkpoint(folder, tmp_path, warm_python):
     (folder / "teacher.json").write_text(json.dumps(RECIPE | {"num_train_epochs": 10**6, "save_strategy": "no"}))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "binaryvit_hf.cli", "ablation", str(folder), str(out)]
-    ablation = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while ablation.poll() is None and not (out / "vit" / RUN_ARGUMENTS).is_file():  # written when training begins
+    ablation = warm_python.start("-m", "binaryvit_hf.cli", "ablation", folder, out, folder=tmp_path)
+    while not ablation.has_ended() and not (out / "vit" / RUN_ARGUMENTS).is_file():  # written when training begins
         time.sleep(0.1)
     time.sleep(2)
     ablation.send_signal(signal.SIGINT)
-    _, errors = ablation.communicate(timeout=60)
-    assert ablation.returncode == 128 + signal.SIGINT
-    assert "Traceback" not in errors
+    ended = ablation.wait(timeout=60)
+    assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+    assert "Traceback" not in ended.stderr
     assert len(list((out / "vit").glob("checkpoint-*"))) == 1
 
 

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -231,29 +230,25 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(photos, tmp
             assert torch.equal(again[name], tensor), name
 
 
-def test_the_same_command_resumes_a_run_after_sigkill_and_sigterm(photos, config, tmp_path, run_script):
+def test_the_same_command_resumes_a_run_after_sigkill_and_sigterm(photos, config, tmp_path, warm_python, run_script):
     def command(folder: str) -> list[str]:
         arguments = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / folder, *TRAIN]
         return [*map(str, arguments), "--max_steps=15", "--save_steps=1", "--save_total_limit=3", "--mixup_alpha=0.8"]
 
-    def start(folder: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, SCRIPT, *command(folder)], stderr=subprocess.PIPE, text=True)
-
-    whole = start("whole")
-    _, said = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
+    whole = run_script(*command("whole"))
+    assert whole.returncode == 0, whole.stderr
     expected = load_file(tmp_path / "whole" / "latent" / "model.safetensors")
     for ending, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
         folder = tmp_path / ending.name
-        process = start(ending.name)
-        while not (folder / "checkpoint-5").is_dir() and process.poll() is None:
+        run = warm_python.start(SCRIPT, *command(ending.name), folder=tmp_path)
+        while not (folder / "checkpoint-5").is_dir() and not run.has_ended():
             time.sleep(0.01)
-        process.send_signal(ending)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == code, said
+        run.send_signal(ending)
+        ended = run.wait(timeout=60)
+        assert ended.returncode == code, ended.stderr
         if ending == signal.SIGTERM:
-            assert "Run the same command again to resume" in said
-            assert "Traceback" not in said
+            assert "Run the same command again to resume" in ended.stderr
+            assert "Traceback" not in ended.stderr
         assert not (folder / "train_results.json").exists()
         result = run_script(*command(ending.name))
         assert result.returncode == 0, result.stderr
