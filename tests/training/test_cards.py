@@ -99,8 +99,13 @@ def test_the_digits_model_is_as_good_as_its_card_says():
 
 
 @needs_fashion_mnist
-def test_the_fashion_model_is_as_good_on_the_test_images_as_its_card_says():
-    check_card(FASHION, "test_accuracy", *processed_for(FASHION, [load_fashion_mnist_splits()["test"]]))
+def test_the_fashion_model_is_as_good_on_the_test_images_as_its_card_says(clothes):
+    check_card(FASHION, "test_accuracy", *clothes)
+
+
+@pytest.fixture(scope="module")
+def clothes() -> tuple[torch.Tensor, torch.Tensor]:
+    return processed_for(FASHION, [load_fashion_mnist_splits()["test"]])
 
 
 def check_engine(folder, images, labels, monkeypatch) -> None:
@@ -116,8 +121,8 @@ def test_the_engine_predicts_like_pytorch_on_digits(monkeypatch):
 
 
 @needs_fashion_mnist
-def test_the_engine_predicts_like_pytorch_on_clothes(monkeypatch):
-    check_engine(FASHION, *processed_for(FASHION, [load_fashion_mnist_splits()["test"]]), monkeypatch)
+def test_the_engine_predicts_like_pytorch_on_clothes(clothes, monkeypatch):
+    check_engine(FASHION, *(values[:2000] for values in clothes), monkeypatch)
 
 
 def test_half_precision_keeps_the_accuracy(tmp_path):
