@@ -10,7 +10,7 @@ from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 import torch
 from transformers import PreTrainedConfig
 
-from .errors import UserError, first_sentence
+from .errors import UserError, counted, first_sentence
 from .loading import build_classifier
 from .network.configuration_binaryvit import MAX_LABELS
 
@@ -190,7 +190,9 @@ def convert_original_state_dict(
         converted[name] = tensor.reshape(expected[name].shape)
     missing = [name for name in expected if name not in converted]
     if missing:
-        raise ValueError(f"The checkpoint lacks {len(missing)} tensor(s) of this config, first {missing[0]!r}.")
+        raise ValueError(
+            f"The checkpoint lacks {counted(len(missing), 'tensor')} of this config, first {missing[0]!r}."
+        )
     return converted
 
 

@@ -6,7 +6,7 @@ import platform
 import torch
 
 from . import __version__, engine
-from .errors import UserError
+from .errors import UserError, counted
 from .network.engine_binaryvit import TORCH, wanted_kernels
 
 
@@ -30,7 +30,7 @@ def describe_machine() -> str:
         "binaryvit_hf": __version__,
         "Python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
-        "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "CPU": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}",
         "CPU features": ", ".join(engine.cpu_features()) or "unknown without the engine",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "kernels built": ", ".join(engine.kernels_built()) or f"none: {engine.problem()}",

@@ -159,7 +159,7 @@ def describe_unreadable(name: str, error: Exception) -> str:
 
 def describe_transparent(number: int, images: str, first: str) -> str:
     return (
-        f"{number} of the {images} are transparent in places, {first!r} first. Transparency is dropped, which shows "
+        f"Transparent in places: {number} of {images}, {first!r} first. Transparency is dropped, which shows "
         "the colours beneath it; --background white puts such images on white."
     )
 

@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from .. import engine
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..host_memory import measure_growth
 from ..network.configuration_binaryvit import as_pair
 from ..network.engine_binaryvit import ENGINE_VARIABLE
@@ -149,7 +149,7 @@ def compete(
     ]
     results = []
     for batch_size in batch_sizes:
-        logger.info("%s, batches of %d", count_threads(threads), batch_size)
+        logger.info("%s, batches of %d", counted(threads, "thread"), batch_size)
         request_all(workers, batch_size)  # warm-up: torch.compile compiles for every batch size
         rounds = [request_all(workers, batch_size) for _ in range(turns)]
         seconds = {worker: [second for times in rounds for second in times[worker]] for worker in workers}
@@ -263,10 +263,6 @@ def load_in_pytorch(
     return compute
 
 
-def count_threads(threads: int) -> str:
-    return "1 thread" if threads == 1 else f"{threads} threads"
-
-
 def format_forwards(measured: dict) -> str:
     """The measurements of `benchmark_inference` as text for the terminal."""
     rows = [
@@ -288,7 +284,7 @@ def format_forwards(measured: dict) -> str:
         if start["engine"] in engine.kernels_here():
             memory = "" if start["bytes"] is None else f", {readable(start['bytes'], 'B')} of memory"
             lines.append(
-                f"{start['model']} on {start['engine']}, {count_threads(start['threads'])}: its first image after "
+                f"{start['model']} on {start['engine']}, {counted(start['threads'], 'thread')}: its first image after "
                 f"loading takes {1000 * start['seconds']:.0f} ms{memory}."
             )
     return "\n".join(lines)
@@ -310,7 +306,7 @@ def plot_latency(measured: dict, path: Path) -> None:
             median, low, high = 1000 / batch_size * seconds.T
             names = [f"{result['model']}\n{result['engine']}" for result in shown]
             axes.errorbar(
-                median, names, xerr=(median - low, high - median), fmt="o", capsize=3, label=count_threads(threads)
+                median, names, xerr=(median - low, high - median), fmt="o", capsize=3, label=counted(threads, "thread")
             )
         images = "one image at a time" if batch_size == 1 else f"batches of {batch_size}"
         axes.set(title=images, xlabel="ms an image, median and 10-90 %", xscale="log")

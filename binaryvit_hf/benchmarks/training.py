@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..host_memory import keep_freed_memory, peak_of_process
 from ..network.configuration_binaryvit import as_pair
 from ..ops import align_columns, readable
@@ -96,7 +96,7 @@ def format_steps(measured: dict) -> str:
         )
         for result in measured["results"]
     ]
-    head = f"{measured['device']}, {measured['threads']} threads, batches of {measured['batch_size']}"
+    head = f"{measured['device']}, {counted(measured['threads'], 'thread')}, batches of {measured['batch_size']}"
     return f"{head}\n{align_columns([TABLE_HEAD, *rows])}"
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..resources import shipped_models
 from .common import add_token_argument, print_error
 
@@ -60,5 +60,5 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps([answer.describe() for answer in answers], indent=2))
     transparent = [answer.image for answer in answers if answer.transparent]
     if transparent and background is None:
-        print(describe_transparent(len(transparent), f"{len(answers)} images", transparent[0]), file=sys.stderr)
+        print(describe_transparent(len(transparent), counted(len(answers), "image"), transparent[0]), file=sys.stderr)
     return 1 if any(answer.error for answer in answers) else 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..resources import shipped_configs
 from ..writing import new_folder
 
@@ -52,4 +52,4 @@ def run(options: argparse.Namespace) -> None:
         create_image_processor(config, crop_pct=0.875).save_pretrained(folder)
     for name, tensor in state_dict.items():
         print(f"{name} -> {convert_name(name, config)} {list(tensor.shape)}")
-    print(f"{options.out}: {len(converted)} tensors, {readable(model.num_parameters())} parameters")
+    print(f"{options.out}: {counted(len(converted), 'tensor')}, {readable(model.num_parameters())} parameters")

@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..resources import shipped_models
 from ..writing import new_folder
 from .card import write_card_if_possible
@@ -53,7 +53,8 @@ def run(options: argparse.Namespace) -> None:
     if options.half:
         floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         wide = [name for name, tensor in floats.items() if not fits_half(name, tensor)]
-        summary = f"{len(wide)} of {len(floats)} float tensors stay in float32, out of the range of half precision"
+        total = counted(len(floats), "float tensor")
+        summary = f"Out of the range of half precision, so in float32: {len(wide)} of {total}"
         print("\n  ".join([f"{summary}:", *wide]) if wide else f"{summary}.")
 
 

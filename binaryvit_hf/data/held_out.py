@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from .arguments import HELD_OUT_SHARE
 
 
@@ -58,16 +58,17 @@ def hold_out(splits: dict[str, Dataset], size: float | None) -> dict[str, Datase
         number = min(max(number, sum(count > 1 for count in counts)), most)
     if not 0 < number <= most:
         raise UserError(
-            f"--train_val_split {size:g} is too large: every class keeps an image to train on, so at most {most} of the "
-            f"{len(dataset)} images can be held out for evaluation ({describe_smallest(names, counts)}). Reduce it, add images "
-            f"of these classes, or {remedy}."
+            f"--train_val_split {size:g} is too large: every class keeps an image to train on, so at most {most} of "
+            f"{counted(len(dataset), 'image')} can be held out for evaluation ({describe_smallest(names, counts)}). Reduce it, "
+            f"add images of these classes, or {remedy}."
         )
     alone = [name for name, count in zip(names, counts) if count == 1]
     if alone:
         logger.warning(
-            "%d class(es) have one image, which is trained on and not evaluated: %s.",
-            len(alone),
-            ", ".join(alone[:10]),
+            "%s with a single image, which is trained on and not evaluated: %s%s.",
+            counted(len(alone), "class"),
+            ", ".join(map(repr, alone[:NAMED_CLASSES])),
+            ", …" if len(alone) > NAMED_CLASSES else "",
         )
     # RandomState's numbers are the same in every version of numpy.
     order = np.random.RandomState(HELD_OUT_SEED).permutation(len(dataset))

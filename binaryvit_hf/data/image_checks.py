@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL.Image import DecompressionBombError, Image
 from tqdm import tqdm
 
-from ..errors import UserError, first_sentence
+from ..errors import UserError, counted, first_sentence
 from ..pixels import (
     describe_transparent,
     describe_unreadable,
@@ -95,7 +95,7 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
     faults = {index: result for index, result in zip(checked, results) if isinstance(result, Exception)}
     if faults and not skip_broken:
         index, fault = next(iter(faults.items()))
-        count = f"; {len(faults)} such image(s) in all" if len(faults) > 1 else ""
+        count = f"; {len(faults)} such images in all" if len(faults) > 1 else ""
         raise UserError(describe_fault(dataset[index]["image"], index, fault, "cannot be read as an image", count))
     if len(faults) == len(dataset):  # also true of an empty split
         raise UserError(f"No image of the {split} split can be read.")
@@ -139,13 +139,14 @@ def warn_of_appearance(
     transparent = [index for index, appearance in appearances.items() if appearance.transparent]
     if transparent and background is None:
         first = image_name(dataset[transparent[0]]["image"], transparent[0])
-        logger.warning("%s", describe_transparent(len(transparent), f"{len(maybe_transparent)} {split} images", first))
+        total = counted(len(maybe_transparent), f"{split} image")
+        logger.warning("%s", describe_transparent(len(transparent), total, first))
     plain = [index for index, appearance in appearances.items() if appearance.one_colour]
     if plain and split == "train":
         logger.warning(
-            "%d of %d decoded training images are of one colour, %r first.",
+            "Of one colour: %d of %s, %r first.",
             len(plain),
-            len(appearances),
+            counted(len(appearances), "decoded training image"),
             image_name(dataset[plain[0]]["image"], plain[0]),
         )
 
@@ -161,7 +162,7 @@ def warn_of_transparent_stream(stream: ImageStream, split: str) -> None:
         except Exception as error:  # Pillow raises any exception on a damaged file
             raise UserError(describe_fault(encoded, index, error, skip=False)) from error
     if transparent:
-        total = f"first {len(images)} {split} images"
+        total = f"the first {counted(len(images), f'{split} image')}"
         logger.warning("%s", describe_transparent(len(transparent), total, transparent[0]))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, counted
 
 
 # Pillow opens these formats, but decodes them not at all or only with other programs.
@@ -72,7 +72,7 @@ def describe_left_out(paths: list[Path], folder: str | Path) -> str:
         (len(paths) - hidden - others, "links or special files"),
     ]
     reasons = ", ".join(f"{count} {reason}" for count, reason in counts if count)
-    return f"Left out {len(paths)} file(s) in {str(folder)!r}: {reasons}; the first is {str(paths[0])!r}."
+    return f"Left out {counted(len(paths), 'file')} in {str(folder)!r}: {reasons}; the first is {str(paths[0])!r}."
 
 
 class ImageFile(NamedTuple):

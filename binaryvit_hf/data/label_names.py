@@ -5,7 +5,7 @@ from collections import Counter
 
 from transformers import PreTrainedConfig
 
-from ..errors import UserError
+from ..errors import UserError, counted
 
 
 # Spaces and punctuation that a comparison ignores. It keeps them between digits (1.5 is not 15), and the minus sign of a number.
@@ -23,7 +23,9 @@ def compare_labels(config: PreTrainedConfig, labels: list[str], model_name: str,
     """
     model_labels = label_names(config)
     if len(model_labels) != len(labels):
-        raise UserError(f"{model_name} has {len(model_labels)} labels, the images have {len(labels)}; {remedy}.")
+        raise UserError(
+            f"{model_name} has {counted(len(model_labels), 'label')}, the images have {len(labels)}; {remedy}."
+        )
     index = first_difference(model_labels, labels)
     if index is not None:
         raise UserError(

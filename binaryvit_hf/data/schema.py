@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
-from ..errors import UserError, first_sentence
+from ..errors import UserError, counted, first_sentence
 
 
 CLASS_NAMES = "classnames.txt"  # in the folder of a WebDataset's archives
@@ -230,7 +230,8 @@ def check_labels(dataset: Dataset, indices: dict, num_classes: int, split: str) 
         labels = dataset["label"][:]
         count = sum(label not in indices for label in labels)
         raise UserError(
-            f"{count} of the {len(labels)} {split} images have no label ({missing[0]!r}): remove them, or choose other images."
+            f"Without a label ({missing[0]!r}): {count} of {counted(len(labels), f'{split} image')}. Remove them, or choose other "
+            "images."
         )
     for label in unknown:
         map_label(indices, num_classes, split, label)

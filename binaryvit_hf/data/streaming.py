@@ -6,7 +6,7 @@ from itertools import count
 
 from datasets import Dataset, Features, IterableDataset
 
-from ..errors import UserError, first_sentence
+from ..errors import UserError, counted, first_sentence
 
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class ImageStream:
         return self.dataset.features
 
     def __str__(self) -> str:
-        number = "an unknown number of images" if self.endless else f"{self.num_images} images per epoch"
-        return f"{number}, in {self.dataset.num_shards} shards"
+        number = "an unknown number of images" if self.endless else f"{counted(self.num_images, 'image')} per epoch"
+        return f"{number}, in {counted(self.dataset.num_shards, 'shard')}"
 
     def shuffle(self, seed: int, buffer_size: int) -> "ImageStream":
         """The stream in another order: shuffles shards in each epoch, and images within a buffer of `buffer_size`."""
@@ -93,7 +93,7 @@ class ImageStream:
                 raise
             except Exception as error:  # file systems, networks, builders and features raise any exception
                 raise UserError(
-                    f"The stream of images broke off after {images} images: {first_sentence(error)}"
+                    f"The stream of images broke off after {counted(images, 'image')}: {first_sentence(error)}"
                 ) from error
             if images == 0:
                 raise UserError("The stream of images is empty.")

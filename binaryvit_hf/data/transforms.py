@@ -10,7 +10,7 @@ from PIL.Image import Image, Resampling
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..host_memory import available_memory
 from ..pixels import read_background, to_rgb
 from .arguments import DataArguments
@@ -46,7 +46,7 @@ class ImagesInMemory(torch.utils.data.Dataset):
         need, free = len(images) * sum(image.nbytes for image in some) / len(some), available_memory()
         if free is not None and need > free:
             raise UserError(
-                f"--keep_images_in_memory needs {need / 1e9:.1f} GB for {len(images)} images, and {free / 1e9:.1f} GB are "
+                f"--keep_images_in_memory needs {need / 1e9:.1f} GB for {counted(len(images), 'image')}, and {free / 1e9:.1f} GB are "
                 "free: leave it out, or limit the images with --max_train_samples."
             )
         self.converted = self.read(images, range(len(images)), convert)
@@ -150,7 +150,7 @@ def add_transforms(
         transformed["train"] = TransformedImages(reduced, crop, augment, seed)
         transformed["validation"] = TransformedImages(processed, identity, identity, seed)
         count, size = len(reduced) + len(processed), (reduced.nbytes + processed.nbytes) / 1e6
-        logger.info("Keeping %d images in memory: %.0f MB.", count, size)
+        logger.info("Keeping %s in memory: %.0f MB.", counted(count, "image"), size)
     return transformed
 
 

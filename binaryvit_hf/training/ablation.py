@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, counted
 from ..ops import LayerCost, count_operations, readable, total
 from .command_line import parse_runs
 from .model_card import weight_bytes
@@ -167,7 +167,7 @@ def write_results(ablation: Ablation) -> None:
     runs = sum(len(row.test) for row in rows.values())
     lines += [
         "",
-        f"Mean and standard deviation over the seeds, {runs} runs in all.",
+        f"Mean and standard deviation over the seeds, {counted(runs, 'run')} in all.",
         "",
         "![Accuracy](ablation.png)",
         "",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..network.configuration_binaryvit import as_pair
 from .arguments import DistillationTrainingArguments
 from .callbacks.batch_norm_reestimation import count_whole_batches, find_batch_norms
@@ -24,7 +24,7 @@ def check_batches(network: nn.Module, num_images: int, arguments: DistillationTr
     batch_size = arguments.train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and num_images < batch_size:
         raise UserError(
-            f"--dataloader_drop_last leaves nothing to train on: {num_images} images make no whole batch of {batch_size}; "
+            f"--dataloader_drop_last leaves nothing to train on: no whole batch of {batch_size} in {counted(num_images, 'image')}; "
             "remove it, or reduce --per_device_train_batch_size."
         )
     if arguments.batch_norm_reestimation_batches:
@@ -33,7 +33,7 @@ def check_batches(network: nn.Module, num_images: int, arguments: DistillationTr
     if has_batch_of_one(num_images, arguments) and not trains_on_one_image(network):
         remedy = ", or add --dataloader_drop_last" if batch_size > 1 else ""
         raise UserError(
-            f"A batch of one image, the last of {num_images} images in batches of {batch_size}, has no statistics for the "
+            f"A batch of one image, the last of {counted(num_images, 'image')} in batches of {batch_size}, has no statistics for the "
             f"batch normalisation of this network: change --per_device_train_batch_size{remedy}."
         )
 

@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from ..errors import counted
+
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: 95 % of a normal distribution lie within this many standard deviations
 MAX_DRAWN_CLASSES = 30  # more names cannot be read in one picture
@@ -154,12 +156,12 @@ def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
     """
     low, high = matrix.interval
     lines = [
-        f"accuracy:  {matrix.correct / matrix.images:.1%} of {matrix.images} {images_name} images "
+        f"accuracy:  {matrix.correct / matrix.images:.1%} of {counted(matrix.images, f'{images_name} image')} "
         f"(95 % confidence interval: {low:.1%} to {high:.1%})"
     ]
     for pair in matrix.most_confused(3):
         lines.append(
-            f"confused:  {pair.errors} of {pair.images} images of {pair.label!r} were taken for {pair.predicted!r}"
+            f"confused:  {pair.label!r} taken for {pair.predicted!r}: {pair.errors} of {counted(pair.images, 'image')}"
         )
     return lines
 

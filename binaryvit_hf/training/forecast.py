@@ -54,9 +54,9 @@ def describe_images(images: ImageSplits, balanced: bool) -> None:
     counts = Counter(dict.fromkeys(names, 0))
     counts.update(names[label] for label in train["label"][:])
     (largest, most), (smallest, least) = max_and_min(counts)
-    sizes = f"{least} training images each"
+    sizes = f"{counted(least, 'training image')} each"
     if least < most:
-        sizes = f"from {least} training images ({smallest!r}) to {most} ({largest!r})"
+        sizes = f"from {counted(least, 'training image')} ({smallest!r}) to {most} ({largest!r})"
     logger.info(
         "Images: %d to train on, %d to evaluate on; %d classes, %s.",
         len(train),
@@ -68,9 +68,9 @@ def describe_images(images: ImageSplits, balanced: bool) -> None:
     if few:
         more = f" and {len(few) - NAMED_CLASSES} more" if len(few) > NAMED_CLASSES else ""
         logger.warning(
-            "%d class(es) have fewer than %d training images, too few to learn from: %s%s. Add images of them.",
-            len(few),
+            "Fewer than %d training images, too few to learn from, in %s: %s%s. Add images of them.",
             FEW_IMAGES,
+            counted(len(few), "class"),
             ", ".join(few[:NAMED_CLASSES]),
             more,
         )

@@ -14,7 +14,7 @@ from .. import loading
 from ..data.arguments import DataArguments
 from ..data.label_names import compare_labels
 from ..data.model_inputs import RGB, create_image_processor, describe_input
-from ..errors import LoadingError, UserError, first_sentence
+from ..errors import LoadingError, UserError, counted, first_sentence
 from ..network.quantization_binaryvit import LATENT, QUANT_METHOD
 from ..pixels import read_background, write_background
 from ..resources import find_source, shipped_configs
@@ -64,7 +64,7 @@ def check_config(name: str, config: PreTrainedConfig, arguments: ModelArguments,
         raise UserError(f"{name!r} has quantised weights, which cannot be trained: choose its full-precision weights.")
     if getattr(config, "num_channels", 3) != 3:
         raise UserError(
-            f"{name!r} takes images of {config.num_channels} channels; training reads colour images, so 3."
+            f"{name!r} takes images of {counted(config.num_channels, 'channel')}; training reads colour images, so 3."
         )
     if arguments.config_name and getattr(config, "image_size", None) is None:
         raise UserError(
@@ -115,9 +115,9 @@ def load_model(
         raise UserError(f"--model_name_or_path {str(source)!r} cannot be loaded: {error}") from error
     if info["missing_keys"]:
         logger.warning(
-            "%s lacks %d tensor(s), which start from random values, such as %r.",
+            "%s lacks %s. Such tensors start from random values, %r first.",
             source,
-            len(info["missing_keys"]),
+            counted(len(info["missing_keys"]), "tensor"),
             min(info["missing_keys"]),
         )
     if new_head and finished_run is None:

@@ -14,7 +14,7 @@ from ..data.image_checks import check_images
 from ..data.label_names import compare_labels, match_labels
 from ..data.loading import load_images, relabel
 from ..data.streaming import ImageSplits
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..hub import create_repository
 from ..pixels import choose_background, read_background
 from ..writing import check_writable
@@ -220,7 +220,7 @@ def warn_of_absent_labels(config: PreTrainedConfig, indices: list[int]) -> None:
     absent = [label for index, label in config.id2label.items() if index not in indices]
     if absent:
         logger.warning(
-            "%d of the model's %d classes have no images, the first is %r.", len(absent), config.num_labels, absent[0]
+            "Classes of the model without images: %d of %d, %r first.", len(absent), config.num_labels, absent[0]
         )
 
 
@@ -286,7 +286,7 @@ def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path)
         if changed:
             change = f"{changed[0]!r} {'is new' if changed[0] in now else 'is missing now'}"
         raise UserError(
-            f"--output_dir {str(output_dir)!r} holds a run with {len(before)} classes, and there are {len(now)} ({change}): "
+            f"--output_dir {str(output_dir)!r} holds a run with {counted(len(before), 'class')}, and there are {len(now)} ({change}): "
             f"{remedy}."
         )
 

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data.streaming import ImageStream
 from ..doctor import check_engine_variable
-from ..errors import NonFiniteLossError, TerminatedError, UploadError, UserError
+from ..errors import NonFiniteLossError, TerminatedError, UploadError, UserError, counted
 from ..host_memory import keep_freed_memory
 from ..hub import shorten_log_of_retries, suggest_name
 from ..writing import describe_full_disk
@@ -151,7 +151,7 @@ def run(
     if training_arguments.do_predict:
         training_run.test()
     if inputs.broken:
-        logger.warning("%d broken image(s) were left out.", len(inputs.broken))
+        logger.warning("Left out %s.", counted(len(inputs.broken), "broken image"))
     if training_arguments.do_train:
         training_run.report()
     if training_arguments.push_to_hub:

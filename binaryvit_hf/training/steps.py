@@ -17,7 +17,7 @@ from ..data.model_inputs import (
     teacher_normalization,
 )
 from ..data.transforms import add_transforms, collate_images, describe_sizes
-from ..errors import TerminatedError
+from ..errors import TerminatedError, counted
 from ..hub import resumable_upload
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, total
@@ -184,7 +184,7 @@ class TrainingRun:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             matrix.plot(
                 self.output_dir / CONFUSION_PICTURES[split],
-                f"Confusion matrix of {matrix.images} {images_name} images",
+                f"Confusion matrix of {counted(matrix.images, f'{images_name} image')}",
             )
         low, high = matrix.interval
         return {f"{split}_accuracy_low": low, f"{split}_accuracy_high": high}
@@ -215,12 +215,12 @@ def log_batch(arguments: DistillationTrainingArguments) -> None:
     processes, accumulated = arguments.world_size, arguments.gradient_accumulation_steps
     parts = ""
     if processes * accumulated > 1:
-        parts = f" ({processes} processes of {arguments.train_batch_size}, {accumulated} accumulated)"
-    logger.info("Batch: %d images%s; learning rate: %g", batch, parts, arguments.scaled_learning_rate)
+        parts = f" ({counted(processes, 'process')} of {arguments.train_batch_size}, {accumulated} accumulated)"
+    logger.info("Batch: %s%s; learning rate: %g", counted(batch, "image"), parts, arguments.scaled_learning_rate)
     if recipe_batch is not None and batch != recipe_batch:
         logger.warning(
-            "The recipe is for a batch of %d images, so the learning rate was scaled from %g. For the recipe's own batch "
+            "The recipe is for a batch of %s, so the learning rate was scaled from %g. For the recipe's own batch "
             "change --per_device_train_batch_size, --gradient_accumulation_steps or the number of processes.",
-            recipe_batch,
+            counted(recipe_batch, "image"),
             arguments.learning_rate,
         )

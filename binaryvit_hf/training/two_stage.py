@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..errors import LoadingError, UserError, first_sentence
+from ..errors import LoadingError, UserError, counted, first_sentence
 from ..network.configuration_binaryvit import as_pair
 from .latent_weights import load_trainable
 
@@ -116,12 +116,12 @@ def first_stage_weights(first: nn.Module, network: nn.Module, source: str) -> di
     for names, owner, other in ((new, "the new network", "it"), (unused, "it", "the new network")):
         if unknown := [name for name in names if not ONLY_IN_ONE.search(name)]:
             raise UserError(
-                f"--init_from {source!r}: {owner} has {len(unknown)} tensor(s) that {other} lacks, such as {unknown[0]!r}; "
+                f"--init_from {source!r}: {owner} has {counted(len(unknown), 'tensor')} that {other} lacks, such as {unknown[0]!r}; "
                 "the two must have the same depths and parts."
             )
     logger.info(
-        "Initialised %d tensors from %s; new: %s; unused: %s",
-        len(ours) - len(new),
+        "Initialised %s from %s; new: %s; unused: %s",
+        counted(len(ours) - len(new), "tensor"),
         source,
         ", ".join(new) or "none",
         ", ".join(unused) or "none",

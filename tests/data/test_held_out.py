@@ -67,7 +67,7 @@ def test_the_same_images_are_held_out_each_time_and_not_the_first_ones():
 def test_a_class_of_one_image_is_trained_on_and_named(caplog):
     with caplog.at_level(logging.WARNING):
         held(None, 20, 1)
-    assert "1 class(es) have one image, which is trained on and not evaluated: c1." in caplog.text
+    assert "1 class with a single image, which is trained on and not evaluated: 'c1'." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_class_of_one_image_is_trained_on_and_named(caplog):
         (None, (1, 1), ["No image can be held out", "'c0' has 1, 'c1' has 1. Add images"]),
         (None, (1,), ["'c0' has 1. Add images"]),
         (1, (1, 0, 1), ["'c1' has 0, 'c0' has 1, 'c2' has 1. Add images"]),
-        (6, (4, 3), ["--train_val_split 6 is too large", "at most 5 of the 7 images", "'c1' has 3, 'c0' has 4"]),
+        (6, (4, 3), ["--train_val_split 6 is too large", "at most 5 of 7 images", "'c1' has 3, 'c0' has 4"]),
         (None, (1,) * 12, ["'c9' has 1, …. Add images"]),
     ],
     ids=["single images", "one image", "an empty class", "too many", "many classes"],

@@ -73,7 +73,7 @@ def test_transparent_pictures_are_counted_and_named_before_training_and_in_evalu
     check(photos)
     said = [record.message for record in caplog.records]
     for message, split in zip((said[0], said[-1]), ("train", "validation")):
-        assert message.startswith(f"2 of the 12 {split} images are transparent in places, '{photos}/ant/x.png' first.")
+        assert message.startswith(f"Transparent in places: 2 of 12 {split} images, '{photos}/ant/x.png' first.")
         assert "--background white" in message
     caplog.clear()
     check(photos, background="white")
@@ -86,16 +86,16 @@ def test_training_pictures_of_one_colour_are_counted_and_named(photos, caplog):
     Image.new("L", (16, 16)).save(photos / "bee" / "z.png")
     check(photos)
     plain = [record.message for record in caplog.records if "one colour" in record.message]
-    assert plain == [f"3 of 13 decoded training images are of one colour, '{photos}/ant/x.png' first."]
+    assert plain == [f"Of one colour: 3 of 13 decoded training images, '{photos}/ant/x.png' first."]
     caplog.clear()
     check(photos, background="white")
-    assert caplog.messages == [f"2 of 13 decoded training images are of one colour, '{photos}/bee/y.jpg' first."]
+    assert caplog.messages == [f"Of one colour: 2 of 13 decoded training images, '{photos}/bee/y.jpg' first."]
 
 
 def test_pictures_inside_a_dataset_are_checked_too(caplog):
     check_images(embedded(PHOTO, PHOTO, SHAPE), skip_broken=False)
-    assert "1 of the 3 train images are transparent in places, 'image 2' first." in caplog.text
-    assert "1 of 3 decoded training images are of one colour" in caplog.text
+    assert "Transparent in places: 1 of 3 train images, 'image 2' first." in caplog.text
+    assert "Of one colour: 1 of 3 decoded training images" in caplog.text
     with pytest.raises(
         UserError,
         match=r"^'1.png' cannot be read as an image \(it has no format that Pillow knows\): remove it, or .*--skip_broken_images",
@@ -103,7 +103,7 @@ def test_pictures_inside_a_dataset_are_checked_too(caplog):
         check_images(embedded(PHOTO, b"no image", PHOTO, names=True), skip_broken=False)
     kept, broken = check_images(embedded(PHOTO, b"no image", SHAPE, names=True), skip_broken=True)
     assert (len(kept["train"]), broken) == (2, ["1.png"])
-    assert "1 of the 2 train images are transparent in places, '2.png' first." in caplog.text
+    assert "Transparent in places: 1 of 2 train images, '2.png' first." in caplog.text
 
 
 def test_the_first_evaluation_pictures_of_a_stream_are_checked(caplog, monkeypatch):
@@ -112,7 +112,7 @@ def test_the_first_evaluation_pictures_of_a_stream_are_checked(caplog, monkeypat
     streams = {"train": ImageStream(pictures, None), "validation": ImageStream(pictures, None)}
     check_images(streams, skip_broken=False)
     (message,) = caplog.messages
-    assert message.startswith("1 of the first 3 validation images are transparent in places, 'image 1' first.")
+    assert message.startswith("Transparent in places: 1 of the first 3 validation images, 'image 1' first.")
     caplog.clear()
     check_images(streams, skip_broken=False, background="white")
     assert caplog.text == ""
@@ -129,7 +129,7 @@ def test_a_limited_number_of_pictures_is_decoded_evenly_spaced(photos, monkeypat
     for path in photos.rglob("[0-9].png"):
         Image.new("RGB", (16, 16)).save(path)
     check(photos)
-    assert "3 of 3 decoded training images are of one colour" in caplog.text
+    assert "Of one colour: 3 of 3 decoded training images" in caplog.text
     monkeypatch.setattr(image_checks, "MAX_EMBEDDED_HEADERS", 2)
     kept, _ = check_images(embedded(PHOTO, PHOTO, b"no image"), skip_broken=False)
     assert len(kept["train"]) == 3
@@ -208,4 +208,4 @@ def test_the_script_and_classify_agree_on_turned_transparent_and_16_bit_pictures
     assert sum(right) / len(right) == pytest.approx(accuracy)
     evaluate = ["--model_name_or_path", tmp_path / "out", "--do_eval", "--output_dir", tmp_path / "again"]
     assert main([str(argument) for argument in (*common, *evaluate, "--background=none")]) == 0
-    assert "6 of the 18 validation images are transparent in places" in caplog.text
+    assert "Transparent in places: 6 of 18 validation images" in caplog.text

@@ -112,11 +112,11 @@ def test_training_and_classify_see_the_same_files(wild, model, tmp_path, capsys,
     assert len(images) == len(expected)
     assert all(decode_image(image).size == (8, 8) for image in images["image"])
     reasons = "4 hidden, 8 without an image's extension, 4 links or special files; the first is"
-    assert f"Left out 16 file(s) in {folder!r}: {reasons} " in caplog.text
+    assert f"Left out 16 files in {folder!r}: {reasons} " in caplog.text
     code, out, err = classify(capsys, model, folder, "--json")
     assert code == 0
     assert [Path(answer["image"]) for answer in json.loads(out)] == expected
-    assert err.startswith(f"Left out 17 file(s) in {folder!r}: 5 hidden, 8 without an image's extension, 4 links or ")
+    assert err.startswith(f"Left out 17 files in {folder!r}: 5 hidden, 8 without an image's extension, 4 links or ")
 
 
 def test_a_name_that_is_not_utf8_is_printed_unchanged(model, tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ def test_classify_warns_of_transparent_pictures_and_puts_them_on_a_background(mo
     save(tmp_path / "white.png", white)
     code, out, err = classify(capsys, model, tmp_path / "photos", "--json")
     assert code == 0
-    assert err.startswith(f"1 of the 2 images are transparent in places, '{tmp_path / 'photos' / 'b.png'}' first.")
+    assert err.startswith(f"Transparent in places: 1 of 2 images, '{tmp_path / 'photos' / 'b.png'}' first.")
     assert "--background white" in err
     black, dropped = (answer["labels"] for answer in json.loads(out))
     assert black == dropped

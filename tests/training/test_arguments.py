@@ -91,7 +91,7 @@ def test_validation_class_that_training_lacks_is_named(capsys, photos, tmp_path)
         ({"num_attention_heads": [3, 4]}, "num_attention_heads=3 does not divide"),
         ({"depths": [2]}, "must have one value per stage"),
         ({"image_size": 30}, "not a multiple of patch_size"),
-        ({"num_channels": 1}, "takes images of 1 channels"),
+        ({"num_channels": 1}, "takes images of 1 channel;"),
     ],
 )
 def test_bad_config_is_one_sentence(capsys, photos, tmp_path, changes, message):

@@ -19,7 +19,7 @@ from binaryvit_hf.training.run import main
 
 
 ON_WHITE = "Transparent pictures are put on #ffffff, the background of the"
-DROPPED = "are transparent in places"
+DROPPED = "Transparent in places"
 FLAGS = ["--max_steps=2", "--learning_rate=0.01", "--crop_pct=1.0", "--use_cpu", "--report_to=none"]
 FLAGS += ["--disable_tqdm=True", "--per_device_train_batch_size=4"]
 

@@ -43,7 +43,7 @@ def test_small_classes_are_named_and_balancing_is_offered(balanced, caplog):
         describe_images(splits(ant=30, bee=19, cat=2, dog=20), balanced)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "2 class(es) have fewer than 20 training images" in warnings[0]
+    assert "Fewer than 20 training images, too few to learn from, in 2 classes" in warnings[0]
     assert "'bee' (19), 'cat' (2)." in warnings[0]
     assert ("Add --balance_classes" in caplog.text) is not balanced
 

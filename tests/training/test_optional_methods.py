@@ -274,7 +274,7 @@ def test_reestimation_uses_the_first_training_batches(tmp_path):
 
 
 def test_reestimation_without_batches_or_batch_norm_is_refused(tmp_path):
-    with pytest.raises(UserError, match="8 images make no whole batch of 16"):
+    with pytest.raises(UserError, match="no whole batch of 16 in 8 images"):
         tiny_trainer(tmp_path, batch_norm_reestimation_batches=1, per_device_train_batch_size=16).apply_final_step()
     with pytest.raises(UserError, match="for networks with batch normalisation"):
         tiny_trainer(tmp_path, model=tiny_teacher(), batch_norm_reestimation_batches=1).apply_final_step()

@@ -68,8 +68,8 @@ def test_rows_of_the_matrix_are_labels_and_the_worst_pairs_come_first():
     lines = describe(ConfusionMatrix(counts, ["ant", "bee", "cat"]), "test")
     assert lines[0].startswith("accuracy:  72.0% of 25 test images")
     assert lines[1:] == [
-        "confused:  5 of 6 images of 'bee' were taken for 'ant'",
-        "confused:  2 of 10 images of 'ant' were taken for 'bee'",
+        "confused:  'bee' taken for 'ant': 5 of 6 images",
+        "confused:  'ant' taken for 'bee': 2 of 10 images",
     ]
 
 

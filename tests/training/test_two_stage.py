@@ -78,11 +78,11 @@ def test_another_row_is_taken_over_except_for_the_parts_that_it_lacks():
     "changes, message",
     [
         ({"hidden_sizes": [16, 32]}, r"tensor '.*' is \(.*16.*\) there and \(.*8.*\) in the new network"),
-        ({"depths": [1, 1]}, r"the new network has \d+ tensor\(s\) that it lacks, such as '.*layers.1.*'"),
-        ({"depths": [2, 2]}, r"it has \d+ tensor\(s\) that the new network lacks, such as '.*layers.1.*'"),
+        ({"depths": [1, 1]}, r"the new network has \d+ tensors that it lacks, such as '.*layers.1.*'"),
+        ({"depths": [2, 2]}, r"it has \d+ tensors that the new network lacks, such as '.*layers.1.*'"),
         (
             {"use_stem_norm": False},
-            r"the new network has \d+ tensor\(s\) that it lacks, such as '.*embeddings.norm.*'",
+            r"the new network has \d+ tensors that it lacks, such as '.*embeddings.norm.*'",
         ),
         ({"num_labels": 4}, r"tensor 'classifier.*' is \(4"),
     ],

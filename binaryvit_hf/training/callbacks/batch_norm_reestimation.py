@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ...data.sampling import create_train_sampler, seeded_rng
-from ...errors import UserError
+from ...errors import UserError, counted
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def count_whole_batches(num_images: int, batch_size: int) -> int:
     """Number of whole batches; raises UserError if there are none."""
     if num_images < batch_size:
         raise UserError(
-            f"--batch_norm_reestimation_batches: {num_images} images make no whole batch of {batch_size}; reduce "
+            f"--batch_norm_reestimation_batches: no whole batch of {batch_size} in {counted(num_images, 'image')}; reduce "
             "--per_device_train_batch_size."
         )
     return num_images // batch_size
