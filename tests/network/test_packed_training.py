@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from tiny import tiny_config, tiny_images, tiny_model
+from tiny_training import tiny_teacher, tiny_trainer
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -216,3 +217,13 @@ def test_an_adapter_that_is_loaded_and_merged_between_two_calls_is_computed(pack
     computed = logits(merged)
     merged.refresh_engine()
     assert torch.equal(computed, logits(merged))
+
+
+def test_the_trainer_of_this_package_distils_the_head(packed, tmp_path):
+    before, weight = backbone_tensors(packed), packed.classifier.weight.detach().clone()
+    trainer = tiny_trainer(tmp_path, packed, teacher=tiny_teacher(), max_steps=2)
+    trainer.train()
+    assert not torch.equal(packed.classifier.weight, weight)
+    after = backbone_tensors(packed)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert trainer.evaluate()["eval_loss"] > 0
