@@ -154,7 +154,7 @@ def test_all_augmentations_train_together_and_the_batch_is_logged(photos, config
         *["--mixup_alpha=0.8", "--cutmix_alpha=1.0", "--repeated_augmentations=3", "--weight_decay=0.05"],
     )
     assert result.returncode == 0, result.stderr
-    assert "Batch: 8 images (1 processes of 4, 2 accumulated); learning rate: 0.0015625" in result.stderr
+    assert "Batch: 8 images (1 process of 4, 2 accumulated); learning rate: 0.0015625" in result.stderr
     assert "The recipe is for a batch of 512 images, so the learning rate was scaled from 0.1" in result.stderr
     assert "| cutmix_alpha | 1.0 |" in (tmp_path / "out" / "README.md").read_text()
 
