@@ -15,6 +15,7 @@ From top to bottom:
   `pooling.inc` and `mlp.inc`, and the products that they share, `tiles.inc`.
 - `kernels_avx512.cpp`, `kernels_avx2.cpp`, `kernels_neon.cpp` and `kernels_scalar.cpp` each compile all `.inc` files
   for one kind of CPU into a table of functions (`kernels.h`). `runs_here` tells whether this CPU has the instructions.
+- `preprocess.cpp` computes the network's input from a picture, and `preprocessing.py` calls it: `Preprocessor`.
 - `workspace.h` is the memory of a forward, `team.h` its threads.
 
 A new kind of CPU is one new file, with the members that `CpuInterface` in `forward.inc` lists, and one line each in

@@ -131,6 +131,50 @@ int32_t binaryvit_run_step(binaryvit_model *model, int32_t step, const float *in
 int32_t binaryvit_count(const char *kernels, const uint8_t *bits, int32_t rows, const uint8_t *matrix, int32_t outputs,
                         int32_t inputs, int32_t *counts);
 
+/* An 8-bit RGB picture. */
+typedef struct {
+    const uint8_t *pixels; /* (height, width, 3) */
+    int64_t row_bytes;     /* from one row to the next */
+    int32_t height, width;
+} binaryvit_picture;
+
+/*
+ * The steps from a picture to the input of a network, by the names of preprocessor_config.json. A number of pixels
+ * that does not apply is 0.
+ *
+ * The picture is resized to one of:
+ *   - a shortest edge of `shortest_edge`, or less, so that the longest one is at most `longest_edge`, which may be 0;
+ *   - the largest size within `max_height` and `max_width`;
+ *   - `height` and `width`.
+ * Then its centre is cropped, and zeros fill up what is too small. Then `(x * rescale_factor - mean) / std`.
+ */
+typedef struct {
+    int32_t resample; /* 0: no resizing; 2: bilinear, 3: bicubic, as in Pillow */
+    int32_t shortest_edge, longest_edge, max_height, max_width, height, width;
+    int32_t crop_height, crop_width; /* both or none */
+    int32_t rescale, normalize;      /* whether to do these steps */
+    double rescale_factor, mean[3], std[3];
+} binaryvit_image_processor;
+
+/*
+ * The size of the output of binaryvit_preprocess for a picture of this size. Returns 0, or 2 if there is none: the
+ * processor has numbers that it cannot have, the picture is empty, or it would be empty after resizing.
+ */
+int32_t binaryvit_preprocessed_size(const binaryvit_image_processor *processor, int32_t picture_height,
+                                    int32_t picture_width, int32_t *height, int32_t *width);
+
+/*
+ * Computes the input of a network from a picture, on the calling thread. Equals AutoImageProcessor of transformers
+ * with torchvision on the CPU bit for bit.
+ *
+ * Args:
+ *   pixel_values: written: (3, height, width), of the size that binaryvit_preprocessed_size returns.
+ *
+ * Returns 0, 1 if memory runs out, or 2 as binaryvit_preprocessed_size.
+ */
+int32_t binaryvit_preprocess(const binaryvit_image_processor *processor, const binaryvit_picture *picture,
+                             float *pixel_values);
+
 #ifdef __cplusplus
 }
 #endif

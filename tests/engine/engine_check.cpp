@@ -1,6 +1,7 @@
 /*
  * Runs the engine through its C interface alone, for sanitisers: networks of random tensors on all kernels, on one
- * thread and on several, called from several threads at once; and tensors that are missing or too short.
+ * thread and on several, called from several threads at once; tensors that are missing or too short; and pictures that
+ * are preprocessed, also in several threads at once.
  *
  * Usage: engine_check ROUNDS, the number of times to run each network.
  */
@@ -208,7 +209,8 @@ std::vector<float> random_images(const Network &network, int batch) {
     return images;
 }
 
-/* Last hidden state, pooled output, logits and feature maps of all images. Sanitisers find writes beyond their sizes. */
+/* Last hidden state, pooled output, logits and feature maps of all images. Sanitisers find writes beyond their sizes.
+ */
 std::vector<float> run(const Network &network, binaryvit_model *model, const std::vector<float> &images, int batch,
                        int threads) {
     size_t channels = size_t(network.last_channels);
@@ -276,6 +278,55 @@ void check_network(const Network &network, const std::string &name, int rounds) 
         "kernels that do not exist");
 }
 
+/* Resizes a picture, and crops or fills it up. A picture of one colour keeps it. */
+void check_picture(int32_t height, int32_t width, const binaryvit_image_processor &processor) {
+    std::string name = "a picture of " + std::to_string(width) + " x " + std::to_string(height);
+    constexpr int kGap = 5;  // bytes between rows; there are none behind the last one
+    std::vector<uint8_t> pixels(size_t(height) * (3 * width + kGap) - kGap, 200);
+    binaryvit_picture picture = {pixels.data(), 3 * width + kGap, height, width};
+    int32_t new_height = 0, new_width = 0;
+    expect(binaryvit_preprocessed_size(&processor, height, width, &new_height, &new_width) == 0, name + ": a size");
+    std::vector<float> output(3 * size_t(new_height) * new_width, -1);
+    auto run = [&](std::vector<float> &to) {
+        expect(binaryvit_preprocess(&processor, &picture, to.data()) == 0, name + " is preprocessed");
+    };
+    run(output);
+    for (float value : output)
+        expect(value == 200 || (processor.crop_height > 0 && value == 0), name + " keeps its colour");
+    std::mt19937 random(5);
+    for (uint8_t &pixel : pixels) pixel = uint8_t(random());
+    run(output);
+    for (float value : output) expect(value >= 0 && value <= 255, name + ": 8 bits");
+    std::vector<std::vector<float>> results(3, std::vector<float>(output.size()));
+    std::vector<std::thread> callers;
+    for (std::vector<float> &result : results) callers.emplace_back([&] { run(result); });
+    for (std::thread &caller : callers) caller.join();
+    for (const auto &result : results) expect_equal(result, output, name + ": callers at once");
+}
+
+void check_preprocessing() {
+    binaryvit_image_processor processor = {3, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, {}, {}};
+    for (int32_t resample : {0, 2, 3}) {
+        processor.resample = resample;
+        for (int32_t crop : {0, 16, 33}) {
+            processor.crop_height = processor.crop_width = crop;
+            check_picture(30, 47, processor);
+            check_picture(7, 5, processor);
+            check_picture(20, 1, processor);
+        }
+    }
+    int32_t height, width;
+    auto size = [&](int32_t picture_height, int32_t picture_width) {
+        return binaryvit_preprocessed_size(&processor, picture_height, picture_width, &height, &width);
+    };
+    expect(size(0, 5) == 2, "an empty picture");
+    processor.longest_edge = 20;
+    expect(size(1, 1000) == 2, "a picture that would become empty");
+    expect(size(20, 30) == 0, "a picture with another aspect ratio");
+    processor.resample = 1;
+    expect(size(20, 30) == 2, "a filter that does not exist");
+}
+
 }  // namespace
 
 int main(int, char **arguments) {
@@ -287,6 +338,7 @@ int main(int, char **arguments) {
         "whole words", rounds);
     check_network(Network({{20}, {2}, {4}, {40}, {1}, {}, 8, 8, 4, 1, true, false, false, true}), "class token",
                   rounds);
+    check_preprocessing();
     std::printf("%s: %s\n", binaryvit_kernels(), failures == 0 ? "all equal" : "failed");
     return failures != 0;
 }
