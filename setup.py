@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: the compiled engine, and two folders outside of the package that are installed inside of it."""
+"""What setup.cfg cannot say: the compiled engine, and folders that are installed under another name."""
 
 import sys
 from pathlib import Path
@@ -7,19 +7,26 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 
-ENGINE = Path("binaryvit_hf", "engine")
+ENGINE = Path("binaryvit_hf", "runtime", "engine")
 
 
-class BuildWithConfigs(build_py):
-    """Installs `configs` and `model_cards` as well, which `packages = find:` does not see."""
+# Packages whose folders have other names (`package_dir` of setup.cfg).
+RENAMED = [
+    *("binaryvit_hf.configs", "binaryvit_hf.model_cards"),
+    *("binaryvit_runtime", "binaryvit_runtime.engine", "binaryvit_cli"),
+]
+
+
+class BuildRenamed(build_py):
+    """Installs the packages that `packages = find:` does not see."""
 
     def finalize_options(self):
         super().finalize_options()
-        self.packages = [*self.packages, "binaryvit_hf.configs", "binaryvit_hf.model_cards"]
+        self.packages = [*self.packages, *RENAMED]
 
 
 engine = Extension(
-    "binaryvit_hf.engine.kernels",
+    "binaryvit_runtime.engine.kernels",
     sources=sorted(path.as_posix() for path in ENGINE.glob("*.cpp")),
     depends=sorted(path.as_posix() for kind in ("*.h", "*.inc") for path in ENGINE.glob(kind)),
     language="c++",
@@ -29,7 +36,7 @@ engine = Extension(
     optional=True,  # without a C++ compiler models run in PyTorch
 )
 setup(
-    cmdclass={"build_py": BuildWithConfigs},
+    cmdclass={"build_py": BuildRenamed},
     # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
     ext_modules=[] if sys.platform == "win32" else [engine],
 )

@@ -19,9 +19,14 @@ The modules beside the folders are shared by the upper ones:
 - `errors`, `resources`, `host_memory`: exceptions, shipped files, and memory of the process.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+try:
+    import binaryvit_runtime  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("binaryvit_hf has new parts since it was installed: run `pip install -e .` again.") from error
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+from binaryvit_runtime.resources import package_version
 
 from .network.configuration_binaryvit import BinaryViTConfig
 from .network.modeling_binaryvit import (
@@ -33,10 +38,7 @@ from .network.modeling_binaryvit import (
 from .network.quantization_binaryvit import BinaryViTQuantizationConfig
 
 
-try:
-    __version__ = version("binaryvit_hf")
-except PackageNotFoundError:  # a clone that is on the path but not installed
-    __version__ = "not installed"
+__version__ = package_version()
 
 AutoConfig.register("binaryvit", BinaryViTConfig)
 AutoModel.register(BinaryViTConfig, BinaryViTModel)

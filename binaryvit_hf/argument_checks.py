@@ -7,7 +7,7 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from .errors import UserError, first_sentence, shorten
+from binaryvit_runtime.errors import UserError, first_sentence, shorten
 
 
 MAX_COUNT = 2**31 - 1

@@ -10,7 +10,8 @@ from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 import torch
 from transformers import PreTrainedConfig
 
-from .errors import UserError, counted, first_sentence
+from binaryvit_runtime.errors import UserError, counted, first_sentence
+
 from .loading import build_classifier
 from .network.configuration_binaryvit import MAX_LABELS
 

@@ -5,8 +5,9 @@ import platform
 
 import torch
 
+from binaryvit_runtime.errors import UserError, counted
+
 from . import __version__, engine
-from .errors import UserError, counted
 from .network.engine_binaryvit import TORCH, wanted_kernels
 
 

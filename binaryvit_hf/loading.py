@@ -30,13 +30,14 @@ from transformers.utils import (
     logging,
 )
 
-from .errors import LoadingError, NoModelError, first_sentence
-from .hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
+from binaryvit_runtime.errors import LoadingError, NoModelError, first_sentence
+from binaryvit_runtime.hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
+from binaryvit_runtime.pixels import read_background
+from binaryvit_runtime.resources import find_source, shipped_models
+from binaryvit_runtime.sources import describe_fault, describe_neighbours
+
 from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .network.quantization_binaryvit import at_stored_image_size
-from .pixels import read_background
-from .resources import find_source, shipped_models
-from .sources import describe_fault, describe_neighbours
 
 
 # Bounds for configs of other model types, by the field names of transformers. BinaryViTConfig has its own bounds.

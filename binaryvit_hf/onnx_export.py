@@ -22,14 +22,15 @@ from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .errors import UserError
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.pixels import read_background, to_rgb
+from binaryvit_runtime.writing import write_file
+
 from .network.configuration_binaryvit import as_pair
 from .network.engine_binaryvit import ModelState
 from .network.functional_binaryvit import fold_norm, quantize_input, weight_levels
 from .network.layers_binaryvit import AvgPoolBranches, BinaryLinear, NormActivation, TokenBatchNorm
 from .network.packing_binaryvit import PackedLinear, binary_layers, unpack_levels
-from .pixels import read_background, to_rgb
-from .writing import write_file
 
 
 OPSET = 18

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from .errors import LoadingError, UserError, first_sentence
+from binaryvit_runtime.errors import LoadingError, UserError, first_sentence
+
 from .loading import build_classifier
 from .network.configuration_binaryvit import BinaryViTConfig, as_pair
 from .network.layers_binaryvit import BinaryLayer

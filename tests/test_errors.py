@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import binaryvit_hf
-from binaryvit_hf.errors import counted
+from binaryvit_runtime.errors import counted
 
 
 @pytest.mark.parametrize(

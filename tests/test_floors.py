@@ -1,6 +1,7 @@
 """Modules and folders of the package import only from their own floor or a lower one (map: .github/CONTRIBUTING.md)."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,26 +11,25 @@ import binaryvit_hf
 
 PACKAGE = Path(binaryvit_hf.__file__).parent
 FLOORS = {
-    "engine": 1,
-    "errors": 1,
-    "resources": 1,
+    "runtime": 1,
     "host_memory": 1,
-    "network": 2,
-    "argument_checks": 3,
-    "convert": 3,
-    "doctor": 3,
-    "hub": 3,
-    "loading": 3,
-    "onnx_export": 3,
-    "ops": 3,
-    "pixels": 3,
-    "sources": 3,
-    "writing": 3,
-    "data": 4,
-    "training": 5,
-    "benchmarks": 5,
-    "cli": 6,
+    "engine": 2,
+    "network": 3,
+    "argument_checks": 4,
+    "convert": 4,
+    "doctor": 4,
+    "loading": 4,
+    "onnx_export": 4,
+    "ops": 4,
+    "pixels": 4,
+    "data": 5,
+    "training": 6,
+    "benchmarks": 6,
+    "cli": 7,
 }
+# Folders that are installed as packages of their own, so that they need no PyTorch.
+INSTALLED_AS = {"runtime": "binaryvit_runtime", "cli": "binaryvit_cli"}
+RUNTIME_LIBRARIES = {"numpy", "PIL", "safetensors", "huggingface_hub"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -37,11 +37,12 @@ def room_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported_rooms(file: Path) -> set[str]:
-    """Rooms of the package that a file imports from, also inside of functions."""
+def imported_modules(file: Path, at_the_top: bool = False) -> set[str]:
+    """Full names of the modules that a file imports from, by default also inside of functions."""
     parts = ("binaryvit_hf", *file.relative_to(PACKAGE).parent.parts)
+    tree = ast.parse(file.read_text())
     modules = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in tree.body if at_the_top else ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -49,8 +50,14 @@ def imported_rooms(file: Path) -> set[str]:
             module = ".".join(filter(None, (base, node.module)))
             # `from binaryvit_hf import engine` names a room, `from binaryvit_hf.data.schema import x` does not.
             modules |= {f"{module}.{alias.name}" for alias in node.names} if module == "binaryvit_hf" else {module}
-    names = [module.split(".") for module in modules]
-    return {name[1] for name in names if name[0] == "binaryvit_hf" and len(name) > 1} - {"__version__"}
+    return modules
+
+
+def imported_rooms(file: Path, at_the_top: bool = False) -> set[str]:
+    """Rooms of the package that a file imports from, by default also inside of functions."""
+    names = [module.split(".") for module in imported_modules(file, at_the_top)]
+    rooms = {name[1] for name in names if name[0] == "binaryvit_hf" and len(name) > 1} - {"__version__"}
+    return rooms | {room for room, package in INSTALLED_AS.items() if any(name[0] == package for name in names)}
 
 
 def test_every_room_has_a_floor():
@@ -75,3 +82,22 @@ def test_training_and_benchmarks_do_not_import_each_other():
     for room, other in (("training", "benchmarks"), ("benchmarks", "training")):
         for file in (PACKAGE / room).rglob("*.py"):
             assert other not in imported_rooms(file), file
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PACKAGE / "runtime").rglob("*.py")), ids=lambda file: file.relative_to(PACKAGE).as_posix()
+)
+def test_the_runtime_needs_neither_pytorch_nor_transformers(file):
+    own = {"binaryvit_hf"}  # relative imports within the runtime
+    libraries = {module.split(".")[0] for module in imported_modules(file)} - set(sys.stdlib_module_names) - own
+    assert libraries <= RUNTIME_LIBRARIES
+    top = {module.split(".")[0] for module in imported_modules(file, at_the_top=True)}
+    assert "huggingface_hub" not in top or file.name == "hub.py"
+
+
+def test_arguments_are_parsed_without_pytorch_and_transformers():
+    for file in sorted((PACKAGE / "cli").glob("*.py")):
+        if file.stem not in ("models", "classification"):
+            libraries = {module.split(".")[0] for module in imported_modules(file, at_the_top=True)}
+            assert not libraries & {"torch", "transformers", "datasets"}, file
+            assert imported_rooms(file, at_the_top=True) <= {"runtime", "cli"}, file

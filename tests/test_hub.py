@@ -15,10 +15,10 @@ from tiny import tiny_config, tiny_images, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
 from warm_python import WITHOUT_PACKAGE
 
-from binaryvit_hf.cli import main as binaryvit
+from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.hub import suggest_name
-from binaryvit_hf.pixels import write_background
+from binaryvit_runtime.hub import suggest_name
+from binaryvit_runtime.pixels import write_background
 
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def download(client, home: Path, token: str | None, *arguments) -> subprocess.Co
 
 
 def push(client, tmp_path, token, *arguments) -> subprocess.CompletedProcess:
-    return run(client, tmp_path / "home", token, "-m", "binaryvit_hf.cli", "push", *arguments)
+    return run(client, tmp_path / "home", token, "-m", "binaryvit_cli", "push", *arguments)
 
 
 def train(client, tmp_path, photos, token, *arguments, launch=()) -> subprocess.CompletedProcess:

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import tiny_config, tiny_model
 
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.errors import LINE_LENGTH
+from binaryvit_runtime.errors import LINE_LENGTH
 
 
 ALICE, BOB = "token-of-alice", "token-of-bob"
@@ -34,7 +34,7 @@ server = HubServer(users={"token-of-alice": "alice", "token-of-bob": "bob"}).__e
 os.environ["HF_ENDPOINT"] = server.url
 time.sleep = lambda seconds: None
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.training import run as training_run
 
 

@@ -23,13 +23,13 @@ from transformers import (
 from binaryvit_hf import onnx_export
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, read_idx
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.loading import load_classifier, load_image_processor
 from binaryvit_hf.network import functional_binaryvit, modeling_binaryvit
 from binaryvit_hf.network.packing_binaryvit import PackedLinear
 from binaryvit_hf.onnx_export import describe_preprocessing, export_onnx
-from binaryvit_hf.pixels import to_rgb, write_background
-from binaryvit_hf.resources import shipped_models
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.pixels import to_rgb, write_background
+from binaryvit_runtime.resources import shipped_models
 
 
 ONE_LAYER = {"depths": [1], "weight_bits": 4, "input_bits": 4}

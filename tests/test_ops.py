@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ViTConfig
 
 from binaryvit_hf import BinaryViTForImageClassification, BinaryViTQuantizationConfig
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.ops import LayerCost, count_operations, format_table, readable, total
+from binaryvit_runtime.errors import UserError
 
 
 # BOPs, FLOPs and OPs, derived from the shapes of the paper's networks

@@ -15,8 +15,8 @@ from transformers.image_utils import load_image
 from binaryvit_hf import pixels
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
-from binaryvit_hf.errors import UserError
-from binaryvit_hf.pixels import (
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.pixels import (
     choose_background,
     find_orientation,
     is_transparent,

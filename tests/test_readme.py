@@ -9,7 +9,7 @@ from pictures import write_pictures
 from tiny import tiny_config, tiny_model
 from transformers import AutoConfig
 
-from binaryvit_hf.cli import main as binaryvit
+from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as script

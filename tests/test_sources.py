@@ -11,9 +11,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 
 from binaryvit_hf import loading
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.hub import NOT_UPLOADED, shorten_log_of_retries
-from binaryvit_hf.resources import shipped_configs, shipped_models
-from binaryvit_hf.sources import RUN_ARGUMENTS, describe_fault
+from binaryvit_runtime.hub import NOT_UPLOADED, shorten_log_of_retries
+from binaryvit_runtime.resources import shipped_configs, shipped_models
+from binaryvit_runtime.sources import RUN_ARGUMENTS, describe_fault
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from tiny import tiny_config, tiny_model
 from tiny_training import tiny_trainer
 
 import binaryvit_hf
-from binaryvit_hf.cli import main
-from binaryvit_hf.errors import UserError
+from binaryvit_cli import main
 from binaryvit_hf.training import run as training_run
-from binaryvit_hf.writing import (
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.writing import (
     check_writable,
     check_writable_file,
     describe_write_failure,
@@ -155,7 +155,7 @@ from pathlib import Path
 # The package without its __init__, whose imports take seconds.
 sys.modules["binaryvit_hf"] = types.ModuleType("binaryvit_hf")
 sys.modules["binaryvit_hf"].__path__ = [sys.argv[2]]
-from binaryvit_hf.writing import new_folder
+from binaryvit_runtime.writing import new_folder
 
 with new_folder(Path(sys.argv[1])) as folder:
     (folder / "weights").touch()

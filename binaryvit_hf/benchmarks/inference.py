@@ -22,14 +22,15 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.resources import shipped_configs
+
 from .. import engine
-from ..errors import UserError, counted
 from ..host_memory import measure_growth
 from ..network.configuration_binaryvit import as_pair
 from ..network.engine_binaryvit import ENGINE_VARIABLE
 from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from ..ops import align_columns, readable
-from ..resources import shipped_configs
 from .interleaved import Worker, describe_seconds
 from .simulation import simulate
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..errors import UserError, first_sentence
+from binaryvit_runtime.errors import UserError, first_sentence
 
 
 MAX_IDLE_WAIT = 2.0  # seconds

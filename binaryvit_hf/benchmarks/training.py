@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from ..errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.resources import shipped_configs
+
 from ..host_memory import keep_freed_memory, peak_of_process
 from ..network.configuration_binaryvit import as_pair
 from ..ops import align_columns, readable
-from ..resources import shipped_configs
 from .interleaved import Worker, describe_seconds
 from .simulation import simulate
 

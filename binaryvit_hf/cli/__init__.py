@@ -30,9 +30,9 @@ import os
 import signal
 import sys
 
-from .. import __version__
-from ..errors import RunError, UploadError, UserError
-from ..writing import describe_full_disk
+from binaryvit_runtime.errors import RunError, UploadError, UserError
+from binaryvit_runtime.writing import describe_full_disk
+
 from .common import print_error
 
 
@@ -66,9 +66,18 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+class PrintVersion(argparse.Action):
+    def __call__(self, parser, *_):
+        # Imported only here: it takes as long as the rest of `binaryvit --help`.
+        from binaryvit_runtime.resources import package_version
+
+        print(parser.prog, package_version())
+        parser.exit()
+
+
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="binaryvit", description="1-bit vision transformers: ship and run them.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version of binaryvit_hf and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __package__)
@@ -91,8 +100,8 @@ def prepare_libraries() -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from ..doctor import check_engine_variable
-    from ..hub import shorten_log_of_retries
+    from binaryvit_hf.doctor import check_engine_variable
+    from binaryvit_runtime.hub import shorten_log_of_retries
 
     disable_progress_bar()
     shorten_log_of_retries()

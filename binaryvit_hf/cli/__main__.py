@@ -1,4 +1,4 @@
-"""`python -m binaryvit_hf.cli` is the command `binaryvit`."""
+"""`python -m binaryvit_cli` is the command `binaryvit`."""
 
 import sys
 

@@ -6,7 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-from ..errors import UserError
+from binaryvit_runtime.errors import UserError
+
 from .common import needs_extra
 
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
     with needs_extra("train", "Ablations"):
-        from ..training.ablation import Ablation, run_ablation
+        from binaryvit_hf.training.ablation import Ablation, run_ablation
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     # As an exception, a signal reaches the code that ends the runs.

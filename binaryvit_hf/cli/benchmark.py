@@ -7,8 +7,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import UserError
-from ..writing import check_writable_file
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.writing import check_writable_file
+
 from .common import needs_extra
 
 
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 def time_forwards(options: argparse.Namespace) -> None:
     if options.plot:
         check_plot(options.plot)
-    from ..benchmarks.inference import benchmark_inference, format_forwards, plot_latency
+    from binaryvit_hf.benchmarks.inference import benchmark_inference, format_forwards, plot_latency
 
     measured = benchmark_inference(options.model, options.batch_size or [1, 8], options.threads, options.steps)
     print_measured(options, measured, format_forwards)
@@ -70,7 +71,7 @@ def time_forwards(options: argparse.Namespace) -> None:
 
 
 def time_training(options: argparse.Namespace) -> None:
-    from ..benchmarks.training import benchmark_training, format_steps
+    from binaryvit_hf.benchmarks.training import benchmark_training, format_steps
 
     (batch_size,) = options.batch_size or [None]
     print_measured(options, benchmark_training(options.model, batch_size, options.steps), format_steps)
@@ -78,7 +79,7 @@ def time_training(options: argparse.Namespace) -> None:
 
 def time_loader(options: argparse.Namespace) -> None:
     with needs_extra("train", "Benchmarks of the loader"):
-        from ..benchmarks.loader import benchmark_loader, format_speeds
+        from binaryvit_hf.benchmarks.loader import benchmark_loader, format_speeds
     print_measured(options, benchmark_loader(), format_speeds)
 
 

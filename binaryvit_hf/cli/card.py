@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import first_sentence, one_line
-from ..writing import check_writable_file
+from binaryvit_runtime.errors import first_sentence, one_line
+from binaryvit_runtime.writing import check_writable_file
+
 from .common import check_model_folder, needs_extra
 
 
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
 
 def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
     with needs_extra("train", "Model cards"):
-        from ..training.model_card import write_model_card
+        from binaryvit_hf.training.model_card import write_model_card
     write_model_card(folder, model_id, path)
 
 

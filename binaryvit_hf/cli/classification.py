@@ -7,9 +7,9 @@ import torch
 from PIL.Image import Image
 from transformers import ImageClassificationPipeline
 
-from ..data.image_files import ImageFile
-from ..errors import UserError, first_sentence
-from ..pixels import describe_unreadable, is_transparent, open_picture, to_rgb
+from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.image_files import ImageFile
+from binaryvit_runtime.pixels import describe_unreadable, is_transparent, open_picture, to_rgb
 
 
 BATCH_SIZE = 16

@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 
-from ..errors import UserError, counted
-from ..resources import shipped_models
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.resources import shipped_models
+
 from .common import add_token_argument, print_error
 
 
@@ -30,8 +31,9 @@ def run(options: argparse.Namespace) -> int:
     """Classify images: print the most likely labels."""
     from transformers import pipeline
 
-    from ..data.image_files import list_images
-    from ..pixels import choose_background, describe_transparent, read_background
+    from binaryvit_runtime.image_files import list_images
+    from binaryvit_runtime.pixels import choose_background, describe_transparent, read_background
+
     from .classification import classify_files
     from .models import find_model, load_model
 

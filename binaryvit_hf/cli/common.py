@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError, one_line
-from ..sources import describe_unfinished_run
+from binaryvit_runtime.errors import UserError, one_line
+from binaryvit_runtime.sources import describe_unfinished_run
 
 
 def add_token_argument(parser: argparse.ArgumentParser) -> None:

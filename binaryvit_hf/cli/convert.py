@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ..errors import UserError, counted
-from ..resources import shipped_configs
-from ..writing import new_folder
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.resources import shipped_configs
+from binaryvit_runtime.writing import new_folder
 
 
 EXAMPLE = "binaryvit convert checkpoint.pth binaryvit-small --config binaryvit-small-patch4-224"
@@ -23,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Convert a checkpoint of the paper's public code."""
-    from ..convert import convert_name, convert_original_state_dict, count_labels, load_original_checkpoint
-    from ..data.model_inputs import create_image_processor
-    from ..loading import build_classifier, check_finite
-    from ..ops import CONFIG_CLASSES, readable
+    from binaryvit_hf.convert import convert_name, convert_original_state_dict, count_labels, load_original_checkpoint
+    from binaryvit_hf.data.model_inputs import create_image_processor
+    from binaryvit_hf.loading import build_classifier, check_finite
+    from binaryvit_hf.ops import CONFIG_CLASSES, readable
+
     from .models import find_model
 
     if not options.config and not options.teacher:

@@ -12,6 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print versions, the features of this CPU, and the kernels that run packed models on it."""
-    from ..doctor import describe_machine
+    from binaryvit_hf.doctor import describe_machine
 
     print(describe_machine())

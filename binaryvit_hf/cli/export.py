@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import UserError
-from ..resources import shipped_models
-from ..writing import check_writable_file
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.resources import shipped_models
+from binaryvit_runtime.writing import check_writable_file
+
 from .common import add_token_argument, needs_extra
 
 
@@ -25,11 +26,12 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"OUT must end in .onnx, not {str(options.out)!r}.")
     check_writable_file(options.out)
     with needs_extra("export", "Exports to ONNX"):
-        from ..onnx_export import OPSET, export_onnx
+        from binaryvit_hf.onnx_export import OPSET, export_onnx
     import torch
 
-    from ..network.quantization_binaryvit import QUANT_METHOD
-    from ..ops import readable
+    from binaryvit_hf.network.quantization_binaryvit import QUANT_METHOD
+    from binaryvit_hf.ops import readable
+
     from .models import find_model, load_model
 
     source, config = find_model(options.model, options.token, shipped_models())

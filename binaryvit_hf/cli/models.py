@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from ..errors import LoadingError, NoModelError, UserError
-from ..loading import load_classifier, load_config, load_image_processor
+from binaryvit_hf.loading import load_classifier, load_config, load_image_processor
+from binaryvit_runtime.errors import LoadingError, NoModelError, UserError
 
 
 def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[str, PreTrainedConfig]:

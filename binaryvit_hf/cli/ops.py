@@ -4,8 +4,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from ..errors import LoadingError, UserError
-from ..resources import shipped_configs, shipped_models
+from binaryvit_runtime.errors import LoadingError, UserError
+from binaryvit_runtime.resources import shipped_configs, shipped_models
+
 from .common import add_token_argument
 
 
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Count the operations and bytes of a network, by kind of layer and in all."""
-    from ..ops import count_operations, format_table, total
+    from binaryvit_hf.ops import count_operations, format_table, total
+
     from .models import find_model
 
     _, config = find_model(options.model, options.token, shipped_configs() | shipped_models())

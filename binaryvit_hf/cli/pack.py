@@ -4,9 +4,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ..errors import UserError, counted
-from ..resources import shipped_models
-from ..writing import new_folder
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.resources import shipped_models
+from binaryvit_runtime.writing import new_folder
+
 from .card import write_card_if_possible
 from .common import add_token_argument
 
@@ -32,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Pack a model's weights: 1 bit each, or as many bits as its config says."""
-    from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig, fits_half
-    from ..ops import readable
+    from binaryvit_hf.network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig, fits_half
+    from binaryvit_hf.ops import readable
+
     from .models import find_model, load_model
 
     with new_folder(options.out) as folder:
@@ -60,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 
 def copy_run_files(source: str, folder: Path) -> None:
     """Copy the records of a local training run, from which the model card is made."""
-    from ..network.quantization_binaryvit import LATENT
+    from binaryvit_hf.network.quantization_binaryvit import LATENT
 
     run_folder = Path(source).parent if Path(source).name == LATENT else Path(source)
     for name in RUN_FILES:

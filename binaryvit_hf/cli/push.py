@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Upload a trained model to the Hub: packed weights, latent weights (in 'latent'), card and image processor."""
-    from ..hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
-    from ..network.quantization_binaryvit import NOTHING_TO_PACK, QUANT_METHOD, ShippedModel, is_latent
+    from binaryvit_hf.network.quantization_binaryvit import NOTHING_TO_PACK, QUANT_METHOD, ShippedModel, is_latent
+    from binaryvit_runtime.hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
+
     from .models import load_model
 
     folder = options.folder

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from binaryvit_runtime.pixels import choose_background
+
 from ..argument_checks import argument
-from ..pixels import choose_background
 from .augmentation import AugmentationArguments
 from .known_datasets import KNOWN_DATASETS
 from .schema import CLASS_NAMES

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from ..pixels import find_orientation, open_picture, to_rgb
+from binaryvit_runtime.pixels import find_orientation, open_picture, to_rgb
 
 
 QUOTED = "\0"  # marks a quoted path; file names cannot contain it

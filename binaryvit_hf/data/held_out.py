@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
-from ..errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted
+
 from .arguments import HELD_OUT_SHARE
 
 

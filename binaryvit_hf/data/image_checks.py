@@ -13,8 +13,8 @@ from datasets import Dataset
 from PIL.Image import DecompressionBombError, Image
 from tqdm import tqdm
 
-from ..errors import UserError, counted, first_sentence
-from ..pixels import (
+from binaryvit_runtime.errors import UserError, counted, first_sentence
+from binaryvit_runtime.pixels import (
     describe_transparent,
     describe_unreadable,
     is_of_one_colour,
@@ -22,6 +22,7 @@ from ..pixels import (
     may_be_transparent,
     to_rgb,
 )
+
 from .decoding import draft, is_jpeg, open_encoded, unquote_path
 from .streaming import ImageSplits, ImageStream
 

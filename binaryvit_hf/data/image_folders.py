@@ -5,10 +5,11 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
 
-from ..errors import UserError
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.image_files import describe_left_out, find_images
+
 from .arguments import DataArguments
 from .decoding import quote_path
-from .image_files import describe_left_out, find_images
 
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}

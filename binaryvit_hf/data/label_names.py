@@ -5,7 +5,7 @@ from collections import Counter
 
 from transformers import PreTrainedConfig
 
-from ..errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted
 
 
 # Spaces and punctuation that a comparison ignores. It keeps them between digits (1.5 is not 15), and the minus sign of a number.

@@ -7,8 +7,9 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import UserError, first_sentence
-from ..hub import explain_hub_error
+from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.hub import explain_hub_error
+
 from .arguments import DataArguments
 from .held_out import hold_out
 from .image_folders import load_folder_splits

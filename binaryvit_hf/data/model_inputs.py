@@ -12,7 +12,8 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..errors import UserError, first_sentence
+from binaryvit_runtime.errors import UserError, first_sentence
+
 from ..network.configuration_binaryvit import as_pair
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
-from ..errors import UserError, counted, first_sentence
+from binaryvit_runtime.errors import UserError, counted, first_sentence
 
 
 CLASS_NAMES = "classnames.txt"  # in the folder of a WebDataset's archives

@@ -6,7 +6,7 @@ from itertools import count
 
 from datasets import Dataset, Features, IterableDataset
 
-from ..errors import UserError, counted, first_sentence
+from binaryvit_runtime.errors import UserError, counted, first_sentence
 
 
 logger = logging.getLogger(__name__)

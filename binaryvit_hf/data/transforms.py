@@ -10,9 +10,10 @@ from PIL.Image import Image, Resampling
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
-from ..errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.pixels import read_background, to_rgb
+
 from ..host_memory import available_memory
-from ..pixels import read_background, to_rgb
 from .arguments import DataArguments
 from .augmentation import create_train_transform
 from .decoding import CroppingDecoder, decode_image, open_encoded

@@ -13,7 +13,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from ..errors import RunError, UserError, counted
+from binaryvit_runtime.errors import RunError, UserError, counted
+
 from ..ops import LayerCost, count_operations, readable, total
 from .command_line import parse_runs
 from .model_card import weight_bytes

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from binaryvit_runtime.errors import UserError, first_sentence
+
 from ..argument_checks import argument, check_ranges
 from ..data.arguments import DataArguments
-from ..errors import UserError, first_sentence
 from .callbacks.sign_gradient import SIGN_GRADIENTS
 from .optional_methods import OptionalMethodArguments
 

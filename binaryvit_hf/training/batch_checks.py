@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted
+
 from ..network.configuration_binaryvit import as_pair
 from .arguments import DistillationTrainingArguments
 from .callbacks.batch_norm_reestimation import count_whole_batches, find_batch_norms

@@ -14,7 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
-from ..errors import first_sentence
+from binaryvit_runtime.errors import first_sentence
 
 
 STATE_TYPES: dict[str, Any] = {

@@ -9,8 +9,9 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from binaryvit_runtime.errors import UserError, first_sentence
+
 from ..argument_checks import convert_argument
-from ..errors import UserError, first_sentence
 from .arguments import RunArguments
 from .optional_methods import OptionalMethodArguments
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from ..errors import counted
+from binaryvit_runtime.errors import counted
 
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: 95 % of a normal distribution lie within this many standard deviations

@@ -6,12 +6,13 @@ from pathlib import Path
 from PIL.Image import Image
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.pixels import read_background
+
 from ..data.arguments import DataArguments
 from ..data.decoding import decode_image
 from ..data.loading import load_images
 from ..data.streaming import ImageStream
-from ..errors import UserError
-from ..pixels import read_background
 from .run_folder import RUN_ARGUMENTS, read_json
 
 

@@ -14,11 +14,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
+from binaryvit_runtime.errors import counted
+
 from ..data.image_checks import evenly_spaced
 from ..data.sampling import SampleKey, seeded_rng
 from ..data.streaming import ImageSplits, ImageStream
 from ..data.transforms import TransformedImages, collate_images
-from ..errors import counted
 from ..host_memory import available_memory, peak_of_process
 from ..loading import build_classifier
 from ..network.configuration_binaryvit import as_pair

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from binaryvit_runtime.errors import LoadingError
+
 from .. import loading
-from ..errors import LoadingError
 from ..network.quantization_binaryvit import LATENT
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from binaryvit_runtime.errors import LoadingError, UserError
+from binaryvit_runtime.pixels import read_background
+from binaryvit_runtime.resources import shipped_folder
+from binaryvit_runtime.writing import write_file
+
 from ..data.arguments import DataArguments
 from ..data.known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
-from ..errors import LoadingError, UserError
 from ..loading import load_config
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, readable, total
-from ..pixels import read_background
-from ..resources import shipped_folder
-from ..writing import write_file
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
 from .run_folder import RUN_ARGUMENTS, arguments_to_json, finite_numbers, read_json
 

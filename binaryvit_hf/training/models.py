@@ -10,14 +10,15 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from binaryvit_runtime.errors import LoadingError, UserError, counted, first_sentence
+from binaryvit_runtime.pixels import read_background, write_background
+from binaryvit_runtime.resources import find_source, shipped_configs
+
 from .. import loading
 from ..data.arguments import DataArguments
 from ..data.label_names import compare_labels
 from ..data.model_inputs import RGB, create_image_processor, describe_input
-from ..errors import LoadingError, UserError, counted, first_sentence
 from ..network.quantization_binaryvit import LATENT, QUANT_METHOD
-from ..pixels import read_background, write_background
-from ..resources import find_source, shipped_configs
 from .arguments import ModelArguments
 from .latent_weights import fetch_trainable
 from .two_stage import first_stage_weights, load_first_stage, override_config, resize_first_stage

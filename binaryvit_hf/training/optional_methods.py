@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, TrainerCallback
 
+from binaryvit_runtime.errors import UserError
+
 from ..argument_checks import argument
-from ..errors import UserError
 from .callbacks.averaging import WeightAverage
 from .callbacks.checkpointed import CheckpointedCallback
 from .callbacks.oscillation import OscillationFreezing

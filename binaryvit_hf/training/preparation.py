@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
 
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.hub import create_repository
+from binaryvit_runtime.pixels import choose_background, read_background
+from binaryvit_runtime.writing import check_writable
+
 from ..data.arguments import DataArguments
 from ..data.augmentation import AugmentationArguments
 from ..data.image_checks import check_images
 from ..data.label_names import compare_labels, match_labels
 from ..data.loading import load_images, relabel
 from ..data.streaming import ImageSplits
-from ..errors import UserError, counted
-from ..hub import create_repository
-from ..pixels import choose_background, read_background
-from ..writing import check_writable
 from .arguments import DistillationTrainingArguments, ModelArguments, RunArguments
 from .batch_checks import check_batches
 from .checkpoints import describe_damage, last_whole_checkpoint

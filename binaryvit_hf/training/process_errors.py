@@ -6,7 +6,7 @@ import time
 
 import torch.distributed as dist
 
-from ..errors import one_line
+from binaryvit_runtime.errors import one_line
 
 
 ERROR_KEY = "binaryvit_hf/error"

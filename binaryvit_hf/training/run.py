@@ -14,12 +14,13 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from binaryvit_runtime.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, counted
+from binaryvit_runtime.hub import shorten_log_of_retries, suggest_name
+from binaryvit_runtime.writing import describe_full_disk
+
 from ..data.streaming import ImageStream
 from ..doctor import check_engine_variable
-from ..errors import NonFiniteLossError, TerminatedError, UploadError, UserError, counted
 from ..host_memory import keep_freed_memory
-from ..hub import shorten_log_of_retries, suggest_name
-from ..writing import describe_full_disk
 from .arguments import DistillationTrainingArguments, RunArguments
 from .command_line import parse_runs
 from .forecast import describe_images, log_forecast
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         train_and_evaluate(arguments)
     except UserError as error:
         # A worker of the data loader puts its stack trace before the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("binaryvit_hf.errors.UserError: ")
+        message = str(error).strip().splitlines()[-1].removeprefix("binaryvit_runtime.errors.UserError: ")
         return leave(show_error(message, 2))
     except (NonFiniteLossError, UploadError) as error:
         return leave(show_error(str(error), 1))

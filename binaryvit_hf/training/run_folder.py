@@ -10,10 +10,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.sources import RUN_ARGUMENTS  # the arguments of the run that made the weights in the folder
+
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
-from ..errors import UserError, first_sentence
-from ..sources import RUN_ARGUMENTS  # the arguments of the run that made the weights in the folder
 from .arguments import RunArguments
 
 

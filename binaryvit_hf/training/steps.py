@@ -7,6 +7,10 @@ import numpy as np
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from binaryvit_runtime.errors import TerminatedError, counted
+from binaryvit_runtime.hub import resumable_upload
+from binaryvit_runtime.pixels import read_background, write_background
+
 from ..data.augmentation import create_mix
 from ..data.model_inputs import (
     adapt_input,
@@ -17,11 +21,8 @@ from ..data.model_inputs import (
     teacher_normalization,
 )
 from ..data.transforms import add_transforms, collate_images, describe_sizes
-from ..errors import TerminatedError, counted
-from ..hub import resumable_upload
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, total
-from ..pixels import read_background, write_background
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe

@@ -21,11 +21,12 @@ from transformers.trainer_utils import (
 )
 from transformers.utils.hub import PushInProgress
 
+from binaryvit_runtime.errors import NonFiniteLossError
+from binaryvit_runtime.writing import give_usual_mode
+
 from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
-from ..errors import NonFiniteLossError
 from ..network.packing_binaryvit import binary_layers
 from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder
-from ..writing import give_usual_mode
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .callbacks.checkpointed import CheckpointedCallback

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..errors import LoadingError, UserError, counted, first_sentence
+from binaryvit_runtime.errors import LoadingError, UserError, counted, first_sentence
+
 from ..network.configuration_binaryvit import as_pair
 from .latent_weights import load_trainable
 

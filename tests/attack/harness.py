@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from binaryvit_hf.errors import LINE_LENGTH
+from binaryvit_runtime.errors import LINE_LENGTH
 
 
 SECONDS, BYTES = 20.0, 2 * 2**30  # CPU time and memory of a case; CPU time does not depend on other processes

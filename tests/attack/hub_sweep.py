@@ -31,7 +31,7 @@ time.sleep = lambda seconds: None  # the client waits between retries
 from harness import Wrong, attempt, judge, run  # noqa: E402
 from shelf import assert_whole, classify, read_scores  # noqa: E402
 
-from binaryvit_hf.cli import main  # noqa: E402
+from binaryvit_cli import main  # noqa: E402
 
 
 shelf, root, seeds = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])

@@ -15,16 +15,16 @@ from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, pipeline
 
-from binaryvit_hf.cli import main
-from binaryvit_hf.cli.classification import classify_files
+from binaryvit_cli import main
+from binaryvit_cli.classification import classify_files
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
 from binaryvit_hf.data.image_checks import check_images
-from binaryvit_hf.data.image_files import ImageFile
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.data.transforms import process_image
-from binaryvit_hf.errors import LINE_LENGTH
 from binaryvit_hf.loading import load_classifier, load_image_processor
-from binaryvit_hf.pixels import describe_unreadable
+from binaryvit_runtime.errors import LINE_LENGTH
+from binaryvit_runtime.image_files import ImageFile
+from binaryvit_runtime.pixels import describe_unreadable
 
 
 LABELS = {0: "ant", 1: "bee", 2: "cat"}

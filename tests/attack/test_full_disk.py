@@ -11,7 +11,7 @@ from full_disk import files_up_to
 from harness import Said, Wrong, few_or_many, judge, run
 from shelf import assert_whole, training_arguments, write_pth
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.training.run import main as train
 
 

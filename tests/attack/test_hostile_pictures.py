@@ -15,10 +15,10 @@ from harness import Wrong, few_or_many, judge, run
 from PIL import Image
 from shelf import read_scores
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.loading import load_images
-from binaryvit_hf.errors import UserError
+from binaryvit_runtime.errors import UserError
 
 
 MODES = {

@@ -11,7 +11,7 @@ from harness import Said, Wrong, few_or_many, run
 from safetensors.torch import load_file
 from shelf import assert_whole, classify, read_scores, training_arguments, write_pth
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.training.run import main as train
 
 

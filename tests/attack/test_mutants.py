@@ -19,13 +19,13 @@ from mutations import mutate_bytes, mutate_json, mutate_safetensors
 from PIL import Image
 from shelf import LABELS, assert_whole, classify, read_scores, training_arguments, write_pth
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.image_checks import check_images
 from binaryvit_hf.data.loading import load_images
-from binaryvit_hf.errors import LINE_LENGTH, UserError
 from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
 from binaryvit_hf.training.run import main as train
+from binaryvit_runtime.errors import LINE_LENGTH, UserError
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from warm_python import LIBRARIES
 from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.benchmarks import inference, onnx_peers
 from binaryvit_hf.benchmarks.simulation import simulate
-from binaryvit_hf.errors import UserError
+from binaryvit_runtime.errors import UserError
 
 
 @pytest.mark.parametrize("changes", [{}, {"sequence_reduction_ratios": [1, 1], "use_layer_scale": False}])

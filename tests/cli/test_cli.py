@@ -17,8 +17,8 @@ from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import binaryvit_hf
+from binaryvit_cli import COMMANDS, main
 from binaryvit_hf import engine, onnx_export
-from binaryvit_hf.cli import COMMANDS, main
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.onnx_export import ExportedFile
 
@@ -72,7 +72,7 @@ import contextlib, sys, types
 package = types.ModuleType("binaryvit_hf")  # without its __init__, which imports both
 package.__path__, package.__version__ = [sys.argv[1]], "0"
 sys.modules["binaryvit_hf"] = package
-from binaryvit_hf.cli import COMMANDS, main
+from binaryvit_cli import COMMANDS, main
 for arguments in [["--help"], ["--version"], ["pack"], *([name, "--help"] for name in COMMANDS)]:
     with contextlib.suppress(SystemExit):
         main(arguments)

@@ -23,10 +23,10 @@ from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
 from binaryvit_hf.data.loading import load_images, relabel
 from binaryvit_hf.data.sampling import create_train_sampler
 from binaryvit_hf.data.transforms import TransformedImages, collate_images
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.arguments import ModelArguments
 from binaryvit_hf.training.models import create_head
 from binaryvit_hf.training.run import main
+from binaryvit_runtime.errors import UserError
 
 
 COLORS = {"ant": (200, 0, 0), "bee": (0, 200, 0), "cat": (0, 0, 200)}

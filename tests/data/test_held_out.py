@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from binaryvit_hf.data.held_out import hold_out, share_out
-from binaryvit_hf.errors import UserError
+from binaryvit_runtime.errors import UserError
 
 
 def numbered(*counts: int) -> Dataset:

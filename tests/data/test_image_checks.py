@@ -11,14 +11,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from tiny import tiny_config
 
-from binaryvit_hf.cli import main as binaryvit
+from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data import image_checks
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.image_checks import check_images, evenly_spaced
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.streaming import ImageStream
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.run import main
+from binaryvit_runtime.errors import UserError
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype("uint8"))

@@ -15,13 +15,13 @@ from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, pipeline
 
-from binaryvit_hf.cli import classification, main
+from binaryvit_cli import classification, main
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.decoding import decode_image
-from binaryvit_hf.data.image_files import find_images, find_matches, is_image_name
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.errors import UserError
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.image_files import find_images, find_matches, is_image_name
 
 
 NOT_UTF8 = os.fsdecode(b"gr\xfcn.png")

@@ -4,7 +4,7 @@ import pytest
 from transformers import ViTConfig
 
 from binaryvit_hf.data.label_names import compare_labels, match_labels
-from binaryvit_hf.errors import UserError
+from binaryvit_runtime.errors import UserError
 
 
 def config(*names: str) -> ViTConfig:

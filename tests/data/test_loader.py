@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from transformers import set_seed
 
-from binaryvit_hf import cli
+import binaryvit_cli as cli
 from binaryvit_hf.benchmarks import loader as benchmark_loader
 from binaryvit_hf.benchmarks.loader import draw_photograph
 from binaryvit_hf.data.arguments import DataArguments
@@ -19,8 +19,8 @@ from binaryvit_hf.data.decoding import CroppingDecoder, decode_image, draft
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.data.transforms import add_transforms
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.configuration_binaryvit import BinaryViTConfig
+from binaryvit_runtime.errors import UserError
 
 
 def encoded(image: Image.Image, kind: str = "JPEG") -> dict:

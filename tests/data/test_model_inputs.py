@@ -31,7 +31,7 @@ from transformers import (
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from binaryvit_hf.cli import main as binaryvit
+from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.model_inputs import (
     InputAdapter,
@@ -44,12 +44,12 @@ from binaryvit_hf.data.model_inputs import (
     teacher_normalization,
 )
 from binaryvit_hf.data.transforms import describe_sizes
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.training import models
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.arguments import ModelArguments
 from binaryvit_hf.training.losses import distillation_loss
 from binaryvit_hf.training.two_stage import load_first_stage
+from binaryvit_runtime.errors import UserError
 
 
 HALF, ZERO, ONE = (0.5,) * 3, (0.0,) * 3, (1.0,) * 3

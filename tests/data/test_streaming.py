@@ -23,8 +23,8 @@ from binaryvit_hf.data.decoding import CroppingDecoder
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.sampling import StreamSampler
 from binaryvit_hf.data.transforms import TransformedImages, collate_images
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.run import main
+from binaryvit_runtime.errors import UserError
 
 
 SHARDS = {"train": [9, 4, 11], "validation": [5, 2]}  # 24 and 7 images

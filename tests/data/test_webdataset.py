@@ -9,7 +9,7 @@ from streams import add, encode, tell_numbers, write_archives, write_class_names
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.decoding import decode_image
 from binaryvit_hf.data.loading import load_images
-from binaryvit_hf.errors import UserError
+from binaryvit_runtime.errors import UserError
 
 
 SHARDS = {"train": [9, 4, 11], "validation": [2]}

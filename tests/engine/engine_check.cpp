@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../binaryvit_hf/engine/engine.h"
+#include "../../binaryvit_hf/runtime/engine/engine.h"
 
 namespace {
 

@@ -19,10 +19,11 @@ from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig
 
 from binaryvit_hf import BinaryViTConfig, engine
-from binaryvit_hf.engine import library
-from binaryvit_hf.engine.library import Engine, count_differing_bits
+from binaryvit_hf.engine import Engine
 from binaryvit_hf.network.configuration_binaryvit import as_pair
 from binaryvit_hf.network.packing_binaryvit import pack_levels
+from binaryvit_runtime.engine import library
+from binaryvit_runtime.engine.library import count_differing_bits
 
 
 KERNELS = engine.kernels_here()
@@ -156,6 +157,11 @@ def test_every_step_of_every_row_equals_pytorchs(row):
     check_steps(packed(config), images_of(config, batch=1), threads=2, tolerated=5)
 
 
+def count_bits(kernels: str, left: torch.Tensor, right: torch.Tensor, inputs: int) -> torch.Tensor:
+    counts = count_differing_bits(kernels, *(pack_levels(levels, 1).numpy() for levels in (left, right)), inputs)
+    return torch.from_numpy(counts)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(1, 20),
@@ -169,15 +175,13 @@ def test_counts_of_all_kernels_are_exact(rows, outputs, inputs, seed):
     left, right = (torch.randint(0, 2, (count, inputs), generator=generator) * 2 - 1 for count in (rows, outputs))
     expected = (inputs - left @ right.T) // 2
     for kernels in KERNELS:
-        assert torch.equal(
-            count_differing_bits(kernels, pack_levels(left, 1), pack_levels(right, 1), inputs), expected.int()
-        )
+        assert torch.equal(count_bits(kernels, left, right, inputs), expected.int())
 
 
 def test_a_row_that_differs_in_every_bit_does_not_overflow():
     ones = torch.ones(1, 4096, dtype=torch.int16)
     for kernels in KERNELS:
-        assert count_differing_bits(kernels, pack_levels(ones, 1), pack_levels(-ones, 1), 4096).item() == 4096
+        assert count_bits(kernels, ones, -ones, 4096).item() == 4096
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -242,7 +246,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 @pytest.mark.parametrize("limit", [None, "2"], ids=["as many as asked for", "fewer than asked for"])
 def test_the_engine_works_on_the_threads_of_pytorch_if_it_gets_them(limit):
-    if library.openmp_of_torch() is None:
+    if engine.openmp_of_torch() is None:
         pytest.skip("PyTorch has no OpenMP runtime here")
     program = """
 import os, torch

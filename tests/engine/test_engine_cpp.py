@@ -10,7 +10,7 @@ import pytest
 
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "engine_check.cpp", *sorted((HERE.parents[1] / "binaryvit_hf" / "engine").glob("*.cpp"))]
+SOURCES = [HERE / "engine_check.cpp", *sorted((HERE.parents[1] / "binaryvit_hf" / "runtime" / "engine").glob("*.cpp"))]
 FLAGS = ["-std=c++17", "-g1", "-ffp-contract=fast", "-pthread", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 SANITIZERS = {
     "addresses and undefined behaviour": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

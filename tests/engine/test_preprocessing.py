@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as torchvision
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from binaryvit_hf import engine
-from binaryvit_hf.engine.preprocessing import Preprocessor
+from binaryvit_runtime.engine.preprocessing import Preprocessor
 
 
 pytestmark = pytest.mark.skipif(not engine.kernels_here(), reason=f"there is no engine: {engine.problem()}")

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.errors import FOREIGN_LENGTH, LINE_LENGTH, first_sentence, one_line
+from binaryvit_runtime.errors import FOREIGN_LENGTH, LINE_LENGTH, first_sentence, one_line
 
 
 NAN = float("nan")

@@ -1,6 +1,6 @@
 """Calls `binaryvit` and the training script in this process."""
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.training import run as script
 
 

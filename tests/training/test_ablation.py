@@ -10,7 +10,7 @@ from command_line import assert_refused
 from tiny import tiny_config
 from transformers import ViTConfig
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.training.ablation import Ablation, mean_and_deviation
 from binaryvit_hf.training.run_folder import RUN_ARGUMENTS
 
@@ -86,7 +86,7 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
 def test_an_interrupted_ablation_ends_its_runs_with_a_checkpoint(folder, tmp_path, warm_python):
     (folder / "teacher.json").write_text(json.dumps(RECIPE | {"num_train_epochs": 10**6, "save_strategy": "no"}))
     out = tmp_path / "out"
-    ablation = warm_python.start("-m", "binaryvit_hf.cli", "ablation", folder, out, folder=tmp_path)
+    ablation = warm_python.start("-m", "binaryvit_cli", "ablation", folder, out, folder=tmp_path)
     while not ablation.has_ended() and not (out / "vit" / RUN_ARGUMENTS).is_file():  # written when training begins
         time.sleep(0.1)
     time.sleep(2)

@@ -8,11 +8,11 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from binaryvit_hf.errors import UserError
-from binaryvit_hf.resources import shipped_configs
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.command_line import ARGUMENT_CLASSES, parse_runs
 from binaryvit_hf.training.unused_arguments import find_unused
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.resources import shipped_configs
 
 
 ARGUMENTS = [

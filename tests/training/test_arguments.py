@@ -7,10 +7,10 @@ from command_line import refusal
 from PIL import Image
 from tiny import tiny_config
 
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, arguments_to_json, compare_with_recorded
+from binaryvit_runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

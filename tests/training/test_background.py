@@ -11,11 +11,11 @@ from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers import AutoImageProcessor
 
-from binaryvit_hf.cli import main as binaryvit
+from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.network.quantization_binaryvit import LATENT
-from binaryvit_hf.pixels import to_rgb
 from binaryvit_hf.training.run import main
+from binaryvit_runtime.pixels import to_rgb
 
 
 ON_WHITE = "Transparent pictures are put on #ffffff, the background of the"

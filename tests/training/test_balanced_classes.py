@@ -6,9 +6,9 @@ from command_line import refusal
 from tiny import tiny_config, tiny_model
 from tiny_training import tiny_teacher
 
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.trainer import DistillationTrainer
+from binaryvit_runtime.errors import UserError
 
 
 class Shades(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ from golden_data import CONFIGS, ROWS
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.data.decoding import decode_image
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_digits_splits, load_fashion_mnist_splits
 from binaryvit_hf.ops import count_operations, readable, total
@@ -135,7 +135,7 @@ def test_half_precision_keeps_the_accuracy(tmp_path):
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
 def test_a_shipped_model_classifies_its_example_by_name_from_anywhere(folder, tmp_path, warm_python):
-    command = ["-m", "binaryvit_hf.cli", "classify", folder.name, folder / "example.png", "--json"]
+    command = ["-m", "binaryvit_cli", "classify", folder.name, folder / "example.png", "--json"]
     result = warm_python.run(*command, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     (answer,) = json.loads(result.stdout)

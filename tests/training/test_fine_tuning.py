@@ -10,13 +10,13 @@ from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from binaryvit_hf.cli import main
-from binaryvit_hf.errors import LoadingError
+from binaryvit_cli import main
 from binaryvit_hf.network.packing_binaryvit import packed_layers
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
-from binaryvit_hf.resources import shipped_models
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.latent_weights import load_trainable
+from binaryvit_runtime.errors import LoadingError
+from binaryvit_runtime.resources import shipped_models
 
 
 FLAGS = [

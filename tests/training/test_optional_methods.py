@@ -16,12 +16,12 @@ from transformers.trainer_utils import HubStrategy
 
 from binaryvit_hf import BinaryViTForImageClassification
 from binaryvit_hf.data.sampling import seeded_rng
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.packing_binaryvit import binary_layers
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.checkpoints import describe_damage, last_whole_checkpoint
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.losses import distance_from_one
+from binaryvit_runtime.errors import UserError
 
 
 EVERYTHING = {

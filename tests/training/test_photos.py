@@ -13,7 +13,7 @@ from pictures import write_pictures
 from tiny import tiny_config, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from binaryvit_hf.cli import main as binaryvit
+from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_fashion_mnist_splits
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as script

@@ -14,17 +14,17 @@ from PIL import Image
 from scipy.stats import binomtest
 from tiny import tiny_model
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
-from binaryvit_hf.pixels import write_background
 from binaryvit_hf.training import confusion, learning_curves
 from binaryvit_hf.training.confusion import ConfusionMatrix, describe, wilson_interval
 from binaryvit_hf.training.example_image import held_out_image
 from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
 from binaryvit_hf.training.metrics import TopKAccuracy
 from binaryvit_hf.training.run import next_steps
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.pixels import write_background
 
 
 @pytest.fixture

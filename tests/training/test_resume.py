@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 from transformers import ResNetConfig, ViTConfig
 
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.functional_binaryvit import batch_statistics
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training import steps as run_steps
@@ -23,6 +22,7 @@ from binaryvit_hf.training.run_folder import (
     compare_with_recorded,
     is_finished,
 )
+from binaryvit_runtime.errors import UserError
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import load, load_file
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from binaryvit_hf.cli import main
+from binaryvit_cli import main
 
 
 ROOT = Path(__file__).parents[2]

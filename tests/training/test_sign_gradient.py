@@ -8,9 +8,9 @@ from tiny import tiny_config, tiny_images, tiny_model
 from tiny_training import tiny_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.functional_binaryvit import ApproxSign, SignLinear, approx_sign_slope
 from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, binary_activation_modules, clip_slope
+from binaryvit_runtime.errors import UserError
 
 
 BESIDE_ONE = math.nextafter(1.0, 2.0)

@@ -6,13 +6,13 @@ from tiny import tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
 from transformers import TrainerCallback
 
-from binaryvit_hf.errors import NonFiniteLossError
 from binaryvit_hf.network.layers_binaryvit import BinaryLayer
 from binaryvit_hf.network.modeling_binaryvit import BinaryViTAttention
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.callbacks.positive_clips import SMALLEST_CLIP
 from binaryvit_hf.training.losses import distillation_loss
 from binaryvit_hf.training.metrics import TopKAccuracy
+from binaryvit_runtime.errors import NonFiniteLossError
 
 
 STUDENT = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])

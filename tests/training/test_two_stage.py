@@ -12,7 +12,6 @@ from tiny import class_token_config, tiny_config, tiny_model
 from transformers import AutoImageProcessor
 
 from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification
-from binaryvit_hf.errors import UserError
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.two_stage import (
@@ -21,6 +20,7 @@ from binaryvit_hf.training.two_stage import (
     override_config,
     resize_first_stage,
 )
+from binaryvit_runtime.errors import UserError
 
 
 def test_overrides_are_names_and_values_lists_included():

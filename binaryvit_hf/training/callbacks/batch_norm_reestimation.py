@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from binaryvit_runtime.errors import UserError, counted
+
 from ...data.sampling import create_train_sampler, seeded_rng
-from ...errors import UserError, counted
 
 
 @torch.no_grad()

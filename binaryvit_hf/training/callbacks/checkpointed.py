@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from ...errors import UserError
+from binaryvit_runtime.errors import UserError
 
 
 class CheckpointedCallback(TrainerCallback):

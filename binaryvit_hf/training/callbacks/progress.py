@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerState
 from transformers.trainer_utils import has_length
 
-from ...errors import counted
+from binaryvit_runtime.errors import counted
 
 
 MAX_SILENCE = 60  # seconds without a line where there is no bar

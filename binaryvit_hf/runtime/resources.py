@@ -4,10 +4,19 @@ import os
 from pathlib import Path
 
 
+def package_version() -> str:
+    from importlib import metadata  # takes as long as the rest of `binaryvit --help`
+
+    try:
+        return metadata.version("binaryvit_hf")
+    except metadata.PackageNotFoundError:  # a clone that is on the path but not installed
+        return "not installed"
+
+
 def shipped_folder(name: str) -> Path:
-    """The folder `configs` or `model_cards`: inside an installed package, beside the package in a clone."""
-    package = Path(__file__).parent
-    return next(folder for folder in (package / name, package.parent / name) if folder.is_dir())
+    """The folder `configs` or `model_cards`: in binaryvit_hf if that is installed, at the top of a clone."""
+    here = Path(__file__).resolve().parent  # binaryvit_runtime beside binaryvit_hf, or binaryvit_hf/runtime in a clone
+    return next(folder for folder in (here.parent / "binaryvit_hf" / name, here.parents[1] / name) if folder.is_dir())
 
 
 def shipped_models() -> dict[str, Path]:

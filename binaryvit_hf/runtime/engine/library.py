@@ -1,16 +1,14 @@
 """Python binding of the engine's C interface, engine.h, by ctypes."""
 
-import contextlib
 import ctypes
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import torch
+import numpy as np
 
 
 EXTENSION_NAME = "kernels"  # as in setup.py; a plain C library, which Python cannot import
@@ -73,21 +71,7 @@ def load_library() -> ctypes.CDLL | str:
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    runtime = openmp_of_torch()
-    if runtime:
-        library.binaryvit_share_threads(runtime.GOMP_parallel, runtime.omp_get_num_threads, runtime.omp_get_thread_num)
     return library
-
-
-def openmp_of_torch() -> ctypes.CDLL | None:
-    """The OpenMP runtime on whose threads PyTorch computes, or `None`."""
-    folder = Path(torch.__file__).parent
-    for file in [*folder.glob("lib/lib*omp*"), *folder.parent.glob("torch.libs/lib*omp*"), "libgomp.so.1"]:
-        with contextlib.suppress(OSError, AttributeError):  # not loaded in this process; no RTLD_NOLOAD on Windows
-            runtime = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)
-            if hasattr(runtime, "GOMP_parallel"):
-                return runtime
-    return None
 
 
 def problem() -> str | None:
@@ -123,11 +107,11 @@ def int32_array(numbers) -> ctypes.Array:
 
 class Engine:
     """
-    Computes a packed backbone on one kind of kernels.
+    Computes a packed backbone on one kind of kernels. Tensors are numpy arrays here; a subclass may have others.
 
     Args:
-        config: a `BinaryViTConfig` with 1-bit weights and inputs.
-        tensors: the backbone's tensors by name, on the CPU: float32, and uint8 for packed weights; copied. The final
+        config: the fields of a `BinaryViTConfig` with 1-bit weights and inputs, and its `grid_sizes`.
+        tensors: the backbone's tensors by name: float32, and uint8 for packed weights; copied. The final
             normalisation ("norm.…") may be left out; then nothing is normalised at the end.
         kernels: one of `kernels_here()`.
 
@@ -135,7 +119,23 @@ class Engine:
         ValueError: a tensor is missing, or its size does not fit the config.
     """
 
-    def __init__(self, config, tensors: Mapping[str, torch.Tensor], kernels: str):
+    float32: Any = np.dtype(np.float32)
+
+    @staticmethod
+    def address(tensor) -> int:
+        """Where the first element of a contiguous tensor is in memory."""
+        return tensor.ctypes.data
+
+    @staticmethod
+    def contiguous(tensor):
+        return np.ascontiguousarray(tensor)
+
+    @staticmethod
+    def empty(shape: tuple[int, ...]):
+        """A new float32 tensor with arbitrary values."""
+        return np.empty(shape, np.float32)
+
+    def __init__(self, config, tensors: Mapping[str, Any], kernels: str):
         self.library = cast(ctypes.CDLL, load_library())
         self.image_shape = (config.num_channels, *pair(config.image_size))
         c_config = Config(
@@ -156,9 +156,9 @@ class Engine:
             config.binarize_patch_embeddings,
             config.batch_norm_eps,
         )
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        tensors = {name: self.contiguous(tensor) for name, tensor in tensors.items()}
         c_tensors = (NamedTensor * len(tensors))(
-            *(NamedTensor(name.encode(), tensor.data_ptr(), tensor.nbytes) for name, tensor in tensors.items())
+            *(NamedTensor(name.encode(), self.address(tensor), tensor.nbytes) for name, tensor in tensors.items())
         )
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self.model = self.library.binaryvit_create(
@@ -177,14 +177,12 @@ class Engine:
         if getattr(self, "model", None):
             self.library.binaryvit_free(self.model)
 
-    def forward(
-        self, images: torch.Tensor, threads: int, output_hidden_states: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    def forward(self, images, threads: int, output_hidden_states: bool = False) -> tuple[Any, Any, list]:
         """
         Computes the backbone.
 
         Args:
-            images: `(batch, num_channels, height, width)`, normalised, float32, on the CPU.
+            images: `(batch, num_channels, height, width)`, normalised, float32.
             threads: number of threads to use, including the calling one.
             output_hidden_states: whether to return the input of every layer and the output of the last one.
 
@@ -198,14 +196,14 @@ class Engine:
         """
         images = self.check_images(images)
         batch = images.shape[0]
-        last, pooled = torch.empty(batch, *self.last_shape), torch.empty(batch, self.last_shape[1])
-        hidden = [torch.empty(batch, *shape) for shape in self.hidden_shapes] if output_hidden_states else []
-        pointers = (ctypes.c_void_p * len(hidden))(*(tensor.data_ptr() for tensor in hidden)) if hidden else None
-        outputs = last.data_ptr(), pooled.data_ptr(), pointers
-        self.call(self.library.binaryvit_forward, images.data_ptr(), batch, threads, *outputs)
+        last, pooled = self.empty((batch, *self.last_shape)), self.empty((batch, self.last_shape[1]))
+        hidden = [self.empty((batch, *shape)) for shape in self.hidden_shapes] if output_hidden_states else []
+        pointers = (ctypes.c_void_p * len(hidden))(*(self.address(tensor) for tensor in hidden)) if hidden else None
+        outputs = self.address(last), self.address(pooled), pointers
+        self.call(self.library.binaryvit_forward, self.address(images), batch, threads, *outputs)
         return last, pooled, hidden
 
-    def feature_maps(self, images: torch.Tensor, threads: int, wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+    def feature_maps(self, images, threads: int, wanted: Sequence[bool]) -> list:
         """
         Computes the feature maps of a backbone, up to the last one that is wanted.
 
@@ -223,9 +221,11 @@ class Engine:
         """
         images = self.check_images(images)
         batch = images.shape[0]
-        maps = [torch.empty(batch, *shape) if want else None for shape, want in zip(self.map_shapes, wanted)]
-        pointers = (ctypes.c_void_p * len(maps))(*(None if tokens is None else tokens.data_ptr() for tokens in maps))
-        self.call(self.library.binaryvit_feature_maps, images.data_ptr(), batch, threads, pointers)
+        maps = [self.empty((batch, *shape)) if want else None for shape, want in zip(self.map_shapes, wanted)]
+        pointers = (ctypes.c_void_p * len(maps))(
+            *(None if tokens is None else self.address(tokens) for tokens in maps)
+        )
+        self.call(self.library.binaryvit_feature_maps, self.address(images), batch, threads, pointers)
         return maps
 
     def call(self, function: Callable, *arguments) -> None:
@@ -233,22 +233,20 @@ class Engine:
         if function(self.model, *arguments):
             raise MemoryError("The engine ran out of memory; use a smaller batch or smaller images.")
 
-    def check_images(self, images: torch.Tensor) -> torch.Tensor:
+    def check_images(self, images):
         """The images, contiguous; raises `ValueError` for another shape or dtype."""
-        if images.shape[1:] != self.image_shape or images.dtype != torch.float32:
+        if images.shape[1:] != self.image_shape or images.dtype != self.float32:
             shape = tuple(images.shape[1:])
             raise ValueError(f"The engine takes float32 images {self.image_shape}, not {images.dtype} {shape}.")
-        return images.contiguous()
+        return self.contiguous(images)
 
-    def classify(
-        self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, threads: int
-    ) -> torch.Tensor:
+    def classify(self, images, weight, bias=None, *, threads: int):
         """
         Computes the backbone and a linear classifier of its pooled output.
 
         Args:
-            images: `(batch, num_channels, height, width)`, normalised, float32, on the CPU.
-            weight, bias: `(num_labels, channels)`, `(num_labels,)`; float32, contiguous, on the CPU.
+            images: `(batch, num_channels, height, width)`, normalised, float32.
+            weight, bias: `(num_labels, channels)`, `(num_labels,)`; float32, contiguous.
             threads: number of threads to use, including the calling one.
 
         Returns:
@@ -261,22 +259,20 @@ class Engine:
         # The previous forward evicted these objects from the cache, so every Python operation here is slow.
         images = self.check_images(images)
         batch, num_labels = images.shape[0], weight.shape[0]
-        logits = torch.empty(batch, num_labels)
+        logits = self.empty((batch, num_labels))
         self.call(
             self.library.binaryvit_classify,
-            images.data_ptr(),
+            self.address(images),
             batch,
             threads,
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            self.address(weight),
+            None if bias is None else self.address(bias),
             num_labels,
-            logits.data_ptr(),
+            self.address(logits),
         )
         return logits
 
-    def run_step(
-        self, step: int, inputs: torch.Tensor, output_shape: tuple[int, int], threads: int = 1
-    ) -> torch.Tensor:
+    def run_step(self, step: int, inputs, output_shape: tuple[int, int], threads: int = 1):
         """
         Computes a single step of the network, for tests.
 
@@ -288,13 +284,15 @@ class Engine:
         Returns:
             The step's output `(batch, tokens, channels)`.
         """
-        inputs = inputs.detach().contiguous()
-        outputs = torch.empty(len(inputs), *output_shape)
-        self.call(self.library.binaryvit_run_step, step, inputs.data_ptr(), len(inputs), threads, outputs.data_ptr())
+        inputs = self.contiguous(inputs)
+        outputs = self.empty((len(inputs), *output_shape))
+        self.call(
+            self.library.binaryvit_run_step, step, self.address(inputs), len(inputs), threads, self.address(outputs)
+        )
         return outputs
 
 
-def count_differing_bits(kernels: str, bits: torch.Tensor, matrix: torch.Tensor, inputs: int) -> torch.Tensor:
+def count_differing_bits(kernels: str, bits: np.ndarray, matrix: np.ndarray, inputs: int) -> np.ndarray:
     """
     Counts the bits in which each row of `bits` differs from each row of `matrix`, for tests.
 
@@ -305,9 +303,9 @@ def count_differing_bits(kernels: str, bits: torch.Tensor, matrix: torch.Tensor,
     Returns:
         int32 `(rows of bits, rows of matrix)`.
     """
-    counts = torch.empty(len(bits), len(matrix), dtype=torch.int32)
+    counts = np.empty((len(bits), len(matrix)), np.int32)
     failed = cast(ctypes.CDLL, load_library()).binaryvit_count(
-        kernels.encode(), bits.data_ptr(), len(bits), matrix.data_ptr(), len(matrix), inputs, counts.data_ptr()
+        kernels.encode(), bits.ctypes.data, len(bits), matrix.ctypes.data, len(matrix), inputs, counts.ctypes.data
     )
     if failed:
         raise ValueError(f"There are no kernels {kernels!r} for this CPU.")

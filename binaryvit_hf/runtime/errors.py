@@ -1,6 +1,6 @@
 """Errors that commands report in one sentence, and helpers for messages: numbers with nouns, messages of other libraries."""
 
-from huggingface_hub.errors import StrictDataclassError
+import sys
 
 
 class UserError(ValueError):
@@ -41,7 +41,8 @@ def first_sentence(error: BaseException) -> str:
 
     An error without a message gives the name of its class.
     """
-    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+    hub_errors = sys.modules.get("huggingface_hub.errors")  # imported if an error is of its class
+    if hub_errors and isinstance(error, hub_errors.StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__  # the message of the config's own check
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if not line or isinstance(error, KeyError):  # the message of a KeyError is only the key

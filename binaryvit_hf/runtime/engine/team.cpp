@@ -71,12 +71,15 @@ bool run_on(const OpenMp &runtime, int size, const std::function<void(int)> &wor
 /* Threads that wait for work, of one caller at a time. */
 class Pool {
 public:
-    OpenMp shared{};  // its `parallel` is null without a runtime
+    void share(const OpenMp &runtime) {
+        std::lock_guard<std::mutex> mine(caller_);
+        shared_ = runtime;
+    }
 
     bool run(int size, const std::function<void(int)> &work) {
         std::unique_lock<std::mutex> mine(caller_, std::try_to_lock);
         if (!mine.owns_lock()) return false;
-        if (shared.parallel != nullptr) return run_on(shared, size, work);
+        if (shared_.parallel != nullptr) return run_on(shared_, size, work);
         if (!grow(size - 1)) return false;
         work_ = &work;
         pending_.store(size - 1, std::memory_order_relaxed);
@@ -124,6 +127,7 @@ private:
         }
     }
 
+    OpenMp shared_{};  // its `parallel` is null without a runtime
     std::mutex caller_, sleep_;
     std::condition_variable wake_;
     int threads_ = 0;
@@ -156,7 +160,7 @@ void Barrier::wait() {
     }
 }
 
-void share_threads(const OpenMp &runtime) { pool()->shared = runtime; }
+void share_threads(const OpenMp &runtime) { pool()->share(runtime); }
 
 bool run_team(int size, const std::function<void(int)> &work) { return pool()->run(size, work); }
 

@@ -5,9 +5,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 
 CHECKPOINT_PREFIX = "checkpoint-"
 RUN_ARGUMENTS = "run_arguments.json"  # in the output directory of a run, from its start
@@ -78,6 +75,9 @@ def holds_model(folder: Path) -> bool:
 
 
 def is_repository_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:

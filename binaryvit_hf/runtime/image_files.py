@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..errors import UserError, counted
+from .errors import UserError, counted
 
 
 # Pillow opens these formats, but decodes them not at all or only with other programs.

@@ -2,9 +2,9 @@
 The engine: 1-bit inference on CPUs, in C++ behind a C interface, and its Python binding.
 
 Input: the sizes in a model's config, the tensors of its packed backbone by name, and normalised images (float32, on
-the CPU). Output: hidden states, pooled output and logits. The engine must not know torch's modules, transformers, or
-any other folder of this package. `library.py` uses torch's tensors and its OpenMP threads; the C++ uses only the
-standard library.
+the CPU). Output: hidden states, pooled output and logits. The engine must not know torch, transformers, or
+any other folder of this package. `library.py` uses numpy, and the C++ only the standard library.
+`binaryvit_hf/engine.py` is the engine for PyTorch's tensors and threads.
 
 From top to bottom:
 
@@ -24,7 +24,7 @@ A new kind of CPU is one new file, with the members that `CpuInterface` in `forw
 `tests/engine` compares every step with PyTorch, and runs the C++ without Python under sanitisers and on emulated CPUs.
 """
 
-from .library import Engine, cpu_features, kernels_built, kernels_here, openmp_of_torch, problem
+from .library import Engine, cpu_features, kernels_built, kernels_here, problem
 
 
-__all__ = ["Engine", "cpu_features", "kernels_built", "kernels_here", "openmp_of_torch", "problem"]
+__all__ = ["Engine", "cpu_features", "kernels_built", "kernels_here", "problem"]

@@ -1,0 +1,1 @@
+"""What runs without PyTorch and transformers."""
