@@ -15,6 +15,10 @@ class NoModelError(LoadingError):
     """The name is of no model. The message also says what to do."""
 
 
+class UnsupportedModelError(UserError):
+    """A model that the runtime does not compute, and PyTorch may. The message says why; callers add the name."""
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss of training is not finite. Commands print only the message and exit with code 1."""
 

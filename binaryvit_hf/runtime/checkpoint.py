@@ -1,0 +1,206 @@
+"""Reads a packed checkpoint (safetensors) into numpy arrays, with all checks that the model classes make."""
+
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .architecture import Architecture
+from .errors import LoadingError, UnsupportedModelError
+
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+FORMAT = "1"
+PREFIX = "binaryvit."  # of the backbone's tensors in a classifier
+TORCH_NAMES = {"float32": "torch.float32", "float16": "torch.float16", "uint8": "torch.uint8", "int64": "torch.int64"}
+
+
+@dataclass
+class Checkpoint:
+    """Content of the files of one checkpoint. `origin` is the file name of each tensor."""
+
+    tensors: dict[str, np.ndarray]
+    origin: dict[str, str]
+    config: dict
+    shapes: dict[str, list[int]]
+    checksums: str
+
+
+def load_tensors(files: list[Path], architecture: Architecture, labels: int) -> dict[str, np.ndarray]:
+    """
+    The tensors of a packed classifier by name: uint8 bits, and floats as float32.
+
+    Raises:
+        LoadingError: a file is damaged, or tensors and config were not saved together, or do not fit each other. The
+            message names the tensor or field, and the file.
+        UnsupportedModelError: a tensor has a dtype that numpy does not have.
+    """
+    checkpoint = read_checkpoint(files)
+    check_config(checkpoint, architecture)
+    check_tensors(checkpoint, architecture, labels)
+    check_checksums(checkpoint)
+    floats = {
+        name: tensor.astype(np.float32, copy=False) if tensor.dtype.kind == "f" else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    check_finite(floats)
+    return floats
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """
+    The weight files of a folder.
+
+    Raises:
+        LoadingError: a file is missing, or the index of a checkpoint in several files is damaged.
+        UnsupportedModelError: the folder has weights of another format, or none.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).is_file():
+        raise UnsupportedModelError(f"it has no {WEIGHTS}")
+    names = names_in_index((folder / WEIGHTS_INDEX).read_bytes())
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise LoadingError(f"the file {missing!r} is missing, which {WEIGHTS_INDEX} names.")
+    return [folder / name for name in names]
+
+
+def names_in_index(content: bytes) -> list[str]:
+    """
+    Raises:
+        LoadingError: it is no index of weight files.
+    """
+    try:
+        names = sorted(set(json.loads(content)["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it names no files of its folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LoadingError(f"{WEIGHTS_INDEX} is damaged ({error}): download it again.") from error
+    return names
+
+
+def read_checkpoint(files: Iterable[Path]) -> Checkpoint:
+    tensors: dict[str, np.ndarray] = {}
+    origin: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as stored:
+                metadata = stored.metadata() or {}
+                dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+                check_dtypes(dtypes)
+                found = {name: stored.get_tensor(name) for name in dtypes}
+        except SafetensorError as error:
+            raise LoadingError(f"{describe_damage(file)} ({error}): download it again.") from error
+        tensors |= found
+        origin |= dict.fromkeys(found, file.name)
+        if metadata.get("binaryvit_format") != FORMAT:
+            raise LoadingError(
+                f"{file.name!r} has the packed format {metadata.get('binaryvit_format')!r}, not {FORMAT!r}: "
+                "download it again, or update binaryvit_hf."
+            )
+    try:
+        config, shapes = json.loads(metadata["binaryvit_config"]), json.loads(metadata["binaryvit_shapes"])
+        if not isinstance(config, dict) or not isinstance(shapes, dict):
+            raise ValueError("binaryvit_config and binaryvit_shapes must be objects")
+        return Checkpoint(tensors, origin, config, shapes, metadata["binaryvit_crc32"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise LoadingError(f"The metadata of {file.name!r} is damaged ({error}): download it again.") from error
+
+
+def check_dtypes(dtypes: dict[str, str]) -> None:
+    """
+    Raises:
+        UnsupportedModelError: a tensor has another dtype than packed checkpoints have.
+    """
+    for name, dtype in dtypes.items():
+        if dtype not in ("F32", "F16", "U8", "I64"):
+            raise UnsupportedModelError(f"its tensor {name!r} has the dtype {dtype}")
+
+
+def describe_damage(file: Path) -> str:
+    """Describe a file that safetensors refuses. Names the first tensor that is cut off, if the header can be read."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8:start])
+        ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        _, first_cut = min((end, name) for name, end in ends.items() if end > len(content))
+    except (ValueError, TypeError, KeyError, IndexError):
+        return f"{file.name!r} is damaged"
+    return f"{file.name!r} is cut off before the end of tensor {first_cut!r}"
+
+
+def check_config(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    for field in fields(Architecture):
+        value, stored = getattr(architecture, field.name), checkpoint.config.get(field.name)
+        value = list(value) if isinstance(value, tuple) else value
+        if value != stored:
+            raise LoadingError(
+                f"The config has {field.name}={value}, but the packed weights were saved with {field.name}={stored}: load "
+                "the config.json that was saved with them."
+            )
+
+
+def check_tensors(checkpoint: Checkpoint, architecture: Architecture, labels: int) -> None:
+    expected: dict[str, tuple[int, ...]] = {PREFIX + name: shape for name, shape in architecture.tensors().items()}
+    expected |= {"classifier.weight": (labels, architecture.hidden_sizes[-1]), "classifier.bias": (labels,)}
+    for name, shape in expected.items():
+        if name not in checkpoint.tensors:
+            raise LoadingError(f"The packed checkpoint lacks the tensor {name!r}: download it again.")
+        tensor, file = checkpoint.tensors[name], checkpoint.origin[name]
+        if tensor.shape != shape:
+            raise LoadingError(
+                f"Tensor {name!r} of {file!r} has the shape {tensor.shape}, but the config makes it {shape}."
+            )
+        kind = {"packed_weight": "uint8", "num_batches_tracked": "int64"}.get(name.rpartition(".")[2], "float32")
+        if tensor.dtype.name != kind and not (kind == "float32" and tensor.dtype.kind == "f"):
+            raise LoadingError(f"Tensor {name!r} of {file!r} has the dtype {tensor.dtype}, but must be {kind}.")
+    for name, shape in packed_shapes(architecture).items():
+        if checkpoint.shapes.get(name) != shape:
+            raise LoadingError(
+                f"Tensor {name!r} of {checkpoint.origin[name]!r} was packed from the shape {checkpoint.shapes.get(name)}, "
+                f"but the config makes it {shape}."
+            )
+    unexpected = min(checkpoint.tensors.keys() - expected.keys(), default=None)
+    if unexpected is not None:
+        raise LoadingError(f"the network of the config has no tensor {unexpected!r}.")
+
+
+def packed_shapes(architecture: Architecture) -> dict[str, list[int]]:
+    """Shapes of the weights before packing, by the name of the packed weight."""
+    shapes = {}
+    tensors = architecture.tensors()
+    for name, shape in tensors.items():
+        if name.endswith(".packed_weight"):
+            inputs = tensors[name.removesuffix("packed_weight") + "shift"][0]
+            is_patch = ".patch_embeddings." in name
+            shapes[PREFIX + name] = [shape[0], inputs, 2, 2] if is_patch else [shape[0], inputs]
+    return shapes
+
+
+def check_checksums(checkpoint: Checkpoint) -> None:
+    for index, name in enumerate(sorted(checkpoint.tensors)):
+        if checksum(checkpoint.tensors[name]) != checkpoint.checksums[8 * index : 8 * index + 8]:
+            raise LoadingError(
+                f"Tensor {name!r} of {checkpoint.origin[name]!r} was changed after saving (its checksum differs): "
+                "download it again."
+            )
+
+
+def checksum(tensor: np.ndarray) -> str:
+    """CRC-32 of dtype, shape and content, as eight hexadecimal digits."""
+    head = f"{TORCH_NAMES[tensor.dtype.name]}{tensor.shape}".encode()
+    return f"{zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), zlib.crc32(head)):08x}"
+
+
+def check_finite(tensors: dict[str, np.ndarray]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise LoadingError(
+                f"tensor {name!r} has values that are not finite: it is damaged, or its training diverged."
+            )
