@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -30,11 +29,11 @@ from transformers.utils import (
     logging,
 )
 
-from binaryvit_runtime.errors import LoadingError, NoModelError, first_sentence
-from binaryvit_runtime.hub import cache_folder, damaged_blobs, explain_error, explain_hub_error
+from binaryvit_runtime import sources
+from binaryvit_runtime.errors import LoadingError, first_sentence
 from binaryvit_runtime.pixels import read_background
-from binaryvit_runtime.resources import find_source, shipped_models
-from binaryvit_runtime.sources import describe_fault, describe_neighbours
+from binaryvit_runtime.resources import find_source
+from binaryvit_runtime.sources import describe_fault
 
 from .network.configuration_binaryvit import MAX_LABELS, MAX_PARAMETERS, as_pair, check_labels
 from .network.quantization_binaryvit import at_stored_image_size
@@ -196,39 +195,20 @@ def has_file(source: str, name: str, arguments: dict) -> bool:
 
 def fetch(load: Callable, source: str | Path, shipped: Iterable[str] = (), **arguments):
     """
-    Call `load(source, **arguments)`. `source` may be the name of a shipped model. If it fails, damaged files in the Hub's local cache are downloaded again, once.
+    Call `load(source, **arguments)`. `source` may be the name of a shipped model. See `binaryvit_runtime.sources.fetch`.
 
     Raises:
         NoModelError: `source` is no model, as far as this machine knows. The Hub was not asked.
         LoadingError: `load` raised anything.
     """
     arguments = {"trust_remote_code": False} | arguments  # with None, transformers asks the user on the terminal
-    source = find_source(str(source))
-    if fault := describe_fault(source, arguments.get("subfolder", ""), {*shipped_models(), *shipped}):
-        raise NoModelError(fault)
-    cache_dir = arguments.get("cache_dir")
-    try:
-        return load(source, **arguments)
-    except Exception as error:
-        damaged = damaged_blobs(source, cache_dir)
-        if not damaged or is_offline_mode():
-            raise LoadingError(explain_loading(error, source, cache_dir)) from error
-    for blob in damaged:
-        blob.unlink()
-    try:
-        return load(source, **arguments)
-    except Exception as error:
-        raise LoadingError(
-            f"{str(damaged[0])!r} was damaged and could not be downloaded again: {explain_error(error)}"
-        ) from error
-
-
-def explain_loading(error: Exception, source: str, cache_dir: str | None) -> str:
-    if cause := explain_hub_error(error):
-        return f"{cause}{describe_neighbours(source) or ''}"
-    cached = cache_folder(source, cache_dir)
-    sentence = first_sentence(error)
-    return sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})"
+    return sources.fetch(
+        lambda found: load(found, **arguments),
+        str(source),
+        shipped,
+        arguments.get("cache_dir"),
+        arguments.get("subfolder", ""),
+    )
 
 
 def check_fields(fields: dict) -> None:

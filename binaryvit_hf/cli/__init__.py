@@ -5,7 +5,8 @@ Each command is a module of its name with
 
 - `EXAMPLE`, a command line that works,
 - `add_arguments(parser)`,
-- `run(options)`, whose docstring is the help text. It returns an exit code, or nothing for 0.
+- `run(options)`, whose docstring is the help text. It returns an exit code, or nothing for 0,
+- `NEEDS_PYTORCH = False` if `run` imports PyTorch only for some inputs.
 
 `main` parses, calls `run` and turns exceptions into exit codes and one line on stderr:
 
@@ -18,8 +19,8 @@ Each command is a module of its name with
 | 141 | the reader of stdout has closed it |
 
 Commands import PyTorch and transformers only inside of `run`: `--help` and wrong arguments do not wait for them.
-Only `run` imports `models.py` and `classification.py`, so these may import anything. No other part of the package imports
-`cli`.
+Only `run` imports `models.py` and `classification.py`, so these may import anything. The folder is installed as the package
+`binaryvit_cli`, so that it does not import `binaryvit_hf`. No other part of the package imports it.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import sys
 from binaryvit_runtime.errors import RunError, UploadError, UserError
 from binaryvit_runtime.writing import describe_full_disk
 
-from .common import print_error
+from .common import prepare_libraries, print_error
 
 
 COMMANDS = ("pack", "convert", "export", "ops", "classify", "push", "benchmark", "ablation", "doctor", "card")
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
-        prepare_libraries()
+        if options.needs_pytorch:
+            prepare_libraries()
         code = options.run(options) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # for example `| head`
@@ -89,20 +91,5 @@ def create_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, needs_pytorch=getattr(module, "NEEDS_PYTORCH", True))
     return parser
-
-
-def prepare_libraries() -> None:
-    """
-    Raises:
-        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
-    """
-    from transformers.utils.logging import disable_progress_bar
-
-    from binaryvit_hf.doctor import check_engine_variable
-    from binaryvit_runtime.hub import shorten_log_of_retries
-
-    disable_progress_bar()
-    shorten_log_of_retries()
-    check_engine_variable()

@@ -1,32 +1,18 @@
-"""Classify image files in batches. At most one decoded picture is in memory at a time."""
+"""Classify image files with transformers, in batches. At most one decoded picture is in memory at a time."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
 from transformers import ImageClassificationPipeline
 
+from binaryvit_runtime.classifier import Answer
 from binaryvit_runtime.errors import UserError, first_sentence
 from binaryvit_runtime.image_files import ImageFile
 from binaryvit_runtime.pixels import describe_unreadable, is_transparent, open_picture, to_rgb
 
 
 BATCH_SIZE = 16
-
-
-@dataclass
-class Answer:
-    """The labels of one file with their scores, or the reason why there are none."""
-
-    image: str
-    labels: list[dict] | None = None
-    error: str | None = None
-    transparent: bool = False
-
-    def describe(self) -> dict:
-        """The answer for JSON."""
-        return {"image": self.image, **({"error": self.error} if self.error else {"labels": self.labels})}
 
 
 def classify_files(

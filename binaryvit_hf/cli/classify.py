@@ -1,15 +1,24 @@
 """`binaryvit classify`: prints the most likely labels of image files."""
 
 import argparse
+import importlib.util
 import json
 import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.errors import UnsupportedModelError, UserError, counted
 from binaryvit_runtime.resources import shipped_models
 
-from .common import add_token_argument, print_error
+from .common import add_token_argument, prepare_libraries, print_error
 
 
+if TYPE_CHECKING:
+    from binaryvit_runtime.classifier import Answer
+    from binaryvit_runtime.image_files import ImageFile
+
+# Packed models run without PyTorch, whose import takes seconds.
+NEEDS_PYTORCH = False
 EXAMPLE = f"binaryvit classify {next(iter(shipped_models()), 'MODEL')} photos/ cat.jpg 'more/*.png'"
 
 
@@ -29,28 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Classify images: print the most likely labels."""
-    from transformers import pipeline
-
     from binaryvit_runtime.image_files import list_images
-    from binaryvit_runtime.pixels import choose_background, describe_transparent, read_background
-
-    from .classification import classify_files
-    from .models import find_model, load_model
+    from binaryvit_runtime.pixels import choose_background, describe_transparent
 
     if options.top_k < 1:
         raise UserError(f"--top-k is the number of labels to print, 1 or more, not {options.top_k}.")
     choose_background(options.background, None)  # raises its error before the model is loaded
     files, notes = list_images(options.images)
-    source, _ = find_model(options.model, options.token, shipped_models())
-    model, processor = load_model(options.model, source, options.token)
-    if processor is None:
-        raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).")
-    background = choose_background(options.background, read_background(processor))
+    classify = load_classifier(options)
     for note in notes:
         print(note, file=sys.stderr)
-    classifier = pipeline("image-classification", model=model, image_processor=processor)
     answers = []
-    for answer in classify_files(classifier, files, background, options.top_k):
+    background, stream = classify(files)
+    for answer in stream:
         answers.append(answer)
         if answer.error:
             print_error(answer.error)
@@ -64,3 +64,47 @@ def run(options: argparse.Namespace) -> int:
     if transparent and background is None:
         print(describe_transparent(len(transparent), counted(len(answers), "image"), transparent[0]), file=sys.stderr)
     return 1 if any(answer.error for answer in answers) else 0
+
+
+Classify = Callable[[list["ImageFile"]], tuple[str | None, Iterator["Answer"]]]
+
+
+def load_classifier(options: argparse.Namespace) -> Classify:
+    """
+    Load the model on the runtime, or in PyTorch if the runtime does not support it.
+
+    Returns:
+        A function of files that returns the colour behind transparent pixels and the answers.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or it needs PyTorch, which is not installed.
+    """
+    from binaryvit_runtime.classifier import Classifier
+    from binaryvit_runtime.pixels import choose_background
+
+    try:
+        classifier = Classifier.from_pretrained(options.model, token=options.token)
+    except UnsupportedModelError as error:
+        if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+            raise UserError(f"{error} Install it: pip install binaryvit_hf.") from error
+        return load_in_pytorch(options)
+    background = choose_background(options.background, classifier.background)
+    return lambda files: (background, classifier.stream(files, options.top_k, background))
+
+
+def load_in_pytorch(options: argparse.Namespace) -> Classify:
+    prepare_libraries()
+    from transformers import pipeline
+
+    from binaryvit_runtime.pixels import choose_background, read_background
+
+    from .classification import classify_files
+    from .models import find_model, load_model
+
+    source, _ = find_model(options.model, options.token, shipped_models())
+    model, processor = load_model(options.model, source, options.token)
+    if processor is None:
+        raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).")
+    background = choose_background(options.background, read_background(processor))
+    classifier = pipeline("image-classification", model=model, image_processor=processor)
+    return lambda files: (background, classify_files(classifier, files, background, options.top_k))

@@ -44,3 +44,18 @@ def needs_extra(extra: str, subject: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UserError(f"{subject} need {error.name!r}: pip install 'binaryvit_hf[{extra}]'.") from error
+
+
+def prepare_libraries() -> None:
+    """
+    Raises:
+        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from binaryvit_hf.doctor import check_engine_variable
+    from binaryvit_runtime.hub import shorten_log_of_retries
+
+    disable_progress_bar()
+    shorten_log_of_retries()
+    check_engine_variable()

@@ -1,14 +1,78 @@
-"""What is wrong with the name of a model, as far as this machine knows. Imports neither PyTorch nor transformers."""
+"""Finds models by name: what is wrong with a name, as far as this machine knows, and what is wrong with a download."""
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
+from .resources import find_source, shipped_models
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
 RUN_ARGUMENTS = "run_arguments.json"  # in the output directory of a run, from its start
 NAMED_FOLDERS = 5
+
+
+def fetch(load: Callable, name: str, shipped: Iterable[str] = (), cache_dir: str | None = None, subfolder: str = ""):
+    """
+    Return `load(source)`. If it fails, damaged files in the Hub's local cache are downloaded again, once.
+
+    Args:
+        load: takes a folder or an id of the Hub.
+        name: a folder, the name of a shipped model, or an id of the Hub.
+        shipped: more names to suggest for a misspelt one.
+        cache_dir, subfolder: of the model.
+
+    Raises:
+        NoModelError: `name` is of no model, as far as this machine knows. The Hub was not asked.
+        UnsupportedModelError: `load` raised it.
+        LoadingError: `load` raised anything else.
+    """
+    source = find_source(name)
+    if fault := describe_fault(source, subfolder, {*shipped_models(), *shipped}):
+        raise NoModelError(fault)
+    try:
+        return load(source)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        if not (damaged := damaged_files(source, cache_dir)):
+            raise LoadingError(explain_loading(error, source, cache_dir)) from error
+    for blob in damaged:
+        blob.unlink()
+    try:
+        return load(source)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise LoadingError(
+            f"{str(damaged[0])!r} was damaged and could not be downloaded again: "
+            f"{explain_loading(error, source, cache_dir)}"
+        ) from error
+
+
+def damaged_files(source: str, cache_dir: str | None) -> list[Path]:
+    """Damaged files of a repository in the local cache that can be downloaded again."""
+    try:
+        from huggingface_hub import is_offline_mode
+
+        from .hub import damaged_blobs
+    except ModuleNotFoundError:  # then nothing was downloaded
+        return []
+    return [] if is_offline_mode() else damaged_blobs(source, cache_dir)
+
+
+def explain_loading(error: Exception, source: str, cache_dir: str | None) -> str:
+    sentence = str(error) if isinstance(error, UserError) else first_sentence(error)
+    try:
+        from .hub import cache_folder, explain_hub_error
+    except ModuleNotFoundError:
+        return sentence
+    if cause := explain_hub_error(error):
+        return f"{cause}{describe_neighbours(source) or ''}"
+    cached = cache_folder(source, cache_dir)
+    return sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})"
 
 
 def describe_fault(source: str, subfolder: str = "", shipped: Iterable[str] = ()) -> str | None:

@@ -1,0 +1,389 @@
+"""Classifies pictures with a packed model on the engine, without PyTorch: `Classifier`."""
+
+import contextlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import engine
+from .architecture import Architecture, as_pair, read_architecture, read_labels
+from .checkpoint import PREFIX, checkpoint_files, load_tensors
+from .engine.preprocessing import Preprocessor
+from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
+from .image_files import ImageFile, list_images
+from .pixels import describe_unreadable, is_transparent, open_picture, read_background, to_rgb
+from .resources import shipped_models
+from .sources import fetch
+
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+ENGINE_VARIABLE, TORCH = "BINARYVIT_ENGINE", "torch"
+MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised picture; without normalisation, values go up to 255
+LOOKAHEAD = 4  # pictures for each thread that are read ahead
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+
+
+@dataclass
+class Answer:
+    """The labels of one picture with their scores, best first, or the reason why there are none."""
+
+    image: str
+    labels: list[dict] | None = None
+    error: str | None = None
+    transparent: bool = False
+
+    def describe(self) -> dict:
+        """The answer for JSON."""
+        return {"image": self.image, **({"error": self.error} if self.error else {"labels": self.labels})}
+
+
+class Classifier:
+    """
+    Classifies pictures with a packed BinaryViT, as transformers' pipeline does with the same checkpoint.
+
+    It needs numpy, Pillow and safetensors, and the compiled engine. Several threads may call one object at once, and a
+    process may fork after a call.
+
+    ```python
+    from binaryvit_runtime import Classifier
+
+    classifier = Classifier.from_pretrained("outputs/photos")
+    classifier("cat.jpg")  # [{"label": "cat", "score": 0.98}, …]
+    ```
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: engine.Engine,
+        head: tuple[np.ndarray, np.ndarray],
+        labels: list[str],
+        to_scores: Callable[[np.ndarray], np.ndarray],
+        preprocessor: Preprocessor,
+        background: str | None,
+        threads: int,
+    ):
+        self.name, self.network, self.head, self.labels, self.to_scores = name, network, head, labels, to_scores
+        self.preprocessor, self.background, self.threads = preprocessor, background, threads
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        *,
+        threads: int | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        shipped: Iterable[str] = (),
+    ) -> "Classifier":
+        """
+        Load a packed model with its image processor.
+
+        Args:
+            name: a folder, the name of a model that comes with the package, or an id of the Hub. The Hub needs the package
+                huggingface_hub.
+            threads: number of threads to use. Default: the CPUs of this process.
+            token, revision, cache_dir: of the Hub, as for `from_pretrained` of transformers.
+            shipped: more names to suggest for a misspelt one.
+
+        Raises:
+            UnsupportedModelError: only PyTorch computes this model. The message names what is not supported.
+            UserError: there is no such model, or it is damaged. The message says why.
+        """
+        name = os.fspath(name)
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise UserError(f"threads must be a whole number, 1 or more, not {threads!r}.")
+        kernels = choose_kernels()
+
+        def load(source: str) -> "Classifier":
+            folder = local_folder(source, token, revision, cache_dir)
+            return read_classifier(folder, name, kernels, threads or available_cpus())
+
+        try:
+            return fetch(load, name, shipped, cache_dir)
+        except NoModelError as error:
+            raise UserError(f"The model {name!r} cannot be loaded: {error}") from error
+        except UnsupportedModelError:
+            raise
+        except LoadingError as error:
+            if isinstance(error.__cause__, UserError):  # its message has the model's name
+                raise UserError(str(error)) from error
+            raise UserError(
+                f"The model {name!r} cannot be loaded ({str(error).rstrip('.')}); a model is a folder with a config.json, "
+                f"an id of the Hub, or one of {', '.join(sorted({*shipped_models(), *shipped}))}."
+            ) from error
+
+    def __call__(
+        self, images: Picture | Iterable[Picture], top_k: int = 5, background: str | None = "model's"
+    ) -> list[dict] | list[list[dict]]:
+        """
+        Classify one picture, several, or a folder.
+
+        Args:
+            images: a file, a Pillow image or an array, uint8 `(height, width, 3)` in RGB; or a folder; or any iterable of
+                these, which is read as the answers need it.
+            top_k: number of labels for each picture.
+            background: the colour to put behind transparent pixels, `None` to drop transparency. Default: the model's.
+
+        Returns:
+            For one picture, a list of labels with their scores, best first: `[{"label": "cat", "score": 0.98}, …]`. For
+            several, a list of such lists, in their order; for a folder, in the order of its sorted files.
+
+        Raises:
+            UserError: a file cannot be read, or an array has another shape or dtype.
+        """
+        if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
+            images = [file.name for file in list_images([os.fspath(images)])[0]]
+        single = isinstance(images, (str, os.PathLike, Image.Image, np.ndarray))
+        answers = []
+        for answer in self.stream([images] if single else images, top_k, background):
+            if answer.error is not None:
+                raise UserError(answer.error)
+            answers.append(answer.labels)
+        return answers[0] if single else answers
+
+    def stream(
+        self, images: Iterable[Picture | ImageFile], top_k: int = 5, background: str | None = "model's"
+    ) -> Iterator[Answer]:
+        """
+        Yield the answer to each picture, in their order. A picture that cannot be read has an answer with an `error`.
+
+        Pictures are read ahead, `LOOKAHEAD` for each thread; all threads decode, preprocess and compute at once.
+
+        Args: see `__call__`.
+        """
+        if top_k < 1:
+            raise UserError(f"top_k is the number of labels, 1 or more, not {top_k}.")
+        background = self.background if background == "model's" else background
+        iterator = iter(images)
+        first = list(next_ones(iterator, 2))
+        if len(first) < 2 or self.threads == 1:
+            for image in (*first, *iterator):
+                yield self.answer(image, top_k, background, self.threads)
+            return
+        # Imported only here: it takes a tenth of a cold start.
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            waiting = deque()
+            try:
+                for image in chain_lists(first, iterator):
+                    waiting.append(pool.submit(self.answer, image, top_k, background, 1))
+                    if len(waiting) > LOOKAHEAD * self.threads:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def answer(self, image: Picture | ImageFile, top_k: int, background: str | None, threads: int) -> Answer:
+        """Classify one picture on `threads` threads."""
+        if isinstance(image, ImageFile):
+            if image.fault is not None:
+                return Answer(image.name, error=f"{image.name!r} {image.fault}.")
+            image = image.name
+        answer = Answer(describe_picture(image))
+        try:
+            picture = self.read(image, answer, background)
+        except UserError as error:
+            answer.error = str(error)
+            return answer
+        except Exception as error:  # Pillow raises anything for a damaged file
+            answer.error = describe_unreadable(answer.image, error)
+            return answer
+        try:
+            pixels = self.preprocessor(picture)
+            if pixels.shape != self.network.image_shape:
+                raise UserError(f"its image has the shape {pixels.shape}, not {self.network.image_shape}")
+            logits = self.network.classify(pixels[None], *self.head, threads=threads)[0]
+        except (UserError, ValueError, MemoryError) as error:
+            answer.error = f"{answer.image!r} cannot be classified: {first_sentence(error)}."
+            return answer
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"The logits of the model {self.name!r} are not finite: it is damaged, or its training diverged."
+            )
+        scores = self.to_scores(logits)
+        best = np.argsort(-scores, kind="stable")[:top_k]
+        answer.labels = [{"label": self.labels[index], "score": scores[index].item()} for index in best.tolist()]
+        return answer
+
+    def read(self, image: Picture, answer: Answer, background: str | None) -> Image.Image:
+        """Decode a picture to RGB. Sets `answer.transparent`."""
+        if isinstance(image, np.ndarray):
+            if (
+                image.dtype != np.uint8
+                or image.ndim not in (2, 3)
+                or (image.ndim == 3 and image.shape[2] not in (3, 4))
+            ):
+                raise UserError(
+                    f"An array must be uint8, (height, width) or (height, width, 3 or 4), not {image.dtype} {image.shape}."
+                )
+            image = Image.fromarray(image)
+        with image if isinstance(image, Image.Image) else open_picture(image) as picture:
+            answer.transparent = is_transparent(picture)
+            return to_rgb(picture, background)
+
+
+def read_classifier(folder: Path, name: str, kernels: str, threads: int) -> Classifier:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"it has no {CONFIG}")
+    with named_errors(f"The config of {name!r} cannot be loaded", name):
+        config = read_json(folder / CONFIG)
+        architecture, labels = read_architecture(config), read_labels(config)
+        to_scores = score_function(config, len(labels))
+    with named_errors(f"The image processor of {name!r} ({PROCESSOR}) cannot be used", name):
+        fields = read_json(folder / PROCESSOR)
+        preprocessor, background = read_preprocessor(fields, architecture), read_background(fields)
+    with named_errors(f"The weights of {name!r} cannot be loaded", name):
+        tensors = load_tensors(checkpoint_files(folder), architecture, len(labels))
+        backbone = {
+            tensor_name.removeprefix(PREFIX): tensor
+            for tensor_name, tensor in tensors.items()
+            if tensor_name.startswith(PREFIX) and tensor.dtype != np.int64
+        }
+        network = engine.Engine(architecture, backbone, kernels)
+    head = tuple(np.ascontiguousarray(tensors[f"classifier.{part}"]) for part in ("weight", "bias"))
+    return Classifier(name, network, head, labels, to_scores, preprocessor, background, threads)
+
+
+@contextlib.contextmanager
+def named_errors(subject: str, name: str) -> Iterator[None]:
+    """
+    Raises:
+        LoadingError: `subject: message` of an error in this context.
+        UnsupportedModelError: with the name of the model.
+    """
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"The model {name!r} needs PyTorch: {error}.") from error
+    except (UserError, ValueError, MemoryError) as error:
+        raise LoadingError(f"{subject}: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """
+    Raises:
+        UnsupportedModelError: there is no such file.
+        LoadingError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UnsupportedModelError(f"it has no {file.name}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadingError(f"{file.name} is damaged: {first_sentence(error)}") from error
+
+
+def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
+    """
+    The preprocessing of a preprocessor_config.json, tried on a picture that is half black, half white.
+
+    Raises:
+        UnsupportedModelError: it asks for a step that only transformers has.
+        LoadingError: its picture does not have the network's size, or black and white do not become different numbers.
+    """
+    if not isinstance(fields, dict):
+        raise LoadingError("it is not a JSON object.")
+    try:
+        preprocessor = Preprocessor(fields)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error).rstrip(".")) from error
+    except RuntimeError as error:
+        raise UnsupportedModelError(first_sentence(error).rstrip(".")) from error
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, 32:] = 255
+    pixels = preprocessor(picture)
+    expected = (architecture.num_channels, *as_pair(architecture.image_size))
+    if pixels.shape != expected:
+        raise LoadingError(
+            f"it makes images of (channels, height, width) {pixels.shape}, the network takes {expected}."
+        )
+    least, most = pixels.min((1, 2)), pixels.max((1, 2))
+    # `not` also refuses NaN, because its comparisons are false.
+    if not ((least >= -MAX_VALUE) & (most <= MAX_VALUE) & (most - least >= MIN_CONTRAST)).all():
+        raise LoadingError(
+            f"it turns black and white into numbers from {least.min():g} to {most.max():g}: check its rescale_factor, "
+            "image_mean and image_std."
+        )
+    return preprocessor
+
+
+def score_function(config: dict, labels: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits to scores, as the pipeline of transformers chooses."""
+    if config.get("problem_type") == "regression":
+        return lambda logits: logits
+    return sigmoid if config.get("problem_type") == "multi_label_classification" or labels == 1 else softmax
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-logits))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def choose_kernels() -> str:
+    """
+    The engine's kernels for this CPU, or those that BINARYVIT_ENGINE forces.
+
+    Raises:
+        UnsupportedModelError: the engine cannot be used, or BINARYVIT_ENGINE forces PyTorch.
+        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
+    """
+    wanted, here = os.environ.get(ENGINE_VARIABLE) or None, engine.kernels_here()
+    if wanted == TORCH:
+        raise UnsupportedModelError(f"{ENGINE_VARIABLE} is {TORCH!r}, which needs PyTorch.")
+    if wanted is not None and wanted not in here:
+        raise UserError(f"{ENGINE_VARIABLE} is {wanted!r}, but this machine has {', '.join([*here, TORCH])}.")
+    if not here:
+        raise UnsupportedModelError(f"There is no engine: {engine.problem()}.")
+    return wanted or here[0]
+
+
+def local_folder(source: str, token: str | None, revision: str | None, cache_dir: str | None) -> Path:
+    """The folder of a model on this machine. A model of the Hub is downloaded into the local cache first."""
+    if os.path.exists(source):
+        return Path(source)
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise LoadingError(
+            f"There is no folder {source!r}, and models of the Hub need 'huggingface_hub': pip install huggingface_hub."
+        ) from error
+    patterns = [CONFIG, PROCESSOR, "model*.safetensors", "model.safetensors.index.json"]
+    return Path(
+        snapshot_download(source, token=token, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
+    )
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_picture(image: Picture) -> str:
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"a picture ({type(image).__name__})"
+
+
+def next_ones(iterator: Iterator, number: int) -> Iterator:
+    for _ in range(number):
+        with contextlib.suppress(StopIteration):
+            yield next(iterator)
+
+
+def chain_lists(first: list, rest: Iterator) -> Iterator:
+    yield from first
+    yield from rest
