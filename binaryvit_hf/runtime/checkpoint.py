@@ -160,11 +160,11 @@ def check_tensors(checkpoint: Checkpoint, architecture: Architecture, labels: in
         kind = {"packed_weight": "uint8", "num_batches_tracked": "int64"}.get(name.rpartition(".")[2], "float32")
         if tensor.dtype.name != kind and not (kind == "float32" and tensor.dtype.kind == "f"):
             raise LoadingError(f"Tensor {name!r} of {file!r} has the dtype {tensor.dtype}, but must be {kind}.")
-    for name, shape in packed_shapes(architecture).items():
-        if checkpoint.shapes.get(name) != shape:
+    for name, before in packed_shapes(architecture).items():
+        if checkpoint.shapes.get(name) != before:
             raise LoadingError(
                 f"Tensor {name!r} of {checkpoint.origin[name]!r} was packed from the shape {checkpoint.shapes.get(name)}, "
-                f"but the config makes it {shape}."
+                f"but the config makes it {before}."
             )
     unexpected = min(checkpoint.tensors.keys() - expected.keys(), default=None)
     if unexpected is not None:

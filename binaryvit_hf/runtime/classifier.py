@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ ENGINE_VARIABLE, TORCH = "BINARYVIT_ENGINE", "torch"
 MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised picture; without normalisation, values go up to 255
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
 
 
 @dataclass
@@ -144,10 +144,11 @@ class Classifier:
         if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
             images = [file.name for file in list_images([os.fspath(images)])[0]]
         single = isinstance(images, (str, os.PathLike, Image.Image, np.ndarray))
-        answers = []
-        for answer in self.stream([images] if single else images, top_k, background):
-            if answer.error is not None:
-                raise UserError(answer.error)
+        pictures = cast("Iterable[Picture]", [images] if single else images)
+        answers: list[list[dict]] = []
+        for answer in self.stream(pictures, top_k, background):
+            if answer.labels is None:
+                raise UserError(answer.error or "")
             answers.append(answer.labels)
         return answers[0] if single else answers
 
