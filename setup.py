@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_py import build_py
+from setuptools import Extension, find_packages, setup
 
 
 ENGINE = Path("binaryvit_hf", "runtime", "engine")
@@ -15,15 +14,7 @@ RENAMED = [
     *("binaryvit_hf.configs", "binaryvit_hf.model_cards"),
     *("binaryvit_runtime", "binaryvit_runtime.engine", "binaryvit_cli"),
 ]
-
-
-class BuildRenamed(build_py):
-    """Installs the packages that `packages = find:` does not see."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.packages = [*self.packages, *RENAMED]
-
+RENAMED_FOLDERS = ["binaryvit_hf.runtime*", "binaryvit_hf.cli*"]
 
 engine = Extension(
     "binaryvit_runtime.engine.kernels",
@@ -36,7 +27,7 @@ engine = Extension(
     optional=True,  # without a C++ compiler models run in PyTorch
 )
 setup(
-    cmdclass={"build_py": BuildRenamed},
+    packages=[*find_packages(include=["binaryvit_hf", "binaryvit_hf.*"], exclude=RENAMED_FOLDERS), *RENAMED],
     # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
     ext_modules=[] if sys.platform == "win32" else [engine],
 )

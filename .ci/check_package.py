@@ -30,7 +30,11 @@ def run(*command: str | Path, folder: Path) -> str:
 def expected_files() -> set[str]:
     """Files of the repository that a wheel has, by their names in it."""
     names = run("git", "ls-files", "-z", *INSTALLED, folder=ROOT).split("\0")[:-1]
-    return {name if name.startswith("binaryvit_hf/") else f"binaryvit_hf/{name}" for name in names}
+    renamed = {"binaryvit_hf/runtime/": "binaryvit_runtime/", "binaryvit_hf/cli/": "binaryvit_cli/"}
+    renamed |= {"configs/": "binaryvit_hf/configs/", "model_cards/": "binaryvit_hf/model_cards/"}
+    for old, new in renamed.items():
+        names = [new + name.removeprefix(old) if name.startswith(old) else name for name in names]
+    return set(names)
 
 
 def install(wheel: Path, environment: Path) -> Path:
@@ -54,7 +58,7 @@ def main() -> None:
         if missing:
             sys.exit(f"The wheel lacks {sorted(missing)}.")
         programs = install(wheel, folder / "environment")
-        check = "from binaryvit_hf import engine; assert 'site-packages' in engine.__file__ and engine.kernels_here(), engine.problem()"
+        check = "from binaryvit_runtime import engine; assert 'site-packages' in engine.__file__ and engine.kernels_here(), engine.problem()"
         run(programs / "python", "-c", check, folder=folder)
         image = ROOT / "model_cards" / "binaryvit-digits" / "example.png"
         answer = run(programs / "binaryvit", "classify", "binaryvit-digits", image, folder=folder)
