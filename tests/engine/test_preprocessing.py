@@ -1,7 +1,11 @@
 """The engine's preprocessing of pictures, compared with torchvision and with transformers' image processors."""
 
+import ctypes
 import json
 import math
+import os
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from torchvision.transforms.v2 import functional as torchvision
 from transformers import AutoImageProcessor, ViTImageProcessor
 
 from binaryvit_hf import engine
+from binaryvit_runtime.engine import preprocessing
 from binaryvit_runtime.engine.preprocessing import Preprocessor
 
 
@@ -205,6 +210,20 @@ def test_an_absent_field_has_the_default_of_transformers(absent):
 def test_what_is_not_supported_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         Preprocessor(PHOTOS | changes)
+
+
+def test_loops_for_other_cpus_equal_those_for_this_one(tmp_path):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    source, built = Path(preprocessing.__file__).with_name("preprocess.cpp"), tmp_path / "preprocess.so"
+    subprocess.run([compiler, "-std=c++17", "-O1", "-U__SSE2__", "-fPIC", "-shared", source, "-o", built], check=True)
+    preprocessor, portable = Preprocessor(PHOTOS), Preprocessor(PHOTOS)
+    portable.preprocess = ctypes.CDLL(str(built)).binaryvit_preprocess
+    portable.preprocess.argtypes = preprocessor.preprocess.argtypes
+    for seed, (height, width) in enumerate([(375, 500), (500, 333), (40, 30), (256, 256), (900, 1000)]):
+        picture = random_picture(height, width, seed)
+        np.testing.assert_array_equal(portable(picture), preprocessor(picture))
 
 
 def test_rows_may_be_apart_and_pictures_mirrored():
