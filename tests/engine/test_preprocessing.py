@@ -116,6 +116,12 @@ def configs(draw) -> dict:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(config=configs(), height=SMALL_SIDES, width=SMALL_SIDES, seed=st.integers(0, 99))
+@example(  # 24 rows are near enough to 24.3, so that the 80 columns do not become 81
+    config=EIGHT_BITS | {"size": {"shortest_edge": 40, "longest_edge": 81}, "resample": BICUBIC},
+    height=24,
+    width=80,
+    seed=0,
+)
 def test_pixel_values_equal_transformers(config, height, width, seed):
     picture = random_picture(height, width, seed)
     processor, preprocessor = ViTImageProcessor.from_dict(config), Preprocessor(config)
