@@ -62,7 +62,9 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps([answer.describe() for answer in answers], indent=2))
     transparent = [answer.image for answer in answers if answer.transparent]
     if transparent and background is None:
-        print(describe_transparent(len(transparent), counted(len(answers), "image"), transparent[0]), file=sys.stderr)
+        images = counted(len(answers), "image")
+        dropped = "Transparency is dropped as in training"
+        print(describe_transparent(len(transparent), images, transparent[0], dropped), file=sys.stderr)
     return 1 if any(answer.error for answer in answers) else 0
 
 

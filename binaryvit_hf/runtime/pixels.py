@@ -157,9 +157,9 @@ def describe_unreadable(name: str, error: Exception) -> str:
     return f"{name!r} cannot be read as an image ({first_sentence(error)})."
 
 
-def describe_transparent(number: int, images: str, first: str) -> str:
+def describe_transparent(number: int, images: str, first: str, dropped: str = "Transparency is dropped") -> str:
     return (
-        f"Transparent in places: {number} of {images}, {first!r} first. Transparency is dropped, which shows "
+        f"Transparent in places: {number} of {images}, {first!r} first. {dropped}, which shows "
         "the colours beneath it; --background white puts such images on white."
     )
 

@@ -149,7 +149,8 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 
 def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
     """
-    Describe an evaluation in lines: accuracy with its interval, and the most confused classes.
+    Describe an evaluation in lines: accuracy with its interval, the accuracy of always answering the largest class if that
+    is no lower, and the most confused classes.
 
     Args:
         images_name: the kind of images, such as "held-out".
@@ -159,6 +160,12 @@ def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
         f"accuracy:  {matrix.correct / matrix.images:.1%} of {counted(matrix.images, f'{images_name} image')} "
         f"(95 % confidence interval: {low:.1%} to {high:.1%})"
     ]
+    most = int(matrix.counts.sum(axis=1).argmax())
+    always = int(matrix.counts[most].sum())
+    if len(matrix.names) > 1 and matrix.correct <= always:
+        lines.append(
+            f"guessing:  {always / matrix.images:.1%} for the answer {matrix.names[most]!r} to every image, which is no worse"
+        )
     for pair in matrix.most_confused(3):
         lines.append(
             f"confused:  {pair.label!r} taken for {pair.predicted!r}: {pair.errors} of {counted(pair.images, 'image')}"

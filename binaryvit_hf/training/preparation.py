@@ -50,7 +50,10 @@ def check_arguments(arguments: RunArguments) -> None:
     """Raise UserError if arguments contradict each other or are not supported."""
     model_arguments, data_arguments, training_arguments = arguments
     if not (training_arguments.do_train or training_arguments.do_eval or training_arguments.do_predict):
-        raise UserError("There is nothing to do: give --do_train, --do_eval or --do_predict.")
+        raise UserError(
+            "There is nothing to do: begin with a file of arguments, such as configs/photos.json, or give --do_train, "
+            "--do_eval or --do_predict."
+        )
     if bool(model_arguments.model_name_or_path) == bool(model_arguments.config_name):
         raise UserError(
             "Give either --config_name, to train a network from scratch, or --model_name_or_path, to use a trained one."

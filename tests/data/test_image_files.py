@@ -324,6 +324,7 @@ def test_classify_warns_of_transparent_pictures_and_puts_them_on_a_background(mo
     code, out, err = classify(capsys, model, tmp_path / "photos", "--json")
     assert code == 0
     assert err.startswith(f"Transparent in places: 1 of 2 images, '{tmp_path / 'photos' / 'b.png'}' first.")
+    assert "dropped as in training" in err
     assert "--background white" in err
     black, dropped = (answer["labels"] for answer in json.loads(out))
     assert black == dropped

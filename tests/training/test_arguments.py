@@ -20,7 +20,7 @@ from binaryvit_runtime.errors import UserError
         (["stray"], "Unknown argument 'stray'"),
         (["missing.json"], "There is no file of arguments 'missing.json'"),
         (["--num_train_epochs", "many"], "invalid float value: 'many'"),
-        ([], "There is nothing to do"),
+        ([], "begin with a file of arguments, such as configs/photos.json"),
         (["--do_train"], "Give either --config_name"),
         (["--do_eval", "--config_name", "x"], "is a network without weights"),
         (["--do_train", "--config_name", "binaryvit-digits"], "No images are given"),

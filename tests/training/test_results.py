@@ -73,6 +73,19 @@ def test_rows_of_the_matrix_are_labels_and_the_worst_pairs_come_first():
     ]
 
 
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ([[0, 3], [1, 1]], ["guessing:  60.0% for the answer 'ant' to every image, which is no worse"]),
+        ([[3, 0], [2, 0]], ["guessing:  60.0% for the answer 'ant' to every image, which is no worse"]),
+        ([[3, 0], [1, 1]], []),
+    ],
+)
+def test_an_accuracy_no_better_than_guessing_is_named(counts, line):
+    lines = describe(ConfusionMatrix(np.array(counts), ["ant", "bee"]), "test")
+    assert [text for text in lines if text.startswith("guessing")] == line
+
+
 def test_the_picture_shows_per_cent_of_each_label(figures, tmp_path):
     counts = np.array([[3, 1, 0], [0, 0, 0], [0, 2, 0]])
     ConfusionMatrix(counts, ["$\\frac$", "no images", "x" * 100]).plot(tmp_path / "a.png", "6 images")
