@@ -132,6 +132,7 @@ def test_pack_stores_packed_weights_in_half_precision_and_lists_tensors_that_sta
 def test_pack_refuses_models_that_it_cannot_pack_and_leaves_nothing_behind(latent, tmp_path, capsys):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    capsys.readouterr()  # transformers' progress bar
     before = sorted(path.name for path in tmp_path.iterdir())
     assert_refused(capsys, ["pack", tmp_path / "vit", tmp_path / "out"], "'vit'", "binary")
     tensors = tmp_path / "latent" / "model.safetensors"
