@@ -358,10 +358,10 @@ class BinaryViTPreTrainedModel(PackableModel):
         super().__init__(config, *args, **kwargs)
         self.engine_slot = EngineSlot()
 
-    def train(self, mode: bool = True):
-        # PEFT merges an adapter through .data, which PyTorch does not count. Before, it calls eval() with the adapter in place.
+    def named_modules(self, *args, **kwargs):
+        # PEFT merges an adapter through .data, which PyTorch does not count. Before, it lists the modules with the adapter.
         self.engine_slot.forget_changed_model()
-        return super().train(mode)
+        return super().named_modules(*args, **kwargs)
 
     def refresh_engine(self) -> None:
         """

@@ -204,16 +204,36 @@ def test_packed_layers_on_the_meta_device_give_gradients_to_an_adapter():
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+def merge_loaded(base, adapter):
+    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def merge_new(base, adapter):
+    """In contrast to a loaded adapter, PEFT does not call eval()."""
+    config = peft.LoraConfig.from_pretrained(adapter)
+    config.init_lora_weights = False
+    return peft.get_peft_model(base, config).merge_and_unload()
+
+
+def merge_and_take_out(base, adapter):
+    adapted = peft.get_peft_model(base, peft.LoraConfig.from_pretrained(adapter))
+    peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(adapter))
+    adapted.merge_adapter()
+    return adapted.unload()
+
+
 @needs_engine
-def test_an_adapter_that_is_loaded_and_merged_between_two_calls_is_computed(packed, folder, tmp_path):
+@pytest.mark.parametrize("merge", [merge_loaded, merge_new, merge_and_take_out])
+def test_an_adapter_that_is_merged_between_two_calls_is_computed(packed, folder, merge, tmp_path):
     """PEFT merges through .data, whose changes PyTorch does not count, and puts the old module back."""
     config = peft.LoraConfig(target_modules=["classifier", "embeddings.projection"], init_lora_weights=False)
-    adapted = peft.get_peft_model(packed, config).eval()
-    adapted.save_pretrained(tmp_path)
+    peft.get_peft_model(packed, config).save_pretrained(tmp_path)
     base = AutoModelForImageClassification.from_pretrained(folder)
+    weight = base.binaryvit.embeddings.projection.weight.clone()
     logits(base)
-    merged = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    merged = merge(base, tmp_path)
     assert merged.engine.name == engine.kernels_here()[0]
+    assert not torch.equal(merged.binaryvit.embeddings.projection.weight, weight)
     computed = logits(merged)
     merged.refresh_engine()
     assert torch.equal(computed, logits(merged))
