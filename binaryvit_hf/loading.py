@@ -70,6 +70,9 @@ def load_config(source: str | Path, shipped: Iterable[str] = (), **arguments) ->
     """
 
     def load(source, trust_remote_code, **arguments):
+        folder = Path(source, arguments.get("subfolder", ""))
+        if folder.is_dir() and not (folder / "config.json").exists():
+            raise LoadingError("it has no config.json")
         # Checked before AutoConfig creates a label for each of `num_labels`.
         check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)

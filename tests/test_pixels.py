@@ -222,7 +222,13 @@ def test_colours_that_pillow_knows_are_backgrounds(colour):
 
 @pytest.mark.parametrize(
     "colour, normal",
-    [("White", "#ffffff"), ("#FC0", "#ffcc00"), ("rgb(1, 2, 3)", "#010203"), ("rgb(999, 0, 0)", "#ff0000")],
+    [
+        ("White", "#ffffff"),
+        ("#FC0", "#ffcc00"),
+        ("rgb(1, 2, 3)", "#010203"),
+        ("rgb(999, 0, 0)", "#ff0000"),
+        ("hsl(0, 200%, 50%)", "#ff0000"),
+    ],
 )
 def test_colours_have_one_normal_form(colour, normal):
     assert normalize_colour(colour) == normal == normalize_colour(normal)

@@ -107,6 +107,19 @@ def test_a_name_that_cannot_be_of_the_hub_is_refused_without_asking_it(name, wor
     assert_refused(capsys, ["classify", name, "a.png"], f"The model {name!r} cannot be loaded: there is no", words)
 
 
+@pytest.mark.parametrize("command", [["push", "ou", "me/x"], ["card", "ou"]])
+def test_commands_that_take_only_folders_say_that_there_is_none(command, unfinished, capsys):
+    assert_refused(capsys, command, "There is no folder 'ou'; did you mean 'out'?")
+
+
+@pytest.mark.parametrize(
+    "command", [["classify", "empty", "a.png"], ["push", "empty", "me/x"], ["export", "empty", "a.onnx"]]
+)
+def test_a_folder_of_other_things_has_no_config(command, unfinished, capsys):
+    (unfinished / "empty").mkdir()
+    assert_refused(capsys, command, "'empty'", "it has no config.json")
+
+
 def test_a_misspelt_row_is_refused_without_asking_the_hub(no_hub, capsys, tmp_path):
     assert_refused(capsys, ["ops", "vit-digit"], "did you mean 'vit-digits'?")
     arguments = ["--config_name", "binaryvit-small-patch4-22", "--do_train", "--output_dir", tmp_path / "out"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError, one_line
-from binaryvit_runtime.sources import describe_unfinished_run
+from binaryvit_runtime.sources import describe_neighbours, describe_unfinished_run
 
 
 def add_token_argument(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,8 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         UserError: the folder has no config.json.
     """
+    if not folder.exists():
+        raise UserError(f"There is no folder {str(folder)!r}{describe_neighbours(str(folder)) or '.'}")
     if unfinished := describe_unfinished_run(folder):
         raise UserError(f"{str(folder)!r} has no model yet: {unfinished}")
     if not (folder / "config.json").is_file():

@@ -50,7 +50,7 @@ def hold_out(splits: dict[str, Dataset], size: float | None) -> dict[str, Datase
             "No image can be held out for evaluation, because every class keeps one to train on, and no class has more: "
             f"{describe_smallest(names, counts)}. Add images of these classes, or {remedy}."
         )
-    if number >= len(dataset) or number != int(number):
+    if not 0 < size < 1 and (number >= len(dataset) or number != int(number)):
         raise UserError(
             f"--train_val_split is a share between 0 and 1 or a number of images below {len(dataset)}, not {size:g}; or "
             f"{remedy}."

@@ -180,7 +180,7 @@ def normalize_colour(colour: str) -> str:
         ValueError: the colour is not opaque, or Pillow does not know it.
     """
     try:
-        red, green, blue = (min(value, 255) for value in ImageColor.getrgb(colour))
+        red, green, blue = (max(0, min(value, 255)) for value in ImageColor.getrgb(colour))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"an opaque colour such as white or '#ffcc00', not {colour!r}") from error
     return f"#{red:02x}{green:02x}{blue:02x}"

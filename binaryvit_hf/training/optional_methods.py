@@ -56,6 +56,15 @@ class OptionalMethodArguments:
                 f"--sign_gradient {self.sign_gradient} is for networks of 1-bit activations, which this is not."
             )
 
+    def check_packed(self) -> None:
+        """Raise UserError if a method changes latent weights or running statistics: a packed network keeps its own."""
+        for name in ("weight_regularization", "oscillation_freezing_threshold", "batch_norm_reestimation_batches"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name} is for latent weights, but this network is packed: remove the argument, or train the network "
+                    "that .dequantize(latent=True) returns."
+                )
+
     def create_callbacks(self) -> list[TrainerCallback]:
         callbacks: list[TrainerCallback] = [SignGradient(self.sign_gradient)]
         if self.oscillation_freezing_threshold is not None:

@@ -25,7 +25,7 @@ from binaryvit_runtime.errors import NonFiniteLossError
 from binaryvit_runtime.writing import give_usual_mode
 
 from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
-from ..network.packing_binaryvit import binary_layers
+from ..network.packing_binaryvit import binary_layers, packed_layers
 from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
@@ -113,6 +113,8 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         self.args.check_network(self.plain_model.config)
+        if packed_layers(self.plain_model):
+            self.args.check_packed()
         for callback in self.checkpointed:
             callback.checkpoint = None
         try:

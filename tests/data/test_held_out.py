@@ -37,6 +37,7 @@ def held(size: float | None, *counts: int) -> list[int]:
         (None, (1000, 3, 2), [149, 1, 1]),  # a small class is in both parts
         (None, (2, 2, 2, 2), [1, 1, 1, 1]),  # so the share grows
         (0.7, (4, 2), [3, 1]),  # or shrinks
+        (0.99, (4, 2), [3, 1]),  # also where it rounds to all images
         (None, (40, 1), [7, 0]),
         (1, (9, 30, 9), [0, 1, 0]),  # too few for all classes
         (34, (30, 6), [29, 5]),

@@ -232,6 +232,18 @@ def test_a_network_without_1_bit_weights_is_refused(option, model, tmp_path):
         tiny_trainer(tmp_path, model=model, **{option: 0.5}).train()
 
 
+@pytest.mark.parametrize(
+    "option", ["weight_regularization", "oscillation_freezing_threshold", "batch_norm_reestimation_batches"]
+)
+def test_a_packed_network_refuses_methods_that_change_what_it_keeps(option, tmp_path):
+    model = tiny_model()
+    model.pack_weights()
+    model.base_model.requires_grad_(False)
+    value = 1 if option.endswith("batches") else 0.5
+    with pytest.raises(UserError, match=rf"--{option} is for latent weights, .*dequantize\(latent=True\)"):
+        tiny_trainer(tmp_path, model=model, **{option: value}).train()
+
+
 def test_reestimated_statistics_are_the_mean_over_the_first_batches_and_nothing_else_changes(tmp_path):
     """Hooks compute the expected batch statistics from the inputs of the first normalisation."""
     trainer = tiny_trainer(
