@@ -1,8 +1,8 @@
 """
-Builds the sdist, builds the wheel from it, and uses the wheel once as a user does.
+Builds the sdist, builds the wheel from it, and uses the wheel as users do, from another folder than the clone:
 
-The wheel is installed in an environment of its own, which borrows the libraries of this one, and used from another folder than
-the clone, so that only installed files are found.
+- in an environment that borrows the libraries of this one,
+- in an environment that has nothing but what the runtime needs: numpy, Pillow and safetensors.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
+MOST_MEGABYTES = 80  # of the runtime and its libraries, above Python
 INSTALLED = ("binaryvit_hf/*.py", "configs/*.json", "model_cards/*")  # the patterns of git, whose * takes folders too
 
 
@@ -49,6 +50,28 @@ def install(wheel: Path, environment: Path) -> Path:
     return programs
 
 
+def check_runtime(wheel: Path, environment: Path) -> None:
+    """Classify with the command of README.md for machines without PyTorch."""
+    run(sys.executable, "-m", "venv", environment, folder=ROOT)
+    before = bytes_of(environment)
+    packages = ("numpy", "pillow", "safetensors")
+    run(environment / "bin" / "pip", "install", "-q", "--no-deps", wheel, *packages, folder=environment)
+    added = (bytes_of(environment) - before) / 10**6
+    if added > MOST_MEGABYTES:
+        sys.exit(f"The runtime takes {added:.0f} MB; the maximum is {MOST_MEGABYTES}.")
+    example = ROOT / "model_cards" / "binaryvit-digits" / "example.png"
+    answer = run(environment / "bin" / "binaryvit", "classify", "binaryvit-digits", example, folder=environment)
+    if "%" not in answer:
+        sys.exit(f"The command does not classify without PyTorch: {answer}")
+    code = "import sys; sys.exit(any(map(__import__('importlib.util').util.find_spec, ('torch', 'transformers'))))"
+    run(environment / "bin" / "python", "-c", code, folder=environment)
+    print(f"The runtime and its libraries take {added:.0f} MB.")
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -65,6 +88,7 @@ def main() -> None:
         if "%" not in answer:
             sys.exit(f"The installed command does not classify: {answer}")
         run(programs / "python", "-m", "binaryvit_hf.training", "--help", folder=folder)
+        check_runtime(wheel, folder / "runtime")
 
 
 main()
