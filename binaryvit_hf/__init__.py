@@ -45,10 +45,20 @@ AutoModel.register(BinaryViTConfig, BinaryViTModel)
 AutoBackbone.register(BinaryViTConfig, BinaryViTBackbone)
 AutoModelForImageClassification.register(BinaryViTConfig, BinaryViTForImageClassification)
 
+
+def __getattr__(name: str):
+    if name == "BinaryViTImageProcessor":  # its import takes half a second
+        from .network.image_processing_binaryvit import BinaryViTImageProcessor
+
+        return BinaryViTImageProcessor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "BinaryViTBackbone",
     "BinaryViTConfig",
     "BinaryViTForImageClassification",
+    "BinaryViTImageProcessor",
     "BinaryViTModel",
     "BinaryViTPreTrainedModel",
     "BinaryViTQuantizationConfig",

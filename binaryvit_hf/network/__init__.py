@@ -8,12 +8,13 @@ The binary network: every file that travels to the Hub with a checkpoint, and no
 - `packing_binaryvit.py`: packed weights: bits, their layer, and latent weights made from them.
 - `quantization_binaryvit.py`: packed checkpoints: files and checks, quantizer of transformers, saving and upload.
 - `engine_binaryvit.py`: which calls the compiled engine computes, and when it must read the weights again.
+- `image_processing_binaryvit.py`: an image processor on the engine. It travels only with image processors of its class.
 
 Input: `pixel_values` `(batch, channels, height, width)`, configs and checkpoints.
 Output: logits, hidden states, and packed or latent checkpoints.
 
 `save_pretrained` copies these files beside the weights. `trust_remote_code=True` loads them without this package, and
 transformers finds them by their relative imports. So they import only each other, torch, transformers, safetensors and
-huggingface_hub. Only `engine_binaryvit.py` uses the package, `binaryvit_hf.engine`, if it is installed. The suffix
-`_binaryvit` marks files that travel.
+huggingface_hub. Only `engine_binaryvit.py` and `image_processing_binaryvit.py` use the package, if it is installed: the
+engine. The suffix `_binaryvit` marks files that travel.
 """

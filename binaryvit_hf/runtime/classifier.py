@@ -24,6 +24,7 @@ from .sources import fetch
 
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+NESTED_PROCESSOR = "processor_config.json"  # transformers prefers an image processor in it
 ENGINE_VARIABLE, TORCH = "BINARYVIT_ENGINE", "torch"
 MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised picture; without normalisation, values go up to 255
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
@@ -244,6 +245,8 @@ def read_classifier(folder: Path, name: str, kernels: str, threads: int) -> Clas
         architecture, labels = read_architecture(config), read_labels(config)
         to_scores = score_function(config, len(labels))
     with named_errors(f"The image processor of {name!r} ({PROCESSOR}) cannot be used", name):
+        if (folder / NESTED_PROCESSOR).is_file():
+            raise UnsupportedModelError(f"its image processor is in {NESTED_PROCESSOR}, not in {PROCESSOR}")
         fields = read_json(folder / PROCESSOR)
         preprocessor, background = read_preprocessor(fields, architecture), read_background(fields)
     with named_errors(f"The weights of {name!r} cannot be loaded", name):
@@ -365,7 +368,7 @@ def local_folder(source: str, token: str | None, revision: str | None, cache_dir
         raise LoadingError(
             f"There is no folder {source!r}, and models of the Hub need 'huggingface_hub': pip install huggingface_hub."
         ) from error
-    patterns = [CONFIG, PROCESSOR, "model*.safetensors", "model.safetensors.index.json"]
+    patterns = [CONFIG, PROCESSOR, NESTED_PROCESSOR, "model*.safetensors", "model.safetensors.index.json"]
     return Path(
         snapshot_download(source, token=token, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
     )

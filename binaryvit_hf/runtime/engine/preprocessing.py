@@ -13,6 +13,7 @@ from . import library
 
 # Names in `image_processor_type` for which AutoImageProcessor loads ViTImageProcessor, with torchvision installed.
 PROCESSOR_TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil")
+OWN_CODE = "image_processing_binaryvit.BinaryViTImageProcessor"  # has the outputs of ViTImageProcessor
 # The fields that transformers reads, and what it takes if they are absent. `null` is not absent.
 DEFAULTS: dict[str, Any] = {
     "do_convert_rgb": None,
@@ -158,9 +159,13 @@ def read_processor(fields: Mapping[str, Any]) -> ImageProcessor:
     for name in ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "default_to_square"):
         if not (values[name] is None or isinstance(values[name], bool)):
             raise unsupported(name, values[name], "true or false")
-    for name, allowed in (("do_pad", (None, False)), ("device", (None, "cpu")), ("auto_map", (None,))):
+    for name, allowed in (("do_pad", (None, False)), ("device", (None, "cpu"))):
         if values[name] not in allowed:
             raise unsupported(name, values[name], "none")
+    auto_map = values["auto_map"] or {}
+    code = auto_map.get("AutoImageProcessor") if isinstance(auto_map, dict) else auto_map
+    if code is not None and not (isinstance(code, str) and code.split("--")[-1] == OWN_CODE):
+        raise unsupported("auto_map", auto_map, "none")
     if not (values["do_rescale"] or values["do_normalize"]):
         raise ValueError("do_rescale and do_normalize are both false: the network takes no 8-bit numbers.")
     processor = ImageProcessor(rescale_factor=1)
