@@ -58,8 +58,8 @@ def create_preprocessor(arguments: dict):
         return None
     fields = {name: arguments.get(name) for name in FIELDS}
     for name in ("size", "crop_size"):
-        if fields[name] is not None:
-            fields[name] = {side: length for side, length in dict(fields[name]).items() if length is not None}
+        if sides := arguments.get(name):
+            fields[name] = {side: length for side, length in dict(sides).items() if length is not None}
     try:
         return cached_preprocessor(json.dumps(fields))
     except (TypeError, ValueError, RuntimeError):  # such as a resample that is no number
