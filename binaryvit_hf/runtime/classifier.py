@@ -1,6 +1,7 @@
 """Classifies pictures with a packed model on the engine, without PyTorch: `Classifier`."""
 
 import contextlib
+import itertools
 import json
 import os
 from collections import deque
@@ -167,9 +168,9 @@ class Classifier:
             raise UserError(f"top_k is the number of labels, 1 or more, not {top_k}.")
         background = self.background if background == "model's" else background
         iterator = iter(images)
-        first = list(next_ones(iterator, 2))
+        first = list(itertools.islice(iterator, 2))
         if len(first) < 2 or self.threads == 1:
-            for image in (*first, *iterator):
+            for image in itertools.chain(first, iterator):
                 yield self.answer(image, top_k, background, self.threads)
             return
         # Imported only here: it takes a tenth of a cold start.
@@ -178,7 +179,7 @@ class Classifier:
         with ThreadPoolExecutor(self.threads) as pool:
             waiting = deque()
             try:
-                for image in chain_lists(first, iterator):
+                for image in itertools.chain(first, iterator):
                     waiting.append(pool.submit(self.answer, image, top_k, background, 1))
                     if len(waiting) > LOOKAHEAD * self.threads:
                         yield waiting.popleft().result()
@@ -232,7 +233,7 @@ class Classifier:
                     f"An array must be uint8, (height, width) or (height, width, 3 or 4), not {image.dtype} {image.shape}."
                 )
             image = Image.fromarray(image)
-        with image if isinstance(image, Image.Image) else open_picture(image) as picture:
+        with contextlib.nullcontext(image) if isinstance(image, Image.Image) else open_picture(image) as picture:
             answer.transparent = is_transparent(picture)
             return to_rgb(picture, background)
 
@@ -380,14 +381,3 @@ def available_cpus() -> int:
 
 def describe_picture(image: Picture) -> str:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"a picture ({type(image).__name__})"
-
-
-def next_ones(iterator: Iterator, number: int) -> Iterator:
-    for _ in range(number):
-        with contextlib.suppress(StopIteration):
-            yield next(iterator)
-
-
-def chain_lists(first: list, rest: Iterator) -> Iterator:
-    yield from first
-    yield from rest
