@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import re
+import shlex
 
 import torch
 from torch import nn
@@ -107,18 +108,19 @@ def first_stage_weights(first: nn.Module, network: nn.Module, source: str) -> di
         UserError: a tensor's shape differs, or only one of them has a tensor that `ONLY_IN_ONE` does not match.
     """
     ours, theirs = network.state_dict(), first.state_dict()
+    same_network = f"For its network, give --config_name {shlex.quote(source)}."
     for name, tensor in ours.items():
         if name in theirs and theirs[name].shape != tensor.shape:
             raise UserError(
                 f"--init_from {source!r}: tensor {name!r} is {tuple(theirs[name].shape)} there and {tuple(tensor.shape)} "
-                "in the new network; the two must have the same shapes."
+                f"in the new network; the two must have the same shapes. {same_network}"
             )
     new, unused = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     for names, owner, other in ((new, "the new network", "it"), (unused, "it", "the new network")):
         if unknown := [name for name in names if not ONLY_IN_ONE.search(name)]:
             raise UserError(
                 f"--init_from {source!r}: {owner} has {counted(len(unknown), 'tensor')} that {other} lacks, such as {unknown[0]!r}; "
-                "the two must have the same depths and parts."
+                f"the two must have the same depths and parts. {same_network}"
             )
     logger.info(
         "Initialised %s from %s; new: %s; unused: %s",

@@ -196,7 +196,7 @@ def test_a_first_stage_of_another_size_is_interpolated_as_the_model_interpolates
         (["--init_from", "no-such"], "--init_from 'no-such' cannot be loaded"),
         (["--config_overrides", "weight_bit=32"], "did you mean 'weight_bits'?"),
         (["--config_overrides=weight_bits=32", "--weight_regularization=1"], "is for networks of 1-bit weights"),
-        (["--init_from", "OTHER"], "in the new network; the two must have the same shapes"),
+        (["--init_from", "OTHER"], "must have the same shapes. For its network, give --config_name "),
         (["--init_from", "STRANGE"], "calls label 1 'bat', the images call it 'bee'"),
     ],
 )
