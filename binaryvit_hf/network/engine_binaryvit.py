@@ -12,6 +12,7 @@ import json
 import operator
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -116,16 +117,29 @@ def usable_engine(
     """
     if model.training or is_traced(images):
         return None
+    slot = model.engine_slot
+    if slot.compares_values and torch.is_grad_enabled() and wants_gradients(model.parameters()):
+        return None  # without an engine of weights that the next step of training changes
     folded = current_engine(model)
-    if folded is None or folded.state.has_hooks():
+    if folded is None:
         return None
-    if torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in folded.state.parameters)):
+    if torch.is_grad_enabled():
+        if wants_gradients(folded.state.parameters):
+            slot.compare_values()
+            return None
+        if images.requires_grad:
+            return None
+    if folded.state.has_hooks():
         return None
     if images.shape[1:] == folded.own.image_shape:
         return folded.own
     if interpolate_pos_encoding and images.dim() == 4 and images.shape[1] == folded.own.image_shape[0]:
         return folded.engine_of_size(model, tuple(images.shape[2:]))
     return None  # PyTorch says what is wrong
+
+
+def wants_gradients(parameters: Iterable[torch.Tensor]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
 
 
 def is_traced(images: torch.Tensor) -> bool:
@@ -179,6 +193,16 @@ class EngineSlot:
     """Where a backbone keeps its engine. A copy or a pickle of the model gets an empty slot."""
 
     folded: FoldedModel | None = None
+    compares_values: bool = False  # whether each call compares the parameters with those of the engine
+
+    def compare_values(self) -> None:
+        """
+        Call it when parameters of the backbone train.
+
+        PyTorch does not count the changes by fused optimisers, and by those that write through `.data`.
+        """
+        if not self.compares_values:
+            self.folded, self.compares_values = None, True
 
     def forget_changed_model(self) -> None:
         """Drop the engine of a model that has changed, or is in training mode, as the next call would do."""
@@ -220,7 +244,8 @@ class ModelState:
     """
     A snapshot of a model: its modules and tensors, their addresses in memory and their version counters.
 
-    `is_current` sees every change that PyTorch counts. It does not see writes through `.data` or `.numpy()`, or new
+    `is_current` sees every change that PyTorch counts, and every change of a parameter if the slot of the model compares
+    values. Otherwise it does not see writes through `.data` or `.numpy()`, or new
     values of plain attributes (`refresh_engine`).
     """
 
@@ -240,9 +265,12 @@ class ModelState:
         ]
         # Detached tensors keep the memory, so no other tensor can get the same address.
         self.memory = [tensor.detach() for tensor in self.tensors]
-        self.watched = tensors_to_watch(self.tensors)
+        compares_values = model.engine_slot.compares_values
+        # Finding shared counters increments them, between forward and backward an error.
+        self.watched = self.tensors if compares_values else tensors_to_watch(self.tensors)
         self.addresses, self.versions = self.current_addresses(), self.current_versions()
         self.parameters = list(model.parameters())
+        self.values = [parameter.detach().clone() for parameter in self.parameters if compares_values]
 
     def current_members(self) -> list:
         """All parameters, buffers and modules."""
@@ -266,6 +294,7 @@ class ModelState:
             and list(map(type, self.modules)) == self.types  # a parametrisation changes the class of its module
             and list(map(len, self.attributes)) == self.numbers_of_attributes  # module.forward = function
             and not any(map(operator.itemgetter("training"), self.attributes))
+            and (not self.values or all(map(torch.equal, self.values, self.parameters)))
         )
 
     def has_hooks(self) -> bool:

@@ -32,6 +32,7 @@ from .engine_binaryvit import (
     logits_by_engine,
     maps_by_engine,
     outputs_by_engine,
+    wants_gradients,
 )
 from .functional_binaryvit import (
     BinaryAttentionProducts,
@@ -357,6 +358,12 @@ class BinaryViTPreTrainedModel(PackableModel):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         self.engine_slot = EngineSlot()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and self.is_packed and wants_gradients(self.parameters()):
+            self.engine_slot.compare_values()
+        return self
 
     def named_modules(self, *args, **kwargs):
         # PEFT merges an adapter through .data, which PyTorch does not count. Before, it lists the modules with the adapter.

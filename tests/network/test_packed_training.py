@@ -142,6 +142,56 @@ def test_float_parameters_of_the_backbone_train_one_by_one_and_statistics_stay(p
     ]
 
 
+OPTIMIZERS = {
+    "fused": lambda parameters: torch.optim.AdamW(
+        parameters, lr=0.05, fused=True
+    ),  # the default of transformers' Trainer
+    "counted": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+}
+
+
+@needs_engine
+@pytest.mark.parametrize("create", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("order", ["train mode", "evaluation mode", "evaluation before each step", "with a hook"])
+def test_the_engine_computes_parameters_of_the_backbone_after_each_step(packed, create, order):
+    """PyTorch does not count the changes by fused optimisers."""
+    logits(packed)
+    norm = packed.binaryvit.norm.batch_norm
+    norm.requires_grad_(True)
+    optimizer = create(norm.parameters())
+    hook = norm.register_forward_hook(lambda *_: None) if order == "with a hook" else None
+    for _ in range(2):
+        loss = packed.train(order == "train mode")(tiny_images(), labels=torch.tensor([0, 2])).loss
+        if order == "evaluation before each step":
+            logits(packed)
+        loss.backward()
+        optimizer.step()
+        if hook:
+            hook.remove()
+        computed = logits(packed.eval())
+        assert packed.binaryvit.engine_slot.folded is not None
+        packed.refresh_engine()
+        assert torch.equal(computed, logits(packed))
+
+
+@needs_engine
+def test_transformers_trainer_evaluates_the_parameters_of_the_backbone_that_it_trained(packed, tmp_path):
+    before = logits(packed)
+    packed.binaryvit.norm.batch_norm.bias.requires_grad_(True)
+    packed.classifier.requires_grad_(False)
+    train(packed, tmp_path)
+    computed = logits(packed.eval())
+    packed.refresh_engine()
+    assert torch.equal(computed, logits(packed))
+    assert not torch.equal(computed, before)
+
+
+@needs_engine
+def test_values_are_compared_only_where_parameters_of_the_backbone_train(packed):
+    packed.train()(tiny_images(), labels=torch.tensor([0, 2])).loss.backward()
+    assert packed.binaryvit.engine_slot.folded.state.values == []
+
+
 def test_a_head_of_another_kind_trains_on_a_packed_backbone(folder):
     backbone = AutoModel.from_pretrained(folder)
     backbone.requires_grad_(True)  # as transformers' loader of a model with a head does
