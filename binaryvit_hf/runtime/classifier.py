@@ -7,8 +7,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ ENGINE_VARIABLE, TORCH = "BINARYVIT_ENGINE", "torch"
 MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised picture; without normalisation, values go up to 255
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
-Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
+Picture: TypeAlias = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Classifier:
     Classifies pictures with a packed BinaryViT, as transformers' pipeline does with the same checkpoint.
 
     It needs numpy, Pillow and safetensors, and the compiled engine. Several threads may call one object at once, and a
-    process may fork after a call.
+    process may fork at any time. A copy, also one by pickle, loads the model again from its folder.
 
     ```python
     from binaryvit_runtime import Classifier
@@ -72,9 +73,14 @@ class Classifier:
         preprocessor: Preprocessor,
         background: str | None,
         threads: int,
+        folder: Path,
     ):
         self.name, self.network, self.head, self.labels, self.to_scores = name, network, head, labels, to_scores
         self.preprocessor, self.background, self.threads = preprocessor, background, threads
+        self.folder = folder.absolute()
+
+    def __reduce__(self):
+        return partial(type(self).from_pretrained, threads=self.threads), (self.folder,)
 
     @classmethod
     def from_pretrained(
@@ -131,8 +137,8 @@ class Classifier:
         Classify one picture, several, or a folder.
 
         Args:
-            images: a file, a Pillow image or an array, uint8 `(height, width, 3)` in RGB; or a folder; or any iterable of
-                these, which is read as the answers need it.
+            images: a file, an open binary file, a Pillow image or an array, uint8 `(height, width, 3)` in RGB; or a
+                folder; or any iterable of these, which is read as the answers need it.
             top_k: number of labels for each picture.
             background: the colour to put behind transparent pixels, `None` to drop transparency. Default: the model's.
 
@@ -145,7 +151,7 @@ class Classifier:
         """
         if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
             images = [file.name for file in list_images([os.fspath(images)])[0]]
-        single = isinstance(images, (str, os.PathLike, Image.Image, np.ndarray))
+        single = isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)) or hasattr(images, "read")
         pictures = cast("Iterable[Picture]", [images] if single else images)
         answers: list[list[dict]] = []
         for answer in self.stream(pictures, top_k, background):
@@ -233,6 +239,9 @@ class Classifier:
                     f"An array must be uint8, (height, width) or (height, width, 3 or 4), not {image.dtype} {image.shape}."
                 )
             image = Image.fromarray(image)
+        elif not (isinstance(image, (str, os.PathLike, Image.Image)) or hasattr(image, "read")):
+            kinds = "a file, an open binary file, a Pillow image or an array"
+            raise UserError(f"A picture must be {kinds}, not {type(image).__name__}.")
         with contextlib.nullcontext(image) if isinstance(image, Image.Image) else open_picture(image) as picture:
             answer.transparent = is_transparent(picture)
             return to_rgb(picture, background)
@@ -259,7 +268,7 @@ def read_classifier(folder: Path, name: str, kernels: str, threads: int) -> Clas
         }
         network = engine.Engine(architecture, backbone, kernels)
     head = tuple(np.ascontiguousarray(tensors[f"classifier.{part}"]) for part in ("weight", "bias"))
-    return Classifier(name, network, head, labels, to_scores, preprocessor, background, threads)
+    return Classifier(name, network, head, labels, to_scores, preprocessor, background, threads, folder)
 
 
 @contextlib.contextmanager
@@ -380,4 +389,6 @@ def available_cpus() -> int:
 
 
 def describe_picture(image: Picture) -> str:
+    if hasattr(image, "read"):
+        return "picture"  # a server sends it to its client, to whom the type of the file object says nothing
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"a picture ({type(image).__name__})"

@@ -26,6 +26,12 @@ MAX_ASPECT_RATIO = 1000  # resizing the shorter side of a longer picture would r
 MAX_PIXELS = 2**27  # decoding and resizing them takes 2 GB of memory
 NO_BACKGROUND = "none"  # as an argument: transparency is dropped, whatever the model's background
 PIXEL_LIMIT_LOCK = threading.Lock()  # held while Pillow's limit is disabled for the process
+if hasattr(os, "register_at_fork"):  # a forked process gets the lock free and the limit enabled
+    os.register_at_fork(
+        before=PIXEL_LIMIT_LOCK.acquire,
+        after_in_parent=PIXEL_LIMIT_LOCK.release,
+        after_in_child=PIXEL_LIMIT_LOCK.release,
+    )
 
 # Pillow's warnings would only repeat ours about large pictures, damaged EXIF and transparent palettes.
 warnings.filterwarnings("ignore", module=r"PIL\.")

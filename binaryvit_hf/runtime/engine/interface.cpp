@@ -74,13 +74,12 @@ using namespace binaryvit;
 /* A folded network, and idle workspaces for later calls. */
 struct binaryvit_model {
     std::unique_ptr<Model> network;
-    std::mutex mutex;
-    std::vector<std::unique_ptr<Workspace>> idle;
+    std::vector<std::unique_ptr<Workspace>> idle;  // guarded by forkable_mutex
 
     /* A workspace for a team of `size` members. */
     std::unique_ptr<Workspace> borrow(int size) {
         {
-            std::lock_guard<std::mutex> lock(mutex);
+            std::lock_guard<std::mutex> lock(forkable_mutex());
             for (auto &workspace : idle) {
                 if (workspace->size != size) continue;
                 std::swap(workspace, idle.back());
@@ -93,7 +92,7 @@ struct binaryvit_model {
     }
 
     void give_back(std::unique_ptr<Workspace> workspace) {
-        std::lock_guard<std::mutex> lock(mutex);
+        std::lock_guard<std::mutex> lock(forkable_mutex());
         idle.push_back(std::move(workspace));
     }
 };

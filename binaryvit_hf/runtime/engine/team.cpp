@@ -137,16 +137,18 @@ private:
 };
 
 /* Never destroyed: its threads may still use it while the process ends. */
-Pool *&pool() {
-    static Pool *instance = [] {
+Pool *pool = new Pool;
+std::mutex forkable;
+
 #if defined(__unix__) || defined(__APPLE__)
-        // A forked process has neither these threads nor an OpenMP runtime's.
-        pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
+// Of all threads only the caller of fork() is in the forked process. It needs a pool of its own, without the OpenMP
+// runtime's threads, and nobody there would unlock a mutex of the others.
+[[maybe_unused]] const int kAtFork = pthread_atfork([] { forkable.lock(); }, [] { forkable.unlock(); },
+                                                    [] {
+                                                        forkable.unlock();
+                                                        pool = new Pool;
+                                                    });
 #endif
-        return new Pool;
-    }();
-    return instance;
-}
 
 }  // namespace
 
@@ -160,8 +162,10 @@ void Barrier::wait() {
     }
 }
 
-void share_threads(const OpenMp &runtime) { pool()->share(runtime); }
+std::mutex &forkable_mutex() { return forkable; }
 
-bool run_team(int size, const std::function<void(int)> &work) { return pool()->run(size, work); }
+void share_threads(const OpenMp &runtime) { pool->share(runtime); }
+
+bool run_team(int size, const std::function<void(int)> &work) { return pool->run(size, work); }
 
 }  // namespace binaryvit

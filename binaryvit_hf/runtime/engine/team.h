@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 
 namespace binaryvit {
 
@@ -53,6 +54,9 @@ struct OpenMp {
     int (*count)();
     int (*which)();
 };
+
+/* A mutex that is not locked in a forked process. It serves the whole process: hold it briefly. */
+std::mutex &forkable_mutex();
 
 /* Makes teams of this runtime's threads from now on. */
 void share_threads(const OpenMp &runtime);
