@@ -165,6 +165,10 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
     except UserError:
         raise
     except Exception as error:  # the checks of the dataclasses raise any kind of error
+        if "bf16/gpu" in str(error):
+            raise UserError(
+                "bf16 needs a GPU that supports it: train in float32 (--bf16 false), or in bf16 on the CPU (--use_cpu)."
+            ) from error
         raise UserError(" ".join(first_sentence(error).split())) from error
 
 

@@ -52,6 +52,14 @@ def test_bad_argument_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bf16_without_a_gpu_names_the_arguments_that_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    message = refusal(capsys, "--do_train", "--output_dir", tmp_path / "out", "--bf16")
+    assert "--bf16 false" in message
+    for arguments in (["--bf16", "false"], ["--bf16", "--use_cpu"]):
+        parse_runs(["--do_train", "--output_dir", str(tmp_path / "out"), *arguments])
+
+
 def test_unknown_key_in_a_file_is_named(capsys, tmp_path):
     (tmp_path / "run.json").write_text('{"learning_rat": 1}')
     assert "did you mean 'learning_rate'" in refusal(capsys, tmp_path / "run.json")
