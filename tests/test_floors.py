@@ -17,7 +17,6 @@ FLOORS = {
     "network": 3,
     "argument_checks": 4,
     "convert": 4,
-    "doctor": 4,
     "loading": 4,
     "onnx_export": 4,
     "ops": 4,

@@ -34,7 +34,7 @@ import sys
 from binaryvit_runtime.errors import RunError, UploadError, UserError
 from binaryvit_runtime.writing import describe_full_disk
 
-from .common import prepare_libraries, print_error
+from .common import has_pytorch, prepare_libraries, print_error
 
 
 COMMANDS = ("pack", "convert", "export", "ops", "classify", "push", "benchmark", "ablation", "doctor", "card")
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         if options.needs_pytorch:
+            if not has_pytorch():
+                raise UserError(f"{options.program} needs PyTorch: pip install binaryvit_hf")
             prepare_libraries()
         code = options.run(options) or 0
         sys.stdout.flush()
@@ -91,5 +93,6 @@ def create_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run, needs_pytorch=getattr(module, "NEEDS_PYTORCH", True))
+        needs_pytorch = getattr(module, "NEEDS_PYTORCH", True)
+        command.set_defaults(run=module.run, program=command.prog, needs_pytorch=needs_pytorch)
     return parser

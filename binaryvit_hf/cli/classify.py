@@ -1,7 +1,6 @@
 """`binaryvit classify`: prints the most likely labels of image files."""
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from binaryvit_runtime.errors import UnsupportedModelError, UserError, counted
 from binaryvit_runtime.resources import shipped_models
 
-from .common import add_token_argument, prepare_libraries, print_error
+from .common import add_token_argument, has_pytorch, prepare_libraries, print_error
 
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def load_classifier(options: argparse.Namespace) -> Classify:
     try:
         classifier = Classifier.from_pretrained(options.model, token=options.token)
     except UnsupportedModelError as error:
-        if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        if not has_pytorch():
             raise UserError(f"{error} Install it: pip install binaryvit_hf.") from error
         return load_in_pytorch(options)
     background = choose_background(options.background, classifier.background)

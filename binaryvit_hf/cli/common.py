@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,11 @@ def needs_extra(extra: str, subject: str) -> Iterator[None]:
         raise UserError(f"{subject} need {error.name!r}: pip install 'binaryvit_hf[{extra}]'.") from error
 
 
+def has_pytorch() -> bool:
+    """Whether both PyTorch and transformers are installed."""
+    return all(importlib.util.find_spec(library) is not None for library in ("torch", "transformers"))
+
+
 def prepare_libraries() -> None:
     """
     Raises:
@@ -55,7 +61,7 @@ def prepare_libraries() -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from binaryvit_hf.doctor import check_engine_variable
+    from binaryvit_runtime.classifier import check_engine_variable
     from binaryvit_runtime.hub import shorten_log_of_retries
 
     disable_progress_bar()

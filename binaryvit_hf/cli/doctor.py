@@ -1,9 +1,20 @@
 """`binaryvit doctor`: describes this machine, for bug reports."""
 
 import argparse
+import os
+import platform
+from importlib import metadata
+
+from binaryvit_runtime.errors import UnsupportedModelError, counted
+from binaryvit_runtime.resources import package_version
+
+from .common import has_pytorch
 
 
+NEEDS_PYTORCH = False
 EXAMPLE = "binaryvit doctor"
+LIBRARIES = ("torch", "transformers", "numpy", "pillow", "safetensors")
+OPTIONAL_LIBRARIES = ("huggingface_hub", "accelerate", "datasets", "timm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +23,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print versions, the features of this CPU, and the kernels that run packed models on it."""
-    from binaryvit_hf.doctor import describe_machine
+    from binaryvit_runtime import engine
 
-    print(describe_machine())
+    of_pytorch = describe_pytorch()
+    rows = {
+        "binaryvit_hf": package_version(),
+        "Python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES + OPTIONAL_LIBRARIES},
+        "CPU": f"{platform.machine()}, {of_pytorch['threads']}",
+        "CPU features": ", ".join(engine.cpu_features()) or "unknown without the engine",
+        "GPU": of_pytorch["GPU"],
+        "kernels built": ", ".join(engine.kernels_built()) or f"none: {engine.problem()}",
+        "kernels this CPU runs": ", ".join(engine.kernels_here()) or "none",
+        "packed models run on": describe_engine_choice(),
+        "on threads of": of_pytorch["threads of"],
+    }
+    if not has_pytorch():
+        rows["commands"] = "classify, doctor; the others need PyTorch: pip install binaryvit_hf"
+    width = max(map(len, rows))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+
+
+def version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_pytorch() -> dict[str, str]:
+    """What PyTorch says about this machine: number of threads, GPU, whose threads the engine uses."""
+    if not has_pytorch():
+        from binaryvit_runtime.classifier import available_cpus
+
+        return {
+            "threads": counted(available_cpus(), "thread"),
+            "GPU": "unknown without PyTorch",
+            "threads of": "their own",
+        }
+    import torch
+
+    from binaryvit_hf.engine import openmp_of_torch
+
+    return {
+        "threads": counted(torch.get_num_threads(), "thread"),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads of": "PyTorch's OpenMP runtime" if openmp_of_torch() else "their own",
+    }
+
+
+def describe_engine_choice() -> str:
+    """
+    Raises:
+        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
+    """
+    from binaryvit_runtime.classifier import ENGINE_VARIABLE, TORCH, choose_kernels
+
+    try:
+        chosen = choose_kernels()
+    except UnsupportedModelError as error:
+        if not has_pytorch():
+            return f"nothing: {error}"
+        chosen = TORCH
+    if os.environ.get(ENGINE_VARIABLE):
+        return f"{chosen} ({ENGINE_VARIABLE} says so)"
+    return f"{TORCH}, slower than the engine" if chosen == TORCH else chosen

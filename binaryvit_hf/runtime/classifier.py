@@ -368,6 +368,15 @@ def choose_kernels() -> str:
     return wanted or here[0]
 
 
+def check_engine_variable() -> None:
+    """
+    Raises:
+        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
+    """
+    with contextlib.suppress(UnsupportedModelError):  # PyTorch computes instead
+        choose_kernels()
+
+
 def local_folder(source: str, token: str | None, revision: str | None, cache_dir: str | None) -> Path:
     """The folder of a model on this machine. A model of the Hub is downloaded into the local cache first."""
     if os.path.exists(source):

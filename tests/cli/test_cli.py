@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,13 @@ def photos(tmp_path):
         Image.new(mode, (40, 30), 99).save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def without_pytorch(monkeypatch):
+    """`import torch` and `import transformers` fail, as if they were not installed."""
+    for library in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, library, None)
 
 
 def logits(folder) -> torch.Tensor:
@@ -94,6 +102,27 @@ def test_doctor_names_the_kernels_that_run_packed_models_here(capsys, monkeypatc
     assert rows["packed models run on"].startswith(engine.kernels_here()[0] if engine.kernels_here() else "torch")
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     assert "torch (BINARYVIT_ENGINE says so)" in run(capsys, "doctor")
+
+
+def test_doctor_needs_no_pytorch(capsys, monkeypatch, without_pytorch):
+    monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
+    report = run(capsys, "doctor")
+    assert re.search("packed models run on +" + (engine.kernels_here() or ["nothing: There is no engine"])[0], report)
+    assert "the others need PyTorch: pip install binaryvit_hf" in report
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    assert "nothing: BINARYVIT_ENGINE is 'torch', which needs PyTorch." in run(capsys, "doctor")
+    monkeypatch.setenv("BINARYVIT_ENGINE", "abacus")
+    assert_refused(capsys, ["doctor"], "'abacus'")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["pack a b", "convert a b", "export a b.onnx", "ops a", "push a b", "card a", "benchmark", "ablation a b"],
+)
+def test_a_command_that_needs_pytorch_says_so(command, capsys, without_pytorch):
+    needs = f"error: binaryvit {command.split()[0]} needs PyTorch: pip install binaryvit_hf\n"
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err == needs
 
 
 def test_kernels_that_this_machine_lacks_are_refused_before_anything_else(capsys, monkeypatch):
