@@ -1,5 +1,6 @@
 """
-Benchmarks of forwards (`inference`), of training steps (`training`) and of the image loader (`loader`).
+Benchmarks of forwards (`inference`), from files to labels (`pipeline`), of whole processes (`cold_start`), of training
+steps (`training`) and of the image loader (`loader`).
 
 Times of different runs and machines do not compare, so each benchmark also measures peers in the same run, and prints
 ratios to them. Competitors run in turns, each in a process of its own with its own threads (`interleaved`). The loaders take

@@ -84,10 +84,7 @@ def benchmark_inference(network: str, batch_sizes: list[int], threads: list[int]
     Raises:
         UserError: there is no such row, or not enough memory.
     """
-    configs = shipped_configs()
-    rows = [row for row in sorted(configs) if AutoConfig.from_pretrained(configs[row]).model_type == QUANT_METHOD]
-    if network not in rows:
-        raise UserError(f"There is no binary row {network!r} in configs/; there are {', '.join(rows)}.")
+    check_binary_row(network)
     with tempfile.TemporaryDirectory() as folder:
         competitors = create_competitors(network, Path(folder))
         results, starts = [], []
@@ -96,6 +93,17 @@ def benchmark_inference(network: str, batch_sizes: list[int], threads: list[int]
             results += new_results
             starts += new_starts
     return {"results": results, "starts": starts}
+
+
+def check_binary_row(network: str) -> None:
+    """
+    Raises:
+        UserError: configs/ has no binary row of this name.
+    """
+    configs = shipped_configs()
+    rows = [row for row in sorted(configs) if AutoConfig.from_pretrained(configs[row]).model_type == QUANT_METHOD]
+    if network not in rows:
+        raise UserError(f"There is no binary row {network!r} in configs/; there are {', '.join(rows)}.")
 
 
 def create_competitors(network: str, folder: Path) -> list[Competitor]:
@@ -109,10 +117,7 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
 
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[network]))
     latent = save(model, "latent")
-    packing = BinaryViTQuantizationConfig()
-    packed = save(
-        AutoModelForImageClassification.from_pretrained(latent.parent, quantization_config=packing), "packed"
-    )
+    packed = save(pack(latent.parent), "packed")
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[PEER]))
     peer, half = save(model, "peer"), save(model.to(torch.bfloat16), "half")
     in_pytorch: list[tuple[str, str, Path, dict]] = [
@@ -134,6 +139,11 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
     else:
         logger.info("All networks in onnxruntime are left out: pip install 'binaryvit_hf[benchmark]'")
     return competitors
+
+
+def pack(folder: Path) -> PreTrainedModel:
+    """The packed model of a folder with a latent one."""
+    return AutoModelForImageClassification.from_pretrained(folder, quantization_config=BinaryViTQuantizationConfig())
 
 
 def compete(

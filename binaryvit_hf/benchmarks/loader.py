@@ -6,9 +6,7 @@ import time
 from itertools import chain, repeat
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -20,11 +18,11 @@ from ..data.model_inputs import create_image_processor
 from ..data.sampling import TrainSampler
 from ..data.transforms import add_transforms, collate_images
 from ..network.configuration_binaryvit import BinaryViTConfig
+from .photographs import write_photographs
 
 
-WIDTH, HEIGHT, QUALITY = 500, 375, 90  # typical of ImageNet, with files of about 110 kB
+QUALITY = 90  # of JPEGs; files have about 110 kB, as in ImageNet
 CLASSES = 4
-DETAIL = 0.1  # the amplitude of noise is its scale to this power: chosen for files of about 110 kB
 WARM_UP = 4  # untimed batches
 
 
@@ -42,7 +40,9 @@ def benchmark_loader(num_images: int = 64, batch_size: int = 32, rounds: int = 4
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            size = write_images(Path(folder), num_images)
+            files = [Path(folder, f"class{index % CLASSES}", f"{index}.jpg") for index in range(num_images)]
+            write_photographs(files, QUALITY)
+            size = sum(file.stat().st_size for file in files)
             loaders = {name: create(folder, batch_size) for name, create in LOADERS.items()}
             batches = {name: chain.from_iterable(repeat(loader)) for name, loader in loaders.items()}
             seconds = {name: [] for name in LOADERS}
@@ -94,25 +94,3 @@ def baseline_loader(folder: str, batch_size: int) -> DataLoader:
 
 
 LOADERS = {"ours": our_loader, "baseline": baseline_loader}
-
-
-def write_images(folder: Path, number: int) -> int:
-    """Write JPEGs of noise in folders of classes. Returns the sum of their bytes."""
-    rng = np.random.default_rng(0)
-    for index in range(number):
-        path = folder / f"class{index % CLASSES}" / f"{index}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(draw_photograph(rng)).save(path, quality=QUALITY)
-    return sum(path.stat().st_size for path in folder.rglob("*.jpg"))
-
-
-def draw_photograph(rng: np.random.Generator) -> np.ndarray:
-    """Noise of all scales, as in photographs, more in grey than in colour: `uint8 (height, width, 3)`."""
-    pixels = np.zeros((HEIGHT, WIDTH, 3), np.float32)
-    for scale in (2**octave for octave in range(8)):
-        shape = (HEIGHT // scale + 2, WIDTH // scale + 2)
-        grey = rng.standard_normal((1, *shape), np.float32)
-        noise = torch.from_numpy(grey + 0.35 * rng.standard_normal((3, *shape), np.float32))[None]
-        noise = torch.nn.functional.interpolate(noise, (HEIGHT, WIDTH), mode="bicubic")
-        pixels += scale**DETAIL * noise[0].permute(1, 2, 0).numpy()
-    return (120 + 55 * pixels / pixels.std()).clip(0, 255).astype("uint8")

@@ -38,11 +38,17 @@ class RandomImages(CalibrationDataReader):
         return next(self.batches, None)
 
 
-def export_networks(folder: Path) -> list[tuple[str, str, Path]]:
-    """Export all networks. Returns the first arguments of a `Competitor`: name of the network, engine, file."""
+def export_networks(folder: Path, only_int8: bool = False) -> list[tuple[str, str, Path]]:
+    """
+    Export all networks, or those that compete only in int8.
+
+    Returns:
+        The first arguments of a `Competitor`: name of the network, engine, file.
+    """
+    networks = {name: in_float for name, in_float in NETWORKS.items() if not (only_int8 and in_float)}
     logging.disable(logging.WARNING)  # the exporters warn for almost every tensor
     try:
-        return [file for name, in_float in NETWORKS.items() for file in export_network(name, in_float, folder)]
+        return [file for name, in_float in networks.items() for file in export_network(name, in_float, folder)]
     finally:
         logging.disable(logging.NOTSET)
 

@@ -1,4 +1,4 @@
-"""`binaryvit benchmark`: measures forwards, training steps or the image loader."""
+"""`binaryvit benchmark`: measures forwards, files to labels, training steps or the image loader."""
 
 import argparse
 import importlib
@@ -13,12 +13,18 @@ from binaryvit_runtime.writing import check_writable_file
 from .common import needs_extra
 
 
-EXAMPLE = "binaryvit benchmark --threads 1 2 --batch-size 1 8 --plot latency.png"
+EXAMPLE = "binaryvit benchmark --threads 1 2 --batch-size 1 8 --plot latency.png\n  binaryvit benchmark --pipeline"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="measure from JPEG files to labels, and whole processes from their start; compare with transformers' "
+        "pipeline and onnxruntime",
+    )
     kinds.add_argument(
         "--train", action="store_true", help="measure training steps and compare with DeiT-S and the plain simulation"
     )
@@ -32,16 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         nargs="+",
-        help="images in a batch (default 1 and 8; with --train, 8 on the CPU and 128 on a GPU)",
+        help="images in a batch (default 1 and 8; with --pipeline, 1 and 16 in transformers' pipeline; with --train, 8 on "
+        "the CPU and 128 on a GPU)",
     )
-    parser.add_argument("--threads", type=int, nargs="+", help="threads of a forward (default 1 and all)")
-    parser.add_argument("--steps", type=int, default=7, help="timed turns of each network, 2 or more (default 7)")
+    parser.add_argument("--threads", type=int, nargs="+", help="threads (default 1 and all; with --pipeline, all)")
+    parser.add_argument("--steps", type=int, default=7, help="timed turns of each contestant, 2 or more (default 7)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="image file for a plot of the forwards' times")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure forwards, training steps or the image loader, and compare with peers in the same run."""
+    """Measure forwards, files to labels, training steps or the image loader, and compare with peers in the same run."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("binaryvit_hf").setLevel(logging.INFO)
     if options.steps < 2:
@@ -55,6 +62,10 @@ def run(options: argparse.Namespace) -> None:
                 "and --loader."
             )
         (time_training if options.train else time_loader)(options)
+    elif options.pipeline:
+        if options.plot:
+            raise UserError("--plot needs a benchmark of forwards: leave out --pipeline.")
+        time_pipeline(options)
     else:
         time_forwards(options)
 
@@ -68,6 +79,13 @@ def time_forwards(options: argparse.Namespace) -> None:
     print_measured(options, measured, format_forwards)
     if options.plot:
         plot_latency(measured, options.plot)
+
+
+def time_pipeline(options: argparse.Namespace) -> None:
+    from binaryvit_hf.benchmarks.pipeline import benchmark_pipeline, format_pipeline
+
+    measured = benchmark_pipeline(options.model, options.batch_size, options.threads, options.steps)
+    print_measured(options, measured, format_pipeline)
 
 
 def time_training(options: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import multiprocessing
 import platform
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from command_line import assert_refused, run
 from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
-from warm_python import LIBRARIES
 
 from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.benchmarks import inference, onnx_peers
@@ -47,15 +45,6 @@ def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
     assert (peer["ratio"], ours["ratio"]) == (1, ours["seconds"] / peer["seconds"])
     assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"])
     assert 10**8 < ours["peak_bytes"] < peer["peak_bytes"]
-
-
-@pytest.fixture
-def forked_contestants(monkeypatch):
-    """Contestants fork from a process that has imported the libraries. Spawning one costs 5 s more."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        multiprocessing.set_forkserver_preload(["binaryvit_hf.benchmarks.inference", "onnxruntime", *LIBRARIES])
-        forkserver = multiprocessing.get_context("forkserver")
-        monkeypatch.setattr(multiprocessing, "get_context", lambda method: forkserver)
 
 
 def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
@@ -143,6 +132,8 @@ def test_wrong_benchmarks_are_refused(tmp_path, capsys):
     assert_refused(capsys, ["benchmark", "--plot", tmp_path / "nowhere" / "latency.png"], "no folder")
     assert_refused(capsys, ["benchmark", "--train", "--threads", 1], "of forwards")
     assert_refused(capsys, ["benchmark", "--loader", "--batch-size", 1, 8], "of forwards")
+    assert_refused(capsys, ["benchmark", "--pipeline", "--model", "vit-digits"], "no binary row 'vit-digits'")
+    assert_refused(capsys, ["benchmark", "--pipeline", "--plot", tmp_path / "latency.png"], "of forwards")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")

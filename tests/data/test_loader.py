@@ -12,7 +12,7 @@ from transformers import set_seed
 
 import binaryvit_cli as cli
 from binaryvit_hf.benchmarks import loader as benchmark_loader
-from binaryvit_hf.benchmarks.loader import draw_photograph
+from binaryvit_hf.benchmarks.photographs import draw_photograph
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.augmentation import Normalize
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image, draft
