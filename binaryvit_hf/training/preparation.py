@@ -72,6 +72,13 @@ def check_arguments(arguments: RunArguments) -> None:
                 f"--output_dir {str(output_dir)!r} is inside --{name} {folder!r}, whose sub-folders are classes: choose an "
                 "--output_dir elsewhere."
             )
+    for name in ("teacher_model_name_or_path", "init_from", "model_name_or_path"):
+        source = getattr(model_arguments, name)
+        if training_arguments.do_train and source and Path(source).resolve() == output_dir.resolve():
+            raise UserError(
+                f"--output_dir {str(output_dir)!r} is the folder of --{name}, which training would overwrite: choose "
+                "another --output_dir."
+            )
     for name in ("config_overrides", "init_from"):
         if getattr(model_arguments, name) and not model_arguments.config_name:
             raise UserError(

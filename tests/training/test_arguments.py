@@ -60,6 +60,24 @@ def test_bf16_without_a_gpu_names_the_arguments_that_work(capsys, tmp_path, monk
         parse_runs(["--do_train", "--output_dir", str(tmp_path / "out"), *arguments])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["{file}", "--teacher.output_dir", "out"],
+        ["{file}", "--teacher_model_name_or_path", "./out"],
+        ["{file}", "--teacher", "null", "--init_from", "out"],
+        ["--do_train", "--model_name_or_path", "out/"],
+    ],
+    ids=["teacher to train", "teacher", "first stage", "model"],
+)
+def test_training_does_not_overwrite_a_model_that_it_needs(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    values = {"config_name": "binaryvit-photos", "do_train": True, "teacher": {"config_name": "convnext-photos"}}
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    given = [argument.format(file="run.json") for argument in arguments]
+    assert "which training would overwrite: choose another" in refusal(capsys, *given, "--output_dir", "out")
+
+
 def test_unknown_key_in_a_file_is_named(capsys, tmp_path):
     (tmp_path / "run.json").write_text('{"learning_rat": 1}')
     assert "did you mean 'learning_rate'" in refusal(capsys, tmp_path / "run.json")
