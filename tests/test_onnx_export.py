@@ -1,6 +1,7 @@
 """ONNX files against PyTorch: logits, stored weights, preprocessing, other runtimes."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -9,6 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from PIL import Image
+from readme import OF_ONNX, SNIPPETS
 from sklearn.datasets import load_digits
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import (
@@ -180,6 +182,16 @@ def test_the_description_says_what_the_network_is_and_how_to_prepare_its_input(e
         "rescale_factor, mean, std, in this order."
     )
     assert onnxruntime.InferenceSession(file).get_modelmeta().description == expected
+
+
+def test_the_snippet_of_the_readme_runs(exported, tmp_path, monkeypatch, capsys):
+    model, file, _ = exported
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "shirt.png")
+    shutil.copy(file, tmp_path / "clothes.onnx")
+    monkeypatch.chdir(tmp_path)
+    [snippet] = [text for text in SNIPPETS if OF_ONNX in text]
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip() in model.config.id2label.values()
 
 
 @pytest.mark.parametrize("background", [None, "#ffcc00"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from pictures import write_pictures
+from readme import OF_ONNX, OF_THE_HUB, README, SNIPPETS
 from tiny import tiny_config, tiny_model
 from transformers import AutoConfig
 
@@ -15,11 +16,6 @@ from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.unused_arguments import find_unused
-
-
-README = Path(__file__).parents[1] / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-OF_THE_HUB = "me/photos"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def run(snippet: str) -> dict:
     return names
 
 
-@pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if OF_THE_HUB not in snippet])
+@pytest.mark.parametrize("snippet", [text for text in SNIPPETS if not (OF_THE_HUB in text or OF_ONNX in text)])
 def test_a_snippet_runs(snippet, outputs, monkeypatch):
     monkeypatch.chdir(outputs)
     run(snippet)

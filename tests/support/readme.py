@@ -1,0 +1,10 @@
+"""The Python snippets of README.md."""
+
+import re
+from pathlib import Path
+
+
+README = Path(__file__).parents[2] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+OF_THE_HUB = "me/photos"
+OF_ONNX = "onnxruntime"
