@@ -1,7 +1,7 @@
 """The network of a config.json: its sizes, the names and shapes of its tensors, its labels. Checks what BinaryViTConfig checks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,10 +21,42 @@ RANGES = {
     "intermediate_sizes": (1, 2**18),
     "sequence_reduction_ratios": (1, 2**14),
     "avg_pool_kernel_sizes": (1, 2**10),
+    "layer_scale_init_value": (-1e4, 1e4),
     "quantization_clip_value": (1e-6, 1e6),
+    "attention_clip_init_value": (1e-6, 1e6),
     "batch_norm_eps": (1e-30, 1e4),
+    "batch_norm_momentum": (0, 1),
+    "initializer_range": (0, 1e4),
+}
+PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+# Types of single numbers that are not whole, as in BinaryViTConfig.
+TYPES: dict[str, tuple[type, ...]] = {
+    "layer_scale_init_value": (float, int),
+    "quantization_clip_value": (float, int),
+    "attention_clip_init_value": (float, int),
+    "batch_norm_eps": (float,),
+    "batch_norm_momentum": (float, int),
+    "initializer_range": (float,),
+}
+# Values of transformers' settings with which the runtime gives the same answers as transformers.
+SETTINGS: dict[str, tuple] = {
+    "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
+    "return_dict": (True,),
+    "output_hidden_states": (False, None),
+    "output_attentions": (False, None),
+    "is_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
+    "attn_implementation": (None,),
+    "per_layer_config": (None,),
+    "transformers_weights": (None,),
+    "out_features": (None,),
+    "out_indices": (None,),
+    "configuration_files": (),
+    "pretrained_cfg": (),
 }
 MAX_LIST_LENGTH, MAX_LAYERS, MAX_LABELS, MAX_PARAMETERS, MAX_ACTIVATIONS = 16, 200, 100_000, 10**10, 2**32
+TRAINING_FIELDS = ("layer_scale_init_value", "attention_clip_init_value", "batch_norm_momentum", "initializer_range")
+OUTPUT_RANGES = [field for field in RANGES if field not in TRAINING_FIELDS]
 FLAGS = ("use_class_token", "use_stem_norm", "use_layer_scale", "binarize_patch_embeddings")
 SIZES = ("image_size", "patch_size")
 
@@ -62,18 +94,12 @@ class Architecture:
         self.check_map()
 
     def check_fields(self) -> None:
-        for field, (least, most) in RANGES.items():
+        for field in OUTPUT_RANGES:
             value = getattr(self, field)
             is_list = isinstance(value, (list, tuple))
-            kind = (int, float) if isinstance(least, float) else int
             if is_list != (isinstance(getattr(type(self), field), tuple) or (field in SIZES and is_list)):
                 raise LoadingError(f"{field} must {'not be' if is_list else 'be'} a list, not {value!r}.")
-            numbers = value if is_list else [value]
-            if len(numbers) > MAX_LIST_LENGTH:
-                raise LoadingError(f"{field} has {len(numbers)} values; the maximum is {MAX_LIST_LENGTH}.")
-            # The comparisons also refuse NaN.
-            if not all(isinstance(n, kind) and not isinstance(n, bool) and least <= n <= most for n in numbers):
-                raise LoadingError(f"{field} must be from {least:g} to {most:g}, not {value!r}.")
+            check_range(field, list(value) if is_list else [value])
         for field in FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise LoadingError(f"{field} must be true or false, not {getattr(self, field)!r}.")
@@ -111,16 +137,26 @@ class Architecture:
                         f"image_size={self.image_size} cannot be divided by patch_size={self.patch_size}, stages and "
                         "sequence_reduction_ratios."
                     )
-        inputs, parameters = self.num_channels * math.prod(as_pair(self.patch_size)), 0
         for stage, (height, width) in enumerate(self.grid_sizes):
-            channels, inner, tokens = self.hidden_sizes[stage], self.intermediate_sizes[stage], height * width
+            inner, tokens = self.intermediate_sizes[stage], height * width
             ratio = self.sequence_reduction_ratios[stage]
-            parameters += channels * (inputs + tokens)
-            parameters += self.depths[stage] * channels * ((4 if ratio == 1 else 5) * channels + 2 * inner)
-            inputs = 4 * channels
             probabilities = self.num_attention_heads[stage] * tokens * (tokens // ratio**2)
             if max(probabilities, tokens * inner) > MAX_ACTIVATIONS:
                 raise LoadingError(f"stage {stage} has {tokens} tokens an image, too many for its attention or MLP.")
+
+    def check_size(self, labels: int) -> None:
+        """
+        Raises:
+            LoadingError: the network and a classifier of this number of labels have more than `MAX_PARAMETERS` weights.
+        """
+        inputs = self.num_channels * math.prod(as_pair(self.patch_size))
+        parameters = self.hidden_sizes[-1] * labels
+        for stage, (height, width) in enumerate(self.grid_sizes):
+            channels, inner = self.hidden_sizes[stage], self.intermediate_sizes[stage]
+            projections = 4 if self.sequence_reduction_ratios[stage] == 1 else 5
+            parameters += channels * (inputs + height * width)
+            parameters += self.depths[stage] * channels * (projections * channels + 2 * inner)
+            inputs = 4 * channels
         if parameters > MAX_PARAMETERS:
             raise LoadingError(f"the network has {parameters:.1e} weights; the maximum is {MAX_PARAMETERS:.0e}.")
 
@@ -210,13 +246,92 @@ def projection(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tupl
     yield from norm_activation(f"{name}.norm_activation", outputs)
 
 
-def read_architecture(config: dict) -> Architecture:
+def check_range(field: str, numbers: list) -> None:
+    """
+    Raises:
+        LoadingError: a number of a field has another type than in BinaryViTConfig, or is not in its range.
+    """
+    least, most = RANGES[field]
+    if len(numbers) > MAX_LIST_LENGTH:
+        raise LoadingError(f"{field} has {len(numbers)} values; the maximum is {MAX_LIST_LENGTH}.")
+    # The comparisons also refuse NaN. The type of true is bool.
+    if not all(type(number) in TYPES.get(field, (int,)) and least <= number <= most for number in numbers):
+        raise LoadingError(
+            f"{field} must be from {least:g} to {most:g}, not {numbers if numbers[1:] else numbers[0]!r}."
+        )
+
+
+def check_training_fields(config: dict) -> None:
+    """
+    Check fields that do not decide the outputs, because BinaryViTConfig refuses a damaged one.
+
+    Raises:
+        LoadingError: a number is not in its range.
+    """
+    for field in TRAINING_FIELDS:
+        if field in config:
+            check_range(field, [config[field]])
+    for field in PROBABILITIES:
+        value = config.get(field, 0)
+        if type(value) not in (float, int) or not 0 <= value < 1:
+            raise LoadingError(f"{field} must be a probability below 1, not {value!r}.")
+
+
+def check_settings(config: dict) -> None:
+    """
+    Raises:
+        UnsupportedModelError: a setting of transformers has a value that the runtime does not know.
+    """
+    wrong = [
+        field
+        for field, known in SETTINGS.items()
+        # Python takes 0 for false.
+        if field in config and not any(type(config[field]) is type(k) and config[field] == k for k in known)
+    ]
+    version, architectures, label2id = (config.get(n) for n in ("transformers_version", "architectures", "label2id"))
+    if not (version is None or isinstance(version, str)):
+        wrong.append("transformers_version")
+    if not (architectures is None or (isinstance(architectures, list) and has_type(architectures, str))):
+        wrong.append("architectures")
+    if not (
+        label2id is None or (isinstance(label2id, dict) and any(has_type(label2id.values(), t) for t in (int, str)))
+    ):
+        wrong.append("label2id")
+    if wrong:
+        raise UnsupportedModelError(f"its config has {wrong[0]}={config[wrong[0]]!r}")
+
+
+def has_type(values: Iterable, kind: type) -> bool:
+    return all(type(value) is kind for value in values)
+
+
+def check_packing(packing) -> None:
+    """
+    Check the quantization_config of a packed model.
+
+    Raises:
+        LoadingError: a field is wrong.
+    """
+    if not isinstance(packing, dict) or packing.get("quant_method") != QUANT_METHOD:
+        raise LoadingError(f"quant_method of the quantization_config must be {QUANT_METHOD!r}.")
+    if not isinstance(packing.get("half", False), bool):
+        raise LoadingError(f"half of the quantization_config must be true or false, not {packing['half']!r}.")
+    unknown = min(packing.keys() - {"quant_method", "half"}, default=None)
+    if unknown is not None:
+        raise LoadingError(f"A quantization_config of {QUANT_METHOD!r} has no {unknown!r}; it has 'half'.")
+
+
+def read_architecture(config: Any) -> Architecture:
     """
     The network of a config.json.
 
+    Args:
+        config: the content of the file.
+
     Raises:
-        UnsupportedModelError: it is a model that only PyTorch computes.
-        LoadingError: the fields do not describe a network.
+        UnsupportedModelError: it is a model that only PyTorch computes, or a setting is not supported. The message names
+            the field.
+        LoadingError: the fields do not describe a network. The message names the field.
     """
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise LoadingError("config.json is not a JSON object with the name of a model type ('model_type').")
@@ -225,16 +340,26 @@ def read_architecture(config: dict) -> Architecture:
     packing = config.get("quantization_config")
     if packing is None:
         raise UnsupportedModelError("its weights are not packed (`binaryvit pack` packs them)")
-    if not isinstance(packing, dict) or packing.get("quant_method") != QUANT_METHOD:
-        raise LoadingError(f"quant_method of the quantization_config must be {QUANT_METHOD!r}.")
+    check_packing(packing)
     for field in ("weight_bits", "input_bits"):
-        if config.get(field, 1) != 1:
+        if type(config.get(field, 1)) is not int or config.get(field, 1) != 1:
             raise UnsupportedModelError(f"its {field} is {config[field]!r}, and the engine multiplies single bits")
-    dtype = config.get("dtype", config.get("torch_dtype"))
-    if dtype not in (None, "float32"):
+    # Without a dtype, transformers computes in the dtype of the file, which may be float16.
+    dtype = config.get("torch_dtype") if config.get("dtype") is None else config["dtype"]
+    if dtype != "float32":
         raise UnsupportedModelError(f"its dtype is {dtype!r}, not 'float32'")
+    check_settings(config)
+    check_training_fields(config)
     known = [field.name for field in fields(Architecture)]
-    return Architecture(**{name: config[name] for name in known if name in config})
+    architecture = Architecture(**{name: config[name] for name in known if name in config})
+    for field, value in (
+        ("num_hidden_layers", sum(architecture.depths)),
+        ("hidden_size", architecture.hidden_sizes[-1]),
+    ):
+        if config.get(field, value) != value:
+            raise LoadingError(f"{field} must be {value}, not {config[field]!r}.")
+    architecture.check_size(len(read_labels(config)))
+    return architecture
 
 
 def read_labels(config: dict) -> list[str]:
@@ -243,12 +368,13 @@ def read_labels(config: dict) -> list[str]:
 
     Raises:
         LoadingError: they are not labels.
+        UnsupportedModelError: num_labels is not the number of labels in id2label.
     """
-    id2label, number = config.get("id2label"), config.get("num_labels")
-    if number is not None and not (isinstance(number, int) and 1 <= number <= MAX_LABELS):
+    id2label, number = config.get("id2label"), config.get("num_labels", 2)
+    if not isinstance(number, int) or not 1 <= number <= MAX_LABELS:
         raise LoadingError(f"num_labels must be a whole number from 1 to {MAX_LABELS}, not {number!r}.")
     if id2label is None:
-        return [f"LABEL_{index}" for index in range(number or 2)]
+        id2label = {str(index): f"LABEL_{index}" for index in range(number)}
     if not isinstance(id2label, dict) or not 1 <= len(id2label) <= MAX_LABELS:
         raise LoadingError(f"id2label must map numbers to labels, from 1 to {MAX_LABELS} of them.")
     if set(id2label) != {str(index) for index in range(len(id2label))}:
@@ -256,6 +382,10 @@ def read_labels(config: dict) -> list[str]:
     labels = [id2label[str(index)] for index in range(len(id2label))]
     if not all(isinstance(label, (str, int)) for label in labels):
         raise LoadingError("The labels of id2label must be text.")
+    if config.get("num_labels", len(labels)) != len(labels):
+        raise UnsupportedModelError(f"its config has num_labels={number} and {len(labels)} labels in id2label")
+    if len(labels) == 1 and config.get("problem_type") == "single_label_classification":
+        raise LoadingError("problem_type is 'single_label_classification', but there is a single label.")
     return labels
 
 

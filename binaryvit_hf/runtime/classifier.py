@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,18 +21,27 @@ from .checkpoint import PREFIX, checkpoint_files, load_tensors
 from .engine.preprocessing import Preprocessor
 from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
 from .image_files import ImageFile, list_images
-from .pixels import describe_unreadable, is_transparent, open_picture, read_background, to_rgb
+from .pixels import describe_unreadable, is_transparent, normalize_colour, open_picture, read_background, to_rgb
 from .resources import shipped_models
 from .sources import fetch
 
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 NESTED_PROCESSOR = "processor_config.json"  # transformers prefers an image processor in it
+ADAPTER = "adapter_config.json"  # of PEFT, which changes what transformers computes
 ENGINE_VARIABLE, TORCH = "BINARYVIT_ENGINE", "torch"
 MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised picture; without normalisation, values go up to 255
+MAX_RESIZED = 2**14  # pixels of a side before the crop
+MAX_THREADS = 1024
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
 Picture: TypeAlias = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
+# Held while a Pillow image or file object of the user is decoded, which changes it: other threads may have it too.
+DECODING_LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=DECODING_LOCK.acquire, after_in_parent=DECODING_LOCK.release, after_in_child=DECODING_LOCK.release
+    )
 
 
 @dataclass
@@ -108,8 +118,8 @@ class Classifier:
             UserError: there is no such model, or it is damaged. The message says why.
         """
         name = os.fspath(name)
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise UserError(f"threads must be a whole number, 1 or more, not {threads!r}.")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+            raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}.")
         kernels = choose_kernels()
 
         def load(source: str) -> "Classifier":
@@ -137,26 +147,34 @@ class Classifier:
         Classify one picture, several, or a folder.
 
         Args:
-            images: a file, an open binary file, a Pillow image or an array, uint8 `(height, width, 3)` in RGB; or a
-                folder; or any iterable of these, which is read as the answers need it.
-            top_k: number of labels for each picture.
-            background: the colour to put behind transparent pixels, `None` to drop transparency. Default: the model's.
+            images: one picture, a folder, or any iterable of pictures, which is read as the answers need it. A picture is
+
+                - the path of a file,
+                - an open binary file, which stays open,
+                - a Pillow image, which stays open,
+                - an array, uint8, `(height, width)` in grey, `(height, width, 3)` in RGB or `(height, width, 4)` in RGBA.
+            top_k: number of labels for each picture; all labels if the model has fewer.
+            background: the colour to put behind transparent pixels, such as `white` or `#ffcc00`, or `None` to drop
+                transparency. Default: the model's, from its training.
 
         Returns:
             For one picture, a list of labels with their scores, best first: `[{"label": "cat", "score": 0.98}, …]`. For
             several, a list of such lists, in their order; for a folder, in the order of its sorted files.
 
         Raises:
-            UserError: a file cannot be read, or an array has another shape or dtype.
+            UserError: a picture cannot be read, a folder has no pictures, or an argument is wrong. The message names the
+                file, or the number of the picture, from 0.
+            Exception: the iterable raised it.
         """
+        single = not is_iterable_of_pictures(images)
+        pictures = cast("Iterable[Picture | ImageFile]", [images] if single else images)
         if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
-            images = [file.name for file in list_images([os.fspath(images)])[0]]
-        single = isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)) or hasattr(images, "read")
-        pictures = cast("Iterable[Picture]", [images] if single else images)
+            single, pictures = False, list_images([str(Path(images))])[0]
         answers: list[list[dict]] = []
-        for answer in self.stream(pictures, top_k, background):
+        for number, answer in enumerate(self.stream(pictures, top_k, background)):
             if answer.labels is None:
-                raise UserError(answer.error or "")
+                error = answer.error or ""
+                raise UserError(error if single or repr(answer.image) in error else f"Picture {number}: {error}")
             answers.append(answer.labels)
         return answers[0] if single else answers
 
@@ -166,14 +184,30 @@ class Classifier:
         """
         Yield the answer to each picture, in their order. A picture that cannot be read has an answer with an `error`.
 
-        Pictures are read ahead, `LOOKAHEAD` for each thread; all threads decode, preprocess and compute at once.
+        Pictures are read ahead, `LOOKAHEAD` for each thread; all threads decode, preprocess and compute at once. The
+        thread that reads the answers also reads the iterable.
 
         Args: see `__call__`.
+
+        Raises:
+            UserError: an argument is wrong; or, while the answers are read, the model's logits are not finite.
+            Exception: while the answers are read, the iterable raised it. Answers that wait are lost.
         """
-        if top_k < 1:
-            raise UserError(f"top_k is the number of labels, 1 or more, not {top_k}.")
-        background = self.background if background == "model's" else background
-        iterator = iter(images)
+        if type(top_k) is not int or top_k < 1:
+            raise UserError(f"top_k is the number of labels, 1 or more, not {top_k!r}.")
+        if background == "model's":
+            background = self.background
+        elif background is not None:
+            try:
+                background = normalize_colour(background)
+            except ValueError as error:
+                raise UserError(f"background must be None or {error}.") from error
+        if not is_iterable_of_pictures(images):
+            raise UserError(f"stream takes an iterable of pictures, not a single {type(images).__name__}.")
+        return self.answers(iter(images), top_k, background)
+
+    def answers(self, iterator: Iterator[Picture | ImageFile], top_k: int, background: str | None) -> Iterator[Answer]:
+        """See `stream`."""
         first = list(itertools.islice(iterator, 2))
         if len(first) < 2 or self.threads == 1:
             for image in itertools.chain(first, iterator):
@@ -229,28 +263,49 @@ class Classifier:
 
     def read(self, image: Picture, answer: Answer, background: str | None) -> Image.Image:
         """Decode a picture to RGB. Sets `answer.transparent`."""
-        if isinstance(image, np.ndarray):
-            if (
-                image.dtype != np.uint8
-                or image.ndim not in (2, 3)
-                or (image.ndim == 3 and image.shape[2] not in (3, 4))
-            ):
-                raise UserError(
-                    f"An array must be uint8, (height, width) or (height, width, 3 or 4), not {image.dtype} {image.shape}."
-                )
-            image = Image.fromarray(image)
-        elif not (isinstance(image, (str, os.PathLike, Image.Image)) or hasattr(image, "read")):
-            kinds = "a file, an open binary file, a Pillow image or an array"
-            raise UserError(f"A picture must be {kinds}, not {type(image).__name__}.")
-        with contextlib.nullcontext(image) if isinstance(image, Image.Image) else open_picture(image) as picture:
+        is_shared = isinstance(image, Image.Image) or hasattr(image, "read")
+        with DECODING_LOCK if is_shared else contextlib.nullcontext(), open_input(image) as picture:
             answer.transparent = is_transparent(picture)
             return to_rgb(picture, background)
+
+
+def is_iterable_of_pictures(images: Any) -> bool:
+    is_picture = isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)) or hasattr(images, "read")
+    return isinstance(images, Iterable) and not is_picture
+
+
+def open_input(image: Picture) -> contextlib.AbstractContextManager[Image.Image]:
+    """
+    A context that closes what it opened, and leaves open what the user opened.
+
+    Raises:
+        UserError: it is no picture, a URL, or an array of another shape or dtype.
+        Exception: Pillow cannot open it.
+    """
+    if isinstance(image, Image.Image):
+        return contextlib.nullcontext(image)
+    if isinstance(image, np.ndarray):
+        is_grey, is_coloured = image.ndim == 2, image.ndim == 3 and image.shape[2] in (3, 4)
+        if image.dtype != np.uint8 or not (is_grey or is_coloured) or image.size == 0:
+            raise UserError(
+                "An array must be uint8, (height, width) or (height, width, 3 or 4), both from 1, not "
+                f"{image.dtype} {image.shape}."
+            )
+        return Image.fromarray(image)
+    if not (isinstance(image, (str, os.PathLike)) or hasattr(image, "read")):
+        kinds = "a file, an open binary file, a Pillow image or an array"
+        raise UserError(f"A picture must be {kinds}, not {type(image).__name__}.")
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        raise UserError(f"{image!r} is a URL: download the picture first.")
+    return open_picture(image)
 
 
 def read_classifier(folder: Path, name: str, kernels: str, threads: int) -> Classifier:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"it has no {CONFIG}")
     with named_errors(f"The config of {name!r} cannot be loaded", name):
+        if (folder / ADAPTER).exists():
+            raise UnsupportedModelError(f"it has an adapter ({ADAPTER})")
         config = read_json(folder / CONFIG)
         architecture, labels = read_architecture(config), read_labels(config)
         to_scores = score_function(config, len(labels))
@@ -310,6 +365,11 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
     """
     if not isinstance(fields, dict):
         raise LoadingError("it is not a JSON object.")
+    for field in ("size", "crop_size", "pad_size"):
+        value = fields.get(field)
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any(isinstance(number, (int, float)) and number > MAX_RESIZED for number in numbers):
+            raise LoadingError(f"{field} must be from 1 to {MAX_RESIZED}, not {value}.")
     try:
         preprocessor = Preprocessor(fields)
     except ValueError as error:
@@ -342,7 +402,8 @@ def score_function(config: dict, labels: int) -> Callable[[np.ndarray], np.ndarr
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-logits))
+    with np.errstate(over="ignore"):  # the score of a large negative logit is 0
+        return 1.0 / (1.0 + np.exp(-logits))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -387,7 +448,7 @@ def local_folder(source: str, token: str | None, revision: str | None, cache_dir
         raise LoadingError(
             f"There is no folder {source!r}, and models of the Hub need 'huggingface_hub': pip install huggingface_hub."
         ) from error
-    patterns = [CONFIG, PROCESSOR, NESTED_PROCESSOR, "model*.safetensors", "model.safetensors.index.json"]
+    patterns = [CONFIG, PROCESSOR, NESTED_PROCESSOR, ADAPTER, "model*.safetensors", "model.safetensors.index.json"]
     return Path(
         snapshot_download(source, token=token, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
     )
@@ -400,4 +461,4 @@ def available_cpus() -> int:
 def describe_picture(image: Picture) -> str:
     if hasattr(image, "read"):
         return "picture"  # a server sends it to its client, to whom the type of the file object says nothing
-    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"a picture ({type(image).__name__})"
+    return str(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else f"a picture ({type(image).__name__})"

@@ -83,7 +83,8 @@ def to_rgb(picture: Image.Image, background: str | None = None) -> Image.Image:
     - 16-bit grey values are divided by 257. 32-bit and float values are scaled by their range (see `to_8_bits`).
     - All other modes use Pillow's `convert("RGB")`. Transparency is dropped, or composited on `background`.
 
-    transformers' pipelines differ in one point: they clip values above 255.
+    transformers' pipelines differ in two points: they clip values above 255, and put a single transparent colour, of a
+    palette or of RGB, on white.
 
     Args:
         background: a colour, such as `white` or `#ffcc00`.
@@ -101,7 +102,12 @@ def to_rgb(picture: Image.Image, background: str | None = None) -> Image.Image:
         picture.info = transparency  # without the orientation, which no longer applies
     if background is not None and may_be_transparent(picture):
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    if "transparency" in picture.info:  # a colour, which transformers' image processors would replace by white
+        picture = picture.copy()
+        del picture.info["transparency"]
+    return picture
 
 
 def find_orientation(picture: Image.Image) -> int:

@@ -1,0 +1,294 @@
+"""config.json: the runtime reads it as transformers does, and refuses what transformers refuses."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny import class_token_config, tiny_config
+
+from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification
+from binaryvit_hf.network import configuration_binaryvit
+from binaryvit_hf.network.packing_binaryvit import expect_packed_layers
+from binaryvit_hf.network.quantization_binaryvit import (
+    CONFIG_FIELDS,
+    BinaryViTQuantizationConfig,
+    check_quantization_config,
+)
+from binaryvit_hf.network.quantization_binaryvit import packed_shapes as shapes_of_model
+from binaryvit_runtime import architecture as runtime
+from binaryvit_runtime.architecture import Architecture, read_architecture, read_labels
+from binaryvit_runtime.checkpoint import PREFIX, packed_shapes
+from binaryvit_runtime.errors import LoadingError, UnsupportedModelError
+
+
+PACKED = {"model_type": "binaryvit", "dtype": "float32", "quantization_config": {"quant_method": "binaryvit"}}
+
+
+def config_json(config: BinaryViTConfig) -> dict:
+    return {**json.loads(config.to_json_string(use_diff=False)), **PACKED}
+
+
+TINY = config_json(tiny_config())
+
+
+def by_transformers(fields: dict) -> BinaryViTConfig | None:
+    """The config that transformers makes of a config.json, or `None` if it refuses."""
+    fields = json.loads(json.dumps(fields))
+    try:
+        config = BinaryViTConfig.from_dict(fields)
+        check_quantization_config(config.quantization_config)
+        BinaryViTQuantizationConfig.from_dict(config.quantization_config)
+    except Exception:  # the checks of a config raise errors of several kinds
+        return None
+    return config
+
+
+def by_runtime(fields: dict) -> tuple[Architecture, list[str]] | None:
+    """
+    What the runtime reads from a config.json, or `None` if it refuses.
+
+    Raises:
+        UnsupportedModelError: PyTorch decides.
+    """
+    fields = json.loads(json.dumps(fields))
+    try:
+        return read_architecture(fields), read_labels(fields)
+    except UnsupportedModelError:
+        raise
+    except LoadingError as error:
+        assert len(str(error).splitlines()) == 1
+        return None
+
+
+def assert_same(fields: dict) -> None:
+    expected = by_transformers(fields)
+    try:
+        actual = by_runtime(fields)
+    except UnsupportedModelError:
+        return
+    assert (actual is None) == (expected is None)
+    if actual is not None:
+        architecture, labels = actual
+        assert labels == [expected.id2label[index] for index in range(expected.num_labels)]
+        assert architecture.grid_sizes == expected.grid_sizes
+        for field in CONFIG_FIELDS:
+            assert getattr(architecture, field) == getattr(expected, field), field
+
+
+def test_fields_defaults_and_ranges_are_those_of_the_config():
+    known = {field.name: field.default for field in fields(Architecture)}
+    assert tuple(known) == CONFIG_FIELDS
+    assert known == {field.name: field.default for field in fields(BinaryViTConfig) if field.name in known}
+    assert runtime.RANGES == configuration_binaryvit.RANGES
+    assert runtime.PER_STAGE == configuration_binaryvit.PER_STAGE_FIELDS
+    assert runtime.PROBABILITIES == configuration_binaryvit.PROBABILITIES
+    for bound in ("MAX_LIST_LENGTH", "MAX_LAYERS", "MAX_LABELS", "MAX_PARAMETERS", "MAX_ACTIVATIONS"):
+        assert getattr(runtime, bound) == getattr(configuration_binaryvit, bound)
+
+
+def test_a_config_with_defaults_is_read():
+    assert read_architecture(PACKED) == Architecture()
+    assert read_labels(PACKED) == ["LABEL_0", "LABEL_1"]
+
+
+SIZES = st.sampled_from([8, 16, 32])
+
+
+@st.composite
+def networks(draw) -> BinaryViTConfig:
+    """Valid configs of small networks."""
+    stages = draw(st.integers(1, 3))
+    hidden_sizes = [8]
+    for _ in range(stages - 1):
+        hidden_sizes.append(hidden_sizes[-1] * draw(st.sampled_from([1, 2])))
+    use_class_token = stages == 1 and draw(st.booleans())
+    patch_size = draw(st.sampled_from([1, 2, (2, 1), 4]))
+    height, width = configuration_binaryvit.as_pair(patch_size)
+    tokens = draw(st.tuples(*[st.sampled_from([2 ** (stages + 1), 3 * 2 ** (stages + 1)])] * 2))
+    return tiny_config(
+        image_size=(tokens[0] * height, tokens[1] * width),
+        patch_size=patch_size,
+        num_channels=draw(st.sampled_from([1, 3])),
+        hidden_sizes=hidden_sizes,
+        depths=draw(st.lists(st.integers(1, 2), min_size=stages, max_size=stages)),
+        num_attention_heads=draw(st.lists(st.sampled_from([1, 2, 8]), min_size=stages, max_size=stages)),
+        intermediate_sizes=[size * draw(st.sampled_from([1, 3])) for size in hidden_sizes],
+        sequence_reduction_ratios=[1 if use_class_token else draw(st.sampled_from([1, 2])) for _ in hidden_sizes],
+        use_class_token=use_class_token,
+        use_stem_norm=draw(st.booleans()),
+        use_layer_scale=draw(st.booleans()),
+        avg_pool_kernel_sizes=[] if use_class_token else draw(st.lists(st.sampled_from([1, 3, 5]), max_size=3)),
+        binarize_patch_embeddings=draw(st.booleans()),
+        num_labels=draw(st.integers(1, 5)),
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(config=networks())
+@example(config=tiny_config())
+@example(config=class_token_config())
+def test_names_shapes_and_dtypes_of_tensors_are_those_of_the_model(config):
+    with torch.device("meta"):
+        model = BinaryViTForImageClassification(config)
+    expect_packed_layers(model)
+    architecture, labels = by_runtime(config_json(config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    backbone = {PREFIX + name: shape for name, shape in architecture.tensors().items()}
+    heads = {"classifier.weight": (len(labels), config.hidden_sizes[-1]), "classifier.bias": (len(labels),)}
+    assert backbone | heads == expected
+    assert packed_shapes(architecture) == shapes_of_model(model)
+
+
+NUMBERS = st.one_of(
+    st.sampled_from(
+        [-1, 0, 1, 2, 3, 4, 5, 8, 16, 24, 32, 64, 200, 201, 2**14, 2**14 + 1, 2**16, 2**18, 2**31, 10**30]
+    ),
+    st.sampled_from([0.0, 1.0, 4.0, 0.1, -0.5, 1e-6, 1e-7, 1e-31, 1e4, 1e6, 1e300, float("nan"), float("inf")]),
+)
+VALUES = st.one_of(
+    NUMBERS,
+    st.sampled_from([None, True, False, "4", "float32", [], [[]], {}, {"0": "ant"}, "many"]),
+    st.lists(NUMBERS, max_size=3),
+    st.lists(st.sampled_from([1, 2, 4, 8, 16, True, None, "4", [4]]), min_size=2, max_size=2),
+    st.just([4] * 17),
+)
+NAMES = sorted(
+    {
+        *(field.name for field in fields(BinaryViTConfig)),
+        *["num_hidden_layers", "hidden_size", "num_labels", "torch_dtype", "quantization_config", "stage_names"],
+        *["output_attentions", "attn_implementation", "out_features", "out_indices", "per_layer_config"],
+    }
+    - {"model_type"}
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(changes=st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=2))
+def test_an_edited_config_is_read_or_refused_as_transformers_does(changes):
+    assert_same(TINY | changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_of_another_type_is_read_or_refused_as_transformers_does(name):
+    for value in [None, True, False, 0, 1, 1.0, "1", 1e-5, float("nan"), [], [1], [8, 16], [8.0, 16.0], {}]:
+        assert_same(TINY | {name: value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": 64},
+        {"image_size": [64]},
+        {"image_size": [64, 64, 64]},
+        {"image_size": [64, 63]},
+        {"patch_size": [4, 8]},
+        {"image_size": 2**14, "patch_size": 1},
+        {"hidden_sizes": [2**16, 2**16], "intermediate_sizes": [2**16, 2**16]},
+        {"hidden_sizes": [16, 8]},
+        {"hidden_sizes": [8, 12]},
+        {"num_attention_heads": [3, 4]},
+        {"intermediate_sizes": [12, 64]},
+        {"depths": [100, 101]},
+        {"depths": [1]},
+        {"avg_pool_kernel_sizes": [2]},
+        {"use_class_token": True},
+        {"num_hidden_layers": 3},
+        {"num_hidden_layers": 4},
+        {"hidden_size": 16},
+        {"hidden_size": 17},
+        {"batch_norm_momentum": 1.5},
+        {"drop_path_rate": 1},
+        {
+            "hidden_sizes": [],
+            "depths": [],
+            "num_attention_heads": [],
+            "intermediate_sizes": [],
+            "sequence_reduction_ratios": [],
+        },
+        {"num_labels": 100_000, "id2label": None, "hidden_sizes": [8, 2**16], "intermediate_sizes": [16, 2**16]},
+        {"num_labels": 100_001, "id2label": None},
+        {"quantization_config": {"quant_method": "binaryvit", "half": True}},
+        {"quantization_config": {"quant_method": "binaryvit", "half": 1}},
+        {"quantization_config": {"quant_method": "binaryvit", "bits": 4}},
+        {"quantization_config": {"quant_method": "gptq"}},
+    ],
+    ids=str,
+)
+def test_networks_at_the_bounds_are_read_or_refused_as_transformers_does(changes):
+    assert_same(TINY | changes)
+
+
+LABELS = {
+    "none": {"id2label": None},
+    "a number": {"id2label": None, "num_labels": 4},
+    "one": {"id2label": None, "num_labels": 1},
+    "one of a single choice": {"id2label": {"0": "ant"}, "problem_type": "single_label_classification"},
+    "another number": {"id2label": {"0": "ant", "1": "bee"}, "num_labels": 3},
+    "no number": {"id2label": {"0": "ant", "1": "bee"}, "num_labels": None},
+    "the same number": {"id2label": {"0": "ant", "1": "bee"}, "num_labels": 2},
+    "duplicates": {"id2label": {"0": "ant", "1": "ant"}},
+    "in another order": {"id2label": {"1": "bee", "0": "ant"}},
+    "numbers": {"id2label": {"0": 7, "1": 8}},
+    "truth": {"id2label": {"0": True, "1": False}},
+    "null": {"id2label": {"0": None}},
+    "a gap": {"id2label": {"0": "ant", "2": "bee"}},
+    "leading zeros": {"id2label": {"00": "ant"}},
+    "a list": {"id2label": ["ant", "bee"]},
+    "empty": {"id2label": {}},
+    "empty names": {"id2label": {"0": "", "1": "ü\n"}},
+    "label2id of others": {"id2label": {"0": "ant"}, "label2id": {"bee": 3}},
+    "label2id of text": {"label2id": {"ant": "0"}},
+    "label2id of both": {"label2id": {"ant": "0", "bee": 1}},
+    "label2id as a list": {"label2id": ["ant"]},
+    "unknown problem": {"problem_type": "guessing"},
+    "regression": {"problem_type": "regression"},
+    "many labels": {"problem_type": "multi_label_classification"},
+}
+
+
+@pytest.mark.parametrize("changes", LABELS.values(), ids=LABELS)
+def test_labels_are_those_of_transformers(changes):
+    assert_same({name: value for name, value in TINY.items() if name != "label2id"} | changes)
+
+
+UNSUPPORTED = [
+    ({"weight_bits": 2}, "weight_bits is 2"),
+    ({"weight_bits": 1.0}, "weight_bits is 1.0"),
+    ({"input_bits": 32}, "input_bits is 32"),
+    ({"dtype": "float16"}, "dtype is 'float16'"),
+    ({"dtype": None}, "dtype is None"),  # transformers takes the dtype of the file
+    ({"dtype": None, "torch_dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+    ({"model_type": "vit"}, "model_type is 'vit'"),
+    ({"quantization_config": None}, "not packed"),
+    ({"return_dict": False}, "return_dict=False"),
+    ({"output_hidden_states": True}, "output_hidden_states=True"),
+    ({"output_attentions": True}, "output_attentions=True"),
+    ({"attn_implementation": "eager"}, "attn_implementation='eager'"),
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors'"),
+    ({"configuration_files": ["config.5.0.0.json"]}, "configuration_files="),
+    ({"out_features": ["stem"]}, "out_features="),
+    ({"problem_type": "guessing"}, "problem_type='guessing'"),
+]
+
+
+@pytest.mark.parametrize("changes, words", UNSUPPORTED, ids=[words for _, words in UNSUPPORTED])
+def test_what_only_pytorch_computes_is_refused_by_name(changes, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        read_architecture(TINY | changes)
+
+
+def test_the_dtype_may_have_its_old_name():
+    old = {name: value for name, value in TINY.items() if name != "dtype"} | {"torch_dtype": "float32"}
+    assert read_architecture(old) == read_architecture(TINY)
+    assert read_architecture(TINY | {"torch_dtype": "float16"}) == read_architecture(TINY)
+
+
+@pytest.mark.parametrize(
+    "config", [[], 5, None, "binaryvit", {}, {"model_type": 5}, {"model_type": ["binaryvit"]}], ids=str
+)
+def test_a_config_without_a_model_type_is_damaged(config):
+    with pytest.raises(LoadingError, match="model_type"):
+        read_architecture(config)
