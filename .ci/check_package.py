@@ -59,6 +59,7 @@ def check_runtime(wheel: Path, environment: Path) -> None:
         environment / "bin" / "pip", "install", "-q", "--no-deps", "--no-compile", wheel, *packages, folder=environment
     )
     added = (bytes_of(environment) - before) / 10**6
+    sys.stdout.write(f"The runtime takes {added:.0f} MB.\n")
     if added > MOST_MEGABYTES:
         sys.exit(f"The runtime takes {added:.0f} MB; the maximum is {MOST_MEGABYTES}.")
     example = ROOT / "model_cards" / "binaryvit-digits" / "example.png"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from pictures import write_pictures
-from readme import OF_ONNX, OF_THE_HUB, README, SNIPPETS
+from PIL import Image
+from readme import OF_ONNX, OF_THE_HUB, README, SNIPPETS, snippet_with
 from tiny import tiny_config, tiny_model
 from transformers import AutoConfig
 
@@ -20,8 +21,11 @@ from binaryvit_hf.training.unused_arguments import find_unused
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
-    """`outputs/photos` of a tiny network, as a run writes it."""
+    """`outputs/photos` of a tiny network, as a run writes it, and the `photos`."""
     root = tmp_path_factory.mktemp("readme")
+    for picture in ("photos/ant/1.jpg", "photos/bee/2.jpg"):
+        (root / picture).parent.mkdir(parents=True)
+        Image.new("RGB", (80, 70), "green").save(root / picture)
     config = tiny_config(image_size=64, sequence_reduction_ratios=[8, 4])
     ShippedModel(tiny_model(config)).save_pretrained(root / "outputs" / "photos")
     create_image_processor(config, crop_pct=0.875).save_pretrained(root / "outputs" / "photos")
@@ -38,11 +42,6 @@ def run(snippet: str) -> dict:
 def test_a_snippet_runs(snippet, outputs, monkeypatch):
     monkeypatch.chdir(outputs)
     run(snippet)
-
-
-def snippet_with(words: str) -> str:
-    [snippet] = [snippet for snippet in SNIPPETS if words in snippet]
-    return snippet
 
 
 def test_model_and_image_processor_are_loaded_at_the_same_size(outputs, monkeypatch):

@@ -1,0 +1,142 @@
+"""One classifier in many threads, in forks, in an event loop and in other processes: the answers are those of one thread."""
+
+import asyncio
+import contextlib
+import copy
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from binaryvit_runtime import Classifier, UserError, pixels
+from binaryvit_runtime.resources import shipped_models
+
+
+PICTURES = [np.random.default_rng(seed).integers(0, 256, (30 + seed, 40, 3), np.uint8) for seed in range(10)]
+FORKS = 20
+HANGS = 3  # seconds
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier.from_pretrained("binaryvit-digits", threads=2)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list:
+    return Classifier.from_pretrained("binaryvit-digits", threads=1)(PICTURES)
+
+
+def assert_fork_succeeds(check) -> None:
+    """`check()` is true in a fork, which does not hang."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            code = 0 if check() else 2
+        os._exit(code)
+    deadline = time.monotonic() + HANGS
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise AssertionError("the forked process hangs")
+        time.sleep(0.001)
+    assert ended[1] == 0
+
+
+@forks
+def test_a_process_forks_while_its_threads_classify(classifier, expected):
+    stop, wrong = threading.Event(), []
+
+    def classify() -> None:
+        while not stop.is_set():
+            if classifier(PICTURES[0]) != expected[0]:
+                wrong.append("a thread of the parent process")
+
+    threads = [threading.Thread(target=classify) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(FORKS):
+            assert_fork_succeeds(lambda: classifier(PICTURES[:3]) == expected[:3])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@forks
+def test_a_process_forks_while_a_thread_opens_a_huge_picture(tmp_path, monkeypatch):
+    """Pillow's limit is disabled meanwhile. The fork has the limit, and opens huge pictures, too."""
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    opened, limit = Image.open, Image.MAX_IMAGE_PIXELS
+    is_open = threading.Event()
+
+    def open_slowly(source):
+        if Image.MAX_IMAGE_PIXELS is None:
+            is_open.set()
+            time.sleep(0.2)
+        return opened(source)
+
+    def is_refused() -> bool:
+        with contextlib.suppress(Image.DecompressionBombError):
+            pixels.open_picture(tmp_path / "huge.png")
+            return False
+        return limit == Image.MAX_IMAGE_PIXELS
+
+    monkeypatch.setattr(Image, "open", open_slowly)
+    thread = threading.Thread(target=is_refused)
+    thread.start()
+    is_open.wait(HANGS)
+    assert_fork_succeeds(is_refused)
+    thread.join()
+
+
+def test_many_threads_share_a_classifier(classifier, expected):
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(classifier, PICTURES * 10)) == expected * 10
+
+
+def test_an_event_loop_classifies_in_its_executor(classifier, expected):
+    async def classify() -> list:
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(None, classifier, picture) for picture in PICTURES))
+
+    assert asyncio.run(classify()) == expected
+
+
+def test_a_spawned_process_gets_a_classifier(classifier, expected):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(classifier, [PICTURES]) == expected
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_is_loaded_from_the_same_folder(duplicate, expected, tmp_path, monkeypatch):
+    copytree(shipped_models()["binaryvit-digits"], tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    classifier = Classifier.from_pretrained("digits", threads=2)
+    monkeypatch.chdir("/")
+    same = duplicate(classifier)
+    assert same.threads == 2
+    assert same(PICTURES) == expected
+
+
+def test_a_pickle_of_a_deleted_model_is_refused_by_name(tmp_path):
+    copytree(shipped_models()["binaryvit-digits"], tmp_path / "digits")
+    pickled = pickle.dumps(Classifier.from_pretrained(tmp_path / "digits"))
+    Path(tmp_path / "digits").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"digits.* cannot be loaded"):
+        pickle.loads(pickled)
