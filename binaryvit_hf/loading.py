@@ -219,8 +219,6 @@ def check_fields(fields: dict) -> None:
     Raises:
         LoadingError: a config.json has no model type, or a field above its bound.
     """
-    if fields == {}:  # also transformers' answer for a folder without the file
-        raise LoadingError("it has no config.json, or an empty one.")
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise LoadingError("config.json is not a JSON object with the name of a model type ('model_type').")
     check_labels(fields.get("id2label"), fields.get("num_labels"))
