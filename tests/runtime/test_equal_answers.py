@@ -3,21 +3,19 @@
 import contextlib
 import gzip
 import io
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from packed_model import edit_json, save_packed
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from tiny import class_token_config, tiny_config, tiny_model
+from tiny import class_token_config, tiny_config
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER
-from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_hf.network.quantization_binaryvit import BinaryViTQuantizationConfig
 from binaryvit_hf.pixels import open_picture, to_rgb
 from binaryvit_runtime import Classifier
 from binaryvit_runtime.engine import kernels_here
@@ -26,21 +24,6 @@ from binaryvit_runtime.resources import shipped_models
 
 
 pytestmark = pytest.mark.skipif(not kernels_here(), reason="the engine was not built")
-
-
-def save_packed(folder, config=None, half=False, **options):
-    """Save a tiny packed model and its image processor to `folder`."""
-    model = tiny_model(config)
-    model.save_pretrained(folder / "latent")
-    packing = BinaryViTQuantizationConfig(half=half)
-    packed = AutoModelForImageClassification.from_pretrained(folder / "latent", quantization_config=packing)
-    packed.save_pretrained(folder / "packed", **options)
-    create_image_processor(model.config, crop_pct=1.0).save_pretrained(folder / "packed")
-    return folder / "packed"
-
-
-def edit_json(file, **changes) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def load_pipeline(folder):
