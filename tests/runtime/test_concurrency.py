@@ -6,12 +6,14 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from shutil import copytree
 
 import numpy as np
 import pytest
@@ -105,6 +107,53 @@ def test_a_process_forks_while_a_thread_opens_a_huge_picture(tmp_path, monkeypat
     thread.join()
 
 
+# Replaces C++'s `operator new`. In a thread that asks for it, an allocation of 8 bytes takes long: the engine's list of
+# idle workspaces grows by one pointer, and is locked meanwhile.
+SLOW_ALLOCATION = """
+#include <stdlib.h>
+#include <unistd.h>
+static __thread int is_slow;
+static volatile int has_begun;
+void be_slow(void) { is_slow = 1; }
+int begun(void) { return has_begun; }
+void *_Znwm(size_t size) {
+    if (is_slow && size == sizeof(void *)) {
+        has_begun = 1;
+        usleep(300000);
+    }
+    return malloc(size ? size : 1);
+}
+"""
+FORKING_WHILE_THE_ENGINE_HOLDS_A_LOCK = """
+import ctypes, os, signal, sys, threading
+import numpy as np
+from binaryvit_runtime import Classifier
+
+library = ctypes.CDLL(sys.argv[1])
+classifier, picture = Classifier.from_pretrained("binaryvit-digits", threads=1), np.zeros((32, 32, 3), np.uint8)
+thread = threading.Thread(target=lambda: (library.be_slow(), classifier(picture)))
+thread.start()
+while not library.begun():
+    pass
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    classifier(picture)
+    os._exit(0)
+thread.join()
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def test_a_process_forks_while_another_thread_holds_the_lock_of_the_engine(tmp_path):
+    (tmp_path / "slow.c").write_text(SLOW_ALLOCATION)
+    library = str(tmp_path / "slow.so")
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "slow.c", "-o", library], check=True)
+    command = [sys.executable, "-c", FORKING_WHILE_THE_ENGINE_HOLDS_A_LOCK, library]
+    subprocess.run(command, env=os.environ | {"LD_PRELOAD": library}, check=True, timeout=60)
+
+
 def test_many_threads_share_a_classifier(classifier, expected):
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(classifier, PICTURES * 10)) == expected * 10
@@ -125,7 +174,7 @@ def test_a_spawned_process_gets_a_classifier(classifier, expected):
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_is_loaded_from_the_same_folder(duplicate, expected, tmp_path, monkeypatch):
-    copytree(shipped_models()["binaryvit-digits"], tmp_path / "digits")
+    shutil.copytree(shipped_models()["binaryvit-digits"], tmp_path / "digits")
     monkeypatch.chdir(tmp_path)
     classifier = Classifier.from_pretrained("digits", threads=2)
     monkeypatch.chdir("/")
@@ -135,7 +184,7 @@ def test_a_copy_is_loaded_from_the_same_folder(duplicate, expected, tmp_path, mo
 
 
 def test_a_pickle_of_a_deleted_model_is_refused_by_name(tmp_path):
-    copytree(shipped_models()["binaryvit-digits"], tmp_path / "digits")
+    shutil.copytree(shipped_models()["binaryvit-digits"], tmp_path / "digits")
     pickled = pickle.dumps(Classifier.from_pretrained(tmp_path / "digits"))
     Path(tmp_path / "digits").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"digits.* cannot be loaded"):
