@@ -66,6 +66,7 @@ def check_runtime(wheel: Path, environment: Path) -> None:
     answer = run(environment / "bin" / "binaryvit", "classify", "binaryvit-digits", example, folder=environment)
     if "%" not in answer:
         sys.exit(f"The command does not classify without PyTorch: {answer}")
+    run(environment / "bin" / "binaryvit", "doctor", folder=environment)
     code = "import sys; sys.exit(any(map(__import__('importlib.util').util.find_spec, ('torch', 'transformers'))))"
     run(environment / "bin" / "python", "-c", code, folder=environment)
 
