@@ -1,6 +1,7 @@
 """Classifies pictures with a packed model on the engine, without PyTorch: `Classifier`."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -36,7 +37,7 @@ MAX_THREADS = 1024
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
 Picture: TypeAlias = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
-# Held while a Pillow image or file object of the user is decoded, which changes it: other threads may have it too.
+# Held while a Pillow image of the user is decoded or a file object is read, which changes it: other threads may have it too.
 DECODING_LOCK = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -84,14 +85,16 @@ class Classifier:
         background: str | None,
         threads: int,
         folder: Path,
+        max_pixels: int | None,
     ):
         self.name, self.network, self.head, self.labels, self.to_scores = name, network, head, labels, to_scores
         self.preprocessor, self.background, self.threads = preprocessor, background, threads
-        self.folder = folder.absolute()
+        self.folder, self.max_pixels = folder.absolute(), max_pixels
         self.spare_images: list[np.ndarray] = []
 
     def __reduce__(self):
-        return partial(type(self).from_pretrained, threads=self.threads), (self.folder,)
+        load = partial(type(self).from_pretrained, threads=self.threads, max_pixels=self.max_pixels)
+        return load, (self.folder,)
 
     @classmethod
     def from_pretrained(
@@ -99,6 +102,7 @@ class Classifier:
         name: str | os.PathLike,
         *,
         threads: int | None = None,
+        max_pixels: int | None = None,
         token: str | None = None,
         revision: str | None = None,
         cache_dir: str | None = None,
@@ -111,6 +115,8 @@ class Classifier:
             name: a folder, the name of a model that comes with the package, or an id of the Hub. The Hub needs the package
                 huggingface_hub.
             threads: number of threads to use. Default: the CPUs of this process.
+            max_pixels: files of larger pictures are refused before they are decoded. Default: 134,217,728, which take more
+                than 1 GB of memory.
             token, revision, cache_dir: of the Hub, as for `from_pretrained` of transformers.
             shipped: more names to suggest for a misspelt one.
 
@@ -121,11 +127,13 @@ class Classifier:
         name = os.fspath(name)
         if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
             raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}.")
+        if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 1):
+            raise UserError(f"max_pixels must be a whole number, 1 or more, not {max_pixels!r}.")
         kernels = choose_kernels()
 
         def load(source: str) -> "Classifier":
             folder = local_folder(source, token, revision, cache_dir)
-            return read_classifier(folder, name, kernels, threads or available_cpus())
+            return read_classifier(folder, name, kernels, threads or available_cpus(), max_pixels)
 
         try:
             return fetch(load, name, shipped, cache_dir)
@@ -275,8 +283,10 @@ class Classifier:
 
     def read(self, image: Picture, answer: Answer, background: str | None) -> Image.Image:
         """Decode a picture to RGB. Sets `answer.transparent`."""
-        is_shared = isinstance(image, Image.Image) or hasattr(image, "read")
-        with DECODING_LOCK if is_shared else contextlib.nullcontext(), open_input(image) as picture:
+        if hasattr(image, "read"):
+            image = copy_file(cast("BinaryIO", image))
+        is_shared = isinstance(image, Image.Image)
+        with DECODING_LOCK if is_shared else contextlib.nullcontext(), open_input(image, self.max_pixels) as picture:
             answer.transparent = is_transparent(picture)
             return to_rgb(picture, background)
 
@@ -286,7 +296,15 @@ def is_iterable_of_pictures(images: Any) -> bool:
     return isinstance(images, Iterable) and not is_picture
 
 
-def open_input(image: Picture) -> contextlib.AbstractContextManager[Image.Image]:
+def copy_file(file: BinaryIO) -> io.BytesIO:
+    """The content of a user's file object. The files of several threads, such as uploads, are then decoded at once."""
+    with DECODING_LOCK:
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            file.seek(0)
+        return io.BytesIO(file.read())
+
+
+def open_input(image: Picture, max_pixels: int | None) -> contextlib.AbstractContextManager[Image.Image]:
     """
     A context that closes what it opened, and leaves open what the user opened.
 
@@ -309,10 +327,10 @@ def open_input(image: Picture) -> contextlib.AbstractContextManager[Image.Image]
         raise UserError(f"A picture must be {kinds}, not {type(image).__name__}.")
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         raise UserError(f"{image!r} is a URL: download the picture first.")
-    return open_picture(image)
+    return open_picture(image, max_pixels)
 
 
-def read_classifier(folder: Path, name: str, kernels: str, threads: int) -> Classifier:
+def read_classifier(folder: Path, name: str, kernels: str, threads: int, max_pixels: int | None) -> Classifier:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"it has no {CONFIG}")
     with named_errors(f"The config of {name!r} cannot be loaded", name):
@@ -335,7 +353,7 @@ def read_classifier(folder: Path, name: str, kernels: str, threads: int) -> Clas
         }
         network = engine.Engine(architecture, backbone, kernels)
     head = tuple(np.ascontiguousarray(tensors[f"classifier.{part}"]) for part in ("weight", "bias"))
-    return Classifier(name, network, head, labels, to_scores, preprocessor, background, threads, folder)
+    return Classifier(name, network, head, labels, to_scores, preprocessor, background, threads, folder, max_pixels)
 
 
 @contextlib.contextmanager

@@ -37,12 +37,15 @@ if hasattr(os, "register_at_fork"):  # a forked process gets the lock free and t
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
+def open_picture(source: str | os.PathLike | BinaryIO, max_pixels: int | None = None) -> Image.Image:
     """
     Open a picture. Its header is read, and its pixels are not.
 
+    Args:
+        max_pixels: the largest number of pixels. Default: `MAX_PIXELS`.
+
     Raises:
-        PIL.Image.DecompressionBombError: it has more than `MAX_PIXELS`, or an aspect ratio above `MAX_ASPECT_RATIO`.
+        PIL.Image.DecompressionBombError: it has more than `max_pixels`, or an aspect ratio above `MAX_ASPECT_RATIO`.
         Exception: Pillow cannot open it.
     """
     # Opening a FIFO would wait for a writer.
@@ -54,9 +57,9 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
         picture = open_unlimited(source)
     except UnidentifiedImageError as error:  # its message may contain a memory address
         raise UnidentifiedImageError("it has no format that Pillow knows") from error
-    fault = None
-    if picture.width * picture.height > MAX_PIXELS:
-        fault = f"more than {MAX_PIXELS}; make it smaller, or remove it"
+    fault, most = None, max_pixels or MAX_PIXELS
+    if picture.width * picture.height > most:
+        fault = f"more than {most}; make it smaller, or remove it"
     elif max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
         fault = f"one side more than {MAX_ASPECT_RATIO} times the other; cut it, or remove it"
     if fault is not None:

@@ -290,6 +290,21 @@ def test_another_number_of_threads_is_refused(threads, folder):
         Classifier.from_pretrained(folder, threads=threads)
 
 
+@pytest.mark.parametrize("max_pixels", [0, -1, 1e6, "9", True])
+def test_another_number_of_pixels_is_refused(max_pixels, folder):
+    with pytest.raises(UserError, match="max_pixels must be a whole number"):
+        Classifier.from_pretrained(folder, max_pixels=max_pixels)
+
+
+def test_files_of_pictures_with_more_than_max_pixels_are_refused(folder, files, expected):
+    classifier = Classifier.from_pretrained(folder, max_pixels=30 * 40)
+    assert classifier(files) == expected
+    classifier = Classifier.from_pretrained(folder, max_pixels=30 * 40 - 1)
+    for picture in (files[0], io.BytesIO(files[0].read_bytes())):
+        with pytest.raises(UserError, match="is too large: it has 40 x 30 pixels, more than 1199"):
+            classifier(picture)
+
+
 def test_a_folder_that_cannot_be_written_is_read(folder, arrays, expected, tmp_path):
     import shutil
 

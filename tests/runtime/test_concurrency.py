@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import io
 import multiprocessing
 import os
 import pickle
@@ -154,6 +155,21 @@ def test_a_process_forks_while_another_thread_holds_the_lock_of_the_engine(tmp_p
     subprocess.run(command, env=os.environ | {"LD_PRELOAD": library}, check=True, timeout=60)
 
 
+def test_uploads_are_decoded_at_once(classifier, expected, monkeypatch):
+    uploads, decode, together = [], pixels.to_rgb, threading.Barrier(2, timeout=HANGS)
+    for picture in PICTURES[:2]:
+        Image.fromarray(picture).save(upload := io.BytesIO(), "png")
+        uploads.append(upload)
+
+    def decode_at_once(*arguments):
+        together.wait()
+        return decode(*arguments)
+
+    monkeypatch.setattr("binaryvit_runtime.classifier.to_rgb", decode_at_once)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(classifier, uploads)) == expected[:2]
+
+
 def test_many_threads_share_a_classifier(classifier, expected):
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(classifier, PICTURES * 10)) == expected * 10
@@ -176,10 +192,11 @@ def test_a_spawned_process_gets_a_classifier(classifier, expected):
 def test_a_copy_is_loaded_from_the_same_folder(duplicate, expected, tmp_path, monkeypatch):
     shutil.copytree(shipped_models()["binaryvit-digits"], tmp_path / "digits")
     monkeypatch.chdir(tmp_path)
-    classifier = Classifier.from_pretrained("digits", threads=2)
+    classifier = Classifier.from_pretrained("digits", threads=2, max_pixels=10**6)
     monkeypatch.chdir("/")
     same = duplicate(classifier)
     assert same.threads == 2
+    assert same.max_pixels == 10**6
     assert same(PICTURES) == expected
 
 

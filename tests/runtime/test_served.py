@@ -41,14 +41,24 @@ SNIPPETS = {"uvicorn": "FastAPI()", "gunicorn": "def application"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn needs fork")
 
 
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (30 + seed, 40, 3), np.uint8)
+def png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
+    picture.save(file, "png")
     return file.getvalue()
 
 
-PICTURES = [png(seed) for seed in range(10)]
+def random_png(seed: int) -> bytes:
+    return png(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30 + seed, 40, 3), np.uint8)))
+
+
+PICTURES = [random_png(seed) for seed in range(10)]
+BROKEN = {
+    "no picture": (b"no picture", r"'picture' cannot be read as an image \(.*\)\."),
+    "cut off": (PICTURES[0][:-500], r"'picture' cannot be read as an image \(.*\)\."),
+    "too large": (png(Image.new("1", (9_000, 6_000))), r"'picture' is too large: .* more than 50000000; .*\."),
+    "empty": (b"", r"'picture' cannot be read as an image \(.*\)\."),
+    "absent": (None, r"'picture' cannot be read as an image \(.*\)\.|Send a picture in .*\."),
+}
 
 
 class Server:
@@ -125,11 +135,11 @@ def test_requests_at_once_get_the_scores_of_a_call(server, expected):
     assert answers == [(200, expected[number % len(PICTURES)]) for number in range(REQUESTS)]
 
 
-@pytest.mark.parametrize("broken", [b"no picture", PICTURES[0][:-500], b"", None])
-def test_a_broken_upload_is_refused_in_a_sentence_and_the_server_goes_on(server, expected, broken):
-    status, answer = server.upload(broken)
+@pytest.mark.parametrize("upload, sentence", BROKEN.values(), ids=BROKEN)
+def test_a_broken_upload_is_refused_in_a_sentence_and_the_server_goes_on(server, expected, upload, sentence):
+    status, answer = server.upload(upload)
     assert status == 400
-    assert re.fullmatch(r"'picture' cannot be read as an image \(.*\)\.|Send a picture in .*\.", answer["detail"])
+    assert re.fullmatch(sentence, answer["detail"])
     assert server.upload(PICTURES[1]) == (200, expected[1])
 
 
