@@ -17,6 +17,7 @@ from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.unused_arguments import find_unused
+from binaryvit_runtime.engine import kernels_here
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,8 @@ def run(snippet: str) -> dict:
 
 @pytest.mark.parametrize("snippet", [text for text in SNIPPETS if not (OF_THE_HUB in text or OF_ONNX in text)])
 def test_a_snippet_runs(snippet, outputs, monkeypatch):
+    if "binaryvit_runtime" in snippet and not kernels_here():
+        pytest.skip("the engine was not built")
     monkeypatch.chdir(outputs)
     run(snippet)
 

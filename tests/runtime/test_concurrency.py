@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from binaryvit_runtime import Classifier, UserError, pixels
+from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.resources import shipped_models
 
 
@@ -28,6 +29,7 @@ PICTURES = [np.random.default_rng(seed).integers(0, 256, (30 + seed, 40, 3), np.
 FORKS = 20
 HANGS = 3  # seconds
 
+pytestmark = pytest.mark.skipif(not kernels_here(), reason="the engine was not built")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from readme import snippet_with
 
 from binaryvit_runtime import Classifier
+from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.resources import shipped_models
 
 
@@ -38,7 +39,10 @@ COMMANDS = {
 }
 SNIPPETS = {"uvicorn": "FastAPI()", "gunicorn": "def application"}
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn needs fork")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="gunicorn needs fork"),
+    pytest.mark.skipif(not kernels_here(), reason="the engine was not built"),
+]
 
 
 def png(picture: Image.Image) -> bytes:
