@@ -395,11 +395,16 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
     """
     if not isinstance(fields, dict):
         raise LoadingError("it is not a JSON object.")
+    # `check_sizes` of the model loader for PyTorch checks these fields, also if a switch such as do_resize is false.
     for field in ("size", "crop_size", "pad_size"):
         value = fields.get(field)
         numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        if any(isinstance(number, (int, float)) and number > MAX_RESIZED for number in numbers):
+        if any(isinstance(number, (int, float)) and not 1 <= number <= MAX_RESIZED for number in numbers):
             raise LoadingError(f"{field} must be from 1 to {MAX_RESIZED}, not {value}.")
+        if not all(number is None or isinstance(number, int) for number in numbers):
+            raise UnsupportedModelError(f"its image processor has {field}={value!r}")
+    if fields.get("auto_map", {}) is None:
+        raise LoadingError("auto_map must be an object, not null.")
     try:
         preprocessor = Preprocessor(fields)
     except ValueError as error:
