@@ -24,7 +24,7 @@ from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError
 from .image_files import ImageFile, list_images
 from .pixels import describe_unreadable, is_transparent, normalize_colour, open_picture, read_background, to_rgb
 from .resources import shipped_models
-from .sources import fetch
+from .sources import describe_neighbours, fetch
 
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -481,7 +481,8 @@ def local_folder(source: str, token: str | None, revision: str | None, cache_dir
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
         raise LoadingError(
-            f"There is no folder {source!r}, and models of the Hub need 'huggingface_hub': pip install huggingface_hub."
+            f"There is no folder {source!r}{(describe_neighbours(source) or '').rstrip('.')}, and models of the Hub need "
+            "'huggingface_hub': pip install huggingface_hub."
         ) from error
     patterns = [CONFIG, PROCESSOR, NESTED_PROCESSOR, ADAPTER, "model*.safetensors", "model.safetensors.index.json"]
     return Path(

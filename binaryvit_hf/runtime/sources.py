@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -139,9 +140,11 @@ def holds_model(folder: Path) -> bool:
 
 
 def is_repository_id(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
+    try:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+    except ModuleNotFoundError:  # the loader says what to install
+        return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
     try:
         validate_repo_id(name)
     except HFValidationError:
