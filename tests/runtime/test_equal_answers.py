@@ -4,6 +4,8 @@ import contextlib
 import gzip
 import io
 import shutil
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +270,16 @@ def test_files_that_change_what_transformers_computes_are_refused_by_name(name, 
     (folder / name).write_text("{}")
     with pytest.raises(UnsupportedModelError, match=name):
         Classifier.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kernels", kernels_here())
+def test_kernels_that_the_variable_forces_give_the_answers_of_transformers(kernels, packed, monkeypatch):
+    monkeypatch.setenv("BINARYVIT_ENGINE", kernels)
+    assert_equal_answers(packed, random_pictures(4))
+
+
+def test_a_repository_of_version_0_1_0_gives_the_answers_of_transformers(packed, tmp_path):
+    with tarfile.open(Path(__file__).parents[1] / "network" / "repository_0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    shutil.copy(packed / "preprocessor_config.json", tmp_path)
+    assert_equal_answers(tmp_path, random_pictures(4))
