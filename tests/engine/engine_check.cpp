@@ -279,16 +279,17 @@ void check_network(const Network &network, const std::string &name, int rounds) 
 }
 
 /* Resizes a picture, and crops or fills it up. A picture of one colour keeps it. */
-void check_picture(int32_t height, int32_t width, const binaryvit_image_processor &processor) {
+void check_picture(int32_t height, int32_t width, int32_t pixel_bytes, const binaryvit_image_processor &processor) {
     std::string name = "a picture of " + std::to_string(width) + " x " + std::to_string(height);
     constexpr int kGap = 5;  // bytes between rows; there are none behind the last one
-    std::vector<uint8_t> pixels(size_t(height) * (3 * width + kGap) - kGap, 200);
-    binaryvit_picture picture = {pixels.data(), 3 * width + kGap, height, width};
+    const int row_bytes = pixel_bytes * (width - 1) + 3;
+    std::vector<uint8_t> pixels(size_t(height) * (row_bytes + kGap) - kGap, 200);
+    binaryvit_picture picture = {pixels.data(), row_bytes + kGap, height, width, pixel_bytes};
     int32_t new_height = 0, new_width = 0;
     expect(binaryvit_preprocessed_size(&processor, height, width, &new_height, &new_width) == 0, name + ": a size");
     std::vector<float> output(3 * size_t(new_height) * new_width, -1);
     auto run = [&](std::vector<float> &to) {
-        expect(binaryvit_preprocess(&processor, &picture, to.data()) == 0, name + " is preprocessed");
+        expect(binaryvit_pixel_values(&processor, &picture, to.data()) == 0, name + " is preprocessed");
     };
     run(output);
     for (float value : output)
@@ -310,9 +311,11 @@ void check_preprocessing() {
         processor.resample = resample;
         for (int32_t crop : {0, 16, 33}) {
             processor.crop_height = processor.crop_width = crop;
-            check_picture(30, 47, processor);
-            check_picture(7, 5, processor);
-            check_picture(20, 1, processor);
+            for (int32_t pixel_bytes : {3, 4}) {
+                check_picture(30, 47, pixel_bytes, processor);
+                check_picture(7, 5, pixel_bytes, processor);
+                check_picture(20, 1, pixel_bytes, processor);
+            }
         }
     }
     int32_t height, width;

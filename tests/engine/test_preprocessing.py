@@ -1,6 +1,8 @@
 """The engine's preprocessing of pictures, compared with torchvision and with transformers' image processors."""
 
 import ctypes
+import gc
+import io
 import json
 import math
 import os
@@ -225,7 +227,7 @@ def test_loops_for_other_cpus_equal_those_for_this_one(tmp_path):
     source, built = Path(preprocessing.__file__).with_name("preprocess.cpp"), tmp_path / "preprocess.so"
     subprocess.run([compiler, "-std=c++17", "-O1", "-U__SSE2__", "-fPIC", "-shared", source, "-o", built], check=True)
     preprocessor, portable = Preprocessor(PHOTOS), Preprocessor(PHOTOS)
-    portable.preprocess = ctypes.CDLL(str(built)).binaryvit_preprocess
+    portable.preprocess = ctypes.CDLL(str(built)).binaryvit_pixel_values
     portable.preprocess.argtypes = preprocessor.preprocess.argtypes
     for seed, (height, width) in enumerate([(375, 500), (500, 333), (40, 30), (256, 256), (900, 1000)]):
         picture = random_picture(height, width, seed)
@@ -236,7 +238,46 @@ def test_rows_may_be_apart_and_pictures_mirrored():
     preprocessor, picture = Preprocessor(PHOTOS), random_picture(300, 400)
     for view in (picture[10:290, 30:350], picture[::-1], picture[:, ::-1], picture[::2, ::3], picture[:, :, ::-1]):
         np.testing.assert_array_equal(preprocessor(view), preprocessor(view.copy()))
-    np.testing.assert_array_equal(preprocessor(Image.fromarray(picture)), preprocessor(picture))
+    four_bytes = np.concatenate([picture, picture[:, :, :1]], 2)[:, :, :3]
+    np.testing.assert_array_equal(preprocessor(four_bytes), preprocessor(picture))
+
+
+def open_jpeg(height: int, width: int, mode: str = "RGB", **options) -> Image.Image:
+    buffer = io.BytesIO()
+    Image.fromarray(random_picture(height, width)).convert(mode).save(buffer, "JPEG", **options)
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (1, 1), (2100, 2100)])  # the last one has two blocks of memory
+def test_a_jpeg_has_the_numbers_of_its_pixels(height, width):
+    preprocessor, picture = Preprocessor(PHOTOS), open_jpeg(height, width)
+    np.testing.assert_array_equal(preprocessor(picture), preprocessor(np.asarray(picture)))
+
+
+@pytest.mark.skipif(not hasattr(Image.Image, "__arrow_c_array__"), reason="Pillow 11.2 and newer share their memory")
+def test_the_memory_of_a_jpeg_is_not_copied_and_lives_as_long_as_its_view():
+    picture = open_jpeg(30, 40)
+    view, expected = preprocessing.view_pixels(picture), np.array(picture)
+    np.testing.assert_array_equal(view, expected)
+    picture.putpixel((2, 1), (1, 2, 3))
+    assert view[1, 2].tolist() == [1, 2, 3]
+    picture.close()
+    del picture
+    gc.collect()
+    [Image.new("RGB", (40, 30), "red") for _ in range(100)]  # would take the memory if it were free
+    expected[1, 2] = 1, 2, 3
+    np.testing.assert_array_equal(view, expected)
+
+
+def test_pictures_that_pillow_may_not_share_are_copied():
+    """Pillow 12 crashes where it shares an image of another library, or one without pixels."""
+    preprocessor, picture = Preprocessor(PHOTOS), random_picture(30, 40)
+    image = Image.fromarray(picture)
+    pictures = [image, open_jpeg(30, 40).transpose(Image.Transpose.ROTATE_90), open_jpeg(30, 40, "L")]
+    if hasattr(Image, "fromarrow"):
+        pictures.append(Image.fromarrow(image, "RGB", image.size))
+        np.testing.assert_array_equal(preprocessor(pictures[-1]), preprocessor(picture))
+    assert [preprocessing.view_pixels(other) for other in pictures] == [None] * len(pictures)
 
 
 def test_pictures_are_written_into_a_batch():
@@ -267,9 +308,13 @@ def test_what_is_no_rgb_picture_is_refused(shape, dtype):
         Preprocessor(PHOTOS)(np.zeros(shape, dtype))
 
 
-def test_empty_pictures_are_refused():
+@pytest.mark.parametrize("height, width", [(0, 8), (8, 0), (0, 0)])
+def test_empty_pictures_are_refused(height, width):
+    picture = np.zeros((height, width, 3), np.uint8)
     with pytest.raises(ValueError, match="cannot be resized"):
-        Preprocessor(PHOTOS)(np.zeros((0, 8, 3), np.uint8))
+        Preprocessor(PHOTOS)(picture)
+    with pytest.raises(ValueError, match="cannot be resized"):
+        Preprocessor(PHOTOS)(Image.new("RGB", (width, height)))
 
 
 def test_threads_share_a_preprocessor():

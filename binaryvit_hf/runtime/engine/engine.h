@@ -133,9 +133,10 @@ int32_t binaryvit_count(const char *kernels, const uint8_t *bits, int32_t rows, 
 
 /* An 8-bit RGB picture. */
 typedef struct {
-    const uint8_t *pixels; /* (height, width, 3) */
+    const uint8_t *pixels; /* red, green and blue of the first pixel, side by side */
     int64_t row_bytes;     /* from one row to the next */
     int32_t height, width;
+    int32_t pixel_bytes; /* from one pixel to the next, 3 or 4 */
 } binaryvit_picture;
 
 /*
@@ -157,7 +158,7 @@ typedef struct {
 } binaryvit_image_processor;
 
 /*
- * The size of the output of binaryvit_preprocess for a picture of this size. Returns 0, or 2 if there is none: the
+ * The size of the output of binaryvit_pixel_values for a picture of this size. Returns 0, or 2 if there is none: the
  * processor has numbers that it cannot have, the picture is empty, or it would be empty after resizing.
  */
 int32_t binaryvit_preprocessed_size(const binaryvit_image_processor *processor, int32_t picture_height,
@@ -170,9 +171,9 @@ int32_t binaryvit_preprocessed_size(const binaryvit_image_processor *processor, 
  * Args:
  *   pixel_values: written: (3, height, width), of the size that binaryvit_preprocessed_size returns.
  *
- * Returns 0, 1 if memory runs out, or 2 as binaryvit_preprocessed_size.
+ * Returns 0, 1 if memory runs out, or 2 as binaryvit_preprocessed_size or for other `pixel_bytes`.
  */
-int32_t binaryvit_preprocess(const binaryvit_image_processor *processor, const binaryvit_picture *picture,
+int32_t binaryvit_pixel_values(const binaryvit_image_processor *processor, const binaryvit_picture *picture,
                              float *pixel_values);
 
 #ifdef __cplusplus

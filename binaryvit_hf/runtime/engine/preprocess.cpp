@@ -221,7 +221,8 @@ public:
     FilteredRows(const binaryvit_picture &picture, const Filter &columns, const Filter &rows)
         : first_row(rows.first()), num_rows(rows.end() - first_row), row_bytes(round_up(int(columns.taps.size()))),
           channel_bytes(row_bytes * round_up(num_rows)), bytes_(new uint8_t[channel_bytes * kChannels]),
-          first_byte_(kChannels * columns.first()), num_bytes_(kChannels * columns.end() - first_byte_),
+          pixel_bytes_(picture.pixel_bytes), first_byte_(pixel_bytes_ * columns.first()),
+          num_bytes_(pixel_bytes_ * (columns.end() - 1) + kChannels - first_byte_),
           lines_(new uint8_t[round_up(num_bytes_) * kLanes]) {
         for (int row = 0; row < num_rows; row += kLanes) {
             read(picture, row);
@@ -261,8 +262,8 @@ private:
                 alignas(kLanes) uint8_t tile[kLanes * kLanes];
                 for (int lane = 0; lane < std::min(kLanes, num_columns - column); ++lane) {
                     const Taps &taps = columns.taps[size_t(column + lane)];
-                    const size_t line = size_t(taps.first * kChannels - first_byte_ + channel);
-                    filter_lanes(&lines_[line * kLanes], kChannels * kLanes, &columns.weights[taps.weights],
+                    const size_t line = size_t(taps.first * pixel_bytes_ - first_byte_ + channel);
+                    filter_lanes(&lines_[line * kLanes], size_t(pixel_bytes_) * kLanes, &columns.weights[taps.weights],
                                  taps.count, columns.precision, tile + lane * kLanes);
                 }
                 transpose(tile);
@@ -274,7 +275,7 @@ private:
     }
 
     std::unique_ptr<uint8_t[]> bytes_;
-    const int first_byte_, num_bytes_;  // of a row of the picture
+    const int pixel_bytes_, first_byte_, num_bytes_;  // of a row of the picture
     std::unique_ptr<uint8_t[]> lines_;
 };
 
@@ -346,10 +347,10 @@ int32_t binaryvit_preprocessed_size(const binaryvit_image_processor *processor, 
     return 0;
 }
 
-int32_t binaryvit_preprocess(const binaryvit_image_processor *processor, const binaryvit_picture *picture,
+int32_t binaryvit_pixel_values(const binaryvit_image_processor *processor, const binaryvit_picture *picture,
                              float *pixel_values) try {
     const Size size = {picture->height, picture->width};
-    if (!valid(*processor, size)) return 2;
+    if (!valid(*processor, size) || (picture->pixel_bytes != 3 && picture->pixel_bytes != 4)) return 2;
     const Size resized = resized_size(*processor, size);
     const Side height(size.height, resized.height, processor->crop_height);
     const Side width(size.width, resized.width, processor->crop_width);

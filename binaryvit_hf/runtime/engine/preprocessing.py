@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL.JpegImagePlugin import JpegImageFile
 
 from . import library
 
@@ -41,6 +42,7 @@ RESIZED_SIZES = (
 RESAMPLES = (2, 3)
 MAX_SIDE = 2**24  # as in preprocess.cpp
 CHANNELS = 3
+STORED_CHANNELS = 4  # Pillow stores four bytes a pixel in RGB
 
 
 class ImageProcessor(ctypes.Structure):
@@ -63,18 +65,39 @@ class Picture(ctypes.Structure):
     _fields_ = [
         ("pixels", ctypes.c_void_p),
         ("row_bytes", ctypes.c_int64),
-        *library.fields(ctypes.c_int32, "height width"),
+        *library.fields(ctypes.c_int32, "height width pixel_bytes"),
     ]
+
+
+class ArrowArray(ctypes.Structure):
+    """
+    The struct `ArrowArray` of Arrow's C data interface, by which Pillow 11.2 and newer show the memory of a picture.
+
+    A picture in RGB is a list of pixels of four bytes: its only child holds the bytes.
+    """
+
+
+ArrowArray._fields_ = [
+    *library.fields(ctypes.c_int64, "length null_count offset n_buffers n_children"),
+    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+    ("children", ctypes.POINTER(ctypes.POINTER(ArrowArray))),
+    *library.fields(ctypes.c_void_p, "dictionary release private_data"),
+]
 
 
 @functools.cache
 def load_functions() -> tuple[Any, Any]:
-    """`binaryvit_preprocessed_size` and `binaryvit_preprocess`; raises `RuntimeError` without the compiled library."""
+    """`binaryvit_preprocessed_size` and `binaryvit_pixel_values`; raises `RuntimeError` without the library, or for an old one."""
     loaded = library.load_library()
     if isinstance(loaded, str):
         raise RuntimeError(f"The engine cannot preprocess pictures: {loaded}.")
     processor, length = ctypes.POINTER(ImageProcessor), ctypes.POINTER(ctypes.c_int32)
-    size_of, preprocess = loaded.binaryvit_preprocessed_size, loaded.binaryvit_preprocess
+    try:
+        size_of, preprocess = loaded.binaryvit_preprocessed_size, loaded.binaryvit_pixel_values
+    except AttributeError as error:
+        raise RuntimeError(
+            "The engine is older than this code: build it again (pip install --no-deps -e .)."
+        ) from error
     size_of.argtypes = [processor, ctypes.c_int32, ctypes.c_int32, length, length]
     preprocess.argtypes = [processor, ctypes.POINTER(Picture), ctypes.c_void_p]
     return size_of, preprocess
@@ -93,7 +116,7 @@ class Preprocessor:
     Raises:
         ValueError: the file asks for another processor, or for a step that is not supported. The message names the
             field.
-        RuntimeError: the engine was not built.
+        RuntimeError: the engine was not built, or is older than this file.
     """
 
     def __init__(self, fields: Mapping[str, Any]):
@@ -127,7 +150,9 @@ class Preprocessor:
             ValueError: the picture or the output has another shape or dtype, or see `output_size`.
             MemoryError: memory runs out.
         """
-        pixels = np.asarray(picture)
+        pixels = view_pixels(picture)
+        if pixels is None:
+            pixels = np.asarray(picture)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != CHANNELS:
             raise ValueError(f"A picture must be uint8 (height, width, 3) in RGB, not {pixels.dtype} {pixels.shape}.")
         height, width = pixels.shape[:2]
@@ -139,15 +164,50 @@ class Preprocessor:
                 f"The output must be contiguous float32 {shape}, not {output.dtype} {output.shape} "
                 f"with strides {output.strides}."
             )
-        if pixels.strides[1:] != (CHANNELS, 1):
+        if pixels.strides[1:] not in ((CHANNELS, 1), (STORED_CHANNELS, 1)):
             pixels = np.ascontiguousarray(pixels)
         if self.preprocess(
             self.processor,
-            Picture(pixels.ctypes.data, pixels.strides[0], height, width),
+            Picture(pixels.ctypes.data, pixels.strides[0], height, width, pixels.strides[1]),
             output.ctypes.data,
         ):
             raise MemoryError(f"Memory ran out while a picture of {width} x {height} pixels was resized.")
         return output
+
+
+def view_pixels(picture) -> np.ndarray | None:
+    """
+    The memory of a JPEG that Pillow opened, uint8 `(height, width, 3)`. `np.asarray` would copy it, under Python's lock.
+
+    Returns:
+        `None` for any other picture, for one in several blocks of memory (above 16 MB), and before Pillow 11.2.
+    """
+    # Pillow 12 crashes where it shares an image without pixels, or one from `Image.fromarrow`. A JPEG is neither.
+    if not (isinstance(picture, JpegImageFile) and picture.mode == "RGB" and hasattr(picture, "__arrow_c_array__")):
+        return None
+    try:
+        _, capsule = picture.__arrow_c_array__()
+    except ValueError:  # several blocks
+        return None
+    array = ArrowArray.from_address(capsule_pointer()(capsule, b"arrow_array"))
+    width, height = picture.size
+    number = width * height * STORED_CHANNELS
+    if (array.length, array.offset, array.n_children) != (width * height, 0, 1):
+        return None
+    child = array.children[0].contents
+    if (child.length, child.offset, child.n_buffers) != (number, 0, 2):
+        return None
+    memory = (ctypes.c_uint8 * number).from_address(child.buffers[1])
+    memory.owner = capsule
+    return np.frombuffer(memory, np.uint8).reshape(height, width, STORED_CHANNELS)[:, :, :CHANNELS]
+
+
+@functools.cache
+def capsule_pointer() -> Any:
+    """`PyCapsule_GetPointer` of Python's C interface."""
+    function = ctypes.pythonapi.PyCapsule_GetPointer
+    function.restype, function.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return function
 
 
 def read_processor(fields: Mapping[str, Any]) -> ImageProcessor:
