@@ -57,12 +57,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
     Raises:
         LoadingError: a file is missing, or the index of a checkpoint in several files is damaged.
-        UnsupportedModelError: the folder has weights of another format, or none.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).is_file():
-        raise UnsupportedModelError(f"it has no {WEIGHTS}")
+        raise LoadingError(f"there is no {WEIGHTS}.")
     names = names_in_index((folder / WEIGHTS_INDEX).read_bytes())
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:

@@ -374,13 +374,12 @@ def named_errors(subject: str, name: str) -> Iterator[None]:
 def read_json(file: Path) -> Any:
     """
     Raises:
-        UnsupportedModelError: there is no such file.
-        LoadingError: it is damaged.
+        LoadingError: there is no such file, or it is damaged.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UnsupportedModelError(f"it has no {file.name}") from error
+        raise LoadingError("there is no such file.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise LoadingError(f"{file.name} is damaged: {first_sentence(error)}") from error
 
@@ -481,8 +480,8 @@ def local_folder(source: str, token: str | None, revision: str | None, cache_dir
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
         raise LoadingError(
-            f"There is no folder {source!r}{(describe_neighbours(source) or '').rstrip('.')}, and models of the Hub need "
-            "'huggingface_hub': pip install huggingface_hub."
+            f"There is no folder {source!r}{describe_neighbours(source) or '.'} Models of the Hub need 'huggingface_hub': "
+            "pip install huggingface_hub."
         ) from error
     patterns = [CONFIG, PROCESSOR, NESTED_PROCESSOR, ADAPTER, "model*.safetensors", "model.safetensors.index.json"]
     return Path(

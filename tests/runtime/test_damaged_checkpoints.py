@@ -171,6 +171,14 @@ def test_damaged_weights_are_refused_by_the_name_of_the_tensor(
         assert_refused(capsys, ["classify", folder, picture_file], word)
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_missing_file_is_named(name, folder, picture_file, capsys, monkeypatch):
+    (folder / name).unlink()
+    for engine in ("", "torch"):
+        monkeypatch.setenv("BINARYVIT_ENGINE", engine)
+        assert_refused(capsys, ["classify", folder, picture_file], str(folder), name)
+
+
 def test_variances_below_zero_are_refused_by_their_answers(folder, picture_file, capsys, monkeypatch):
     rewrite(folder, set_value(VARIANCE, -1.0), True)
     for engine in ("", "torch"):

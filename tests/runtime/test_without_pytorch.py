@@ -40,7 +40,7 @@ DIGIT = str(shipped_models()["binaryvit-digits"] / "example.png")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders `latent` and `packed` of a model, and `half`, whose config asks for float16."""
-    root = tmp_path_factory.mktemp("models")
+    root = tmp_path_factory.mktemp("root") / "models"
     edit_json(save_packed(root, tiny_config()).rename(root / "half") / "config.json", dtype="float16")
     save_packed(root, tiny_config())
     return root
@@ -56,8 +56,9 @@ def commands(models) -> dict[str, list[str]]:
         "latent": ["classify", str(models / "latent"), DIGIT],
         "half": ["classify", str(models / "half"), DIGIT],
         "of the Hub": ["classify", "owner/name", DIGIT],
+        "misspelt and relative": ["classify", "models/paked", DIGIT],
         "misspelt": ["classify", str(models / "paked"), DIGIT],
-        "misspelt and relative": ["classify", "binaryvit-digit", DIGIT],
+        "a misspelt name": ["classify", "binaryvit-digit", DIGIT],
         "background": ["classify", "binaryvit-digits", DIGIT, "--background", "whiteish"],
         **{f"{name} --help": [name, "--help"] for name in COMMANDS},
         **{f"{name} --what": [name, "--what"] for name in COMMANDS},
@@ -70,7 +71,7 @@ def results(models):
     asked = commands(models)
     command = [sys.executable, "-c", PROGRAM, "binaryvit-digits", DIGIT]
     ended = subprocess.run(
-        command, input=json.dumps(list(asked.values())), capture_output=True, text=True, check=False
+        command, input=json.dumps(list(asked.values())), capture_output=True, text=True, check=False, cwd=models.parent
     )
     assert ended.returncode == 0, ended.stderr
     *outcomes, answer = map(json.loads, ended.stdout.splitlines())
@@ -97,7 +98,8 @@ def test_a_broken_picture_does_not_stop_the_others(results):
         ("half", ["half' needs PyTorch: its dtype is 'float16'", "pip install binaryvit_hf"]),
         ("of the Hub", ["no folder 'owner/name'", "pip install huggingface_hub"]),
         ("misspelt", ["did you mean", "packed'"]),
-        ("misspelt and relative", ["did you mean 'binaryvit-digits'"]),
+        ("misspelt and relative", ["did you mean 'models/packed'?", "pip install huggingface_hub"]),
+        ("a misspelt name", ["did you mean 'binaryvit-digits'"]),
         ("background", ["--background must be"]),
     ],
 )
