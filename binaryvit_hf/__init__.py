@@ -7,7 +7,7 @@ Importing this package registers the model with transformers' `Auto` classes. It
 - `network`: the model and its checkpoints. These files travel to the Hub.
 - `data`: images and labels for training and evaluation.
 - `training`: a training run, from its arguments to a packed model.
-- `benchmarks`: times of forwards, training steps and image loading.
+- `benchmarks`: times of forwards, files to labels, training steps and image loading.
 - `cli`: the command `binaryvit`.
 
 The modules beside the folders are shared by the upper ones:
