@@ -238,6 +238,9 @@ def test_rows_may_be_apart_and_pictures_mirrored():
     preprocessor, picture = Preprocessor(PHOTOS), random_picture(300, 400)
     for view in (picture[10:290, 30:350], picture[::-1], picture[:, ::-1], picture[::2, ::3], picture[:, :, ::-1]):
         np.testing.assert_array_equal(preprocessor(view), preprocessor(view.copy()))
+    column, row = picture[:, :1].transpose(1, 0, 2).copy().transpose(1, 0, 2), picture[:1, :1]
+    for view in (column, row, picture[:, ::400], picture[::300], np.broadcast_to(picture[0, 0], (4, 5, 3))):
+        np.testing.assert_array_equal(preprocessor(view), preprocessor(np.array(view.tolist(), np.uint8)))
     four_bytes = np.concatenate([picture, picture[:, :, :1]], 2)[:, :, :3]
     np.testing.assert_array_equal(preprocessor(four_bytes), preprocessor(picture))
 

@@ -204,6 +204,9 @@ def picture_files(folder) -> list:
     palette.save(folder / "transparent.png", transparency=3)
     palette.save(folder / "transparent.gif", transparency=3)
     grey.save(folder / "transparent_grey.png", transparency=7)
+    colours.save(folder / "two.mpo", save_all=True, append_images=[colours.rotate(180)])
+    colours.resize((2500, 2000)).save(folder / "in_two_blocks.jpg")  # Pillow stores more than 16 MB in blocks
+    colours.save(folder / "progressive.jpg", progressive=True)
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation

@@ -165,7 +165,7 @@ class Preprocessor:
                 f"with strides {output.strides}."
             )
         if pixels.strides[1:] not in ((CHANNELS, 1), (STORED_CHANNELS, 1)):
-            pixels = np.ascontiguousarray(pixels)
+            pixels = pixels.copy()  # `np.ascontiguousarray` keeps the strides of an array with sides of 1
         if self.preprocess(
             self.processor,
             Picture(pixels.ctypes.data, pixels.strides[0], height, width, pixels.strides[1]),
