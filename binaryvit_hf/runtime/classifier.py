@@ -402,6 +402,9 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
             raise LoadingError(f"{field} must be from 1 to {MAX_RESIZED}, not {value}.")
         if not all(number is None or isinstance(number, int) for number in numbers):
             raise UnsupportedModelError(f"its image processor has {field}={value!r}")
+    for field in ("pad_size", "backend"):
+        if fields.get(field) is not None:
+            raise UnsupportedModelError(f"its image processor has {field}={fields[field]!r}")
     if fields.get("auto_map", {}) is None:
         raise LoadingError("auto_map must be an object, not null.")
     try:

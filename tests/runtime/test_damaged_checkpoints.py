@@ -315,6 +315,8 @@ def test_json_files_are_read_or_refused_as_transformers_does(name, content, fold
         {"do_resize": False, "size": 16},
         {"pad_size": {"height": 0, "width": 5}},
         {"pad_size": {"height": 20_000, "width": 5}},
+        {"pad_size": [16]},
+        {"backend": "pil"},
         {"do_resize": False, "size": {"height": 10**9, "width": 1}},
         {"do_convert_rgb": "yes"},
         {"do_resize": 1},
