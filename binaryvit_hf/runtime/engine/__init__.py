@@ -13,10 +13,10 @@ From top to bottom:
 - `fold.cpp` folds a checkpoint's tensors into the constants and bits of `model.h`, which draws all data layouts.
 - `forward.inc` computes one step. It includes a file for each kind of layer, `embeddings.inc`, `attention.inc`,
   `pooling.inc` and `mlp.inc`, and the products that they share, `tiles.inc`.
-- `kernels_avx512.cpp`, `kernels_avx2.cpp`, `kernels_neon.cpp` and `kernels_scalar.cpp` each compile all `.inc` files
-  for one kind of CPU into a table of functions (`kernels.h`). `runs_here` tells whether this CPU has the instructions.
+- `kernels_avx512.cpp`, `kernels_avx2.cpp`, `kernels_neon.cpp`, `kernels_wasm.cpp` and `kernels_scalar.cpp` each compile
+  all `.inc` files for one kind of CPU into a table of functions (`kernels.h`). `runs_here` tells whether this CPU has the instructions.
 - `preprocess.cpp` computes the network's input from a picture, and `preprocessing.py` calls it: `Preprocessor`.
-- `workspace.h` is the memory of a forward, `team.h` its threads.
+- `workspace.h` is the memory of a forward, `team.h` its threads. `wasm.cpp` replaces them in WebAssembly.
 
 A new kind of CPU is one new file, with the members that `CpuInterface` in `forward.inc` lists, and one line each in
 `kernels.h` and `built_kernels`.

@@ -3,6 +3,9 @@
  *
  * A model holds its own copy of the backbone of a packed checkpoint with 1-bit weights and 1-bit inputs. Several
  * threads may run one model at once. Floats are float32, images are normalised.
+ *
+ * In WebAssembly a call runs on one thread, whatever `threads` is. Running out of memory is a trap there: drop the
+ * instance then, with all its models.
  */
 #ifndef BINARYVIT_ENGINE_H
 #define BINARYVIT_ENGINE_H

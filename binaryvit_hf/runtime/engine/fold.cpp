@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
-#include <stdexcept>
 #include <unordered_map>
 
 #include "kernels.h"
@@ -18,6 +17,7 @@
 namespace binaryvit {
 namespace {
 
+/* Nothing throws: WebAssembly has no exceptions. A tensor that is missing reads as zeros, and the problem is kept. */
 class Tensors {
 public:
     Tensors(const binaryvit_tensor *tensors, int count) {
@@ -34,17 +34,25 @@ public:
         return static_cast<const uint8_t *>(find(name, count));
     }
 
+    /* The first tensor that is missing or has another size; empty if all are right so far. */
+    const std::string &problem() const { return problem_; }
+
 private:
     const void *find(const std::string &name, int64_t bytes) const {
         auto found = by_name_.find(name);
-        if (found == by_name_.end()) throw std::runtime_error("tensor '" + name + "' is missing");
-        if (found->second.bytes != bytes)
-            throw std::runtime_error("tensor '" + name + "' has " + std::to_string(found->second.bytes) +
-                                     " bytes, not " + std::to_string(bytes));
-        return found->second.data;
+        if (found != by_name_.end() && found->second.bytes == bytes) return found->second.data;
+        if (problem_.empty())
+            problem_ = "tensor '" + name + "' " +
+                       (found == by_name_.end()
+                            ? "is missing"
+                            : "has " + std::to_string(found->second.bytes) + " bytes, not " + std::to_string(bytes));
+        zeros_.emplace_back(size_t(bytes));
+        return zeros_.back().data();
     }
 
     std::unordered_map<std::string, binaryvit_tensor> by_name_;
+    mutable std::string problem_;
+    mutable std::vector<Array<uint8_t>> zeros_;  // what was handed out instead of tensors
 };
 
 /* Folds one model, step by step in the order of the forward. */
@@ -61,27 +69,33 @@ public:
         model_->class_token = config.use_class_token != 0;
     }
 
+    /* Null after the first step that lacks a tensor (Tensors::problem). */
     std::unique_ptr<Model> fold() {
         for (int stage = 0; stage < config_.num_stages; ++stage) model_->stages.push_back(describe_stage(stage));
         model_->stem = fold_stem();
         model_->steps.push_back({StepKind::kStem, 0});
+        if (!complete()) return nullptr;
         for (int stage = 0; stage < config_.num_stages; ++stage) {
             if (stage > 0) {
                 model_->patch_embeddings.push_back(fold_patch_embeddings(stage));
                 model_->steps.push_back({StepKind::kPatchEmbeddings, stage});
+                if (!complete()) return nullptr;
             }
             for (int layer = 0; layer < config_.depths[stage]; ++layer) {
                 model_->steps.push_back({StepKind::kLayer, int(model_->layers.size())});
                 model_->layers.push_back(fold_layer(stage, layer));
+                if (!complete()) return nullptr;
             }
         }
         const int channels = config_.hidden_sizes[config_.num_stages - 1];
         model_->norm = tensors_.has("norm.batch_norm.weight") ? norm("norm", channels) : no_norm(channels);
         model_->steps.push_back({StepKind::kNorm, 0});
-        return std::move(model_);
+        return complete() ? std::move(model_) : nullptr;
     }
 
 private:
+    bool complete() const { return tensors_.problem().empty(); }
+
     Stage describe_stage(int index) const {
         assert(index >= 0 && index < config_.num_stages);
         Stage stage;
@@ -448,8 +462,11 @@ private:
 }  // namespace
 
 std::unique_ptr<Model> fold(const binaryvit_config &config, const binaryvit_tensor *tensors, int num_tensors,
-                            const Kernels &kernels) {
-    return Folder(config, Tensors(tensors, num_tensors), kernels).fold();
+                            const Kernels &kernels, std::string &problem) {
+    Tensors by_name(tensors, num_tensors);
+    std::unique_ptr<Model> model = Folder(config, by_name, kernels).fold();
+    problem = by_name.problem();
+    return model;
 }
 
 }  // namespace binaryvit

@@ -4,7 +4,6 @@
 #include <cassert>
 #include <cstdio>
 #include <exception>
-#include <mutex>
 #include <new>
 
 #include "engine.h"
@@ -22,7 +21,11 @@ const std::vector<const Kernels *> &built_kernels() {
 #elif defined(__aarch64__)
         &kNeonKernels,
 #endif
+#if defined(__wasm_simd128__)
+        &kWasmKernels,
+#else
         &kScalarKernels,
+#endif
     };
     return kernels;
 }
@@ -74,12 +77,12 @@ using namespace binaryvit;
 /* A folded network, and idle workspaces for later calls. */
 struct binaryvit_model {
     std::unique_ptr<Model> network;
-    std::vector<std::unique_ptr<Workspace>> idle;  // guarded by forkable_mutex
+    std::vector<std::unique_ptr<Workspace>> idle;  // guarded by ForkableLock
 
     /* A workspace for a team of `size` members. */
     std::unique_ptr<Workspace> borrow(int size) {
         {
-            std::lock_guard<std::mutex> lock(forkable_mutex());
+            ForkableLock lock;
             for (auto &workspace : idle) {
                 if (workspace->size != size) continue;
                 std::swap(workspace, idle.back());
@@ -92,7 +95,7 @@ struct binaryvit_model {
     }
 
     void give_back(std::unique_ptr<Workspace> workspace) {
-        std::lock_guard<std::mutex> lock(forkable_mutex());
+        ForkableLock lock;
         idle.push_back(std::move(workspace));
     }
 };
@@ -236,8 +239,11 @@ binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *c
     }
     try {
         auto model = std::make_unique<binaryvit_model>();
-        model->network = fold(*config, tensors, num_tensors, *found);
-        return model.release();
+        std::string problem;
+        model->network = fold(*config, tensors, num_tensors, *found, problem);
+        if (model->network != nullptr) return model.release();
+        write_error(error, error_bytes, problem.c_str());
+        return nullptr;
     } catch (const std::exception &failure) {
         write_error(error, error_bytes, failure.what());
         return nullptr;

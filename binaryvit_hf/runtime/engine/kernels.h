@@ -37,7 +37,11 @@ struct Kernels {
 /* The kernels that are built, best first. */
 const std::vector<const Kernels *> &built_kernels();
 
+#if defined(__wasm_simd128__)
+extern const Kernels kWasmKernels;  // the only ones: a module that is loaded has its instructions
+#else
 extern const Kernels kScalarKernels;
+#endif
 #if defined(__x86_64__)
 extern const Kernels kAvx512Kernels, kAvx2Kernels;
 #elif defined(__aarch64__)

@@ -17,6 +17,8 @@
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 
 #include "engine.h"
@@ -185,6 +187,27 @@ inline void filter_lanes(const uint8_t *lines, size_t stride, const int16_t *wei
     for (__m128i &sum : sums) sum = _mm_sra_epi32(sum, _mm_cvtsi32_si128(precision));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(filtered),
                      _mm_packus_epi16(_mm_packs_epi32(sums[0], sums[1]), _mm_packs_epi32(sums[2], sums[3])));
+}
+#elif defined(__wasm_simd128__)
+inline void filter_lanes(const uint8_t *lines, size_t stride, const int16_t *weights, int count, int precision,
+                         uint8_t *filtered) {
+    v128_t sums[4];
+    for (v128_t &sum : sums) sum = wasm_i32x4_splat((1 << precision) >> 1);
+    auto add = [&](v128_t first, v128_t second, v128_t pair) {
+        const v128_t low = wasm_i8x16_shuffle(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const v128_t high =
+            wasm_i8x16_shuffle(first, second, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        sums[0] = wasm_i32x4_add(sums[0], wasm_i32x4_dot_i16x8(wasm_u16x8_extend_low_u8x16(low), pair));
+        sums[1] = wasm_i32x4_add(sums[1], wasm_i32x4_dot_i16x8(wasm_u16x8_extend_high_u8x16(low), pair));
+        sums[2] = wasm_i32x4_add(sums[2], wasm_i32x4_dot_i16x8(wasm_u16x8_extend_low_u8x16(high), pair));
+        sums[3] = wasm_i32x4_add(sums[3], wasm_i32x4_dot_i16x8(wasm_u16x8_extend_high_u8x16(high), pair));
+    };
+    for (; count > 1; count -= 2, weights += 2, lines += 2 * stride)
+        add(wasm_v128_load(lines), wasm_v128_load(lines + stride), wasm_v128_load32_splat(weights));
+    if (count == 1) add(wasm_v128_load(lines), v128_t{}, wasm_i32x4_splat(uint16_t(*weights)));
+    for (v128_t &sum : sums) sum = wasm_i32x4_shr(sum, uint32_t(precision));
+    wasm_v128_store(filtered, wasm_u8x16_narrow_i16x8(wasm_i16x8_narrow_i32x4(sums[0], sums[1]),
+                                                      wasm_i16x8_narrow_i32x4(sums[2], sums[3])));
 }
 #else
 inline void filter_lanes(const uint8_t *lines, size_t stride, const int16_t *weights, int count, int precision,

@@ -1,3 +1,5 @@
+#if !defined(__wasm__)  // wasm.cpp
+
 #include "team.h"
 
 #include <chrono>
@@ -162,10 +164,14 @@ void Barrier::wait() {
     }
 }
 
-std::mutex &forkable_mutex() { return forkable; }
+ForkableLock::ForkableLock() { forkable.lock(); }
+
+ForkableLock::~ForkableLock() { forkable.unlock(); }
 
 void share_threads(const OpenMp &runtime) { pool->share(runtime); }
 
 bool run_team(int size, const std::function<void(int)> &work) { return pool->run(size, work); }
 
 }  // namespace binaryvit
+
+#endif

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <mutex>
 
 namespace binaryvit {
 
@@ -55,8 +54,17 @@ struct OpenMp {
     int (*which)();
 };
 
-/* A mutex that is not locked in a forked process. It serves the whole process: hold it briefly. */
-std::mutex &forkable_mutex();
+/*
+ * Holds the process's mutex while it lives. A forked process finds the mutex unlocked. It serves the whole process:
+ * hold it briefly.
+ */
+class ForkableLock {
+public:
+    ForkableLock();
+    ~ForkableLock();
+    ForkableLock(const ForkableLock &) = delete;
+    ForkableLock &operator=(const ForkableLock &) = delete;
+};
 
 /* Makes teams of this runtime's threads from now on. */
 void share_threads(const OpenMp &runtime);
@@ -65,7 +73,8 @@ void share_threads(const OpenMp &runtime);
  * Calls `work(member)` for members 0 to `size - 1` at once, this thread as member 0, and returns when all are done.
  * The threads wait for the next call, or belong to the OpenMP runtime (share_threads). `work` must not throw.
  *
- * Returns false, without a call, if another caller uses the threads or if they cannot be started.
+ * Returns false, without a call, if another caller uses the threads or if they cannot be started. In WebAssembly there
+ * are none.
  */
 bool run_team(int size, const std::function<void(int)> &work);
 
