@@ -42,11 +42,12 @@ COMMANDS = ("pack", "convert", "export", "ops", "classify", "push", "benchmark",
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; `arguments` are those after `binaryvit`. Returns the exit code."""
-    options = create_parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be any bytes
-        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
-        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    replace_closed_streams()
     try:
+        options = create_parser().parse_args(arguments)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be any bytes
+            utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+            sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         if options.needs_pytorch:
             if not has_pytorch():
                 raise UserError(f"{options.program} needs PyTorch: pip install binaryvit_hf")
@@ -70,12 +71,20 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def replace_closed_streams() -> None:
+    """Send output to nowhere where the parent process has closed stdout or stderr (`>&-`): Python has `None` there."""
+    # `print(file=None)` would print errors on stdout.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 class PrintVersion(argparse.Action):
     def __call__(self, parser, *_):
         # Imported only here: it takes as long as the rest of `binaryvit --help`.
         from binaryvit_runtime.resources import package_version
 
-        print(parser.prog, package_version())
+        print(parser.prog, package_version(), flush=True)  # `main` reports a stdout that cannot be written
         parser.exit()
 
 

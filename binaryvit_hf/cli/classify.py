@@ -87,7 +87,7 @@ def load_classifier(options: argparse.Namespace) -> Classify:
         classifier = Classifier.from_pretrained(options.model, token=options.token)
     except UnsupportedModelError as error:
         if not has_pytorch():
-            raise UserError(f"{error} Install it: pip install binaryvit_hf.") from error
+            raise UserError(f"{error} Install PyTorch: pip install binaryvit_hf.") from error
         return load_in_pytorch(options)
     background = choose_background(options.background, classifier.background)
     return lambda files: (background, classifier.stream(files, options.top_k, background))

@@ -89,6 +89,8 @@ class Classifier:
     ):
         self.name, self.network, self.head, self.labels, self.to_scores = name, network, head, labels, to_scores
         self.preprocessor, self.background, self.threads = preprocessor, background, threads
+        # Threads that compute one picture wait for each other: more of them than CPUs are slow.
+        self.team_size = min(threads, available_cpus())
         self.folder, self.max_pixels = folder.absolute(), max_pixels
         self.spare_images: list[np.ndarray] = []
 
@@ -114,7 +116,8 @@ class Classifier:
         Args:
             name: a folder, the name of a model that comes with the package, or an id of the Hub. The Hub needs the package
                 huggingface_hub.
-            threads: number of threads to use. Default: the CPUs of this process.
+            threads: number of threads to use, for a single picture at most one for each CPU. Default: the CPUs of this
+                process.
             max_pixels: files of larger pictures are refused before they are decoded. Default: 134,217,728, which take more
                 than 1 GB of memory.
             token, revision, cache_dir: of the Hub, as for `from_pretrained` of transformers.
@@ -220,7 +223,7 @@ class Classifier:
         first = list(itertools.islice(iterator, 2))
         if len(first) < 2 or self.threads == 1:
             for image in itertools.chain(first, iterator):
-                yield self.answer(image, top_k, background, self.threads)
+                yield self.answer(image, top_k, background, self.team_size)
             return
         # Imported only here: it takes a tenth of a cold start.
         from concurrent.futures import ThreadPoolExecutor

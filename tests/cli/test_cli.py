@@ -74,6 +74,17 @@ def test_version_is_that_of_the_package(capsys):
     assert binaryvit_hf.__version__ == importlib.metadata.version("binaryvit_hf")
 
 
+def test_a_command_runs_without_stdout_and_without_stderr(capsys, monkeypatch):
+    """As after `>&-` in a shell, or in a program without a console. Errors must not appear among the results."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert main(["doctor"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert main(["classify", "binaryvit-digits", "none.png"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
 def test_help_and_wrong_arguments_import_neither_pytorch_nor_transformers():
     program = """
 import contextlib, sys, types

@@ -276,7 +276,7 @@ def test_errors_and_answers_of_many_files_keep_their_order(model, tmp_path, caps
 
 def test_a_closed_pipe_ends_a_command_quietly(model, tmp_path, monkeypatch, capsys):
     save(tmp_path / "a.png")
-    for command in (["classify", str(model), str(tmp_path / "a.png")], ["ops", str(model)]):
+    for command in (["classify", str(model), str(tmp_path / "a.png")], ["ops", str(model)], ["--version"]):
         reading, writing = os.pipe()
         os.close(reading)
         with monkeypatch.context() as patch, os.fdopen(writing, "w") as closed:

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from binaryvit_runtime import Classifier, UserError, pixels
+from binaryvit_runtime.classifier import available_cpus
 from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.resources import shipped_models
 
@@ -175,6 +176,19 @@ def test_uploads_are_decoded_at_once(classifier, expected, monkeypatch):
 def test_many_threads_share_a_classifier(classifier, expected):
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(classifier, PICTURES * 10)) == expected * 10
+
+
+def test_one_picture_takes_no_more_threads_than_cpus(expected, monkeypatch):
+    """Threads of one picture spin while they wait for each other: hundreds of them would take all CPUs for minutes."""
+    classifier, teams = Classifier.from_pretrained("binaryvit-digits", threads=1000), []
+
+    def classify(*inputs, threads: int):
+        teams.append(threads)
+        return type(classifier.network).classify(classifier.network, *inputs, threads=threads)
+
+    monkeypatch.setattr(classifier.network, "classify", classify)
+    assert classifier(PICTURES[0]) == expected[0]
+    assert teams == [available_cpus()]
 
 
 def test_an_event_loop_classifies_in_its_executor(classifier, expected):
