@@ -15,7 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MOST_MEGABYTES = 84  # of the runtime and its libraries, above Python
-INSTALLED = ("binaryvit_hf/*.py", "configs/*.json", "model_cards/*")  # the patterns of git, whose * takes folders too
+INSTALLED = (
+    "binaryvit_hf/*.py",
+    "binaryvit_hf/*.wasm",
+    "configs/*.json",
+    "model_cards/*",
+)  # the patterns of git, whose * takes folders too
 
 
 def run(*command: str | Path, folder: Path) -> str:

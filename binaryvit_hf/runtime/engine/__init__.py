@@ -14,9 +14,12 @@ From top to bottom:
 - `forward.inc` computes one step. It includes a file for each kind of layer, `embeddings.inc`, `attention.inc`,
   `pooling.inc` and `mlp.inc`, and the products that they share, `tiles.inc`.
 - `kernels_avx512.cpp`, `kernels_avx2.cpp`, `kernels_neon.cpp`, `kernels_wasm.cpp` and `kernels_scalar.cpp` each compile
-  all `.inc` files for one kind of CPU into a table of functions (`kernels.h`). `runs_here` tells whether this CPU has the instructions.
+  all `.inc` files for one kind of CPU into a table of functions (`kernels.h`). `runs_here` tells whether this CPU has
+  the instructions.
 - `preprocess.cpp` computes the network's input from a picture, and `preprocessing.py` calls it: `Preprocessor`.
-- `workspace.h` is the memory of a forward, `team.h` its threads. `wasm.cpp` replaces them in WebAssembly.
+- `workspace.h` is the memory of a forward, `team.h` its threads.
+- `binaryvit.wasm` is all of it as WebAssembly, for browsers: one thread, no imports. `wasm.cpp` replaces the threads.
+  `.ci/build_wasm.py` in the repository builds it after each change of the C++.
 
 A new kind of CPU is one new file, with the members that `CpuInterface` in `forward.inc` lists, and one line each in
 `kernels.h` and `built_kernels`.
