@@ -166,6 +166,15 @@ class Architecture:
         height, width = (size // patch for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)))
         return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
 
+    @property
+    def multiplications(self) -> int:
+        """Multiplications of the linear layers for one image, roughly the cost of a forward."""
+        per_token = (
+            depth * (4 * hidden**2 + 2 * hidden * inner)
+            for depth, hidden, inner in zip(self.depths, self.hidden_sizes, self.intermediate_sizes)
+        )
+        return sum(height * width * each for (height, width), each in zip(self.grid_sizes, per_token))
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """
         Names and shapes of the tensors of a packed backbone, in any order.

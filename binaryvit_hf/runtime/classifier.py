@@ -34,6 +34,7 @@ ENGINE_VARIABLE, TORCH = "BINARYVIT_ENGINE", "torch"
 MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised picture; without normalisation, values go up to 255
 MAX_RESIZED = 2**14  # pixels of a side before the crop
 MAX_THREADS = 1024
+SMALL_NETWORK = 5 * 10**7  # multiplications; below, two threads are no faster than one
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
 Picture: TypeAlias = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
@@ -84,13 +85,13 @@ class Classifier:
         preprocessor: Preprocessor,
         background: str | None,
         threads: int,
+        team_size: int,
         folder: Path,
         max_pixels: int | None,
     ):
         self.name, self.network, self.head, self.labels, self.to_scores = name, network, head, labels, to_scores
         self.preprocessor, self.background, self.threads = preprocessor, background, threads
-        # Threads that compute one picture wait for each other: more of them than CPUs are slow.
-        self.team_size = min(threads, available_cpus())
+        self.team_size = team_size
         self.folder, self.max_pixels = folder.absolute(), max_pixels
         self.spare_images: list[np.ndarray] = []
 
@@ -116,8 +117,8 @@ class Classifier:
         Args:
             name: a folder, the name of a model that comes with the package, or an id of the Hub. The Hub needs the package
                 huggingface_hub.
-            threads: number of threads to use, for a single picture at most one for each CPU. Default: the CPUs of this
-                process.
+            threads: number of threads to use. A single picture takes at most one for each CPU, and one if the network is
+                small. Default: the CPUs of this process.
             max_pixels: files of larger pictures are refused before they are decoded. Default: 134,217,728, which take more
                 than 1 GB of memory.
             token, revision, cache_dir: of the Hub, as for `from_pretrained` of transformers.
@@ -356,7 +357,12 @@ def read_classifier(folder: Path, name: str, kernels: str, threads: int, max_pix
         }
         network = engine.Engine(architecture, backbone, kernels)
     head = tuple(np.ascontiguousarray(tensors[f"classifier.{part}"]) for part in ("weight", "bias"))
-    return Classifier(name, network, head, labels, to_scores, preprocessor, background, threads, folder, max_pixels)
+    # Threads that compute one picture wait for each other. That is slow with more threads than CPUs, in a small network
+    # also where other processes use the CPUs.
+    team_size = 1 if architecture.multiplications < SMALL_NETWORK else min(threads, available_cpus())
+    return Classifier(
+        name, network, head, labels, to_scores, preprocessor, background, threads, team_size, folder, max_pixels
+    )
 
 
 @contextlib.contextmanager

@@ -36,7 +36,9 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return Classifier.from_pretrained("binaryvit-digits", threads=2)
+    classifier = Classifier.from_pretrained("binaryvit-digits", threads=2)
+    classifier.team_size = 2  # as for a large network
+    return classifier
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +180,11 @@ def test_many_threads_share_a_classifier(classifier, expected):
         assert list(pool.map(classifier, PICTURES * 10)) == expected * 10
 
 
-def test_one_picture_takes_no_more_threads_than_cpus(expected, monkeypatch):
+@pytest.mark.parametrize("is_small", [False, True])
+def test_one_picture_takes_a_thread_for_each_cpu_and_one_in_a_small_network(is_small, expected, monkeypatch):
     """Threads of one picture spin while they wait for each other: hundreds of them would take all CPUs for minutes."""
+    if not is_small:
+        monkeypatch.setattr("binaryvit_runtime.classifier.SMALL_NETWORK", 0)
     classifier, teams = Classifier.from_pretrained("binaryvit-digits", threads=1000), []
 
     def classify(*inputs, threads: int):
@@ -188,7 +193,7 @@ def test_one_picture_takes_no_more_threads_than_cpus(expected, monkeypatch):
 
     monkeypatch.setattr(classifier.network, "classify", classify)
     assert classifier(PICTURES[0]) == expected[0]
-    assert teams == [available_cpus()]
+    assert teams == [1 if is_small else available_cpus()]
 
 
 def test_an_event_loop_classifies_in_its_executor(classifier, expected):
