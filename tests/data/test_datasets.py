@@ -270,7 +270,7 @@ def test_a_stream_without_labels_is_refused_before_training_or_while_it_is_read(
         ({"train": [0, 1]}, {"test": True}, "no split 'test'"),
         ({"train": [0]}, {}, "No image can be held out.*has 1"),
         ({"train": [0, 1]}, {"train_val_split": 0.9}, "No image can be held out.*has 1"),
-        ({"train": [0, 0, 1, 1]}, {"train_val_split": 0.9}, "--train_val_split is a share between 0 and 1"),
+        ({"train": [0, 0, 1, 1]}, {"train_val_split": 4}, "--train_val_split is a share between 0 and 1"),
         ({"train": [0, 1]}, {"train_val_split": float("nan")}, "--train_val_split must be a finite number"),
     ],
 )
