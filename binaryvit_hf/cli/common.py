@@ -61,8 +61,8 @@ def prepare_libraries() -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from binaryvit_runtime.classifier import check_engine_variable
     from binaryvit_runtime.hub import shorten_log_of_retries
+    from binaryvit_runtime.packed_model import check_engine_variable
 
     disable_progress_bar()
     shorten_log_of_retries()

@@ -77,7 +77,7 @@ def describe_engine_choice() -> str:
     Raises:
         UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
     """
-    from binaryvit_runtime.classifier import ENGINE_VARIABLE, TORCH, choose_kernels
+    from binaryvit_runtime.packed_model import ENGINE_VARIABLE, TORCH, choose_kernels
 
     try:
         chosen = choose_kernels()

@@ -6,8 +6,9 @@ so imports PyTorch and transformers. It needs numpy, Pillow and safetensors; for
 
 From top to bottom:
 
-- `classifier` loads a model and classifies pictures.
-- `architecture` reads config.json, `checkpoint` the packed weights, `engine.preprocessing` preprocessor_config.json.
+- `classifier` classifies pictures.
+- `packed_model` loads a model from its folder: `architecture` reads config.json, `checkpoint` the packed weights, and
+  `engine.preprocessing` preprocessor_config.json.
 - `engine` computes: C++ behind a C interface.
 - `pixels` and `image_files` read and find pictures; `sources`, `hub` and `resources` find models.
 - `errors` and `writing` serve the whole package.

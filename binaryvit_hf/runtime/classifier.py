@@ -3,11 +3,10 @@
 import contextlib
 import io
 import itertools
-import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,23 +15,15 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from . import engine
-from .architecture import Architecture, as_pair, read_architecture, read_labels
-from .checkpoint import PREFIX, checkpoint_files, load_tensors
-from .engine.preprocessing import CHANNELS, Preprocessor
+from .engine.preprocessing import CHANNELS
 from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
 from .image_files import ImageFile, list_images
-from .pixels import describe_unreadable, is_transparent, normalize_colour, open_picture, read_background, to_rgb
+from .packed_model import PackedModel, choose_kernels, load_packed_model, local_folder
+from .pixels import describe_unreadable, is_transparent, normalize_colour, open_picture, to_rgb
 from .resources import shipped_models
-from .sources import describe_neighbours, fetch
+from .sources import fetch
 
 
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-NESTED_PROCESSOR = "processor_config.json"  # transformers prefers an image processor in it
-ADAPTER = "adapter_config.json"  # of PEFT, which changes what transformers computes
-ENGINE_VARIABLE, TORCH = "BINARYVIT_ENGINE", "torch"
-MAX_VALUE, MIN_CONTRAST = 1e4, 1e-3  # of a normalised picture; without normalisation, values go up to 255
-MAX_RESIZED = 2**14  # pixels of a side before the crop
 MAX_THREADS = 1024
 SMALL_NETWORK = 5 * 10**7  # multiplications; below, two threads are no faster than one
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
@@ -75,24 +66,14 @@ class Classifier:
     ```
     """
 
-    def __init__(
-        self,
-        name: str,
-        network: engine.Engine,
-        head: tuple[np.ndarray, np.ndarray],
-        labels: list[str],
-        to_scores: Callable[[np.ndarray], np.ndarray],
-        preprocessor: Preprocessor,
-        background: str | None,
-        threads: int,
-        team_size: int,
-        folder: Path,
-        max_pixels: int | None,
-    ):
-        self.name, self.network, self.head, self.labels, self.to_scores = name, network, head, labels, to_scores
-        self.preprocessor, self.background, self.threads = preprocessor, background, threads
-        self.team_size = team_size
-        self.folder, self.max_pixels = folder.absolute(), max_pixels
+    def __init__(self, name: str, folder: Path, model: PackedModel, threads: int, max_pixels: int | None):
+        self.name, self.folder, self.threads, self.max_pixels = name, folder.absolute(), threads, max_pixels
+        # Threads that compute one picture wait for each other. That is slow with more threads than CPUs, in a small network
+        # also where other processes use the CPUs.
+        is_small = model.architecture.multiplications < SMALL_NETWORK
+        self.team_size = 1 if is_small else min(threads, available_cpus())
+        self.network, self.head, self.labels, self.to_scores = model.network, model.head, model.labels, model.to_scores
+        self.preprocessor, self.background = model.preprocessor, model.background
         self.spare_images: list[np.ndarray] = []
 
     def __reduce__(self):
@@ -137,7 +118,8 @@ class Classifier:
 
         def load(source: str) -> "Classifier":
             folder = local_folder(source, token, revision, cache_dir)
-            return read_classifier(folder, name, kernels, threads or available_cpus(), max_pixels)
+            model = load_packed_model(folder, name, kernels)
+            return cls(name, folder, model, threads or available_cpus(), max_pixels)
 
         try:
             return fetch(load, name, shipped, cache_dir)
@@ -332,173 +314,6 @@ def open_input(image: Picture, max_pixels: int | None) -> contextlib.AbstractCon
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         raise UserError(f"{image!r} is a URL: download the picture first.")
     return open_picture(image, max_pixels)
-
-
-def read_classifier(folder: Path, name: str, kernels: str, threads: int, max_pixels: int | None) -> Classifier:
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"it has no {CONFIG}")
-    with named_errors(f"The config of {name!r} cannot be loaded", name):
-        if (folder / ADAPTER).exists():
-            raise UnsupportedModelError(f"it has an adapter ({ADAPTER})")
-        config = read_json(folder / CONFIG)
-        architecture, labels = read_architecture(config), read_labels(config)
-        to_scores = score_function(config, len(labels))
-    with named_errors(f"The image processor of {name!r} ({PROCESSOR}) cannot be used", name):
-        if (folder / NESTED_PROCESSOR).is_file():
-            raise UnsupportedModelError(f"its image processor is in {NESTED_PROCESSOR}, not in {PROCESSOR}")
-        fields = read_json(folder / PROCESSOR)
-        preprocessor, background = read_preprocessor(fields, architecture), read_background(fields)
-    with named_errors(f"The weights of {name!r} cannot be loaded", name):
-        tensors = load_tensors(checkpoint_files(folder), architecture, len(labels))
-        backbone = {
-            tensor_name.removeprefix(PREFIX): tensor
-            for tensor_name, tensor in tensors.items()
-            if tensor_name.startswith(PREFIX) and tensor.dtype != np.int64
-        }
-        network = engine.Engine(architecture, backbone, kernels)
-    head = tuple(np.ascontiguousarray(tensors[f"classifier.{part}"]) for part in ("weight", "bias"))
-    # Threads that compute one picture wait for each other. That is slow with more threads than CPUs, in a small network
-    # also where other processes use the CPUs.
-    team_size = 1 if architecture.multiplications < SMALL_NETWORK else min(threads, available_cpus())
-    return Classifier(
-        name, network, head, labels, to_scores, preprocessor, background, threads, team_size, folder, max_pixels
-    )
-
-
-@contextlib.contextmanager
-def named_errors(subject: str, name: str) -> Iterator[None]:
-    """
-    Raises:
-        LoadingError: `subject: message` of an error in this context.
-        UnsupportedModelError: with the name of the model.
-    """
-    try:
-        yield
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"The model {name!r} needs PyTorch: {error}.") from error
-    except (UserError, ValueError, MemoryError) as error:
-        raise LoadingError(f"{subject}: {error}") from error
-
-
-def read_json(file: Path) -> Any:
-    """
-    Raises:
-        LoadingError: there is no such file, or it is damaged.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadingError("there is no such file.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadingError(f"{file.name} is damaged: {first_sentence(error)}") from error
-
-
-def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
-    """
-    The preprocessing of a preprocessor_config.json, tried on a picture that is half black, half white.
-
-    Raises:
-        UnsupportedModelError: it asks for a step that only transformers has.
-        LoadingError: its picture does not have the network's size, or black and white do not become different numbers.
-    """
-    if not isinstance(fields, dict):
-        raise LoadingError("it is not a JSON object.")
-    # `check_sizes` of the model loader for PyTorch checks these fields, also if a switch such as do_resize is false.
-    for field in ("size", "crop_size", "pad_size"):
-        value = fields.get(field)
-        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        if any(isinstance(number, (int, float)) and not 1 <= number <= MAX_RESIZED for number in numbers):
-            raise LoadingError(f"{field} must be from 1 to {MAX_RESIZED}, not {value}.")
-        if not all(number is None or isinstance(number, int) for number in numbers):
-            raise UnsupportedModelError(f"its image processor has {field}={value!r}")
-    for field in ("pad_size", "backend"):
-        if fields.get(field) is not None:
-            raise UnsupportedModelError(f"its image processor has {field}={fields[field]!r}")
-    if fields.get("auto_map", {}) is None:
-        raise LoadingError("auto_map must be an object, not null.")
-    try:
-        preprocessor = Preprocessor(fields)
-    except ValueError as error:
-        raise UnsupportedModelError(str(error).rstrip(".")) from error
-    except RuntimeError as error:
-        raise UnsupportedModelError(first_sentence(error).rstrip(".")) from error
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[:, 32:] = 255
-    pixels = preprocessor(picture)
-    expected = (architecture.num_channels, *as_pair(architecture.image_size))
-    if pixels.shape != expected:
-        raise LoadingError(
-            f"it makes images of (channels, height, width) {pixels.shape}, the network takes {expected}."
-        )
-    least, most = pixels.min((1, 2)), pixels.max((1, 2))
-    # `not` also refuses NaN, because its comparisons are false.
-    if not ((least >= -MAX_VALUE) & (most <= MAX_VALUE) & (most - least >= MIN_CONTRAST)).all():
-        raise LoadingError(
-            f"it turns black and white into numbers from {least.min():g} to {most.max():g}: check its rescale_factor, "
-            "image_mean and image_std."
-        )
-    return preprocessor
-
-
-def score_function(config: dict, labels: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Logits to scores, as the pipeline of transformers chooses."""
-    if config.get("problem_type") == "regression":
-        return lambda logits: logits
-    return sigmoid if config.get("problem_type") == "multi_label_classification" or labels == 1 else softmax
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # the score of a large negative logit is 0
-        return 1.0 / (1.0 + np.exp(-logits))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits - logits.max())
-    return exponentials / exponentials.sum()
-
-
-def choose_kernels() -> str:
-    """
-    The engine's kernels for this CPU, or those that BINARYVIT_ENGINE forces.
-
-    Raises:
-        UnsupportedModelError: the engine cannot be used, or BINARYVIT_ENGINE forces PyTorch.
-        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
-    """
-    wanted, here = os.environ.get(ENGINE_VARIABLE) or None, engine.kernels_here()
-    if wanted == TORCH:
-        raise UnsupportedModelError(f"{ENGINE_VARIABLE} is {TORCH!r}, which needs PyTorch.")
-    if wanted is not None and wanted not in here:
-        raise UserError(f"{ENGINE_VARIABLE} is {wanted!r}, but this machine has {', '.join([*here, TORCH])}.")
-    if not here:
-        raise UnsupportedModelError(f"There is no engine: {engine.problem()}.")
-    return wanted or here[0]
-
-
-def check_engine_variable() -> None:
-    """
-    Raises:
-        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
-    """
-    with contextlib.suppress(UnsupportedModelError):  # PyTorch computes instead
-        choose_kernels()
-
-
-def local_folder(source: str, token: str | None, revision: str | None, cache_dir: str | None) -> Path:
-    """The folder of a model on this machine. A model of the Hub is downloaded into the local cache first."""
-    if os.path.exists(source):
-        return Path(source)
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise LoadingError(
-            f"There is no folder {source!r}{describe_neighbours(source) or '.'} Models of the Hub need 'huggingface_hub': "
-            "pip install huggingface_hub."
-        ) from error
-    patterns = [CONFIG, PROCESSOR, NESTED_PROCESSOR, ADAPTER, "model*.safetensors", "model.safetensors.index.json"]
-    return Path(
-        snapshot_download(source, token=token, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
-    )
 
 
 def available_cpus() -> int:

@@ -14,9 +14,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from binaryvit_runtime.classifier import check_engine_variable
 from binaryvit_runtime.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, counted
 from binaryvit_runtime.hub import shorten_log_of_retries, suggest_name
+from binaryvit_runtime.packed_model import check_engine_variable
 from binaryvit_runtime.writing import describe_full_disk
 
 from ..data.streaming import ImageStream

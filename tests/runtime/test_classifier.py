@@ -15,8 +15,9 @@ from PIL import Image
 from tiny import tiny_config
 
 from binaryvit_runtime import Answer, Classifier, UserError
-from binaryvit_runtime.classifier import LOOKAHEAD, sigmoid
+from binaryvit_runtime.classifier import LOOKAHEAD
 from binaryvit_runtime.engine import kernels_here
+from binaryvit_runtime.packed_model import sigmoid
 
 
 pytestmark = pytest.mark.skipif(not kernels_here(), reason="the engine was not built")
