@@ -37,7 +37,8 @@ class BinaryViTImageProcessor(ViTImageProcessor):
 
     def process_image(self, image, *args, **kwargs) -> torch.Tensor:
         """`(3, height, width)`, uint8."""
-        if Preprocessor is not None and isinstance(image, Image.Image) and image.mode == "RGB":
+        is_rgb_picture = isinstance(image, Image.Image) and image.mode == "RGB" and "transparency" not in image.info
+        if Preprocessor is not None and is_rgb_picture:
             # A view: the colours of a pixel stay side by side in memory, as the engine reads them.
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             device = kwargs.get("device")

@@ -43,6 +43,11 @@ def test_outputs_are_those_of_vit(settings, has_engine, monkeypatch):
             processor(images, return_tensors="pt")["pixel_values"] for processor in (ours, theirs)
         )
         assert torch.equal(ours_values, theirs_values)
+    transparent = Image.fromarray(noise)
+    transparent.paste((9, 8, 7), (20, 10, 40, 30))
+    transparent.info["transparency"] = (9, 8, 7)  # transformers puts this colour on white
+    values = [processor(transparent, return_tensors="pt")["pixel_values"] for processor in (ours, theirs)]
+    assert torch.equal(*values)
     grey = Image.fromarray(noise[..., 0])
     if settings.get("do_convert_rgb"):
         assert torch.equal(
