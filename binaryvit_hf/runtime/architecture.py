@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .engine.library import pair
 from .errors import LoadingError, UnsupportedModelError
 
 
@@ -128,9 +129,9 @@ class Architecture:
             raise LoadingError("use_class_token needs one stage, no reduction and no pooling branches.")
 
     def check_map(self) -> None:
-        if any(len(as_pair(getattr(self, field))) != 2 for field in SIZES):
+        if any(len(pair(getattr(self, field))) != 2 for field in SIZES):
             raise LoadingError("image_size and patch_size must be one number or (height, width).")
-        for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)):
+        for size, patch in zip(pair(self.image_size), pair(self.patch_size)):
             for stage, ratio in enumerate(self.sequence_reduction_ratios):
                 if size % (patch * 2**stage * ratio):
                     raise LoadingError(
@@ -149,7 +150,7 @@ class Architecture:
         Raises:
             LoadingError: the network and a classifier of this number of labels have more than `MAX_PARAMETERS` weights.
         """
-        inputs = self.num_channels * math.prod(as_pair(self.patch_size))
+        inputs = self.num_channels * math.prod(pair(self.patch_size))
         parameters = self.hidden_sizes[-1] * labels
         for stage, (height, width) in enumerate(self.grid_sizes):
             channels, inner = self.hidden_sizes[stage], self.intermediate_sizes[stage]
@@ -163,7 +164,7 @@ class Architecture:
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         """Height and width in tokens of each stage's map."""
-        height, width = (size // patch for size, patch in zip(as_pair(self.image_size), as_pair(self.patch_size)))
+        height, width = (size // patch for size, patch in zip(pair(self.image_size), pair(self.patch_size)))
         return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
 
     @property
@@ -185,7 +186,7 @@ class Architecture:
         return dict(self.list_tensors())
 
     def list_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        first, patches = self.hidden_sizes[0], as_pair(self.patch_size)
+        first, patches = self.hidden_sizes[0], pair(self.patch_size)
         map_tokens = [height * width for height, width in self.grid_sizes]
         yield "embeddings.position_embeddings", (1, map_tokens[0] + self.use_class_token, first)
         yield "embeddings.projection.weight", (first, self.num_channels, *patches)
@@ -396,8 +397,3 @@ def read_labels(config: dict) -> list[str]:
     if len(labels) == 1 and config.get("problem_type") == "single_label_classification":
         raise LoadingError("problem_type is 'single_label_classification', but there is a single label.")
     return labels
-
-
-def as_pair(size) -> tuple[int, ...]:
-    """`(height, width)` of a size that is one number or a pair."""
-    return (size, size) if isinstance(size, int) else tuple(size)

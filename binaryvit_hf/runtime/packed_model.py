@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from . import engine
-from .architecture import Architecture, as_pair, read_architecture, read_labels
+from .architecture import Architecture, read_architecture, read_labels
 from .checkpoint import PREFIX, checkpoint_files, load_tensors
+from .engine.library import pair
 from .engine.preprocessing import Preprocessor
 from .errors import LoadingError, UnsupportedModelError, UserError, first_sentence
 from .pixels import read_background
@@ -147,8 +148,21 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:, 32:] = 255
     pixels = preprocessor(picture)
-    expected = (architecture.num_channels, *as_pair(architecture.image_size))
-    if pixels.shape != expected:
+    check_pixel_values(pixels, (architecture.num_channels, *pair(architecture.image_size)))
+    return preprocessor
+
+
+def check_pixel_values(pixels: np.ndarray, expected: tuple[int, ...] | None) -> None:
+    """
+    Check the `pixel_values` `(channels, height, width)` of a picture that is half black, half white.
+
+    Args:
+        expected: shape of the network's images, or `None` for any.
+
+    Raises:
+        LoadingError: they have another shape, or black and white do not become different finite numbers.
+    """
+    if expected is not None and pixels.shape != expected:
         raise LoadingError(
             f"it makes images of (channels, height, width) {pixels.shape}, the network takes {expected}."
         )
@@ -159,7 +173,6 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
             f"it turns black and white into numbers from {least.min():g} to {most.max():g}: check its rescale_factor, "
             "image_mean and image_std."
         )
-    return preprocessor
 
 
 def score_function(config: dict, labels: int) -> Callable[[np.ndarray], np.ndarray]:
