@@ -22,10 +22,12 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
+from binaryvit_runtime.classifier import Classifier
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.resources import shipped_configs
 
 from .. import engine
+from ..data.model_inputs import create_image_processor
 from ..host_memory import measure_growth
 from ..network.configuration_binaryvit import as_pair
 from ..network.engine_binaryvit import ENGINE_VARIABLE
@@ -36,6 +38,8 @@ from .simulation import simulate
 
 
 PEER, PEER_ENGINE = "deit-small-patch16-224", "PyTorch float32"
+CROP_PCT = 0.875
+RUNTIME = "runtime"
 TURN_SECONDS = 0.1  # a turn lasts at least this long
 TABLE_HEAD = ("model", "engine", "threads", "batch", "ms, median", "10-90 %", "images/s", "x DeiT-S", "file")
 
@@ -118,6 +122,9 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[network]))
     latent = save(model, "latent")
     packed = save(pack(latent.parent), "packed")
+    create_image_processor(model.config, CROP_PCT).save_pretrained(
+        packed.parent
+    )  # the runtime does not load without one
     model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[PEER]))
     peer, half = save(model, "peer"), save(model.to(torch.bfloat16), "half")
     in_pytorch: list[tuple[str, str, Path, dict]] = [
@@ -131,6 +138,7 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
         Competitor(model_name, engine_name, file, functools.partial(load_in_pytorch, **options))
         for model_name, engine_name, file, options in in_pytorch
     ]
+    competitors.insert(0, Competitor(network, RUNTIME, packed, load_in_runtime))
     if importlib.util.find_spec("onnxruntime"):
         from .onnx_peers import export_networks, export_packed, load_onnx
 
@@ -274,6 +282,16 @@ def load_in_pytorch(
     return compute
 
 
+def load_in_runtime(file: Path, threads: int) -> Forward:
+    """The forward of the runtime, which needs no PyTorch."""
+    classifier = Classifier.from_pretrained(file.parent, threads=threads)
+    network, head = classifier.network, classifier.head
+    create_images = functools.cache(
+        lambda batch_size: np.random.default_rng(0).standard_normal((batch_size, *network.image_shape), np.float32)
+    )
+    return lambda batch_size: network.classify(create_images(batch_size), *head, threads=threads)
+
+
 def format_forwards(measured: dict) -> str:
     """The measurements of `benchmark_inference` as text for the terminal."""
     rows = [
@@ -292,7 +310,7 @@ def format_forwards(measured: dict) -> str:
     ]
     lines = [align_columns([TABLE_HEAD, *rows]), ""]
     for start in measured["starts"]:
-        if start["engine"] in engine.kernels_here():
+        if start["engine"] in (RUNTIME, *engine.kernels_here()):
             memory = "" if start["bytes"] is None else f", {readable(start['bytes'], 'B')} of memory"
             lines.append(
                 f"{start['model']} on {start['engine']}, {counted(start['threads'], 'thread')}: its first image after "

@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.logging import disable_progress_bar
 
-from binaryvit_runtime.classifier import Classifier, available_cpus
+from binaryvit_runtime.classifier import Classifier
+from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.errors import counted
 from binaryvit_runtime.resources import shipped_configs
 

@@ -54,7 +54,7 @@ def version(name: str) -> str:
 def describe_pytorch() -> dict[str, str]:
     """What PyTorch says about this machine: number of threads, GPU, whose threads the engine uses."""
     if not has_pytorch():
-        from binaryvit_runtime.classifier import available_cpus
+        from binaryvit_runtime.cpus import available_cpus
 
         return {
             "threads": counted(available_cpus(), "thread"),

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
+from .cpus import available_cpus
 from .engine.preprocessing import CHANNELS
 from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
 from .image_files import ImageFile, list_images
@@ -314,10 +315,6 @@ def open_input(image: Picture, max_pixels: int | None) -> contextlib.AbstractCon
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         raise UserError(f"{image!r} is a URL: download the picture first.")
     return open_picture(image, max_pixels)
-
-
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_picture(image: Picture) -> str:

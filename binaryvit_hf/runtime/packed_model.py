@@ -1,6 +1,7 @@
 """Loads a packed model from its folder: config.json, preprocessor_config.json and weights, with all checks."""
 
 import contextlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -204,7 +205,8 @@ def choose_kernels() -> str:
     if wanted == TORCH:
         raise UnsupportedModelError(f"{ENGINE_VARIABLE} is {TORCH!r}, which needs PyTorch.")
     if wanted is not None and wanted not in here:
-        raise UserError(f"{ENGINE_VARIABLE} is {wanted!r}, but this machine has {', '.join([*here, TORCH])}.")
+        names = [*here, *([TORCH] if importlib.util.find_spec(TORCH) else [])]
+        raise UserError(f"{ENGINE_VARIABLE} is {wanted!r}, but this machine has {', '.join(names) or 'no engine'}.")
     if not here:
         raise UnsupportedModelError(f"There is no engine: {engine.problem()}.")
     return wanted or here[0]

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from binaryvit_runtime import Classifier, UserError, pixels
-from binaryvit_runtime.classifier import available_cpus
+from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.resources import shipped_models
 
