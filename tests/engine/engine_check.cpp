@@ -227,6 +227,13 @@ std::vector<float> run(const Network &network, binaryvit_model *model, const std
     for (size_t floats : network.map_floats) maps.emplace_back(floats * size_t(batch));
     for (std::vector<float> &map : maps) pointers.push_back(map.data());
     expect(binaryvit_feature_maps(model, images.data(), batch, threads, pointers.data()) == 0, "feature maps");
+    for (int32_t layer = 0;; ++layer) {
+        binaryvit_attention_size size;
+        if (binaryvit_find_attention_size(model, layer, &size) != 0) break;
+        std::vector<float> probabilities(size_t(size.heads) * size.queries * size.keys);
+        expect(binaryvit_attention(model, images.data(), layer, probabilities.data()) == 0, "attention");
+        last.insert(last.end(), probabilities.begin(), probabilities.end());
+    }
     for (const auto &more : {pooled, logits}) last.insert(last.end(), more.begin(), more.end());
     for (const auto &more : maps) last.insert(last.end(), more.begin(), more.end());
     return last;

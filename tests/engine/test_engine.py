@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig
 
-from binaryvit_hf import BinaryViTConfig, engine
+from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification, engine
 from binaryvit_hf.engine import Engine
 from binaryvit_hf.network.configuration_binaryvit import as_pair
 from binaryvit_hf.network.packing_binaryvit import pack_levels
@@ -26,6 +27,7 @@ from binaryvit_runtime.engine import library
 from binaryvit_runtime.engine.library import count_differing_bits
 
 
+ROOT = Path(__file__).parents[2]
 KERNELS = engine.kernels_here()
 # Versions of PyTorch round a sum near zero to different signs. One flipped bit changes a token by less than 1 %.
 ROUNDING = 1e-5 if torch.__version__ >= (2, 14) else 0.01
@@ -155,6 +157,61 @@ def test_every_step_of_any_network_equals_pytorchs(config):
 def test_every_step_of_every_row_equals_pytorchs(row):
     config = AutoConfig.from_pretrained(CONFIGS / row)
     check_steps(packed(config), images_of(config, batch=1), threads=2, tolerated=5)
+
+
+def check_attentions(model, images, different: float = 0) -> None:
+    """Compare the attention of every layer of all kernels; a share of `different` probabilities may differ."""
+    with torch.no_grad():
+        attentions = model(images, output_attentions=True).attentions
+    grids = [grid for grid, depth in zip(model.config.grid_sizes, model.config.depths) for _ in range(depth)]
+    assert len(grids) == len(attentions)
+    for kernels in KERNELS:
+        folded = engine_of(model, kernels)
+        before = folded.forward(images, 1)[0]
+        for layer, (expected, grid) in enumerate(zip(attentions, grids)):
+            size = folded.attention_size(layer)
+            assert (size.query_height, size.query_width) == grid
+            class_tokens = int(model.config.use_class_token)
+            assert size.key_height * size.key_width + class_tokens == size.keys == expected.shape[3]
+            actual = torch.cat([folded.attention(image[None], layer) for image in images])
+            assert actual.shape == expected.shape and actual.any()
+            assert (actual != expected).float().mean() <= different
+        assert torch.equal(folded.forward(images, 1)[0], before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(),
+        class_token_config(),
+        tiny_config(hidden_sizes=[9, 90], num_attention_heads=[3, 2], intermediate_sizes=[18, 90]),
+        tiny_config(image_size=(64, 48), sequence_reduction_ratios=[2, 1]),  # more keys than bits of a word
+    ],
+)
+def test_the_attention_of_every_layer_equals_pytorchs(config):
+    check_attentions(packed(config), images_of(config))
+
+
+@pytest.mark.parametrize("name", ["binaryvit-digits", "binaryvit-fashion-mnist"])
+def test_the_attention_of_a_shipped_model_equals_pytorchs(name):
+    model = BinaryViTForImageClassification.from_pretrained(ROOT / "model_cards" / name, dtype=torch.float32).eval()
+    check_attentions(model, images_of(model.config, 4), different=2e-3)
+
+
+def test_a_query_attends_to_nothing_if_the_clip_is_not_positive():
+    model = packed(tiny_config())
+    model.binaryvit.stages[0].layers[0].attention.probability_clip.data.neg_()
+    for kernels in KERNELS:
+        assert not engine_of(model, kernels).attention(tiny_images(1), 0).any()
+
+
+def test_attention_of_no_layer_or_of_several_images_is_refused():
+    folded = engine_of(packed(tiny_config()), KERNELS[0])
+    for layer in (-1, 3):
+        with pytest.raises(IndexError, match=f"has no layer {layer}; its first layer is 0"):
+            folded.attention(tiny_images(1), layer)
+    with pytest.raises(ValueError, match="the attention of one image, not of 2"):
+        folded.attention(tiny_images(2), 0)
 
 
 def count_bits(kernels: str, left: torch.Tensor, right: torch.Tensor, inputs: int) -> torch.Tensor:

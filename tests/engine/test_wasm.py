@@ -115,6 +115,21 @@ def test_a_shipped_model_gives_the_logits_of_the_scalar_kernels(wasm, name):
     wasm.call("binaryvit_free", model)
 
 
+@pytest.mark.parametrize("config", [tiny_config(), class_token_config()])
+def test_the_attention_of_every_layer_equals_the_scalar_kernels(wasm, config):
+    tensors, images = packed_tensors(config), random_images(config, batch=1)
+    native, model = Engine(config, tensors, "scalar"), wasm.create(config, tensors)
+    for layer in range(sum(config.depths)):
+        size = native.attention_size(layer)
+        fields = wasm.compute("binaryvit_find_attention_size", model, layer, shape=(7,), dtype=np.int32)
+        np.testing.assert_array_equal(fields, [getattr(size, name) for name, _ in size._fields_])
+        expected = native.attention(images, layer)
+        actual = wasm.compute("binaryvit_attention", model, images, layer, shape=expected.shape)
+        check_equal(actual, expected, 0.01)
+    assert wasm.call("binaryvit_attention", model, 0, sum(config.depths), 0) == 2
+    wasm.call("binaryvit_free", model)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-42])
 def test_pixels_that_are_nan_infinite_or_subnormal_give_the_logits_of_the_scalar_kernels(wasm, value):
     config = tiny_config()

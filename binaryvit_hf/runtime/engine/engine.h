@@ -106,6 +106,28 @@ int32_t binaryvit_feature_maps(binaryvit_model *model, const float *images, int6
 int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
                            const float *weight, const float *bias, int32_t num_labels, float *logits);
 
+/* The size of the attention of a layer. Tokens are a grid, row by row; before it comes the class token, if any. */
+typedef struct {
+    int32_t heads, queries, keys; /* keys are fewer than queries if the layer reduces its tokens */
+    int32_t query_height, query_width, key_height, key_width;
+} binaryvit_attention_size;
+
+/* Writes the size of the attention of a layer. Returns 0, or 2 if there is no such layer; the first one is 0. */
+int32_t binaryvit_find_attention_size(const binaryvit_model *model, int32_t layer, binaryvit_attention_size *size);
+
+/*
+ * Computes the attention probabilities of a layer, as the network uses them: 0, or the layer's `probability_clip`.
+ * Runs on the calling thread, and no further than this layer.
+ *
+ * Args:
+ *   image: (num_channels, image_height, image_width).
+ *   layer: counts through all stages.
+ *   probabilities: written: (heads, queries, keys) of binaryvit_find_attention_size.
+ *
+ * Returns 0, 1 if memory runs out, or 2 if there is no such layer.
+ */
+int32_t binaryvit_attention(binaryvit_model *model, const float *image, int32_t layer, float *probabilities);
+
 /*
  * Computes a single step, for tests.
  *
@@ -177,7 +199,7 @@ int32_t binaryvit_preprocessed_size(const binaryvit_image_processor *processor, 
  * Returns 0, 1 if memory runs out, or 2 as binaryvit_preprocessed_size or for other `pixel_bytes`.
  */
 int32_t binaryvit_pixel_values(const binaryvit_image_processor *processor, const binaryvit_picture *picture,
-                             float *pixel_values);
+                               float *pixel_values);
 
 #ifdef __cplusplus
 }

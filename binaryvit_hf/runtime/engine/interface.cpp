@@ -174,6 +174,24 @@ struct FeatureMaps {
     }
 };
 
+/* One call of binaryvit_attention. */
+struct Attention {
+    const Model &model;
+    const float *image;
+    int layer;
+    float *probabilities;
+
+    void run_image(int64_t, Workspace &workspace, int) const {
+        for (const Step &step : model.steps) {
+            const bool wanted = step.kind == StepKind::kLayer && step.index == layer;
+            workspace.probabilities = wanted ? probabilities : nullptr;
+            model.kernels->run(model, step, workspace, 0, image, nullptr);
+            if (wanted) break;
+        }
+        workspace.probabilities = nullptr;
+    }
+};
+
 /* Computes all images. */
 template <class Call>
 void run_images(binaryvit_model &model, const Call &call, int64_t batch, int32_t threads) {
@@ -279,6 +297,30 @@ int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t 
         network.kernels->linear(pooled.data(), batch, last.channels, weight, bias, num_labels, from, to, logits);
     };
     if (threads < 2 || !run_team(threads, [&](int member) { work(member, threads); })) work(0, 1);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+int32_t binaryvit_find_attention_size(const binaryvit_model *model, int32_t index, binaryvit_attention_size *size) {
+    const Model &network = *model->network;
+    if (index < 0 || size_t(index) >= network.layers.size()) return 2;
+    const Layer &layer = network.layers[size_t(index)];
+    const Stage &stage = network.stages[size_t(layer.stage)];
+    *size = {layer.heads,
+             stage.tokens,
+             stage.keys,
+             stage.height,
+             stage.width,
+             stage.height / stage.ratio,
+             stage.width / stage.ratio};
+    return 0;
+}
+
+int32_t binaryvit_attention(binaryvit_model *model, const float *image, int32_t layer, float *probabilities) try {
+    const Model &network = *model->network;
+    if (layer < 0 || size_t(layer) >= network.layers.size()) return 2;
+    run_images(*model, Attention{network, image, layer, probabilities}, 1, 1);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

@@ -42,6 +42,12 @@ class NamedTensor(ctypes.Structure):
     _fields_ = [("name", Text), ("data", Pointer), ("bytes", Int64)]
 
 
+class AttentionSize(ctypes.Structure):
+    """The struct `binaryvit_attention_size` of engine.h."""
+
+    _fields_ = fields(Int32, "heads queries keys query_height query_width key_height key_width")
+
+
 # Type of the result and types of the arguments, by function of engine.h.
 FUNCTIONS = {
     "binaryvit_kernels": (Text, []),
@@ -52,6 +58,8 @@ FUNCTIONS = {
     "binaryvit_forward": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Pointer]),
     "binaryvit_feature_maps": (Int32, [Pointer, Pointer, Int64, Int32, Pointer]),
     "binaryvit_classify": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Int32, Pointer]),
+    "binaryvit_find_attention_size": (Int32, [Pointer, Int32, ctypes.POINTER(AttentionSize)]),
+    "binaryvit_attention": (Int32, [Pointer, Pointer, Int32, Pointer]),
     "binaryvit_run_step": (Int32, [Pointer, Int32, Pointer, Int64, Int32, Pointer]),
     "binaryvit_count": (Int32, [Text, Pointer, Int32, Pointer, Int32, Int32, Pointer]),
 }
@@ -227,6 +235,43 @@ class Engine:
         )
         self.call(self.library.binaryvit_feature_maps, self.address(images), batch, threads, pointers)
         return maps
+
+    def attention_size(self, layer: int) -> AttentionSize:
+        """
+        The size of the attention of a layer, whose index counts through all stages.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        size = AttentionSize()
+        if self.library.binaryvit_find_attention_size(self.model, layer, ctypes.byref(size)):
+            raise IndexError(f"The model has no layer {layer}; its first layer is 0.")
+        return size
+
+    def attention(self, image, layer: int):
+        """
+        Computes the attention probabilities of a layer, as the network uses them: 0 or the layer's clip.
+
+        Tokens are a grid, row by row, after the class token if there is one.
+
+        Args:
+            image: `(1, num_channels, height, width)`, normalised, float32.
+            layer: index of the layer, counted through all stages.
+
+        Returns:
+            `(1, heads, queries, keys)`; `attention_size` has the grids of queries and keys.
+
+        Raises:
+            IndexError: there is no such layer.
+            ValueError: the image has another shape or dtype than the model takes, or is not one image.
+            MemoryError: memory runs out.
+        """
+        image, size = self.check_images(image), self.attention_size(layer)
+        if len(image) != 1:
+            raise ValueError(f"The engine computes the attention of one image, not of {len(image)}.")
+        probabilities = self.empty((1, size.heads, size.queries, size.keys))
+        self.call(self.library.binaryvit_attention, self.address(image), layer, self.address(probabilities))
+        return probabilities
 
     def call(self, function: Callable, *arguments) -> None:
         """Call a function of the library, without Python's global lock. Raises `MemoryError` if it fails."""

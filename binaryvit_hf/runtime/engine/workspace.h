@@ -39,6 +39,7 @@ struct Workspace {
     Array<float> key_shortcuts;        // key + value of every key, in blocks of key_block() floats
     Array<uint32_t> keys, values;      // signs: a SignMatrix for every head
     Array<float> last_hidden_state;    // (tokens, channels), if the caller does not want it
+    float *probabilities = nullptr;    // (heads, queries, keys) of attention: written, unless null
     std::vector<Scratch> scratch;      // of every member
 };
 
