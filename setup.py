@@ -12,7 +12,7 @@ ENGINE = Path("binaryvit_hf", "runtime", "engine")
 # Packages whose folders have other names (`package_dir` of setup.cfg).
 RENAMED = [
     *("binaryvit_hf.configs", "binaryvit_hf.model_cards"),
-    *("binaryvit_runtime", "binaryvit_runtime.engine", "binaryvit_cli"),
+    *("binaryvit_runtime", "binaryvit_runtime.browser", "binaryvit_runtime.engine", "binaryvit_cli"),
 ]
 RENAMED_FOLDERS = ["binaryvit_hf.runtime*", "binaryvit_hf.cli*"]
 

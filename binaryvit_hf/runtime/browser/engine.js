@@ -1,0 +1,216 @@
+/** Calls `binaryvit.wasm` through the C interface of engine.h. Addresses have 32 bits. */
+
+import { BinaryViTError } from "./errors.js";
+
+const KERNELS = "wasm";
+const ERROR_BYTES = 500;
+const CHANNELS = 3;
+const NO_MEMORY = "The engine ran out of memory; use a smaller picture, or close other models.";
+// Fields of the struct binaryvit_image_processor: whole numbers, then doubles.
+const PROCESSOR_SIDES = [
+  ...[
+    "resample",
+    "shortest_edge",
+    "longest_edge",
+    "max_height",
+    "max_width",
+    "height",
+    "width",
+    "crop_height",
+    "crop_width",
+  ],
+  ...["rescale", "normalize"],
+];
+
+/** One instance of the module. After a trap it starts a new one, because the memory of the old one may be damaged. */
+export class Engine {
+  /** @param {WebAssembly.Module} module */
+  constructor(module) {
+    this.module = module;
+    this.exports = null;
+  }
+
+  /**
+   * The result of `work`, which gets a `Scratch` of this instance's memory.
+   *
+   * @template T
+   * @param {(scratch: Scratch) => T} work
+   * @returns {T}
+   * @throws {BinaryViTError} Memory ran out.
+   */
+  run(work) {
+    try {
+      if (this.exports === null) {
+        this.exports = new WebAssembly.Instance(this.module).exports;
+        this.exports._initialize();
+      }
+      const scratch = new Scratch(this.exports);
+      const result = work(scratch);
+      scratch.free();
+      return result;
+    } catch (error) {
+      this.exports = null;
+      throw error instanceof BinaryViTError ? error : new BinaryViTError(NO_MEMORY);
+    }
+  }
+
+  /**
+   * Computes the input of a network from a picture.
+   *
+   * @param {import("./processor.js").Processor} processor
+   * @param {{ data: Uint8Array | Uint8ClampedArray, width: number, height: number }} picture RGB or RGBA; alpha is dropped.
+   * @returns {{ values: Float32Array, shape: number[] }}
+   * @throws {BinaryViTError} A side would have no pixel after resizing, or memory ran out.
+   */
+  preprocess(processor, { data, width, height }) {
+    const pixels = this.run((scratch) => {
+      const steps = scratch.put(packProcessor(processor));
+      const sides = scratch.allocate(8);
+      if (scratch.exports.binaryvit_preprocessed_size(steps, height, width, sides, sides + 4)) return null;
+      const shape = [CHANNELS, ...scratch.read(Int32Array, sides, 2)];
+      const length = shape.reduce((product, side) => product * side);
+      const values = scratch.allocate(4 * length);
+      const picture = scratch.put(packPicture(scratch.put(data), width, height, data.length / (width * height)));
+      check(scratch.exports.binaryvit_pixel_values(steps, picture, values));
+      return { values: scratch.read(Float32Array, values, length), shape };
+    });
+    if (pixels === null)
+      throw new BinaryViTError(`a picture of ${width} x ${height} pixels cannot be resized: it is too long or empty.`);
+    return pixels;
+  }
+}
+
+/** A backbone with its classifier in the memory of an engine. It is made again when the engine has a new instance. */
+export class Network {
+  /**
+   * @param {Engine} engine
+   * @param {import("./architecture.js").Architecture} architecture
+   * @param {Map<string, Uint8Array | Float32Array>} tensors of the backbone, by name without prefix.
+   * @param {Float32Array} weight of the classifier: labels x channels.
+   * @param {Float32Array} bias of the classifier.
+   * @throws {BinaryViTError} The engine cannot run the network, or memory ran out.
+   */
+  constructor(engine, architecture, tensors, weight, bias) {
+    Object.assign(this, { engine, architecture, tensors, weight, bias });
+    engine.run((scratch) => this.place(scratch));
+  }
+
+  /** The addresses of model, weight and bias. */
+  place(scratch) {
+    if (this.home === scratch.exports) return this.addresses;
+    const model = createModel(scratch, this.architecture, this.tensors);
+    this.addresses = { model, weight: scratch.keep(this.weight), bias: scratch.keep(this.bias) };
+    this.home = scratch.exports;
+    return this.addresses;
+  }
+
+  /**
+   * @param {Float32Array} pixelValues channels x height x width.
+   * @returns {Float32Array} The logits.
+   * @throws {BinaryViTError} Memory ran out.
+   */
+  logits(pixelValues) {
+    return this.engine.run((scratch) => {
+      const { model, weight, bias } = this.place(scratch);
+      const [images, logits] = [scratch.put(pixelValues), scratch.allocate(this.bias.byteLength)];
+      check(scratch.exports.binaryvit_classify(model, images, 1n, 1, weight, bias, this.bias.length, logits));
+      return scratch.read(Float32Array, logits, this.bias.length);
+    });
+  }
+}
+
+/** Memory of an instance that is freed at the end of one piece of work. */
+class Scratch {
+  constructor(exports) {
+    this.exports = exports;
+    this.addresses = [];
+  }
+
+  allocate(bytes) {
+    // The C library's malloc takes 32 bits.
+    const address = bytes < 2 ** 32 ? this.exports.malloc(bytes) >>> 0 : 0;
+    if (address === 0 && bytes > 0) throw new BinaryViTError(NO_MEMORY);
+    this.addresses.push(address);
+    return address;
+  }
+
+  /** A copy of an array in the instance's memory. */
+  put(array) {
+    const address = this.allocate(array.byteLength);
+    const bytes = new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+    new Uint8Array(this.exports.memory.buffer).set(bytes, address);
+    return address;
+  }
+
+  /** A copy that is not freed. */
+  keep(array) {
+    const address = this.put(array);
+    this.addresses.pop();
+    return address;
+  }
+
+  putText(text) {
+    return this.put(new TextEncoder().encode(`${text}\0`));
+  }
+
+  /** A copy of numbers in the instance's memory: growing the memory detaches views. */
+  read(Kind, address, length) {
+    return new Kind(this.exports.memory.buffer, address, length).slice();
+  }
+
+  free() {
+    for (const address of this.addresses) this.exports.free(address);
+  }
+}
+
+function check(status) {
+  if (status !== 0) throw new BinaryViTError(NO_MEMORY);
+}
+
+function createModel(scratch, { fields, imageSize, patchSize }, tensors) {
+  const lists = ["hidden_sizes", "depths", "num_attention_heads", "intermediate_sizes", "sequence_reduction_ratios"];
+  const flags = ["use_class_token", "use_stem_norm", "use_layer_scale", "binarize_patch_embeddings"];
+  const config = new Int32Array([
+    ...imageSize,
+    ...patchSize,
+    fields.num_channels,
+    fields.hidden_sizes.length,
+    ...lists.map((name) => scratch.put(Int32Array.from(fields[name]))),
+    fields.avg_pool_kernel_sizes.length,
+    scratch.put(Int32Array.from(fields.avg_pool_kernel_sizes)),
+    ...flags.map((name) => Number(fields[name])),
+    0, // batch_norm_eps
+  ]);
+  new Float32Array(config.buffer)[config.length - 1] = fields.batch_norm_eps.value;
+  const named = new DataView(new ArrayBuffer(16 * tensors.size));
+  [...tensors].forEach(([name, tensor], index) => {
+    named.setUint32(16 * index, scratch.putText(name), true);
+    named.setUint32(16 * index + 4, scratch.put(tensor), true);
+    named.setBigInt64(16 * index + 8, BigInt(tensor.byteLength), true);
+  });
+  const error = scratch.allocate(ERROR_BYTES);
+  const [kernels, settings, entries] = [scratch.putText(KERNELS), scratch.put(config), scratch.put(named)];
+  const model = scratch.exports.binaryvit_create(kernels, settings, entries, tensors.size, error, ERROR_BYTES);
+  if (model !== 0) return model;
+  const message = new TextDecoder().decode(scratch.read(Uint8Array, error, ERROR_BYTES)).split("\0")[0];
+  throw new BinaryViTError(`The engine cannot run this model: ${message}.`);
+}
+
+/** The struct binaryvit_image_processor. */
+function packProcessor(processor) {
+  const bytes = new DataView(new ArrayBuffer(104));
+  PROCESSOR_SIDES.forEach((name, index) => bytes.setInt32(4 * index, Number(processor[name] ?? 0), true));
+  [processor.rescale_factor, ...processor.mean, ...processor.std].forEach((number, index) =>
+    bytes.setFloat64(48 + 8 * index, number, true),
+  );
+  return bytes;
+}
+
+/** The struct binaryvit_picture. */
+function packPicture(pixels, width, height, pixelBytes) {
+  const bytes = new DataView(new ArrayBuffer(32));
+  bytes.setUint32(0, pixels, true);
+  bytes.setBigInt64(8, BigInt(width * pixelBytes), true);
+  [height, width, pixelBytes].forEach((number, index) => bytes.setInt32(16 + 4 * index, number, true));
+  return bytes;
+}

@@ -1,0 +1,184 @@
+/** Reads the files of a model, from a URL or from memory. */
+
+import { WEIGHTS, WEIGHTS_INDEX, namesInIndex } from "./checkpoint.js";
+import { BinaryViTError, UnsupportedModelError, messageOf } from "./errors.js";
+import { Float, fromValue, isObject, isText, parseJson } from "./json.js";
+
+const [CONFIG, PROCESSOR] = ["config.json", "preprocessor_config.json"];
+const NESTED_PROCESSOR = "processor_config.json"; // transformers prefers an image processor in it
+const ADAPTER = "adapter_config.json"; // of PEFT, which changes what transformers computes
+// Fields that must be floats in config.json; a JavaScript object has no 1.0.
+const FLOATS = ["batch_norm_eps", "initializer_range"];
+
+/**
+ * Content of a model's files.
+ *
+ * @typedef {{ config: any, processor: any, weights: () => Promise<Array<[string, Uint8Array]>> }} ModelFiles
+ */
+
+/**
+ * @param {string | URL} folder
+ * @returns {Promise<{ config: () => Promise<any>, processor: () => Promise<any>, weights: () => Promise<Array<[string, Uint8Array]>> }>}
+ * @throws {BinaryViTError} The folder has no config.json.
+ */
+export async function openFolder(folder) {
+  const base = asUrl(folder);
+  if (!base.pathname.endsWith("/")) base.pathname += "/";
+  const urlOf = (name) => {
+    const url = new URL(encodeURIComponent(name), base);
+    url.search = base.search;
+    return url;
+  };
+  const [config, processor, nested, adapter] = await Promise.all(
+    [CONFIG, PROCESSOR, NESTED_PROCESSOR, ADAPTER].map((name) => readUrl(urlOf(name))),
+  );
+  if (config === null) throw new BinaryViTError(`it has no ${CONFIG}`);
+  return {
+    config() {
+      if (holdsObject(adapter)) throw new UnsupportedModelError(`it has an adapter (${ADAPTER})`);
+      return parseFile(config, CONFIG);
+    },
+    processor() {
+      if (holdsObject(nested))
+        throw new UnsupportedModelError(`its image processor is in ${NESTED_PROCESSOR}, not in ${PROCESSOR}`);
+      if (processor === null) throw new BinaryViTError("there is no such file.");
+      return parseFile(processor, PROCESSOR);
+    },
+    async weights() {
+      const single = await readUrl(urlOf(WEIGHTS));
+      if (single !== null) return [[WEIGHTS, single]];
+      const index = await readUrl(urlOf(WEIGHTS_INDEX));
+      if (index === null) throw new BinaryViTError(`there is no ${WEIGHTS}.`);
+      const names = namesInIndex(decodeText(index, WEIGHTS_INDEX));
+      return Promise.all(
+        names.map(async (name) => {
+          const content = await readUrl(urlOf(name));
+          if (content === null)
+            throw new BinaryViTError(`the file '${name}' is missing, which ${WEIGHTS_INDEX} names.`);
+          return [name, content];
+        }),
+      );
+    },
+  };
+}
+
+/**
+ * @param {{ config: any, preprocessor: any, weights: any }} content objects or JSON text, and the bytes of one file or of
+ *   several by name.
+ * @throws {BinaryViTError} A part is missing or has another type.
+ */
+export function openContent({ config, preprocessor, weights }) {
+  return {
+    config() {
+      const fields = readGiven(config, CONFIG);
+      if (isObject(config) && isObject(fields))
+        for (const name of FLOATS) if (typeof fields[name] === "number") fields[name] = new Float(fields[name]);
+      return fields;
+    },
+    processor: () => readGiven(preprocessor, PROCESSOR),
+    weights() {
+      const single = asBytes(weights);
+      if (single !== null) return [[WEIGHTS, single]];
+      const files = weights !== null && typeof weights === "object" ? Object.entries(weights) : [];
+      const shards = files.map(([name, content]) => [name, asBytes(content)]).sort(([a], [b]) => (a < b ? -1 : 1));
+      if (!shards.length || shards.some(([, bytes]) => bytes === null))
+        throw new BinaryViTError("the weights must be an ArrayBuffer, or ArrayBuffers by file name.");
+      return shards;
+    },
+  };
+}
+
+/**
+ * The engine as a module.
+ *
+ * @param {string | URL | BufferSource | WebAssembly.Module} engine
+ * @returns {Promise<{ module: WebAssembly.Module, bytes: number | null }>}
+ * @throws {BinaryViTError} It cannot be read or compiled.
+ */
+export async function compileEngine(engine) {
+  if (engine instanceof WebAssembly.Module) return { module: engine, bytes: null };
+  const given = asBytes(engine);
+  const url = given === null ? asUrl(engine) : null;
+  const bytes = given ?? (await readUrl(url));
+  if (bytes === null) throw new BinaryViTError(`There is no engine at '${url}'.`);
+  try {
+    return { module: await WebAssembly.compile(bytes), bytes: bytes.length };
+  } catch (error) {
+    throw new BinaryViTError(
+      `The engine${url === null ? "" : ` '${url}'`} cannot be compiled (${messageOf(error)}): it is damaged, or this ` +
+        "browser has no WebAssembly SIMD.",
+    );
+  }
+}
+
+function readGiven(content, name) {
+  if (content === undefined) throw new BinaryViTError(`${name} is missing.`);
+  if (isText(content)) return parseText(content, name);
+  try {
+    return fromValue(content);
+  } catch (error) {
+    throw new BinaryViTError(`${name} is damaged: ${messageOf(error)}`);
+  }
+}
+
+const parseFile = (bytes, name) => parseText(decodeText(bytes, name), name);
+
+function parseText(text, name) {
+  try {
+    return parseJson(text);
+  } catch (error) {
+    throw new BinaryViTError(`${name} is damaged: ${messageOf(error)}`);
+  }
+}
+
+function decodeText(bytes, name) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    throw new BinaryViTError(`${name} is damaged: it is no UTF-8 text`);
+  }
+}
+
+/** Whether a file is there: some servers answer to any name with a page. */
+function holdsObject(bytes) {
+  try {
+    return bytes !== null && isObject(parseFile(bytes, ""));
+  } catch {
+    return false;
+  }
+}
+
+/** The bytes of an ArrayBuffer or of a view, or `null` for anything else. */
+function asBytes(content) {
+  if (content instanceof ArrayBuffer) return new Uint8Array(content);
+  if (ArrayBuffer.isView(content)) return new Uint8Array(content.buffer, content.byteOffset, content.byteLength);
+  return null;
+}
+
+/** A URL, also of a path: of the page in browsers, of a file in node. */
+function asUrl(address) {
+  if (address instanceof URL) return new URL(address);
+  if (!isText(address))
+    throw new BinaryViTError("A model is a URL, or an object with config, preprocessor and weights.");
+  if (/^[a-z][a-z0-9+.-]+:/i.test(address)) return new URL(address);
+  const node = nodeModule("node:url");
+  return node === null ? new URL(address, globalThis.location?.href) : node.pathToFileURL(address);
+}
+
+/** A module of node, or `null` in browsers. Bundlers would look for an imported one. */
+const nodeModule = (name) => globalThis.process?.getBuiltinModule?.(name) ?? null;
+
+/** The bytes at a URL, or `null` if there is no such file. */
+async function readUrl(url) {
+  const files = url.protocol === "file:" ? nodeModule("node:fs/promises") : null;
+  try {
+    if (files !== null) return asBytes(await files.readFile(url));
+    const response = await fetch(url);
+    if (response.status === 404 || response.status === 410) return null;
+    if (!response.ok) throw new Error(`the server answers ${response.status}`);
+    return new Uint8Array(await response.arrayBuffer());
+  } catch (error) {
+    if (error?.code === "ENOENT") return null;
+    throw new BinaryViTError(`The file '${url}' cannot be read (${messageOf(error)}).`);
+  }
+}

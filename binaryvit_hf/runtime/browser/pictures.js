@@ -1,0 +1,96 @@
+/** Decodes pictures to bytes, as `pixels.py` does. */
+
+import { BinaryViTError, messageOf } from "./errors.js";
+
+const MAX_PIXELS = 2 ** 27; // decoding and resizing them takes 2 GB of memory
+const MAX_ASPECT_RATIO = 1000;
+
+/**
+ * @typedef {{ data: Uint8Array | Uint8ClampedArray, width: number, height: number }} Picture RGB or RGBA, 8 bits each, row by
+ *   row. Alpha is not premultiplied.
+ */
+
+/** Whether an image has its bytes already: `{ data, width, height }`, also ImageData. */
+export const hasBytes = (image) =>
+  image !== null && typeof image === "object" && "data" in image && !("close" in image);
+
+/**
+ * @param {any} picture
+ * @returns {Picture}
+ * @throws {BinaryViTError} Its bytes do not fit its size.
+ */
+export function checkPicture({ data, width, height }) {
+  const isSide = (side) => Number.isSafeInteger(side) && side >= 1;
+  if (!isSide(width) || !isSide(height))
+    throw new BinaryViTError(
+      `Width and height of a picture must be whole numbers from 1, not ${width} and ${height}.`,
+    );
+  if (!(data instanceof Uint8Array || data instanceof Uint8ClampedArray))
+    throw new BinaryViTError("The data of a picture must be a Uint8Array or a Uint8ClampedArray.");
+  if (data.length !== 3 * width * height && data.length !== 4 * width * height)
+    throw new BinaryViTError(
+      `A picture of ${width} x ${height} pixels must have 3 (RGB) or 4 bytes (RGBA) a pixel, not ${data.length} in all.`,
+    );
+  return { data, width, height };
+}
+
+/**
+ * The picture with its transparent pixels on a colour, in RGB. Computes the bytes of Pillow's `alpha_composite`.
+ *
+ * @param {Picture} picture
+ * @param {number[]} background red, green and blue.
+ * @returns {Picture}
+ */
+export function putOnBackground({ data, width, height }, background) {
+  if (data.length === 3 * width * height) return { data, width, height };
+  const opaque = new Uint8Array(3 * width * height);
+  for (let from = 0, to = 0; from < data.length; from += 4) {
+    const alpha = data[from + 3];
+    for (let channel = 0; channel < 3; channel++) {
+      const sum = (data[from + channel] * alpha + background[channel] * (255 - alpha) + 128) << 7;
+      opaque[to++] = ((sum >> 8) + sum) >> 15;
+    }
+  }
+  return { data: opaque, width, height };
+}
+
+/**
+ * Decodes a picture in a browser. EXIF's orientation turns it upright. Colours are not converted.
+ *
+ * @param {Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas} image
+ * @returns {Promise<Picture>}
+ * @throws {BinaryViTError} It cannot be decoded, or it is too large.
+ */
+export async function decodePicture(image) {
+  if (typeof createImageBitmap === "undefined")
+    throw new BinaryViTError(
+      "Only browsers decode pictures; give { data, width, height } with the bytes of a decoder, such as sharp or pngjs.",
+    );
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(image, {
+      premultiplyAlpha: "none",
+      colorSpaceConversion: "none",
+      imageOrientation: "from-image",
+    });
+  } catch (error) {
+    throw new BinaryViTError(`The picture cannot be read as an image (${messageOf(error)}).`);
+  }
+  try {
+    const { width, height } = bitmap;
+    checkSize(width, height);
+    const canvas = new OffscreenCanvas(width, height);
+    const context = canvas.getContext("2d");
+    context.drawImage(bitmap, 0, 0);
+    return { data: context.getImageData(0, 0, width, height).data, width, height };
+  } finally {
+    bitmap.close();
+  }
+}
+
+function checkSize(width, height) {
+  const size = `The picture is too large: it has ${width} x ${height} pixels,`;
+  if (width * height > MAX_PIXELS) throw new BinaryViTError(`${size} more than ${MAX_PIXELS}; make it smaller.`);
+  if (Math.max(width, height) > MAX_ASPECT_RATIO * Math.min(width, height))
+    throw new BinaryViTError(`${size} one side more than ${MAX_ASPECT_RATIO} times the other; cut it.`);
+}
