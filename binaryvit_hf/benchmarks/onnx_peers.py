@@ -38,14 +38,20 @@ class RandomImages(CalibrationDataReader):
         return next(self.batches, None)
 
 
-def export_networks(folder: Path, only_int8: bool = False) -> list[tuple[str, str, Path]]:
+def export_networks(
+    folder: Path, only_int8: bool = False, networks: dict[str, bool] | None = None
+) -> list[tuple[str, str, Path]]:
     """
     Export all networks, or those that compete only in int8.
+
+    Args:
+        networks: by default `NETWORKS`.
 
     Returns:
         The first arguments of a `Competitor`: name of the network, engine, file.
     """
-    networks = {name: in_float for name, in_float in NETWORKS.items() if not (only_int8 and in_float)}
+    networks = NETWORKS if networks is None else networks
+    networks = {name: in_float for name, in_float in networks.items() if not (only_int8 and in_float)}
     logging.disable(logging.WARNING)  # the exporters warn for almost every tensor
     try:
         return [file for name, in_float in networks.items() for file in export_network(name, in_float, folder)]

@@ -121,19 +121,7 @@ def benchmark_pipeline(network: str, batch_sizes: list[int] | None, threads: lis
 
 def create_contestants(network: str, folder: Path, batch_sizes: tuple[int, ...]) -> list[Contestant]:
     """The contestants in the order of the table. Their files are written to `folder`."""
-    configs = shipped_configs()
-
-    def save(row: str, name: str, packed: bool = False) -> Path:
-        config = AutoConfig.from_pretrained(configs[row])
-        model = AutoModelForImageClassification.from_config(config)
-        if packed:
-            model.save_pretrained(folder / "latent")
-            model = pack(folder / "latent")
-        model.save_pretrained(folder / name)
-        create_image_processor(config, CROP_PCT).save_pretrained(folder / name)
-        return folder / name
-
-    ours, peer = save(network, "packed", packed=True), save(PEER, "peer")
+    ours, peer = save_row(network, folder / "packed", packed=True), save_row(PEER, folder / "peer")
     contestants = [
         Contestant(network, RUNTIME, ours, load_runtime),
         Contestant(network, PIPELINE, ours, load_pipeline, batch_sizes),
@@ -150,6 +138,18 @@ def create_contestants(network: str, folder: Path, batch_sizes: tuple[int, ...])
             Contestant(name, THREADS_IN_BATCH, file, load_threads_in_batch, (ONNX_BATCH_SIZE,)),
         ]
     return contestants
+
+
+def save_row(row: str, folder: Path, packed: bool = False) -> Path:
+    """Save a row of configs/ with random weights, and its image processor. Returns the folder."""
+    config = AutoConfig.from_pretrained(shipped_configs()[row])
+    model = AutoModelForImageClassification.from_config(config)
+    if packed:
+        model.save_pretrained(folder.with_name("latent"))
+        model = pack(folder.with_name("latent"))
+    model.save_pretrained(folder)
+    create_image_processor(config, CROP_PCT).save_pretrained(folder)
+    return folder
 
 
 def compete(contestants: list[Contestant], files: list[str], threads: int, turns: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""`binaryvit benchmark`: measures forwards, files to labels, training steps or the image loader."""
+"""`binaryvit benchmark`: measures forwards, also in WebAssembly, files to labels, training steps or the image loader."""
 
 import argparse
 import importlib
@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pipeline and onnxruntime",
     )
     kinds.add_argument(
+        "--browser",
+        action="store_true",
+        help="measure forwards in WebAssembly on one thread of node, and compare with onnxruntime-web",
+    )
+    kinds.add_argument(
         "--train", action="store_true", help="measure training steps and compare with DeiT-S and the plain simulation"
     )
     kinds.add_argument(
@@ -44,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="threads (default 1 and all; with --pipeline, all)")
     parser.add_argument("--steps", type=int, default=7, help="timed turns of each contestant, 2 or more (default 7)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="image file for a plot of the forwards' times")
+    parser.add_argument(
+        "--node-modules",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with onnxruntime-web for --browser (default ./node_modules, or those of NODE_PATH)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -55,7 +66,15 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--steps is 2 or more, not {options.steps}.")
     if min(options.batch_size or [1]) < 1 or min(options.threads or [1]) < 1:
         raise UserError("--batch-size and --threads are 1 or more.")
-    if options.train or options.loader:
+    if options.node_modules and not options.browser:
+        raise UserError("--node-modules needs --browser.")
+    if options.browser:
+        if options.threads or options.plot or options.batch_size:
+            raise UserError(
+                "--browser measures one image on one thread: leave out --threads, --batch-size and --plot."
+            )
+        time_browser(options)
+    elif options.train or options.loader:
         if options.threads or options.plot or len(options.batch_size or [1]) > 1:
             raise UserError(
                 "--threads, --plot and several values of --batch-size need a benchmark of forwards: leave out --train "
@@ -86,6 +105,16 @@ def time_pipeline(options: argparse.Namespace) -> None:
 
     measured = benchmark_pipeline(options.model, options.batch_size, options.threads, options.steps)
     print_measured(options, measured, format_pipeline)
+
+
+def time_browser(options: argparse.Namespace) -> None:
+    with needs_extra("benchmark", "Benchmarks in WebAssembly"):
+        import onnxruntime  # noqa: F401 -- quantises the peers
+        import timm  # noqa: F401 -- their networks
+    from binaryvit_hf.benchmarks.browser import benchmark_browser, format_browser
+
+    measured = benchmark_browser(options.model, options.steps, options.node_modules)
+    print_measured(options, measured, format_browser)
 
 
 def time_training(options: argparse.Namespace) -> None:
