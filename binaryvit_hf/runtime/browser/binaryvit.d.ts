@@ -14,7 +14,8 @@ export interface Picture {
 }
 
 /** What a browser decodes. */
-export type EncodedPicture = Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas;
+export type EncodedPicture =
+  Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas | HTMLVideoElement;
 
 /** Content of a model's files: objects or JSON texts, and the bytes of one file, or of shards by file name. */
 export interface ModelContent {

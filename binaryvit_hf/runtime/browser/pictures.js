@@ -12,7 +12,7 @@ const MAX_ASPECT_RATIO = 1000;
 
 /** Whether an image has its bytes already: `{ data, width, height }`, also ImageData. */
 export const hasBytes = (image) =>
-  image !== null && typeof image === "object" && "data" in image && !("close" in image);
+  image !== null && typeof image === "object" && "data" in image;
 
 /**
  * @param {any} picture
@@ -57,7 +57,7 @@ export function putOnBackground({ data, width, height }, background) {
 /**
  * Decodes a picture in a browser. EXIF's orientation turns it upright. Colours are not converted.
  *
- * @param {Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas} image
+ * @param {Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas | HTMLVideoElement} image
  * @returns {Promise<Picture>}
  * @throws {BinaryViTError} It cannot be decoded, or it is too large.
  */
@@ -77,15 +77,60 @@ export async function decodePicture(image) {
     throw new BinaryViTError(`The picture cannot be read as an image (${messageOf(error)}).`);
   }
   try {
-    const { width, height } = bitmap;
-    checkSize(width, height);
-    const canvas = new OffscreenCanvas(width, height);
-    const context = canvas.getContext("2d");
-    context.drawImage(bitmap, 0, 0);
-    return { data: context.getImageData(0, 0, width, height).data, width, height };
+    checkSize(bitmap.width, bitmap.height);
+    const data = readOpaque(bitmap);
+    // A canvas stores colours times alpha, in 8 bits, and so loses the colours of transparent pixels.
+    const pixels = isOpaque(data) ? data : readTransparent(bitmap, data);
+    return { data: pixels, width: bitmap.width, height: bitmap.height };
+  } catch (error) {
+    if (error instanceof BinaryViTError) throw error;
+    throw new BinaryViTError(`The pixels of the picture cannot be read (${messageOf(error)}).`);
   } finally {
     bitmap.close();
   }
+}
+
+function isOpaque(data) {
+  for (let index = 3; index < data.length; index += 4) if (data[index] !== 255) return false;
+  return true;
+}
+
+function haveEqualAlpha(left, right) {
+  for (let index = 3; index < left.length; index += 4) if (left[index] !== right[index]) return false;
+  return true;
+}
+
+/** The pixels of a bitmap. They are exact where it is opaque. */
+function readOpaque(bitmap) {
+  const { width, height } = bitmap;
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0);
+  return context.getImageData(0, 0, width, height).data;
+}
+
+/**
+ * The exact pixels of a bitmap, through a texture of WebGL.
+ *
+ * @param {ImageBitmap} bitmap without premultiplied alpha.
+ * @param {Uint8ClampedArray} fromCanvas its pixels by `readOpaque`, whose alpha is exact.
+ */
+function readTransparent(bitmap, fromCanvas) {
+  const { width, height } = bitmap;
+  const gl = new OffscreenCanvas(1, 1).getContext("webgl");
+  if (gl === null)
+    throw new BinaryViTError("A transparent picture needs WebGL, which this browser lacks: save it without transparency.");
+  const data = new Uint8Array(4 * width * height);
+  gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
+  gl.pixelStorei(gl.UNPACK_COLORSPACE_CONVERSION_WEBGL, gl.NONE);
+  gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
+  gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
+  gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, gl.getParameter(gl.TEXTURE_BINDING_2D), 0);
+  gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, data);
+  gl.getExtension("WEBGL_lose_context")?.loseContext(); // frees its memory: a page may have few contexts
+  // A lost context or a texture that is too large gives zeros.
+  if (!haveEqualAlpha(data, fromCanvas))
+    throw new BinaryViTError("The transparent picture is too large for WebGL: make it smaller.");
+  return data;
 }
 
 function checkSize(width, height) {
