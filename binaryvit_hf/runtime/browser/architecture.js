@@ -1,4 +1,4 @@
-/** The network of a config.json: its sizes, the names and shapes of its tensors, its labels. Has the checks of `architecture.py`. */
+/** The network of a config.json: sizes, names and shapes of tensors, labels. Makes the checks of `architecture.py`. */
 
 import { BinaryViTError, UnsupportedModelError, quote } from "./errors.js";
 import { Float, areEqual, isFlag, isFloat, isNull, isNumber, isObject, isText, isWhole } from "./json.js";
@@ -256,8 +256,8 @@ function checkMap(fields) {
     fields.sequence_reduction_ratios.forEach((ratio, stage) => {
       if (size % (patch[axis] * 2 ** stage * ratio))
         throw new BinaryViTError(
-          `image_size=${quote(fields.image_size)} cannot be divided by patch_size=${quote(fields.patch_size)}, stages and ` +
-            "sequence_reduction_ratios.",
+          `image_size=${quote(fields.image_size)} cannot be divided by patch_size=${quote(fields.patch_size)}, ` +
+            "stages and sequence_reduction_ratios.",
         );
     }),
   );

@@ -33,8 +33,8 @@ export interface LoadOptions {
 
 export interface BackgroundOptions {
   /**
-   * The colour to put behind transparent pixels, such as `white` or `#ffcc00`, or `null` to drop transparency. Default:
-   * the model's, from its training.
+   * The colour to put behind transparent pixels, such as `white` or `#ffcc00`, or `null` to drop transparency.
+   * Default: the model's, from its training.
    */
   background?: string | null;
 }
@@ -49,11 +49,24 @@ export interface Label {
   score: number;
 }
 
+/** The attention probabilities of a layer. The network is binary: a probability is 0 or one value above 0. */
+export interface Attention {
+  heads: number;
+  /** Height and width of the grid of queries. */
+  queries: [height: number, width: number];
+  /** Height and width of the grid of keys, which are fewer if the layer reduces its tokens. */
+  keys: [height: number, width: number];
+  /** Whether the class token is the first query and the first key, before the grids. */
+  hasClassToken: boolean;
+  /** heads x queries x keys, row by row. */
+  values: Float32Array;
+}
+
 /**
  * Load a packed model with its image processor.
  *
- * @param source the URL of a folder with config.json, preprocessor_config.json and model.safetensors (or its shards and
- *   their index); in node also a path. Or the content of these files.
+ * @param source the URL of a folder with config.json, preprocessor_config.json and model.safetensors (or its shards
+ *   and their index); in node also a path. Or the content of these files.
  * @throws {UnsupportedModelError} Only PyTorch computes this model.
  * @throws {BinaryViTError} There is no such model, or it is damaged. The message says why.
  */
@@ -72,9 +85,12 @@ export class BinaryViTModel {
   /** Sizes of the files in bytes; of the engine `null` if it was given as a module. */
   readonly bytes: { readonly weights: number; readonly engine: number | null };
 
+  /** Layers with attention, of all stages. */
+  readonly numLayers: number;
+
   /**
-   * Classify one picture. Several calls may wait at once. Node decodes no files: give it the bytes of a decoder, such as
-   * sharp or pngjs.
+   * Classify one picture. Several calls may wait at once. Node decodes no files: give it the bytes of a decoder, such
+   * as sharp or pngjs.
    *
    * @returns Labels with their scores, best first.
    * @throws {BinaryViTError} The picture cannot be read, an argument is wrong, or the model is disposed.
@@ -94,6 +110,14 @@ export class BinaryViTModel {
    * @throws {BinaryViTError} The image has another size, or the model is disposed.
    */
   computeLogits(pixelValues: Float32Array): Float32Array;
+
+  /**
+   * What each query of a layer attends to.
+   *
+   * @param layer from 0 to `numLayers - 1`, through all stages.
+   * @throws {BinaryViTError} It is no picture, there is no such layer, an argument is wrong, or the model is disposed.
+   */
+  attention(picture: Picture, layer: number, options?: BackgroundOptions): Attention;
 
   /** Free the memory of the model. Calls that wait, and later ones, fail with a `BinaryViTError`. */
   dispose(): void;

@@ -74,7 +74,8 @@ function readCheckpoint(files) {
     const format = stored.metadata.binaryvit_format;
     if (format !== FORMAT)
       throw new BinaryViTError(
-        `'${file}' has the packed format ${quote(format ?? null)}, not '${FORMAT}': download it again, or update binaryvit_hf.`,
+        `'${file}' has the packed format ${quote(format ?? null)}, not '${FORMAT}': ` +
+          "download it again, or update binaryvit_hf.",
       );
   }
   const { file, metadata } = stored;
@@ -95,8 +96,8 @@ function checkSavedConfig(checkpoint, architecture) {
     const stored = checkpoint.config[field];
     if (!areEqual(value, stored))
       throw new BinaryViTError(
-        `The config has ${field}=${quote(value)}, but the packed weights were saved with ${field}=${quote(stored ?? null)}: ` +
-          "load the config.json that was saved with them.",
+        `The config has ${field}=${quote(value)}, but the packed weights were saved with ` +
+          `${field}=${quote(stored ?? null)}: load the config.json that was saved with them.`,
       );
   }
 }

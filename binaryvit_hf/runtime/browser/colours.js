@@ -47,6 +47,8 @@ export function readColour(colour) {
   if (/^#[0-9a-f]{3}$/.test(hex)) return [...hex.slice(1)].map((digit) => parseInt(digit + digit, 16));
   if (/^#[0-9a-f]{6}$/.test(hex)) return [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
   const whole = WHOLE_NUMBERS.exec(text)?.slice(1).map(Number);
-  const percentages = PERCENTAGES.exec(text)?.slice(1).map((percentage) => Math.floor((percentage * 255) / 100 + 0.5));
+  const percentages = PERCENTAGES.exec(text)
+    ?.slice(1)
+    .map((percentage) => Math.floor((percentage * 255) / 100 + 0.5));
   return (whole ?? percentages)?.map((value) => Math.min(value, 255)) ?? null;
 }

@@ -1,10 +1,11 @@
 /** Calls `binaryvit.wasm` through the C interface of engine.h. Addresses have 32 bits. */
 
 import { BinaryViTError } from "./errors.js";
+import { CHANNELS } from "./processor.js";
 
 const KERNELS = "wasm";
 const ERROR_BYTES = 500;
-const CHANNELS = 3;
+const MOST_KEPT = 2 ** 26; // bytes of memory of an instance for preprocessing, which large pictures let grow
 const NO_MEMORY = "The engine ran out of memory; use a smaller picture, or close other models.";
 // Fields of the struct binaryvit_image_processor: whole numbers, then doubles.
 const PROCESSOR_SIDES = [
@@ -58,7 +59,7 @@ export class Engine {
    * Computes the input of a network from a picture.
    *
    * @param {import("./processor.js").Processor} processor
-   * @param {{ data: Uint8Array | Uint8ClampedArray, width: number, height: number }} picture RGB or RGBA; alpha is dropped.
+   * @param {import("./pictures.js").Picture} picture its alpha is dropped.
    * @returns {{ values: Float32Array, shape: number[] }}
    * @throws {BinaryViTError} A side would have no pixel after resizing, or memory ran out.
    */
@@ -74,6 +75,7 @@ export class Engine {
       check(scratch.exports.binaryvit_pixel_values(steps, picture, values));
       return { values: scratch.read(Float32Array, values, length), shape };
     });
+    if (this.exports.memory.buffer.byteLength > MOST_KEPT) this.exports = null;
     if (pixels === null)
       throw new BinaryViTError(`a picture of ${width} x ${height} pixels cannot be resized: it is too long or empty.`);
     return pixels;
@@ -115,6 +117,34 @@ export class Network {
       const [images, logits] = [scratch.put(pixelValues), scratch.allocate(this.bias.byteLength)];
       check(scratch.exports.binaryvit_classify(model, images, 1n, 1, weight, bias, this.bias.length, logits));
       return scratch.read(Float32Array, logits, this.bias.length);
+    });
+  }
+
+  /**
+   * The attention probabilities of a layer.
+   *
+   * @param {Float32Array} pixelValues channels x height x width.
+   * @param {number} layer counts through all stages.
+   * @returns {{ heads: number, queries: number[], keys: number[], hasClassToken: boolean, values: Float32Array }}
+   * @throws {BinaryViTError} Memory ran out.
+   */
+  attention(pixelValues, layer) {
+    return this.engine.run((scratch) => {
+      const { model } = this.place(scratch);
+      const { exports } = scratch;
+      const size = scratch.allocate(28);
+      check(exports.binaryvit_find_attention_size(model, layer, size));
+      const [heads, queries, keys, ...grids] = scratch.read(Int32Array, size, 7);
+      const length = heads * queries * keys;
+      const [image, values] = [scratch.put(pixelValues), scratch.allocate(4 * length)];
+      check(exports.binaryvit_attention(model, image, layer, values));
+      return {
+        heads,
+        queries: grids.slice(0, 2),
+        keys: grids.slice(2),
+        hasClassToken: queries > grids[0] * grids[1],
+        values: scratch.read(Float32Array, values, length),
+      };
     });
   }
 }

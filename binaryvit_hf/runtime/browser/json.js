@@ -1,6 +1,6 @@
 /**
- * Reads JSON as Python's `json` does: whole numbers differ from floats, and NaN and Infinity are numbers. `JSON.parse` makes
- * one number of 224 and 224.0, but a config with the second is damaged.
+ * Reads JSON as Python's `json` does: whole numbers differ from floats, and NaN and Infinity are numbers. `JSON.parse`
+ * makes one number of 224 and 224.0, but a config with the second is damaged.
  *
  * Objects have no prototype. Whole numbers are `number`, beyond 2^53 `bigint`. Floats are `Float`.
  */
@@ -40,8 +40,8 @@ export const isObject = (value) =>
  * The value of a JSON text.
  *
  * @param {string} text
- * @param {{ strict?: boolean }} [options] strict: as in the header of safetensors, without NaN, Infinity, halves of surrogate
- *   pairs and names that occur twice.
+ * @param {{ strict?: boolean }} [options] strict: as in the header of safetensors, without NaN, Infinity, halves of
+ *   surrogate pairs and names that occur twice.
  * @throws {SyntaxError} It is not JSON.
  */
 export function parseJson(text, { strict = false } = {}) {

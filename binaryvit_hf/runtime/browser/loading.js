@@ -11,18 +11,21 @@ const ADAPTER = "adapter_config.json"; // of PEFT, which changes what transforme
 const FLOATS = ["batch_norm_eps", "initializer_range"];
 
 /**
- * Content of a model's files.
+ * Reads a model's files: `config` and `processor` from JSON, `weights` as names and contents.
  *
- * @typedef {{ config: any, processor: any, weights: () => Promise<Array<[string, Uint8Array]>> }} ModelFiles
+ * @typedef {Array<[string, Uint8Array]>} WeightFiles
+ * @typedef {{ config: () => any, processor: () => any, weights: () => WeightFiles | Promise<WeightFiles> }} ModelFiles
  */
 
 /**
+ * The files of a folder. Their contents are read later, except the JSON files.
+ *
  * @param {string | URL} folder
- * @returns {Promise<{ config: () => Promise<any>, processor: () => Promise<any>, weights: () => Promise<Array<[string, Uint8Array]>> }>}
+ * @returns {Promise<ModelFiles>}
  * @throws {BinaryViTError} The folder has no config.json.
  */
 export async function openFolder(folder) {
-  const base = asUrl(folder);
+  const base = asUrl(folder, "a model is a URL, or an object with config, preprocessor and weights.");
   if (!base.pathname.endsWith("/")) base.pathname += "/";
   const urlOf = (name) => {
     const url = new URL(encodeURIComponent(name), base);
@@ -63,8 +66,11 @@ export async function openFolder(folder) {
 }
 
 /**
- * @param {{ config: any, preprocessor: any, weights: any }} content objects or JSON text, and the bytes of one file or of
- *   several by name.
+ * The files of a model in memory.
+ *
+ * @param {{ config: any, preprocessor: any, weights: any }} content objects or JSON texts, and the bytes of one file
+ *   or of several by name.
+ * @returns {ModelFiles}
  * @throws {BinaryViTError} A part is missing or has another type.
  */
 export function openContent({ config, preprocessor, weights }) {
@@ -98,15 +104,15 @@ export function openContent({ config, preprocessor, weights }) {
 export async function compileEngine(engine) {
   if (engine instanceof WebAssembly.Module) return { module: engine, bytes: null };
   const given = asBytes(engine);
-  const url = given === null ? asUrl(engine) : null;
+  const url = given === null ? asUrl(engine, "The engine is a URL, the bytes of binaryvit.wasm, or a module.") : null;
   const bytes = given ?? (await readUrl(url));
   if (bytes === null) throw new BinaryViTError(`There is no engine at '${url}'.`);
   try {
     return { module: await WebAssembly.compile(bytes), bytes: bytes.length };
   } catch (error) {
     throw new BinaryViTError(
-      `The engine${url === null ? "" : ` '${url}'`} cannot be compiled (${messageOf(error)}): it is damaged, or this ` +
-        "browser has no WebAssembly SIMD.",
+      `The engine${url === null ? "" : ` '${url}'`} cannot be compiled (${messageOf(error)}): ` +
+        "it is damaged, or this browser has no WebAssembly SIMD.",
     );
   }
 }
@@ -156,13 +162,15 @@ function asBytes(content) {
 }
 
 /** A URL, also of a path: of the page in browsers, of a file in node. */
-function asUrl(address) {
-  if (address instanceof URL) return new URL(address);
-  if (!isText(address))
-    throw new BinaryViTError("A model is a URL, or an object with config, preprocessor and weights.");
-  if (/^[a-z][a-z0-9+.-]+:/i.test(address)) return new URL(address);
+function asUrl(address, kinds) {
+  if (!isText(address) && !(address instanceof URL)) throw new BinaryViTError(kinds);
   const node = nodeModule("node:url");
-  return node === null ? new URL(address, globalThis.location?.href) : node.pathToFileURL(address);
+  try {
+    if (node !== null && !/^[a-z][a-z0-9+.-]+:/i.test(address)) return node.pathToFileURL(address);
+    return new URL(address, globalThis.location?.href);
+  } catch {
+    throw new BinaryViTError(`'${address}' is no URL.`);
+  }
 }
 
 /** A module of node, or `null` in browsers. Bundlers would look for an imported one. */

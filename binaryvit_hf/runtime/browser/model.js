@@ -12,9 +12,9 @@ import { checkPixelValues, halfWhitePicture, readProcessor } from "./processor.j
 /**
  * Load a packed model with its image processor.
  *
- * @param {string | URL | { config: any, preprocessor: any, weights: any }} source the URL of a folder with config.json,
- *   preprocessor_config.json and model.safetensors (or its shards and their index); in node also a path. Or the content of
- *   these files: objects or JSON texts, and an ArrayBuffer, or ArrayBuffers by file name for shards.
+ * @param {string | URL | { config: any, preprocessor: any, weights: any }} source the URL of a folder with
+ *   config.json, preprocessor_config.json and model.safetensors (or its shards and their index); in node also a path.
+ *   Or the content of these files: objects or JSON texts, and an ArrayBuffer, or ArrayBuffers by file name for shards.
  * @param {object} [options]
  * @param {string | URL | BufferSource | WebAssembly.Module} [options.engine] Default: binaryvit.wasm beside this file.
  * @param {string} [options.name] the model's name in messages. Default: its URL.
@@ -34,12 +34,13 @@ export async function load(source, { engine = new URL("./binaryvit.wasm", import
     const found = { architecture: readArchitecture(config), labels: readLabels(config) };
     return { ...found, toScores: scoreFunction(config.problem_type, found.labels.length) };
   });
-  const running = new Engine(module);
+  // An instance of its own: what a large picture does to its memory does not meet the network.
+  const preprocessing = new Engine(module);
   const imageShape = [architecture.numChannels, ...architecture.imageSize];
   const subject = `The image processor of ${called} (preprocessor_config.json) cannot be used`;
   const { processor, background } = await named(subject, called, () => {
     const read = readProcessor(files.processor());
-    checkPixelValues(running.preprocess(read.processor, halfWhitePicture()), imageShape);
+    checkPixelValues(preprocessing.preprocess(read.processor, halfWhitePicture()), imageShape);
     return read;
   });
   return named(`The weights of ${called} cannot be loaded`, called, async () => {
@@ -51,8 +52,9 @@ export async function load(source, { engine = new URL("./binaryvit.wasm", import
     const head = [tensors.get("classifier.weight"), tensors.get("classifier.bias")];
     const sizes = { weights: weights.reduce((sum, [, content]) => sum + content.length, 0), engine: bytes };
     return new BinaryViTModel({
-      network: new Network(running, architecture, backbone, ...head),
-      ...{ called, labels, toScores, processor, background, imageShape, bytes: sizes },
+      network: new Network(new Engine(module), architecture, backbone, ...head),
+      numLayers: architecture.fields.depths.reduce((sum, depth) => sum + depth),
+      ...{ preprocessing, called, labels, toScores, processor, background, imageShape, bytes: sizes },
     });
   });
 }
@@ -69,6 +71,8 @@ export class BinaryViTModel {
     this.imageShape = [...parts.imageShape];
     /** Sizes of the files in bytes; of the engine `null` if it was given as a module. */
     this.bytes = { ...parts.bytes };
+    /** Layers with attention, of all stages. @type {number} */
+    this.numLayers = parts.numLayers;
   }
 
   /**
@@ -78,8 +82,8 @@ export class BinaryViTModel {
    *   | import("./pictures.js").Picture} image In node only `{ data, width, height }`, the bytes of a decoder.
    * @param {object} [options]
    * @param {number} [options.topK] number of labels; all labels if the model has fewer.
-   * @param {string | null} [options.background] the colour to put behind transparent pixels, such as `white` or `#ffcc00`,
-   *   or `null` to drop transparency. Default: the model's, from its training.
+   * @param {string | null} [options.background] the colour to put behind transparent pixels, such as `white` or
+   *   `#ffcc00`, or `null` to drop transparency. Default: the model's, from its training.
    * @returns {Promise<Array<{ label: string, score: number }>>} Best first.
    * @throws {BinaryViTError} The picture cannot be read, an argument is wrong, or the model is disposed.
    */
@@ -125,6 +129,24 @@ export class BinaryViTModel {
     return network.logits(pixelValues);
   }
 
+  /**
+   * What each query of a layer attends to. The network is binary: a probability is 0 or one value above 0.
+   *
+   * @param {import("./pictures.js").Picture | ImageData} picture `decodePicture` makes one from a file.
+   * @param {number} layer from 0 to `numLayers - 1`, through all stages.
+   * @param {{ background?: string | null }} [options] see `classify`.
+   * @returns {{ heads: number, queries: number[], keys: number[], hasClassToken: boolean, values: Float32Array }}
+   *   Heights and widths of the grids of queries and keys, and the probabilities: heads x queries x keys, row by row.
+   *   If the network has a class token, it is the first query and the first key, before the grids.
+   * @throws {BinaryViTError} It is no picture, there is no such layer, an argument is wrong, or the model is disposed.
+   */
+  attention(picture, layer, { background } = {}) {
+    const { network } = this.#alive();
+    if (!Number.isSafeInteger(layer) || layer < 0 || layer >= this.numLayers)
+      throw new BinaryViTError(`layer must be a whole number from 0 to ${this.numLayers - 1}, not ${quote(layer)}.`);
+    return network.attention(this.#pixelValues(picture, this.#background(background)), layer);
+  }
+
   /** Free the memory of the model. Calls that wait, and later ones, fail with a `BinaryViTError`. */
   dispose() {
     this.#parts = null;
@@ -146,13 +168,13 @@ export class BinaryViTModel {
   }
 
   #pixelValues(image, background) {
-    const { network, processor, imageShape } = this.#alive();
+    const { preprocessing, processor, imageShape } = this.#alive();
     if (!hasBytes(image))
       throw new BinaryViTError("A picture must be { data, width, height }: decodePicture makes one.");
     const picture = checkPicture(image);
     let pixels;
     try {
-      pixels = network.engine.preprocess(
+      pixels = preprocessing.preprocess(
         processor,
         background === null ? picture : putOnBackground(picture, background),
       );

@@ -6,13 +6,13 @@ const MAX_PIXELS = 2 ** 27; // decoding and resizing them takes 2 GB of memory
 const MAX_ASPECT_RATIO = 1000;
 
 /**
- * @typedef {{ data: Uint8Array | Uint8ClampedArray, width: number, height: number }} Picture RGB or RGBA, 8 bits each, row by
- *   row. Alpha is not premultiplied.
+ * RGB or RGBA, 8 bits each, row by row. Alpha is not premultiplied.
+ *
+ * @typedef {{ data: Uint8Array | Uint8ClampedArray, width: number, height: number }} Picture
  */
 
 /** Whether an image has its bytes already: `{ data, width, height }`, also ImageData. */
-export const hasBytes = (image) =>
-  image !== null && typeof image === "object" && "data" in image;
+export const hasBytes = (image) => image !== null && typeof image === "object" && "data" in image;
 
 /**
  * @param {any} picture
@@ -29,7 +29,8 @@ export function checkPicture({ data, width, height }) {
     throw new BinaryViTError("The data of a picture must be a Uint8Array or a Uint8ClampedArray.");
   if (data.length !== 3 * width * height && data.length !== 4 * width * height)
     throw new BinaryViTError(
-      `A picture of ${width} x ${height} pixels must have 3 (RGB) or 4 bytes (RGBA) a pixel, not ${data.length} in all.`,
+      `A picture of ${width} x ${height} pixels must have 3 (RGB) or 4 bytes (RGBA) a pixel, ` +
+        `not ${data.length} in all.`,
     );
   return { data, width, height };
 }
@@ -64,7 +65,8 @@ export function putOnBackground({ data, width, height }, background) {
 export async function decodePicture(image) {
   if (typeof createImageBitmap === "undefined")
     throw new BinaryViTError(
-      "Only browsers decode pictures; give { data, width, height } with the bytes of a decoder, such as sharp or pngjs.",
+      "Only browsers decode pictures; give { data, width, height } with the bytes of a decoder, " +
+        "such as sharp or pngjs.",
     );
   let bitmap;
   try {
@@ -118,13 +120,21 @@ function readTransparent(bitmap, fromCanvas) {
   const { width, height } = bitmap;
   const gl = new OffscreenCanvas(1, 1).getContext("webgl");
   if (gl === null)
-    throw new BinaryViTError("A transparent picture needs WebGL, which this browser lacks: save it without transparency.");
+    throw new BinaryViTError(
+      "A transparent picture needs WebGL, which this browser lacks: save it without transparency.",
+    );
   const data = new Uint8Array(4 * width * height);
   gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
   gl.pixelStorei(gl.UNPACK_COLORSPACE_CONVERSION_WEBGL, gl.NONE);
   gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
   gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
-  gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, gl.getParameter(gl.TEXTURE_BINDING_2D), 0);
+  gl.framebufferTexture2D(
+    gl.FRAMEBUFFER,
+    gl.COLOR_ATTACHMENT0,
+    gl.TEXTURE_2D,
+    gl.getParameter(gl.TEXTURE_BINDING_2D),
+    0,
+  );
   gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, data);
   gl.getExtension("WEBGL_lose_context")?.loseContext(); // frees its memory: a page may have few contexts
   // A lost context or a texture that is too large gives zeros.

@@ -27,22 +27,22 @@ const DEFAULTS = {
 const SWITCHES = ["do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "default_to_square"];
 const RESIZED_SIZES = ["shortest_edge", "longest_edge shortest_edge", "max_height max_width", "height width"];
 const RESAMPLES = [2, 3];
-const CHANNELS = 3;
+export const CHANNELS = 3; // of a picture
 const MAX_SIDE = 2 ** 14; // pixels, before the crop
 const [MAX_VALUE, MIN_CONTRAST] = [1e4, 1e-3]; // of a normalised picture; without normalisation, values go up to 255
 
 /**
  * The steps from a picture to the input of a network, as `binaryvit_image_processor` of engine.h.
  *
- * @typedef {{ resample?: number, shortest_edge?: number, longest_edge?: number, max_height?: number, max_width?: number,
- *   height?: number, width?: number, crop_height?: number, crop_width?: number, rescale: boolean, normalize: boolean,
- *   rescale_factor: number, mean: number[], std: number[] }} Processor
+ * @typedef {{ resample?: number, shortest_edge?: number, longest_edge?: number, max_height?: number,
+ *   max_width?: number, height?: number, width?: number, crop_height?: number, crop_width?: number, rescale: boolean,
+ *   normalize: boolean, rescale_factor: number, mean: number[], std: number[] }} Processor
  */
 
 /**
  * @param {any} fields the content of preprocessor_config.json, from `parseJson`.
- * @returns {{ processor: Processor, background: number[] | null }} background: the colour that the model's training put
- *   behind transparent pixels, in red, green and blue; `null` if transparency is dropped.
+ * @returns {{ processor: Processor, background: number[] | null }} background: the colour that the model's training
+ *   put behind transparent pixels, in red, green and blue; `null` if transparency is dropped.
  * @throws {UnsupportedModelError} It asks for another processor or step. The message names the field.
  * @throws {BinaryViTError} A number is out of range.
  */
@@ -163,7 +163,8 @@ export function halfWhitePicture() {
 export function checkPixelValues({ values, shape }, expected) {
   if (String(shape) !== String(expected))
     throw new BinaryViTError(
-      `it makes images of (channels, height, width) (${shape.join(", ")}), the network takes (${expected.join(", ")}).`,
+      `it makes images of (channels, height, width) (${shape.join(", ")}), ` +
+        `the network takes (${expected.join(", ")}).`,
     );
   const length = values.length / CHANNELS;
   const [lows, highs] = [[], []];
