@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from node import BROWSER, WASM, find_node, run_node
 from PIL import Image, ImageColor
+from readme import JAVASCRIPT
 
 from binaryvit_runtime.pixels import normalize_colour
 from binaryvit_runtime.resources import shipped_models
@@ -305,6 +306,17 @@ def test_every_alpha_is_composited_as_pillow_does():
     np.testing.assert_array_equal(actual, expected.ravel())
 
 
+def test_the_snippet_for_node_runs(tmp_path):
+    shutil.copytree(DIGITS, tmp_path / "site" / "model")
+    for file in [*MODULES, WASM]:
+        shutil.copy(file, tmp_path / "site")
+    [snippet] = [text for text in JAVASCRIPT if "./site/" in text]
+    (tmp_path / "snippet.mjs").write_text(snippet)
+    done = subprocess.run([find_node(), "snippet.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.count("label:") == 5
+
+
 def test_names_at_the_top_differ_from_file_to_file():
     """So that the files can be joined into one script."""
     declared = r"^(?:export )?(?:async )?(?:function|class|const|let) (\w+|\[.*?\])"
@@ -345,13 +357,23 @@ await load({ config: {} });
 model.labels.push("more");
 model.dispose();
 """)
+    assert check_types(compiler, "--strict", str(tmp_path / "use.ts")) == ""
+
+
+def test_types_in_the_comments_of_the_module_are_right():
+    """The types that the comments declare fit each other and the code."""
+    sources = [str(file) for file in MODULES if file.stem != "binaryvit"]
+    assert check_types(find_typescript(), "--strict", "false", "--allowJs", "--checkJs", *sources) == ""
+
+
+def check_types(compiler: Path, *arguments: str) -> str:
+    """What the compiler has to say about files."""
     options = (
-        "--noEmit --strict --target es2022 --module nodenext --moduleResolution nodenext --lib es2022,dom --types"
+        "--noEmit --target es2022 --module esnext --moduleResolution bundler --lib es2023,dom,dom.iterable --types"
     )
-    command = [str(find_node()), str(compiler), *options.split(), "", "use.ts"]
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout + done.stderr == ""
+    command = [str(find_node()), str(compiler), *options.split(), "", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def find_typescript() -> Path:

@@ -1,4 +1,4 @@
-"""The Python snippets of README.md."""
+"""The snippets of README.md in Python and JavaScript."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 
 README = Path(__file__).parents[2] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+JAVASCRIPT = re.findall(r"```js\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 OF_THE_HUB = "me/photos"
 OF_ONNX = "onnxruntime"
 

@@ -140,7 +140,7 @@ export function readArchitecture(config) {
  * The label of each logit. As in transformers, a config without labels has two.
  *
  * @param {any} config the content of config.json.
- * @returns {string[]}
+ * @returns {any[]} Text, or numbers where id2label has them.
  * @throws {BinaryViTError} They are not labels.
  * @throws {UnsupportedModelError} num_labels is not the number of labels in id2label.
  */
@@ -149,7 +149,8 @@ export function readLabels(config) {
   const number = isFlag(given) ? Number(given) : given;
   if (!isWhole(number) || !(number >= 1 && number <= MAX_LABELS))
     throw new BinaryViTError(`num_labels must be a whole number from 1 to ${MAX_LABELS}, not ${quote(given)}.`);
-  const id2label = config.id2label ?? Object.fromEntries(Array.from({ length: number }, (_, i) => [i, `LABEL_${i}`]));
+  const id2label =
+    config.id2label ?? Object.fromEntries(Array.from({ length: Number(number) }, (_, i) => [i, `LABEL_${i}`]));
   if (!isObject(id2label) || !isIn(Object.keys(id2label).length, 1, MAX_LABELS))
     throw new BinaryViTError(`id2label must map numbers to labels, from 1 to ${MAX_LABELS} of them.`);
   const count = Object.keys(id2label).length;
@@ -192,7 +193,7 @@ function checkSettings(config) {
 function checkTrainingFields(config) {
   for (const field of TRAINING_FIELDS) if (field in config) checkRange(field, [config[field]]);
   for (const field of PROBABILITIES)
-    if (field in config && !(isNumber(config[field]) && config[field] >= 0 && config[field] < 1))
+    if (field in config && !(isNumber(config[field]) && Number(config[field]) >= 0 && Number(config[field]) < 1))
       throw new BinaryViTError(`${field} must be a probability below 1, not ${quote(config[field])}.`);
 }
 

@@ -49,6 +49,6 @@ export function readColour(colour) {
   const whole = WHOLE_NUMBERS.exec(text)?.slice(1).map(Number);
   const percentages = PERCENTAGES.exec(text)
     ?.slice(1)
-    .map((percentage) => Math.floor((percentage * 255) / 100 + 0.5));
+    .map((percentage) => Math.floor((Number(percentage) * 255) / 100 + 0.5));
   return (whole ?? percentages)?.map((value) => Math.min(value, 255)) ?? null;
 }

@@ -25,10 +25,12 @@ const PROCESSOR_SIDES = [
 
 /** One instance of the module. After a trap it starts a new one, because the memory of the old one may be damaged. */
 export class Engine {
+  /** Of the instance, or `null` until it is needed. @type {any} */
+  exports = null;
+
   /** @param {WebAssembly.Module} module */
   constructor(module) {
     this.module = module;
-    this.exports = null;
   }
 
   /**
@@ -93,7 +95,11 @@ export class Network {
    * @throws {BinaryViTError} The engine cannot run the network, or memory ran out.
    */
   constructor(engine, architecture, tensors, weight, bias) {
-    Object.assign(this, { engine, architecture, tensors, weight, bias });
+    this.engine = engine;
+    this.architecture = architecture;
+    this.tensors = tensors;
+    this.weight = weight;
+    this.bias = bias;
     engine.run((scratch) => this.place(scratch));
   }
 

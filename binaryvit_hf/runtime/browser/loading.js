@@ -86,7 +86,9 @@ export function openContent({ config, preprocessor, weights }) {
       const single = asBytes(weights);
       if (single !== null) return [[WEIGHTS, single]];
       const files = weights !== null && typeof weights === "object" ? Object.entries(weights) : [];
-      const shards = files.map(([name, content]) => [name, asBytes(content)]).sort(([a], [b]) => (a < b ? -1 : 1));
+      /** @type {WeightFiles} */
+      const shards = files.map(([name, content]) => [name, asBytes(content)]);
+      shards.sort(([a], [b]) => (a < b ? -1 : 1));
       if (!shards.length || shards.some(([, bytes]) => bytes === null))
         throw new BinaryViTError("the weights must be an ArrayBuffer, or ArrayBuffers by file name.");
       return shards;
@@ -108,7 +110,7 @@ export async function compileEngine(engine) {
   const bytes = given ?? (await readUrl(url));
   if (bytes === null) throw new BinaryViTError(`There is no engine at '${url}'.`);
   try {
-    return { module: await WebAssembly.compile(bytes), bytes: bytes.length };
+    return { module: await WebAssembly.compile(/** @type {BufferSource} */ (bytes)), bytes: bytes.length };
   } catch (error) {
     throw new BinaryViTError(
       `The engine${url === null ? "" : ` '${url}'`} cannot be compiled (${messageOf(error)}): ` +
@@ -166,7 +168,7 @@ function asUrl(address, kinds) {
   if (!isText(address) && !(address instanceof URL)) throw new BinaryViTError(kinds);
   const node = nodeModule("node:url");
   try {
-    if (node !== null && !/^[a-z][a-z0-9+.-]+:/i.test(address)) return node.pathToFileURL(address);
+    if (node !== null && !/^[a-z][a-z0-9+.-]+:/i.test(String(address))) return node.pathToFileURL(String(address));
     return new URL(address, globalThis.location?.href);
   } catch {
     throw new BinaryViTError(`'${address}' is no URL.`);

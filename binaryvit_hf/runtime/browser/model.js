@@ -23,12 +23,11 @@ import { checkPixelValues, halfWhitePicture, readProcessor } from "./processor.j
  * @throws {BinaryViTError} There is no such model, or it is damaged. The message says why.
  */
 export async function load(source, { engine = new URL("./binaryvit.wasm", import.meta.url), name } = {}) {
-  const isContent = source !== null && typeof source === "object" && !(source instanceof URL);
-  const called = quote(name ?? (isContent ? "model" : String(source)));
+  const called = quote(name ?? (isContent(source) ? "model" : String(source)));
   const { module, bytes } = await compileEngine(engine);
-  const files = isContent
-    ? openContent(source)
-    : await named(`The model ${called} cannot be loaded`, called, () => openFolder(source));
+  const files = isContent(source)
+    ? openContent(/** @type {any} */ (source))
+    : await named(`The model ${called} cannot be loaded`, called, () => openFolder(/** @type {any} */ (source)));
   const { architecture, labels, toScores } = await named(`The config of ${called} cannot be loaded`, called, () => {
     const config = files.config();
     const found = { architecture: readArchitecture(config), labels: readLabels(config) };
@@ -49,15 +48,18 @@ export async function load(source, { engine = new URL("./binaryvit.wasm", import
     const backbone = new Map();
     for (const [tensor, values] of tensors)
       if (tensor.startsWith(PREFIX)) backbone.set(tensor.slice(PREFIX.length), values);
-    const head = [tensors.get("classifier.weight"), tensors.get("classifier.bias")];
+    const weight = /** @type {Float32Array} */ (tensors.get("classifier.weight"));
+    const bias = /** @type {Float32Array} */ (tensors.get("classifier.bias"));
     const sizes = { weights: weights.reduce((sum, [, content]) => sum + content.length, 0), engine: bytes };
     return new BinaryViTModel({
-      network: new Network(new Engine(module), architecture, backbone, ...head),
+      network: new Network(new Engine(module), architecture, backbone, weight, bias),
       numLayers: architecture.fields.depths.reduce((sum, depth) => sum + depth),
       ...{ preprocessing, called, labels, toScores, processor, background, imageShape, bytes: sizes },
     });
   });
 }
+
+const isContent = (source) => source !== null && typeof source === "object" && !(source instanceof URL);
 
 /** Classifies pictures. `load` makes it. */
 export class BinaryViTModel {
@@ -91,7 +93,7 @@ export class BinaryViTModel {
     if (!Number.isSafeInteger(topK) || topK < 1)
       throw new BinaryViTError(`topK is the number of labels, 1 or more, not ${quote(topK)}.`);
     const colour = this.#background(background);
-    const picture = hasBytes(image) ? image : await decodePicture(image);
+    const picture = hasBytes(image) ? image : await decodePicture(/** @type {any} */ (image));
     const logits = this.computeLogits(this.#pixelValues(picture, colour));
     if (!logits.every(Number.isFinite))
       throw new BinaryViTError(

@@ -68,7 +68,8 @@ function checkSizes(fields) {
   for (const field of ["size", "crop_size", "pad_size"]) {
     const value = fields[field] ?? null;
     const numbers = isObject(value) ? Object.values(value) : Array.isArray(value) ? value : [value];
-    if (numbers.some((number) => (isNumber(number) || isFlag(number)) && !(number >= 1 && number <= MAX_SIDE)))
+    const given = numbers.filter((number) => isNumber(number) || isFlag(number)).map(Number);
+    if (!given.every((number) => number >= 1 && number <= MAX_SIDE))
       throw new BinaryViTError(`${field} must be from 1 to ${MAX_SIDE}, not ${quote(value)}.`);
     if (!numbers.every((number) => number === null || isWhole(number) || isFlag(number)))
       throw new UnsupportedModelError(`its image processor has ${field}=${quote(value)}`);
