@@ -28,6 +28,8 @@ STACK_BYTES = 2**20
 FLAGS = [
     *("-target", "wasm32-wasi", "-mexec-model=reactor", "-msimd128"),
     *("-std=c++17", "-O3", "-DNDEBUG", "-s", "-ffp-contract=fast", "-fno-rtti", "-fignore-exceptions"),
+    # Loop strength reduction computes addresses whose constant offsets V8 adds for nothing: 5 % of a forward.
+    *("-mllvm", "-disable-lsr"),
     *("-Wall", "-Wextra", "-Werror", f"-Wl,-z,stack-size={STACK_BYTES}"),
 ]
 SECTION = b"binaryvit.sources"  # a custom section of the module, with the fingerprint of its sources

@@ -55,6 +55,7 @@ constexpr int kRegisterBytes = 32;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
     static constexpr int kFloatBlocks = 1;
+    static constexpr int kFewestRows = 1;
     static constexpr int kWordsAtOnce = 15;  // 60 counts of at most 4 bits fit a byte
     static constexpr int kWordsInByte = 7;   // so do 2 * 28 of them: both halves' sums
 

@@ -34,6 +34,7 @@ constexpr int kRegisterBytes = 64;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
     static constexpr int kFloatBlocks = 2;
+    static constexpr int kFewestRows = 1;
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;

@@ -20,6 +20,7 @@ constexpr int kRegisterBytes = 16;
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
     static constexpr int kFloatBlocks = 1;
+    static constexpr int kFewestRows = 1;
 
     using Bits = uint32_t;
     static constexpr int kBitsOfWord = 1;
