@@ -140,7 +140,8 @@ def convert_argument(name: str, value: Any, annotation: Any, choices: Any = None
     Args:
         annotation: type of the field.
         choices: the allowed values; `None` allows any.
-        bare: the value of a flag that is given without one. `true` in a file means the same.
+        bare: the value of a flag that is given without one. `true` in a file means the same, and `false`, for a flag
+            whose values are words, the word "false".
 
     Raises:
         UserError: the value has another type or is not a choice.
@@ -148,6 +149,8 @@ def convert_argument(name: str, value: Any, annotation: Any, choices: Any = None
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     if value is True and bare is not None:
         return bare
+    if value is False and bare is not None and annotation is str:
+        return "false"
     if value is None and NoneType in kinds:
         return None
     shown = shorten(repr(value), 60)

@@ -749,18 +749,17 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module):
-    """Freeze the running statistics in this context. In training mode, layers still normalise by the batch."""
+    """Keep the running statistics as they were before this context. In training mode, layers normalise by the batch."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counts = [norm.num_batches_tracked.clone() for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        # Not a momentum of 0 instead: compiled layers would be compiled again for it. `.data`, because the backward pass of
+        # batch normalisation keeps its running statistics, which it does not read, and refuses them once they change.
+        for buffer, value in zip(buffers, before):
+            buffer.data.copy_(value)
 
 
 # Saved models carry their code, for machines without this package (trust_remote_code=True).

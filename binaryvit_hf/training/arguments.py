@@ -14,6 +14,7 @@ from binaryvit_runtime.errors import UserError, first_sentence
 from ..argument_checks import argument, check_ranges
 from ..data.arguments import DataArguments
 from .callbacks.sign_gradient import SIGN_GRADIENTS
+from .compilation import missing_compiler
 from .optional_methods import OptionalMethodArguments
 
 
@@ -113,6 +114,14 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         "Save a trained binary network packed, one bit per weight, and its latent float weights in the folder "
         "'latent'. --no_save_packed saves the latent weights only.",
     )
+    torch_compile: str = argument(  # type: ignore[assignment]
+        "false",
+        "Compile the layers for training steps: 'true', 'false', or 'auto', which times a few steps and compiles if that "
+        "saves more time than it takes. Compiled steps equal eager ones up to rounding. It needs a C++ compiler, on a GPU "
+        "Triton.",
+        nargs="?",
+        const="true",
+    )
     remove_unused_columns: bool = argument(False, "Off: images are decoded and transformed as they are read.")
 
     resume_from_checkpoint: str | None = argument(
@@ -127,7 +136,15 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         check_ranges(self)
         if self.output_dir == "":
             raise UserError("--output_dir is empty; name a folder.")
-        super().__post_init__()
+        compiles, backend, mode = self.read_compilation()
+        if compiles and not (self.fsdp or self.deepspeed):
+            # transformers would warn on CPUs, and train in TF32 on GPUs, which is not what eager steps do.
+            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+            super().__post_init__()
+            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiles, backend, mode
+        else:
+            self.torch_compile = compiles is True
+            super().__post_init__()
         self.output_dir = os.path.normpath(self.output_dir)
         self.check_reporting()
         if self.ddp_find_unused_parameters is None:
@@ -146,6 +163,28 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             )
         if self.sign_gradient not in SIGN_GRADIENTS:
             raise UserError(f"--sign_gradient must be one of {', '.join(SIGN_GRADIENTS)}, not {self.sign_gradient!r}.")
+
+    def read_compilation(self) -> tuple[bool | str, str, str | None]:
+        """
+        Whether to compile, True, False or "auto", and torch.compile's backend and mode. A backend or a mode without
+        `--torch_compile` compiles, as in transformers.
+
+        Raises:
+            UserError: `--torch_compile` has another value.
+        """
+        choices: dict[str, bool | str] = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "false": False,
+            "0": False,
+            "no": False,
+        }
+        choice = (choices | {"auto": "auto"}).get(str(self.torch_compile).lower())
+        if choice is None:
+            raise UserError(f"--torch_compile must be true, false or auto, not {self.torch_compile!r}.")
+        backend, mode = self.torch_compile_backend, self.torch_compile_mode
+        return choice or bool(backend or mode), backend or "inductor", mode
 
     def check_reporting(self) -> None:
         """Raise UserError if `report_to` has a name that transformers does not know, or whose package is not installed."""
@@ -170,6 +209,11 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             raise UserError("--balance_classes needs --train_sampling_strategy random.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
+        if self.torch_compile and self.n_gpu > 1:
+            raise UserError("--torch_compile needs one process for each GPU: start the run with torchrun.")
+        compiles = self.torch_compile is True and self.torch_compile_backend == "inductor"
+        if compiles and (missing := missing_compiler(self.device)):
+            raise UserError(f"--torch_compile needs {missing}: install it, or give --torch_compile auto.")
         metric = self.metric_for_best_model
         if metric is not None and metric.removeprefix("eval_") not in BEST_METRICS:
             raise UserError(f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, not {metric!r}.")

@@ -26,7 +26,7 @@ RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results
 NOT_RECORDED = {
     *("token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank"),
 }
-# Recorded arguments that may differ when a run is resumed: none of them can change a weight.
+# Recorded arguments that may differ when a run is resumed: none of them changes a weight by more than rounding.
 WITHOUT_EFFECT_ON_WEIGHTS = {
     # A finished run can be evaluated again.
     *("do_eval", "do_predict"),
@@ -42,6 +42,8 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
     *("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     # The number of checkpoints to keep; the best one is always kept.
     "save_total_limit",
+    # Compiled steps differ from eager ones by rounding alone.
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     # How long processes wait for each other.
     "ddp_timeout",
 }

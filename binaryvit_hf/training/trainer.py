@@ -33,6 +33,7 @@ from .callbacks.checkpointed import CheckpointedCallback
 from .callbacks.positive_clips import PositiveClips
 from .callbacks.termination import SaveOnTermination
 from .checkpoints import flush_to_disk
+from .compilation import StepCompiler
 from .losses import distance_from_one, distillation_loss
 
 
@@ -72,6 +73,13 @@ class DistillationTrainer(Trainer):
             self.add_callback(callback)
         self.checkpointed = [callback for callback in method_callbacks if isinstance(callback, CheckpointedCallback)]
         self.is_staging = False
+        self.compiler = StepCompiler(
+            self.plain_model,
+            False if self.compiles_by_accelerate else self.args.torch_compile,
+            self.args.device,
+            self.args.torch_compile_backend or "inductor",
+            self.args.torch_compile_mode,
+        )
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -86,6 +94,21 @@ class DistillationTrainer(Trainer):
     def saves_packed(self) -> bool:
         """Whether the final model is saved packed: it has latent binary weights, and `--save_packed` is on."""
         return self.args.save_packed and is_latent(self.plain_model)
+
+    @property
+    def compiles_by_accelerate(self) -> bool:
+        """Whether accelerate compiles, not this class: FSDP and DeepSpeed wrap the layers."""
+        return bool(self.args.fsdp or self.args.deepspeed)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate would compile the whole network, for every shape of a batch, and in evaluation too."""
+        backend = self.args.torch_compile_backend
+        if not self.compiles_by_accelerate:
+            self.args.torch_compile_backend = None
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            self.args.torch_compile_backend = backend
 
     # Training
 
@@ -117,6 +140,7 @@ class DistillationTrainer(Trainer):
             self.args.check_packed()
         for callback in self.checkpointed:
             callback.checkpoint = None
+        self.compiler.begin(None)
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -135,8 +159,13 @@ class DistillationTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        inputs = self._prepare_inputs(inputs)
+        images, steps_left = inputs["pixel_values"], self.state.max_steps - self.state.global_step
+        processes = self.args.world_size if self.accelerator.split_batches else 1
+        is_full = len(images) == self._train_batch_size // processes
+        with self.compiler.step(images, is_full, steps_left * self.args.gradient_accumulation_steps):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):  # before the optimiser spreads it over every weight
             self.raise_non_finite(f"The loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
@@ -287,6 +316,7 @@ class DistillationTrainer(Trainer):
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             for callback in self.checkpointed:
                 callback.save(staged)
+            self.compiler.save(staged)
             give_usual_mode(staged)
             flush_to_disk(staged)
             shutil.rmtree(checkpoint, ignore_errors=True)  # an interrupted run may have written it
@@ -311,8 +341,10 @@ class DistillationTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint) if checkpoint else None
+        self.compiler.begin(folder)
         for callback in self.checkpointed:
-            callback.checkpoint = checkpoint and Path(checkpoint)
+            callback.checkpoint = folder
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
