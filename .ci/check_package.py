@@ -16,8 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST_MEGABYTES = 84  # of the runtime and its libraries, above Python
 INSTALLED = (
-    "binaryvit_hf/*.py",
-    "binaryvit_hf/*.wasm",
+    *(f"binaryvit_hf/*.{kind}" for kind in ("py", "wasm", "js", "mjs", "d.ts", "html", "css")),
     "configs/*.json",
     "model_cards/*",
 )  # the patterns of git, whose * takes folders too

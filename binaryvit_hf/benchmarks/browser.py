@@ -34,7 +34,7 @@ LOADS = 3
 TURN_SECONDS, WARM_UP_SECONDS = 0.1, 1.0
 TABLE_HEAD = (
     *("model", "by", "image", "CPU ms, median", "10-90 %", "ms, median", "x ours"),
-    *("loading, ms", "engine", "model"),
+    *("loading, ms", "wasm", "file"),
 )
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def benchmark_browser(network: str, turns: int, node_modules: Path | None = None
         - `results`, in the order of the table: `model`, `library`, `image_shape`, `cpu_seconds` of a forward,
           `cpu_seconds_10_90`, `seconds`, `seconds_10_90`, `ratio` (the CPU time divided by that of the row, `None` for
           images of another size), `loading_seconds` (compiling the engine and loading the model, in a new process, from
-          files in memory), `engine_bytes` (the .wasm) and `file_bytes`.
+          files in memory), `loading_cpu_seconds`, `engine_bytes` (the .wasm) and `file_bytes`.
 
     Raises:
         UserError: there is no such row, node or onnxruntime-web is missing, or a contestant fails.
@@ -138,7 +138,7 @@ def create_contestants(network: str, folder: Path) -> list[dict]:
     """The contestants of the driver's plan, in the order of the table. Their files are written to `folder`."""
     from .onnx_peers import IMAGE_SHAPE, export_networks
 
-    ours = {network: save_row(network, folder / "packed", packed=True), **shipped_models()}
+    ours = {network: save_row(network, folder / "packed", packed=True), **dict(sorted(shipped_models().items()))}
     return [
         *(
             {"name": name, "library": "binaryvit.js", "folder": str(path), "file": str(path / "model.safetensors")}
@@ -178,6 +178,7 @@ def describe(contestant: dict, measured: dict, loads: list[list[float]], plan: d
         "cpu_seconds_10_90": cpu["seconds_10_90"],
         "seconds": wall["seconds"],
         "seconds_10_90": wall["seconds_10_90"],
+        "loading_cpu_seconds": statistics.median(seconds for seconds, _ in loads),
         "loading_seconds": statistics.median(seconds for _, seconds in loads),
         "engine_bytes": Path(engine).stat().st_size,
         "file_bytes": Path(contestant["file"]).stat().st_size,
