@@ -37,7 +37,10 @@ from binaryvit_runtime.writing import describe_full_disk
 from .common import has_pytorch, prepare_libraries, print_error
 
 
-COMMANDS = ("pack", "convert", "export", "ops", "classify", "push", "benchmark", "ablation", "doctor", "card")
+COMMANDS = (
+    *("pack", "convert", "export", "ops", "classify", "page", "demo", "push", "benchmark", "ablation", "doctor"),
+    "card",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -31,25 +31,34 @@ UNFINISHED = ".unfinished-"
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, may_replace: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """
     Yield an empty folder, which is renamed to `out` at the end of the context.
 
     After an exception nothing is left. Leftovers of a killed process are removed when `out` is written again.
+
+    Args:
+        may_replace: whether an existing folder may be replaced that is not empty.
 
     Raises:
         UserError: `out` is a file or a folder that is not empty, or cannot be written.
     """
     with reported_write_errors(out):
         target = out.resolve()
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.exists() and not (target.is_dir() and (is_empty(target) or may_replace(target))):
             raise UserError(f"{str(out)!r} already exists: choose another name, or remove it.")
         with parent_folders(target), staging_folder(target) as staging:
             folder = staging / target.name
             folder.mkdir()
             yield folder
             give_usual_mode(folder, *(path for path in folder.rglob("*") if path.is_dir()))
+            if target.exists() and not is_empty(target):
+                target.replace(staging / "replaced")  # a rename does not replace a folder that has files
             folder.replace(target)
+
+
+def is_empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
 
 
 def check_writable(folder: Path) -> None:

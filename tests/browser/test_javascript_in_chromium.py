@@ -5,7 +5,6 @@ import io
 import json
 import mimetypes
 import re
-import shutil
 import struct
 import zlib
 
@@ -21,7 +20,11 @@ from binaryvit_runtime.pixels import to_rgb
 from binaryvit_runtime.resources import shipped_models
 
 
-sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+pytest.importorskip("playwright")
+
+from chromium import start_chromium
+
+
 HEIGHT, WIDTH = 37, 53
 RNG = np.random.default_rng(0)
 RGBA = Image.fromarray(RNG.integers(0, 256, (HEIGHT, WIDTH, 4), np.uint8))
@@ -141,16 +144,11 @@ def page():
         else:
             route.fulfill(body=found.read_bytes(), content_type=mimetypes.guess_type(name)[0] or "application/wasm")
 
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with start_chromium() as browser:
         page = browser.new_page()
         page.route("**/*", answer)
         page.goto("http://module.test/")
         yield page
-        browser.close()
 
 
 @pytest.fixture(scope="module")

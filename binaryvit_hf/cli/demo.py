@@ -1,0 +1,45 @@
+"""`binaryvit demo`: classifies pictures in this machine's browser."""
+
+import argparse
+import contextlib
+import tempfile
+from pathlib import Path
+
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.resources import shipped_models
+
+from .common import add_token_argument
+
+
+NEEDS_PYTORCH = False
+EXAMPLE = f"binaryvit demo {next(iter(shipped_models()), 'MODEL')}"
+MOST_PORT = 2**16 - 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="packed model: folder, Hub id or a model that comes with binaryvit_hf"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port of this machine, 0 for any (default %(default)s)")
+    parser.add_argument("--no-browser", action="store_true", help="print the address and open no browser")
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Classify pictures in this machine's browser: serve the page of `binaryvit page`, until Ctrl-C."""
+    import webbrowser
+
+    from binaryvit_runtime.browser.page import write_page
+    from binaryvit_runtime.browser.server import create_server
+
+    if not 0 <= options.port <= MOST_PORT:
+        raise UserError(f"--port must be from 0 to {MOST_PORT}, not {options.port}.")
+    with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(KeyboardInterrupt):
+        page = Path(temporary) / "page"
+        write_page(options.model, page, token=options.token)
+        with create_server(page, options.port) as server:
+            address = f"http://127.0.0.1:{server.server_port}"
+            print(f"{options.model} is at {address}; Ctrl-C ends it.", flush=True)
+            if not options.no_browser:
+                webbrowser.open(address)
+            server.serve_forever()

@@ -1,0 +1,40 @@
+"""`binaryvit page`: writes a web page that classifies pictures in the browser."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from binaryvit_runtime.resources import shipped_models
+
+from .common import add_token_argument
+
+
+NEEDS_PYTORCH = False
+EXAMPLE = f"binaryvit page {next(iter(shipped_models()), 'MODEL')} digits.html --single-file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="packed model: folder, Hub id or a model that comes with binaryvit_hf"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder to write, new or empty, or an earlier page, which is replaced"
+    )
+    parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help="write one HTML file, which also opens from the disk; a folder needs a web server",
+    )
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write a web page that classifies pictures in the browser, without a server that computes."""
+    from binaryvit_runtime.browser.page import write_page
+
+    write_page(options.model, options.out, options.single_file, options.token)
+    if options.single_file:
+        print(f"{options.out}: open it in a browser.")
+    else:
+        folder = shlex.quote(str(options.out))
+        print(f"{options.out}: put it on any web server, such as `python -m http.server --directory {folder}`.")

@@ -1,0 +1,496 @@
+// The page: takes a picture, gives it to the worker, and shows the answer. Text of the model is set as text, never as HTML.
+"use strict";
+
+const TINY = 64; // pixels of a side; smaller pictures are shown with sharp pixels
+const PEN_STEP = 0.04; // part of the board that an arrow key moves the pen
+const INK = { dark: "#fff", light: "#000" };
+const PAPER = { dark: "#000", light: "#fff" };
+
+const page = JSON.parse(document.getElementById("page-data").textContent);
+const element = (id) => document.getElementById(id);
+const [board, preview, video, fileInput] = ["board", "preview", "video", "file"].map(element);
+
+// ---- The worker ----
+
+const waitingCalls = new Map();
+let lastCall = 0;
+let worker;
+let loaded; // a promise of the loaded model
+
+/** Ask the worker. Resolves to its value, rejects with its message. */
+function call(name, given, transfer = []) {
+  return new Promise((resolve, reject) => {
+    const id = ++lastCall;
+    waitingCalls.set(id, { resolve, reject });
+    worker.postMessage({ id, call: name, given }, transfer);
+  });
+}
+
+async function start() {
+  if (!page.content && location.protocol === "file:")
+    throw Error(
+      "Browsers do not let a page on the disk read the files beside it: serve this folder with " +
+        "`python -m http.server`, or write one file with `binaryvit page --single-file`.",
+    );
+  if (typeof WebAssembly === "undefined" || typeof Worker === "undefined")
+    throw Error("This browser has no WebAssembly or no workers, which compute the answer: use a newer browser.");
+  // A worker of a Blob URL has the Content-Security-Policy of the page, unlike a worker of a file.
+  // On the disk, only a classic worker may start from a Blob URL; the modules of a single file are joined into one script.
+  const code = page.content ? page.content.worker : `import "${new URL("worker.js", location.href)}";`;
+  const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
+  worker = new Worker(url, { type: page.content ? "classic" : "module" });
+  worker.addEventListener("message", ({ data: { id, value, error } }) => {
+    const { resolve, reject } = waitingCalls.get(id);
+    waitingCalls.delete(id);
+    if (error === undefined) resolve(value);
+    else reject(Error(error));
+  });
+  worker.addEventListener("error", (event) => {
+    const cause = event.message ? ` (${event.message})` : "";
+    for (const { reject } of waitingCalls.values())
+      reject(Error(`The engine does not start in this browser${cause}: use a newer one, or load the page again.`));
+    waitingCalls.clear();
+  });
+  const model = page.model.map((name) => [name, contentOf(`model/${name}`)]);
+  const [files, engine] = [Object.fromEntries(model), contentOf("binaryvit.wasm")];
+  const buffers = [engine, ...Object.values(files)].filter((file) => file instanceof ArrayBuffer);
+  return call("load", { name: page.name, files, engine }, buffers);
+}
+
+/** The content of a file of the page, as an ArrayBuffer, if the page is a single file; else its URL. */
+function contentOf(name) {
+  return page.content ? decode(page.content.files[name]) : new URL(name, location.href).href;
+}
+
+/** The ArrayBuffer of base64. */
+function decode(encoded) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(encoded).buffer;
+  return Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0)).buffer;
+}
+
+// ---- The answer ----
+
+let nextPicture = null; // waits for the worker; a newer picture replaces it
+let isBusy = false;
+
+/**
+ * Classify a picture and show the answer.
+ *
+ * @param picture Blob or ImageData
+ * @param isFinal false while a stroke is being drawn: screen readers would never stop
+ */
+async function classify(picture, isFinal = true) {
+  nextPicture = { picture, isFinal };
+  if (isBusy) return;
+  isBusy = true;
+  while (nextPicture) {
+    const current = nextPicture;
+    nextPicture = null;
+    try {
+      await loaded;
+      showAnswer(await call("classify", current.picture), current.isFinal);
+    } catch (error) {
+      clearAnswer();
+      showAlert(error.message);
+    }
+  }
+  isBusy = false;
+}
+
+function showAnswer({ labels, milliseconds }, isFinal) {
+  showAlert("");
+  const [best] = labels;
+  element("best").textContent = best.label;
+  element("best").classList.remove("waiting");
+  const list = element("labels");
+  while (list.children.length < labels.length) list.append(createLabel());
+  while (list.children.length > labels.length) list.lastChild.remove();
+  list.ariaHidden = null;
+  labels.forEach(({ label, score }, place) => {
+    const [name, number, bar] = list.children[place].children;
+    name.textContent = label;
+    number.value = score;
+    number.textContent = page.probabilities ? percent(score) : score.toPrecision(4);
+    bar.hidden = !page.probabilities;
+    bar.firstChild.style.transform = `scaleX(${score})`;
+  });
+  element("time").textContent = `${formatMilliseconds(milliseconds)} for this picture`;
+  if (isFinal) announce(`${best.label}, ${list.firstChild.children[1].textContent}`);
+}
+
+function createLabel() {
+  const item = document.createElement("li");
+  const bar = document.createElement("div");
+  bar.className = "bar";
+  bar.append(document.createElement("i"));
+  item.append(document.createElement("span"), document.createElement("data"), bar);
+  return item;
+}
+
+function clearAnswer() {
+  const thing = page.characters ? `Draw ${drawnThing()}, or give a picture of one.` : "Give a picture to see its labels.";
+  element("best").textContent = thing;
+  element("best").classList.add("waiting");
+  const empty = Array.from({ length: Math.min(5, page.labels) }, createLabel); // the page keeps its height
+  for (const item of empty) item.firstChild.textContent = "\u00a0";
+  element("labels").replaceChildren(...empty);
+  element("labels").ariaHidden = "true";
+  element("time").textContent = "";
+}
+
+function showAlert(sentence) {
+  element("alert").textContent = sentence;
+  element("alert").hidden = !sentence;
+}
+
+function announce(text) {
+  element("status").textContent = text;
+}
+
+function showFacts(bytes) {
+  const [height, width] = page.size;
+  const facts = {
+    Model: formatBytes(bytes.weights),
+    Engine: formatBytes(bytes.engine),
+    "The model sees": `${width} × ${height} pixels`,
+    Labels: String(page.labels),
+  };
+  for (const [name, value] of Object.entries(facts)) {
+    const fact = document.createElement("div");
+    const [term, description] = ["dt", "dd"].map((tag) => document.createElement(tag));
+    term.textContent = name;
+    description.textContent = value;
+    fact.append(term, description);
+    element("facts").append(fact);
+  }
+}
+
+const percent = (score) => `${(100 * score).toFixed(1)} %`;
+const formatBytes = (bytes) => (bytes < 1e6 ? `${Math.round(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
+
+function formatMilliseconds(milliseconds) {
+  if (milliseconds < 0.1) return "Less than 0.1 ms"; // browsers round their clock
+  return `${milliseconds < 10 ? milliseconds.toFixed(1) : Math.round(milliseconds)} ms`;
+}
+
+function drawnThing() {
+  if (page.characters === "digits") return "a digit";
+  return page.characters === "letters" ? "a letter" : "a character";
+}
+
+// ---- Pictures from files, the clipboard and other windows ----
+
+function showStage(mode) {
+  element("invitation").hidden = mode !== "invitation";
+  element("stage").classList.toggle("inviting", mode === "invitation");
+  for (const id of ["board", "board-keys", "clear"]) element(id).hidden = mode !== "board";
+  element("seen").hidden = mode !== "board" || !page.drawing || strokes.length === 0;
+  element("draw").hidden = mode === "board";
+  element("board-hint").hidden = mode !== "board" || strokes.length > 0;
+  preview.hidden = mode !== "picture";
+  video.hidden = element("camera-tools").hidden = mode !== "camera";
+  if (mode !== "camera") stopCamera();
+}
+
+function takePicture(blob) {
+  URL.revokeObjectURL(preview.src);
+  preview.src = URL.createObjectURL(blob);
+  showStage("picture");
+  classify(blob);
+}
+
+function takeFiles(files, otherwise) {
+  if (files.length > 0) takePicture(files[0]);
+  else showAlert(otherwise);
+}
+
+preview.addEventListener("load", () => preview.classList.toggle("tiny", isTiny(preview)));
+preview.addEventListener("error", () => {
+  if (!preview.hidden) showStage("invitation"); // the worker says what is wrong with the picture
+});
+
+const isTiny = (image) => Math.max(image.naturalWidth, image.naturalHeight) <= TINY;
+
+for (const id of ["choose", "invite"]) element(id).addEventListener("click", () => fileInput.click());
+fileInput.addEventListener("change", () => {
+  if (fileInput.files.length > 0) takePicture(fileInput.files[0]);
+  fileInput.value = ""; // the same file can be chosen again
+});
+
+let draggedOver = 0; // elements under the dragged file: a child is entered before its parent is left
+document.addEventListener("dragenter", () => element("stage").classList.toggle("dropping", ++draggedOver > 0));
+document.addEventListener("dragleave", () => element("stage").classList.toggle("dropping", --draggedOver > 0));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  draggedOver = 0;
+  element("stage").classList.remove("dropping");
+  takeFiles(event.dataTransfer.files, "That is no file: save the picture first, then drop its file.");
+});
+
+document.addEventListener("paste", (event) =>
+  takeFiles(event.clipboardData.files, "The clipboard has no picture: copy one first."),
+);
+element("paste").hidden = !navigator.clipboard?.read;
+element("paste").addEventListener("click", async () => {
+  try {
+    for (const item of await navigator.clipboard.read()) {
+      const type = item.types.find((each) => each.startsWith("image/"));
+      if (type) return takePicture(await item.getType(type));
+    }
+    showAlert("The clipboard has no picture: copy one first.");
+  } catch {
+    showAlert("The browser does not let this page read the clipboard: press Ctrl+V instead.");
+  }
+});
+
+function showExamples() {
+  for (const [place, name] of page.examples.entries()) {
+    const button = document.createElement("button");
+    const image = document.createElement("img");
+    const content = contentOf(name);
+    button.type = "button";
+    button.setAttribute("aria-label", `Example ${place + 1}`);
+    image.alt = "";
+    image.addEventListener("load", () => image.classList.toggle("tiny", isTiny(image)));
+    image.src = content instanceof ArrayBuffer ? URL.createObjectURL(new Blob([content])) : content;
+    button.append(image);
+    button.addEventListener("click", async () => {
+      if (content instanceof ArrayBuffer) takePicture(new Blob([content]));
+      else takePicture(await (await fetch(content)).blob());
+    });
+    element("examples").append(button);
+  }
+  element("examples").hidden = page.examples.length === 0;
+  if (page.examples.length > 1) element("examples-heading").textContent = "Examples";
+}
+
+// ---- The camera ----
+
+element("camera").hidden = !navigator.mediaDevices?.getUserMedia;
+element("camera").addEventListener("click", async () => {
+  try {
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  } catch (error) {
+    const isForbidden = error.name === "NotAllowedError";
+    showAlert(
+      isForbidden
+        ? "The browser does not allow the camera: allow it in the settings of this page."
+        : "There is no camera, or another program uses it.",
+    );
+    return;
+  }
+  showAlert("");
+  element("shoot").disabled = true;
+  showStage("camera");
+});
+video.addEventListener("loadeddata", () => {
+  element("shoot").disabled = false;
+  element("shoot").focus();
+});
+element("shoot").addEventListener("click", () => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  canvas.toBlob(takePicture);
+  element("camera").focus();
+});
+element("close-camera").addEventListener("click", closeCamera);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !video.hidden) closeCamera();
+});
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden && !video.hidden) closeCamera();
+});
+
+function closeCamera() {
+  showStage(page.characters ? "board" : "invitation");
+  element("camera").focus();
+}
+
+function stopCamera() {
+  for (const track of video.srcObject?.getTracks() ?? []) track.stop();
+  video.srcObject = null;
+}
+
+// ---- The board ----
+
+let strokes = []; // of points [x, y] from 0 to 1
+let pen = { x: 0.5, y: 0.5, isDown: false, isShown: false }; // of the keyboard
+
+function addPoint(x, y) {
+  strokes.at(-1).push([x, y]);
+  changeDrawing(false);
+}
+
+function changeDrawing(isFinal) {
+  paintBoard();
+  if (strokes.length > 0) classify(page.drawing ? normalizeDrawing() : boardPixels(), isFinal);
+}
+
+function paintBoard() {
+  const context = board.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = PAPER[page.board];
+  context.fillRect(0, 0, board.width, board.height);
+  paintStrokes(context, (x, y) => [x * board.width, y * board.height], 0.07 * board.width);
+  if (pen.isShown) {
+    context.strokeStyle = pen.isDown ? "#f59e0b" : "#8b8fa3";
+    context.lineWidth = 4;
+    context.beginPath();
+    context.arc(pen.x * board.width, pen.y * board.height, 18, 0, 7);
+    context.stroke();
+  }
+  element("board-hint").hidden = strokes.length > 0;
+}
+
+function paintStrokes(context, place, width) {
+  context.strokeStyle = INK[page.board];
+  context.lineWidth = width;
+  context.lineCap = context.lineJoin = "round";
+  for (const [first, ...others] of strokes) {
+    context.beginPath();
+    context.moveTo(...place(...first));
+    for (const point of others.length ? others : [first]) context.lineTo(...place(...point)); // a line of length 0 is a dot
+    context.stroke();
+  }
+}
+
+function boardPixels() {
+  const wasShown = pen.isShown;
+  pen.isShown = false;
+  paintBoard();
+  const pixels = board.getContext("2d").getImageData(0, 0, board.width, board.height);
+  pen.isShown = wasShown;
+  paintBoard();
+  return pixels;
+}
+
+/** The drawing as a picture like those that the model was trained on: they fill a box of their picture. */
+function normalizeDrawing() {
+  const { size, width, height, stretch, stroke } = page.drawing;
+  const [xs, ys] = [0, 1].map((axis) => strokes.flat().map((point) => point[axis]));
+  const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const [most, mostDown] = [(width - stroke) / (right - left), (height - stroke) / (bottom - top)];
+  const scale = Math.min(most, mostDown, 100); // a dot has no size
+  const [across, down] = [Math.min(most, stretch * scale), Math.min(mostDown, stretch * scale)];
+
+  const cell = Math.ceil(256 / size);
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = size * cell;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = PAPER[page.board];
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  const place = (x, y) => [
+    canvas.width * (0.5 + across * (x - (left + right) / 2)),
+    canvas.height * (0.5 + down * (y - (top + bottom) / 2)),
+  ];
+  paintStrokes(context, place, stroke * canvas.width);
+  return showSeen(averageCells(context.getImageData(0, 0, canvas.width, canvas.height), cell));
+}
+
+/** Each pixel of the result is the mean of a cell of grey pixels. */
+function averageCells({ data, width }, cell) {
+  const size = width / cell;
+  const result = new ImageData(size, size);
+  for (let y = 0; y < size; y++)
+    for (let x = 0; x < size; x++) {
+      let sum = 0;
+      for (let i = 0; i < cell; i++)
+        for (let j = 0; j < cell; j++) sum += data[4 * ((y * cell + i) * width + x * cell + j)];
+      const mean = sum / cell ** 2;
+      result.data.set([mean, mean, mean, 255], 4 * (y * size + x));
+    }
+  return result;
+}
+
+function showSeen(pixels) {
+  const canvas = element("seen").querySelector("canvas");
+  canvas.width = canvas.height = pixels.width;
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  element("seen").hidden = false;
+  return pixels;
+}
+
+function clearBoard() {
+  strokes = [];
+  pen.isDown = false;
+  nextPicture = null;
+  element("seen").hidden = true;
+  showAlert("");
+  clearAnswer();
+  paintBoard();
+}
+
+function placeOf(event) {
+  const box = board.getBoundingClientRect();
+  return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+}
+
+let drawingPointer = null;
+board.addEventListener("pointerdown", (event) => {
+  if (!event.isPrimary || event.button !== 0) return;
+  drawingPointer = event.pointerId;
+  board.setPointerCapture(drawingPointer);
+  pen.isShown = pen.isDown = false;
+  strokes.push([]);
+  addPoint(...placeOf(event));
+});
+board.addEventListener("pointermove", (event) => {
+  if (event.pointerId !== drawingPointer) return;
+  const events = event.getCoalescedEvents?.() ?? [];
+  for (const each of events.length ? events : [event]) strokes.at(-1).push(placeOf(each));
+  changeDrawing(false);
+});
+for (const name of ["pointerup", "pointercancel"])
+  board.addEventListener(name, (event) => {
+    if (event.pointerId !== drawingPointer) return;
+    drawingPointer = null;
+    changeDrawing(true);
+  });
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+board.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.key in ARROWS) {
+    const [right, down] = ARROWS[event.key];
+    pen.x = Math.min(Math.max(pen.x + PEN_STEP * right, 0), 1);
+    pen.y = Math.min(Math.max(pen.y + PEN_STEP * down, 0), 1);
+    if (pen.isDown) addPoint(pen.x, pen.y);
+  } else if (event.key === " ") {
+    pen.isDown = !pen.isDown;
+    if (pen.isDown) strokes.push([[pen.x, pen.y]]);
+    else changeDrawing(true);
+    if (pen.isDown) announce("Pen down");
+  } else if (event.key === "Delete" || event.key === "Backspace") {
+    clearBoard();
+    announce("Cleared");
+  } else return;
+  event.preventDefault(); // arrow keys would scroll
+  pen.isShown = true;
+  paintBoard();
+});
+board.addEventListener("blur", () => {
+  const wasDown = pen.isDown;
+  pen.isShown = pen.isDown = false;
+  if (wasDown) changeDrawing(true);
+  else paintBoard();
+});
+
+element("clear").addEventListener("click", clearBoard);
+element("draw").addEventListener("click", () => {
+  showStage("board");
+  clearBoard();
+  board.focus();
+});
+
+// ---- Start ----
+
+board.classList.add(page.board);
+board.setAttribute("aria-label", page.characters ? `Board to draw ${drawnThing()}` : "Drawing board");
+element("board-hint").textContent = page.characters ? `Draw ${drawnThing()}` : "Draw";
+clearAnswer();
+paintBoard();
+showStage(page.characters ? "board" : "invitation");
+showExamples();
+loaded = start();
+loaded.then(showFacts).catch((error) => showAlert(error.message));

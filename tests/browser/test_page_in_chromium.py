@@ -1,0 +1,397 @@
+"""The pages of both shipped models in headless Chromium: pictures come in by all ways, and the answers are Classifier's."""
+
+import base64
+import itertools
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("playwright")
+pytest.importorskip("axe_playwright_python")
+
+from axe_playwright_python.sync_playwright import Axe
+from chromium import answers, draw, served, start_chromium
+from drawn_digits import DIGITS
+from packed_model import save_packed
+from tiny import tiny_config
+
+from binaryvit_runtime import Classifier
+from binaryvit_runtime.browser.page import write_page
+from binaryvit_runtime.engine import kernels_here
+from binaryvit_runtime.resources import shipped_models
+
+
+if not kernels_here():
+    pytest.skip("the engine was not built", allow_module_level=True)
+
+MODELS = {name.removeprefix("binaryvit-"): folder for name, folder in shipped_models().items()}
+PHONE, DESKTOP = {"width": 360, "height": 780}, {"width": 1200, "height": 800}
+HOSTILE = ["<img src=x onerror=document.title='run'>", "</script><script>document.title='run'</script>", "$data &amp;"]
+GIVE_FILE = """([kind, encoded, type]) => {
+  const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
+  const data = new DataTransfer();
+  if (type) data.items.add(new File([bytes], "picture", { type }));
+  const fields = { bubbles: true, cancelable: true };
+  document.querySelector("#stage").dispatchEvent(
+    kind === "drop" ? new DragEvent(kind, { ...fields, dataTransfer: data })
+                    : new ClipboardEvent(kind, { ...fields, clipboardData: data }),
+  );
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with start_chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model with hostile labels, in several files."""
+    folder = tmp_path_factory.mktemp("models")
+    config = tiny_config(id2label=dict(enumerate(HOSTILE)))
+    return save_packed(folder, config, max_shard_size=5_000).rename(folder / "<b>tiny<b>")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, tiny):
+    """A folder with a page of each model, as a folder and as a file."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name, model in {**MODELS, "tiny": tiny}.items():
+        write_page(model, folder / name)
+        write_page(model, folder / f"{name}.html", single_file=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(pages):
+    with served(pages) as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a page in a context of its own. After the test, no script of it may have failed."""
+    contexts, errors = [], []
+
+    def open_at(url: str, **options):
+        options = {"viewport": DESKTOP, "reduced_motion": "reduce"} | options
+        contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(20_000)
+        page = contexts[-1].new_page()
+        page.on("filechooser", lambda _: None)  # otherwise `expect_file_chooser` may begin to listen too late
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        return page
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def example(name: str) -> Path:
+    return MODELS[name] / "example.png"
+
+
+def assert_right(page, name: str, picture) -> None:
+    shown, expected = answers(page), Classifier.from_pretrained(MODELS[name])(picture)
+    assert [each["label"] for each in shown] == [each["label"] for each in expected]
+    assert [each["score"] for each in shown] == pytest.approx([each["score"] for each in expected], abs=1e-3)
+    assert page.locator("#best").inner_text() == expected[0]["label"]
+    assert page.locator("#labels data").first.inner_text() == f"{100 * expected[0]['score']:.1f} %"
+    assert re.fullmatch(r"(Less than 0\.1|\d+(\.\d)?) ms for this picture", page.locator("#time").inner_text())
+    assert page.locator("#alert").is_hidden()
+
+
+def give(page, kind: str, content: bytes, media_type: str = "image/png") -> None:
+    page.evaluate(GIVE_FILE, [kind, base64.b64encode(content).decode(), media_type])
+
+
+# ---- Ways in ----
+
+
+def choose(page, file):
+    with page.expect_file_chooser() as chooser:
+        page.click("#choose")
+    chooser.value.set_files(file)
+
+
+def paste_with_the_button(page, file):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(
+        """(encoded) => {
+          const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
+          const picture = new Blob([bytes], { type: "image/png" });
+          return navigator.clipboard.write([new ClipboardItem({ "image/png": picture })]);
+        }""",
+        base64.b64encode(file.read_bytes()).decode(),
+    )
+    page.click("#paste")
+
+
+WAYS = {
+    "choose": choose,
+    "drop": lambda page, file: give(page, "drop", file.read_bytes()),
+    "paste": lambda page, file: give(page, "paste", file.read_bytes()),
+    "paste with the button": paste_with_the_button,
+    "example": lambda page, file: page.click("#examples button"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_picture_gets_the_answer_of_classifier(way, name, open_page, address):
+    page = open_page(f"{address}/{name}/")
+    WAYS[way](page, example(name))
+    assert_right(page, name, example(name))
+    assert page.locator("#preview").is_visible()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_single_file_classifies_from_the_disk(name, open_page, pages):
+    page = open_page((pages / f"{name}.html").as_uri())
+    page.click("#examples button")
+    assert_right(page, name, example(name))
+
+
+def test_a_single_file_holds_models_in_several_files(open_page, pages, tiny):
+    assert len(list(tiny.glob("*.safetensors"))) > 1
+    page = open_page((pages / "tiny.html").as_uri())
+    give(page, "drop", example("digits").read_bytes())
+    shown, expected = answers(page), Classifier.from_pretrained(tiny)(example("digits"))
+    assert [each["label"] for each in shown] == [each["label"] for each in expected]
+
+
+def test_the_camera_takes_a_picture_and_is_released(open_page, address):
+    page = open_page(f"{address}/fashion-mnist/")
+    page.click("#camera")
+    page.click("#shoot")
+    assert len(answers(page)) == 5
+    assert page.locator("#preview").is_visible()
+    assert page.evaluate("document.querySelector('#video').srcObject") is None
+    page.click("#camera")
+    page.wait_for_selector("#video:not([hidden])")
+    page.keyboard.press("Escape")
+    assert page.locator("#video").is_hidden()
+    assert page.evaluate("document.activeElement.id") == "camera"
+
+
+def test_nine_of_ten_drawn_digits_are_recognised(open_page, address):
+    page = open_page(f"{address}/digits/")
+    found = {}
+    for digit, strokes in DIGITS.items():
+        page.click("#clear")
+        draw(page, strokes)
+        page.wait_for_selector("#status:not(:empty)", state="attached")
+        found[digit] = answers(page)[0]["label"]
+        page.evaluate("document.querySelector('#status').textContent = ''")
+    assert sum(digit == label for digit, label in found.items()) >= 9, found
+
+
+def test_the_canvas_comes_first_where_labels_are_characters(open_page, address):
+    assert open_page(f"{address}/digits/").locator("#board").is_visible()
+    page = open_page(f"{address}/fashion-mnist/")
+    assert page.locator("#board").is_hidden()
+    page.click("#draw")
+    draw(page, DIGITS["0"])
+    assert len(answers(page)) == 5
+
+
+# ---- Nothing is sent ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_page_asks_only_its_own_server_and_only_to_load(name, open_page, address):
+    page = open_page("about:blank")
+    requests = []
+    page.context.on("request", lambda request: requests.append(request.url))
+    page.goto(f"{address}/{name}/")
+    page.wait_for_selector("#facts dd")
+    assert any(url.endswith("/model/model.safetensors") for url in requests)
+    assert all(url.startswith((f"{address}/{name}/", "blob:", "data:")) for url in requests)
+    loaded = len(requests)
+    give(page, "drop", example(name).read_bytes())
+    answers(page)
+    assert all(url.startswith("blob:") for url in requests[loaded:])
+
+
+def test_a_loaded_page_works_without_a_connection(open_page, address):
+    page = open_page(f"{address}/fashion-mnist/")
+    page.wait_for_selector("#facts dd")
+    page.context.set_offline(True)
+    give(page, "drop", example("fashion-mnist").read_bytes())
+    assert_right(page, "fashion-mnist", example("fashion-mnist"))
+
+
+@pytest.mark.parametrize("way", ["folder", "file"])
+def test_page_and_worker_cannot_reach_another_server(way, open_page, address):
+    reached = []
+
+    class Spy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            reached.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Spy) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        try:
+            page = open_page(f"{address}/digits/" if way == "folder" else f"{address}/digits.html")
+            page.wait_for_selector("#facts dd")
+            request = f"fetch('http://127.0.0.1:{server.server_port}', {{ mode: 'no-cors' }})"
+            blocked = f"() => {request}.then(() => 'sent', () => 'blocked')"
+            assert page.evaluate(blocked) == "blocked"
+            assert page.workers[0].evaluate(blocked) == "blocked"
+            assert reached == []
+            page.goto(f"{address}/digits/page.js")  # without the page's policy the request arrives
+            assert page.evaluate(blocked) == "sent"
+        finally:
+            server.shutdown()
+
+
+# ---- Errors ----
+
+
+def test_a_damaged_picture_is_one_sentence_and_the_next_picture_works(open_page, address):
+    page = open_page(f"{address}/digits/")
+    damaged = example("digits").read_bytes()[:60]
+    for kind, content, media_type in (("drop", damaged, "image/png"), ("paste", b"text", "text/plain")):
+        give(page, kind, content, media_type)
+        page.wait_for_selector("#alert:not([hidden])")
+        assert re.fullmatch(r"The picture cannot be read[^\n]*\.", page.locator("#alert").inner_text())
+        assert page.locator("#best.waiting").is_visible()
+        give(page, kind, example("digits").read_bytes())
+        assert_right(page, "digits", example("digits"))
+    give(page, "paste", b"", "")
+    assert page.locator("#alert").inner_text() == "The clipboard has no picture: copy one first."
+
+
+def test_a_damaged_model_is_one_sentence(open_page, tmp_path):
+    write_page(MODELS["digits"], tmp_path / "page")
+    weights = tmp_path / "page" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with served(tmp_path / "page") as address:
+        page = open_page(address)
+        page.wait_for_selector("#alert:not([hidden])")
+        assert re.fullmatch(
+            r"The weights of 'binaryvit-digits' cannot be loaded[^\n]*checksum[^\n]*\.",
+            page.locator("#alert").inner_text(),
+        )
+        weights.unlink()
+        page.reload()
+        page.wait_for_selector("#alert:not([hidden])")
+        assert "model.safetensors' cannot be read: the server answers 404." in page.locator("#alert").inner_text()
+
+
+def test_a_folder_on_the_disk_says_what_to_do(open_page, pages):
+    page = open_page((pages / "digits" / "index.html").as_uri())
+    page.wait_for_selector("#alert:not([hidden])")
+    assert "serve this folder" in page.locator("#alert").inner_text()
+
+
+def test_a_browser_without_webassembly_is_told(open_page, address):
+    page = open_page("about:blank")
+    page.add_init_script("delete self.WebAssembly")
+    page.goto(f"{address}/digits/")
+    page.wait_for_selector("#alert:not([hidden])")
+    assert "WebAssembly" in page.locator("#alert").inner_text()
+
+
+@pytest.mark.parametrize("page_name", ["tiny/", "tiny.html"])
+def test_labels_and_names_are_shown_as_text(page_name, open_page, address):
+    page = open_page(f"{address}/{page_name}")
+    give(page, "drop", example("digits").read_bytes())
+    assert {each["label"] for each in answers(page)} == set(HOSTILE)
+    assert page.locator("#best").inner_text() in HOSTILE
+    assert page.locator("h1").inner_text() == page.title() == "<b>tiny<b>"
+    assert page.locator("#labels img, #labels script").count() == 0
+
+
+def test_scores_of_a_regression_are_numbers(open_page, tmp_path, tiny):
+    write_page(save_packed(tmp_path, tiny_config(problem_type="regression")), tmp_path / "page")
+    with served(tmp_path / "page") as address:
+        page = open_page(address)
+        give(page, "drop", example("digits").read_bytes())
+        assert len(answers(page)) > 0
+        assert "%" not in page.locator("#labels").inner_text()
+
+
+# ---- Everybody ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("theme, size", list(itertools.product(["light", "dark"], [PHONE, DESKTOP])))
+def test_axe_finds_nothing_serious(theme, size, name, open_page, address):
+    page = open_page(f"{address}/{name}/", color_scheme=theme, viewport=size)
+    page.wait_for_selector("#facts dd")
+    assert_accessible(page)
+    give(page, "drop", example(name).read_bytes())
+    answers(page)
+    assert_accessible(page)
+    page.click("#draw")
+    page.focus("#board")
+    give(page, "paste", b"", "")
+    assert_accessible(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+
+
+def assert_accessible(page) -> None:
+    found = Axe().run(page).response["violations"]
+    assert [
+        (each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")
+    ] == []
+
+
+def test_the_keyboard_reaches_everything_and_draws(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.wait_for_selector("#facts dd")
+    reached = []
+    for _ in range(7):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.ariaLabel"))
+    assert reached[:6] == ["board", "clear", "choose", "camera", "paste", "Example 1"]
+    page.focus("#board")
+    for key in ["ArrowUp"] * 9 + ["Space"] + ["ArrowDown"] * 18 + ["Space"]:
+        page.keyboard.press(key)
+    assert answers(page)[0]["label"] == "1"
+    assert "1, " in page.locator("#status").inner_text()
+    page.keyboard.press("Delete")
+    assert page.locator("#best.waiting").is_visible()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "clear"
+    page.focus("#choose")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(example("digits"))
+    assert_right(page, "digits", example("digits"))
+
+
+def test_screen_readers_hear_the_answer_once(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.evaluate(
+        """() => {
+          window.heard = [];
+          const status = document.querySelector("#status");
+          new MutationObserver(() => heard.push(status.textContent)).observe(status, { childList: true });
+        }"""
+    )
+    draw(page, DIGITS["3"])
+    page.wait_for_selector("#status:not(:empty)", state="attached")
+    (heard,) = page.evaluate("heard")
+    assert heard.startswith("3, ")
+
+
+@pytest.mark.parametrize("motion, seconds", [("reduce", "0s"), ("no-preference", "0.2s")])
+def test_bars_move_only_for_those_who_like_it(motion, seconds, open_page, address):
+    page = open_page(f"{address}/digits/", reduced_motion=motion)
+    assert page.eval_on_selector(".bar i", "bar => getComputedStyle(bar).transitionDuration") == seconds
