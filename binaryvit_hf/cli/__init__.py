@@ -34,7 +34,7 @@ import sys
 from binaryvit_runtime.errors import RunError, UploadError, UserError
 from binaryvit_runtime.writing import describe_full_disk
 
-from .common import has_pytorch, prepare_libraries, print_error
+from .common import prepare_libraries, print_error
 
 
 COMMANDS = (
@@ -52,9 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
             sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         if options.needs_pytorch:
-            if not has_pytorch():
-                raise UserError(f"{options.program} needs PyTorch: pip install binaryvit_hf")
-            prepare_libraries()
+            prepare_libraries(options.program)
         code = options.run(options) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # for example `| head`

@@ -94,7 +94,7 @@ def load_classifier(options: argparse.Namespace) -> Classify:
 
 
 def load_in_pytorch(options: argparse.Namespace) -> Classify:
-    prepare_libraries()
+    prepare_libraries(options.program)
     from transformers import pipeline
 
     from binaryvit_runtime.pixels import choose_background, read_background

@@ -54,11 +54,16 @@ def has_pytorch() -> bool:
     return all(importlib.util.find_spec(library) is not None for library in ("torch", "transformers"))
 
 
-def prepare_libraries() -> None:
+def prepare_libraries(program: str) -> None:
     """
+    Args:
+        program: the command, for messages.
+
     Raises:
-        UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
+        UserError: PyTorch is not installed, or BINARYVIT_ENGINE names kernels that this machine does not have.
     """
+    if not has_pytorch():
+        raise UserError(f"{program} needs PyTorch: pip install binaryvit_hf")
     from transformers.utils.logging import disable_progress_bar
 
     from binaryvit_runtime.hub import shorten_log_of_retries

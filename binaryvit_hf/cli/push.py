@@ -1,4 +1,4 @@
-"""`binaryvit push`: uploads a trained model to the Hub."""
+"""`binaryvit push`: uploads a trained model to the Hub, or a page that runs it in the browser."""
 
 import argparse
 import shutil
@@ -6,30 +6,54 @@ import sys
 import tempfile
 from pathlib import Path
 
+from binaryvit_runtime.errors import UserError
+
 from .card import write_card_if_possible
-from .common import add_token_argument, check_model_folder
+from .common import add_token_argument, check_model_folder, prepare_libraries
 
 
-EXAMPLE = "binaryvit push outputs/quickstart me/digits --private"
+# A page needs no PyTorch.
+NEEDS_PYTORCH = False
+MODEL_MESSAGE, PAGE_MESSAGE = "Upload model", "Upload page"
+EXAMPLE = (
+    "binaryvit push outputs/quickstart me/digits --private\n  binaryvit push outputs/quickstart me/digits-page --space"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="folder of a trained model; with --space also an id of the Hub or a model that comes with binaryvit_hf",
+    )
     parser.add_argument("repository", metavar="REPOSITORY", help="Hub id, created if it does not exist")
+    parser.add_argument(
+        "--space",
+        action="store_true",
+        help="upload a page that runs the packed model in the browser, as a static Space",
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch to upload to, created if it does not exist (default main)")
-    parser.add_argument("--message", default="Upload model", help="message of the commit (default: %(default)s)")
+    parser.add_argument("--message", help=f"message of the commit (default: {MODEL_MESSAGE}, or {PAGE_MESSAGE})")
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Upload a trained model to the Hub: packed weights, latent weights (in 'latent'), card and image processor."""
+    """Upload a trained model to the Hub (packed and latent weights, card and image processor), or its page (--space)."""
+    if options.space:
+        push_page(options)
+    else:
+        prepare_libraries(options.program)
+        push_model(options)
+
+
+def push_model(options: argparse.Namespace) -> None:
     from binaryvit_hf.network.quantization_binaryvit import NOTHING_TO_PACK, QUANT_METHOD, ShippedModel, is_latent
     from binaryvit_runtime.hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
 
     from .models import load_model
 
-    folder = options.folder
+    folder = Path(options.folder)
     check_model_folder(folder)
     # A model or processor that does not load is not published.
     model, _ = load_model(str(folder), str(folder), options.token)
@@ -47,4 +71,27 @@ def run(options: argparse.Namespace) -> None:
         else:
             write_card_if_possible(staged, repository)
         with resumable_upload(folder, repository, options.revision):
-            print(upload_folder(staged, repository, options.token, options.revision, options.message))
+            message = options.message or MODEL_MESSAGE
+            print(upload_folder(staged, repository, options.token, options.revision, message))
+
+
+def push_page(options: argparse.Namespace) -> None:
+    try:
+        from huggingface_hub.utils import disable_progress_bars
+    except ModuleNotFoundError as error:
+        raise UserError("Uploads need 'huggingface_hub': pip install huggingface_hub.") from error
+    from binaryvit_runtime.browser.page import write_page
+    from binaryvit_runtime.browser.space import check_replaceable, write_readme
+    from binaryvit_runtime.hub import create_repository, resumable_upload, shorten_log_of_retries, upload_folder
+
+    disable_progress_bars()
+    shorten_log_of_retries()
+    with tempfile.TemporaryDirectory() as staging:
+        page = Path(staging) / "page"
+        write_page(options.folder, page, token=options.token)  # a model that does not load is not published
+        repository = create_repository(options.repository, options.token, options.private, repo_type="space")
+        check_replaceable(repository, options.token)
+        with resumable_upload(options.folder, repository, options.revision, repo_type="space"):
+            write_readme(page, options.folder, repository, options.token)
+            message = options.message or PAGE_MESSAGE
+            print(upload_folder(page, repository, options.token, options.revision, message, repo_type="space"))

@@ -28,6 +28,7 @@ NOT_UPLOADED = [
     *("checkpoint-*", ".*", "_*", "training_args.bin"),
     *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"),  # of a checkpoint that is uploaded as a model
 ]
+STATIC = "static"  # a Space of files that run in the browser
 LOG_IN = "log in with `hf auth login`, or pass a token with access"
 CAUSES = {
     GatedRepoError: "the repository is gated: ask for access on its page, then log in with `hf auth login`",
@@ -99,22 +100,25 @@ def shorten_log_of_retries() -> None:
         logger.addFilter(OneLineOfRetries())
 
 
-def create_repository(repo_id: str, token: str | None, private: bool | None) -> str:
+def create_repository(repo_id: str, token: str | None, private: bool | None, repo_type: str = "model") -> str:
     """
     Create the repository if it does not exist, and check that it can be written to. Returns its full name.
+
+    Args:
+        repo_type: "model", or "space" for a static one.
 
     Raises:
         UserError: the Hub refuses, or cannot be reached.
     """
     api = HfApi(token=token)
+    sdk = STATIC if repo_type == "space" else None
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
-        return repo_id
+        created = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
+        api.auth_check(created.repo_id, write=True, repo_type=repo_type)
+        return created.repo_id
     except Exception as error:
-        raise UserError(
-            f"The repository {repo_id!r} cannot be created or written to: {explain_error(error)}."
-        ) from error
+        kind = "Space" if repo_type == "space" else "repository"
+        raise UserError(f"The {kind} {repo_id!r} cannot be created or written to: {explain_error(error)}.") from error
 
 
 def suggest_name(folder: Path) -> str:
@@ -123,25 +127,32 @@ def suggest_name(folder: Path) -> str:
     return re.sub(r"([.-])[.-]+", r"\1", name)[:96].strip(".-") or "model"
 
 
-def upload_folder(folder: Path, repo_id: str, token: str | None, revision: str | None, message: str) -> str:
+def upload_folder(
+    folder: Path, repo_id: str, token: str | None, revision: str | None, message: str, repo_type: str = "model"
+) -> str:
     """Upload a folder in one commit, so that it arrives whole or not at all. Returns the URL of the repository."""
     api = HfApi(token=token)
     if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
     # The client's upload_folder may split it into several commits.
     additions = [
         CommitOperationAdd(file.relative_to(folder).as_posix(), file)
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]
-    commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
+    commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision, repo_type=repo_type)
     return commit.repo_url
 
 
 @contextlib.contextmanager
-def resumable_upload(folder: Path, repo_id: str, revision: str | None = None) -> Iterator[None]:
+def resumable_upload(
+    model: str | Path, repo_id: str, revision: str | None = None, repo_type: str = "model"
+) -> Iterator[None]:
     """
     Report any error inside of this context as a failed upload, with the command that completes it.
+
+    Args:
+        model: a folder with all files; for a Space also a name.
 
     Raises:
         UploadError: an error occurred inside.
@@ -149,10 +160,14 @@ def resumable_upload(folder: Path, repo_id: str, revision: str | None = None) ->
     try:
         yield
     except Exception as error:
-        command = ["binaryvit", "push", str(folder), repo_id, *(["--revision", revision] if revision else [])]
+        command = ["binaryvit", "push", str(model), repo_id, *(["--revision", revision] if revision else [])]
+        again = f"All files are complete in {str(model)!r}: run"
+        if repo_type == "space":
+            command.append("--space")
+            again = "Run"
         raise UploadError(
-            f"The upload to {repo_id!r} failed ({explain_error(error)}). All files are complete in {str(folder)!r}: "
-            f"run the same command again, or `{shlex.join(command)}`, to complete the upload."
+            f"The upload to {repo_id!r} failed ({explain_error(error)}). {again} the same command again, or "
+            f"`{shlex.join(command)}`, to complete the upload."
         ) from error
 
 

@@ -14,15 +14,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 ALICE, BOB = "token-of-alice", "token-of-bob"
-LFS_SUFFIXES = (".bin", ".parquet", ".png", ".pt", ".pth", ".safetensors")
+LFS_SUFFIXES = (".bin", ".parquet", ".png", ".pt", ".pth", ".safetensors", ".wasm")
 LFS_SIZE = 10 * 2**20
 DATE = "2025-01-01T00:00:00.000Z"  # the same for everything, so that no test depends on the time
 
 NAME = r"(?P<name>[^/]+(?:/[^/]+)?)"
-API = rf"/api/(?P<kind>models|datasets)/{NAME}"
-WEB = rf"/(?:(?P<kind>datasets)/)?{NAME}"
+API = rf"/api/(?P<kind>models|datasets|spaces)/{NAME}"
+WEB = rf"/(?:(?P<kind>datasets|spaces)/)?{NAME}"
+SDKS = ("gradio", "docker", "static")
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 REVISION = r"(?P<revision>[^/]+)"
 # HTTP method, path and endpoint. The endpoint is a method of `_Handler` and an argument of `HubServer.fail_next`.
 ROUTES = [
@@ -114,9 +118,14 @@ class Commit:
 
 
 class Repository:
-    """Commits by hash. Branches and tags are names of hashes."""
+    """
+    Commits by hash. Branches and tags are names of hashes.
 
-    def __init__(self, kind: str, name: str, private: bool):
+    Args:
+        sdk: of a Space. A static one begins with a page of its own, as on the real Hub.
+    """
+
+    def __init__(self, kind: str, name: str, private: bool, sdk: str | None = None):
         self.kind, self.name, self.private = kind, name, private
         self.owner = name.split("/")[0]
         self.path = name if kind == "models" else f"{kind}/{name}"
@@ -124,7 +133,15 @@ class Repository:
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
-        self.commit("main", "initial commit", {".gitattributes": File(attributes.encode(), is_lfs=False)})
+        first = {".gitattributes": attributes}
+        if sdk is not None:
+            settings = (
+                f"title: {name.split('/')[1]}\nemoji: 🏃\ncolorFrom: red\ncolorTo: gray\nsdk: {sdk}\npinned: false\n"
+            )
+            first["README.md"] = f"---\n{settings}---\n"
+        if sdk == "static":
+            first |= {"index.html": "<p>Welcome to your static Space!</p>\n", "style.css": "p { color: gray; }\n"}
+        self.commit("main", "initial commit", {path: File(text.encode(), False) for path, text in first.items()})
 
     def find(self, revision: str) -> Commit:
         """The commit of a branch, tag or hash."""
@@ -220,11 +237,16 @@ class HubServer:
         self.faults[on] += [how] * count
 
     def publish(
-        self, repo_id: str, files: dict[str, bytes], repo_type: str = "model", private: bool = False
+        self,
+        repo_id: str,
+        files: dict[str, bytes],
+        repo_type: str = "model",
+        private: bool = False,
+        sdk: str | None = None,
     ) -> Commit:
         """Commit files without a client. Creates the repository if it does not exist."""
         key = (repo_type + "s", repo_id)
-        repository = self.repositories.setdefault(key, Repository(*key, private))
+        repository = self.repositories.setdefault(key, Repository(*key, private, sdk))
         added = {path: File(data, _belongs_to_lfs(path, len(data))) for path, data in files.items()}
         return repository.commit("main", "published", repository.find("main").files | added)
 
@@ -255,6 +277,26 @@ def client_environment(server: HubServer, home: Path, token: str | None = None) 
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     return environment | ({"HF_TOKEN": token} if token else {})
+
+
+def read_settings(readme: str) -> dict:
+    """The YAML block at the top of a README.md."""
+    block = re.match(r"---\n(.*?\n)---\n", readme, re.DOTALL)
+    return yaml.safe_load(block[1]) if block else {}
+
+
+def check_settings(readme: str) -> list[str]:
+    """What the real Hub finds wrong with the README.md of a Space."""
+    settings = read_settings(readme)
+    errors = [f'"{name}" is required' for name in ("emoji", "colorFrom", "colorTo", "sdk") if name not in settings]
+    errors += [
+        f'"{name}" must be one of {COLOURS}' for name in ("colorFrom", "colorTo") if settings.get(name) not in COLOURS
+    ]
+    if settings.get("sdk") not in SDKS:
+        errors.append(f'"sdk" must be one of {SDKS}')
+    if len(settings.get("short_description", "")) > 60:
+        errors.append('"short_description" must be at most 60 characters')
+    return errors
 
 
 def _belongs_to_lfs(path: str, size: int) -> bool:
@@ -348,16 +390,22 @@ class _Handler(BaseHTTPRequestHandler):
         token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
         return {"type": "user", "name": user, "fullname": user, "orgs": [], "auth": token}
 
-    def validate_yaml(self) -> dict:
-        return {"errors": [], "warnings": []}
+    def validate_yaml(self) -> Answer:
+        request = json.loads(self.body)
+        errors = check_settings(request["content"]) if request["repoType"] == "space" else []
+        return Answer({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
 
     def create_repo(self) -> Answer:
         kind, name = self.own_repository()
-        if kind not in ("models", "datasets"):
+        if kind not in ("models", "datasets", "spaces"):
             raise Refused(400, f"There are no {kind} in tests/hub_server.py")
+        request = json.loads(self.body)
+        if (kind == "spaces") != (request.get("sdk") in SDKS):
+            raise Refused(400, f"sdk: {request.get('sdk')} is not one of {', '.join(SDKS)}")
         exists = (kind, name) in self.hub.repositories
-        private = json.loads(self.body).get("visibility") == "private"
-        repository = self.hub.repositories.setdefault((kind, name), Repository(kind, name, private))
+        private = request.get("visibility") == "private"
+        new = Repository(kind, name, private, request.get("sdk"))
+        repository = self.hub.repositories.setdefault((kind, name), new)
         content = {"url": f"{self.hub.url}/{repository.path}"}  # the client reads it from the error, too
         return Answer(content | {"error": "You already created this repo"}, 409) if exists else Answer(content)
 
@@ -374,7 +422,12 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"id": repository.name, "author": repository.owner, "private": repository.private, "sha": commit.oid}
         info |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         info |= {"createdAt": DATE, "lastModified": DATE}
-        return info | {"siblings": [{"rfilename": path} for path in sorted(commit.files)]}
+        info |= {"siblings": [{"rfilename": path} for path in sorted(commit.files)]}
+        if repository.kind == "spaces":
+            readme = commit.files.get("README.md")
+            settings = read_settings(readme.data.decode()) if readme else {}
+            info |= {"cardData": settings, "sdk": settings.get("sdk"), "models": settings.get("models", [])}
+        return info
 
     def tree(self, repository: Repository, revision: str, path: str = "") -> list:
         root = PurePosixPath(path)
