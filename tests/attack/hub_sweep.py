@@ -32,6 +32,7 @@ from harness import Wrong, attempt, judge, run  # noqa: E402
 from shelf import assert_whole, classify, read_scores  # noqa: E402
 
 from binaryvit_cli import main  # noqa: E402
+from binaryvit_runtime.browser.page import write_page  # noqa: E402
 
 
 shelf, root, seeds = Path(sys.argv[1]), Path(sys.argv[2]), map(int, sys.argv[3:])
@@ -87,10 +88,11 @@ def damage(rng: Random, folder: Path) -> str:
     return ending
 
 
+UPLOADING = ["create_repo", "auth_check", "preupload", "commit", "lfs_batch", "lfs_upload", "lfs_verify", "whoami"]
+
+
 def push(rng: Random, folder: Path) -> str:
-    make_fail(
-        rng, ["create_repo", "auth_check", "preupload", "commit", "lfs_batch", "lfs_upload", "lfs_verify", "whoami"]
-    )
+    make_fail(rng, UPLOADING)
     arguments = ["push", shelf / rng.choice(["latent", "packed"]), "alice/model", "--token", ALICE]
     said = run(main, *arguments)
     server.faults.clear()
@@ -106,10 +108,28 @@ def push(rng: Random, folder: Path) -> str:
     return ending
 
 
+def push_page(rng: Random, folder: Path) -> str:
+    make_fail(rng, [*UPLOADING, "info", "commits", "validate_yaml"])
+    arguments = ["push", shelf / "packed", "alice/page", "--space", "--token", ALICE]
+    said = run(main, *arguments)
+    server.faults.clear()
+    ending = check(said)
+    again = run(main, *arguments)
+    if again.code != 0:
+        raise Wrong(f"without faults it fails: {again}")
+    write_page(shelf / "packed", folder / "page")
+    files = server.files("alice/page", repo_type="space")
+    for file in (folder / "page").rglob("*"):
+        if file.is_file() and files.get(file.relative_to(folder / "page").as_posix()) != file.read_bytes():
+            raise Wrong(f"{file.name} of the Space is another file")
+    server.repositories.pop(("spaces", "alice/page"))
+    return ending
+
+
 def attack(rng: Random, folder: Path) -> str:
     shutil.rmtree(cache, ignore_errors=True)
     server.lfs_objects.clear()
-    return rng.choice([download, damage, push])(rng, folder)
+    return rng.choice([download, damage, push, push_page])(rng, folder)
 
 
 expected = read_scores(classify(shelf / "packed", shelf / "a.png"))
