@@ -15,7 +15,7 @@ from . import engine
 from .architecture import Architecture, read_architecture, read_labels
 from .checkpoint import PREFIX, checkpoint_files, load_tensors
 from .engine.library import pair
-from .engine.preprocessing import Preprocessor
+from .engine.preprocessing import CHANNELS, Preprocessor
 from .errors import LoadingError, UnsupportedModelError, UserError, first_sentence
 from .pixels import read_background
 from .sources import describe_neighbours
@@ -146,11 +146,21 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
         raise UnsupportedModelError(str(error).rstrip(".")) from error
     except RuntimeError as error:
         raise UnsupportedModelError(first_sentence(error).rstrip(".")) from error
-    picture = np.zeros((64, 64, 3), np.uint8)
+    picture = np.zeros((64, 64, CHANNELS), np.uint8)
     picture[:, 32:] = 255
-    pixels = preprocessor(picture)
-    check_pixel_values(pixels, (architecture.num_channels, *pair(architecture.image_size)))
+    expected = (architecture.num_channels, *pair(architecture.image_size))
+    check_image_shape((CHANNELS, *preprocessor.output_size(*picture.shape[:2])), expected)
+    check_pixel_values(preprocessor(picture), expected)
     return preprocessor
+
+
+def check_image_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """
+    Raises:
+        LoadingError: the images of a processor do not have the shape `(channels, height, width)` of the network's.
+    """
+    if shape != expected:
+        raise LoadingError(f"it makes images of (channels, height, width) {shape}, the network takes {expected}.")
 
 
 def check_pixel_values(pixels: np.ndarray, expected: tuple[int, ...] | None) -> None:
@@ -163,10 +173,8 @@ def check_pixel_values(pixels: np.ndarray, expected: tuple[int, ...] | None) -> 
     Raises:
         LoadingError: they have another shape, or black and white do not become different finite numbers.
     """
-    if expected is not None and pixels.shape != expected:
-        raise LoadingError(
-            f"it makes images of (channels, height, width) {pixels.shape}, the network takes {expected}."
-        )
+    if expected is not None:
+        check_image_shape(pixels.shape, expected)
     least, most = pixels.min((1, 2)), pixels.max((1, 2))
     # `not` also refuses NaN, because its comparisons are false.
     if not ((least >= -MAX_VALUE) & (most <= MAX_VALUE) & (most - least >= MIN_CONTRAST)).all():

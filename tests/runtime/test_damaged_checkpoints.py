@@ -26,6 +26,7 @@ from binaryvit_cli import main
 from binaryvit_cli.models import find_model, load_model
 from binaryvit_runtime import Classifier, UnsupportedModelError, UserError
 from binaryvit_runtime.engine import kernels_here
+from binaryvit_runtime.engine.preprocessing import Preprocessor
 from binaryvit_runtime.errors import LINE_LENGTH, one_line
 from binaryvit_runtime.resources import shipped_models
 
@@ -120,6 +121,13 @@ def test_a_missing_file_is_named(name, folder, picture_file, capsys, monkeypatch
     for engine in ("", "torch"):
         monkeypatch.setenv("BINARYVIT_ENGINE", engine)
         assert_refused(capsys, ["classify", folder, picture_file], str(folder), name)
+
+
+def test_an_image_processor_of_large_images_is_refused_before_it_makes_one(folder, monkeypatch):
+    edit_json(folder / "preprocessor_config.json", size={"height": 2**14, "width": 2**14}, do_center_crop=False)
+    monkeypatch.delattr(Preprocessor, "__call__")
+    with pytest.raises(UserError, match=r"\(3, 16384, 16384\), the network takes \(3, 16, 32\)"):
+        Classifier.from_pretrained(folder)
 
 
 def test_variances_below_zero_are_refused_by_their_answers(folder, picture_file, capsys, monkeypatch):

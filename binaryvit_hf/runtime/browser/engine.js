@@ -58,29 +58,42 @@ export class Engine {
   }
 
   /**
+   * Channels, height and width of what `preprocess` makes of a picture.
+   *
+   * @param {import("./processor.js").Processor} processor
+   * @param {{ width: number, height: number }} picture
+   * @throws {BinaryViTError} A side would have no pixel after resizing.
+   */
+  outputShape(processor, { width, height }) {
+    const shape = this.run((scratch) => {
+      const [steps, sides] = [scratch.put(packProcessor(processor)), scratch.allocate(8)];
+      const status = scratch.exports.binaryvit_preprocessed_size(steps, height, width, sides, sides + 4);
+      return status === 0 ? [CHANNELS, ...scratch.read(Int32Array, sides, 2)] : null;
+    });
+    if (shape === null)
+      throw new BinaryViTError(`a picture of ${width} x ${height} pixels cannot be resized: it is too long or empty.`);
+    return shape;
+  }
+
+  /**
    * Computes the input of a network from a picture.
    *
    * @param {import("./processor.js").Processor} processor
    * @param {import("./pictures.js").Picture} picture its alpha is dropped.
-   * @returns {{ values: Float32Array, shape: number[] }}
-   * @throws {BinaryViTError} A side would have no pixel after resizing, or memory ran out.
+   * @returns {Float32Array} channels x height x width, of `outputShape`.
+   * @throws {BinaryViTError} See `outputShape`, or memory ran out.
    */
-  preprocess(processor, { data, width, height }) {
-    const pixels = this.run((scratch) => {
-      const steps = scratch.put(packProcessor(processor));
-      const sides = scratch.allocate(8);
-      if (scratch.exports.binaryvit_preprocessed_size(steps, height, width, sides, sides + 4)) return null;
-      const shape = [CHANNELS, ...scratch.read(Int32Array, sides, 2)];
-      const length = shape.reduce((product, side) => product * side);
-      const values = scratch.allocate(4 * length);
-      const picture = scratch.put(packPicture(scratch.put(data), width, height, data.length / (width * height)));
-      check(scratch.exports.binaryvit_pixel_values(steps, picture, values));
-      return { values: scratch.read(Float32Array, values, length), shape };
+  preprocess(processor, picture) {
+    const length = this.outputShape(processor, picture).reduce((product, side) => product * side);
+    const { data, width, height } = picture;
+    const values = this.run((scratch) => {
+      const [steps, output] = [scratch.put(packProcessor(processor)), scratch.allocate(4 * length)];
+      const input = scratch.put(packPicture(scratch.put(data), width, height, data.length / (width * height)));
+      check(scratch.exports.binaryvit_pixel_values(steps, input, output));
+      return scratch.read(Float32Array, output, length);
     });
     if (this.exports.memory.buffer.byteLength > MOST_KEPT) this.exports = null;
-    if (pixels === null)
-      throw new BinaryViTError(`a picture of ${width} x ${height} pixels cannot be resized: it is too long or empty.`);
-    return pixels;
+    return values;
   }
 }
 

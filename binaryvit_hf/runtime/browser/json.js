@@ -23,7 +23,7 @@ export class Float {
   }
 
   toString() {
-    return String(this.value);
+    return Number.isInteger(this.value) && Math.abs(this.value) < 1e16 ? `${this.value}.0` : String(this.value);
   }
 }
 

@@ -7,7 +7,7 @@ import { Engine, Network } from "./engine.js";
 import { BinaryViTError, UnsupportedModelError, messageOf, quote } from "./errors.js";
 import { compileEngine, openContent, openFolder } from "./loading.js";
 import { checkPicture, decodePicture, hasBytes, putOnBackground } from "./pictures.js";
-import { checkPixelValues, halfWhitePicture, readProcessor } from "./processor.js";
+import { checkImageShape, checkPixelValues, halfWhitePicture, readProcessor } from "./processor.js";
 
 /**
  * Load a packed model with its image processor.
@@ -39,7 +39,9 @@ export async function load(source, { engine = new URL("./binaryvit.wasm", import
   const subject = `The image processor of ${called} (preprocessor_config.json) cannot be used`;
   const { processor, background } = await named(subject, called, () => {
     const read = readProcessor(files.processor());
-    checkPixelValues(preprocessing.preprocess(read.processor, halfWhitePicture()), imageShape);
+    const picture = halfWhitePicture();
+    checkImageShape(preprocessing.outputShape(read.processor, picture), imageShape);
+    checkPixelValues(preprocessing.preprocess(read.processor, picture));
     return read;
   });
   return named(`The weights of ${called} cannot be loaded`, called, async () => {
@@ -174,20 +176,14 @@ export class BinaryViTModel {
     if (!hasBytes(image))
       throw new BinaryViTError("A picture must be { data, width, height }: decodePicture makes one.");
     const picture = checkPicture(image);
-    let pixels;
     try {
-      pixels = preprocessing.preprocess(
-        processor,
-        background === null ? picture : putOnBackground(picture, background),
-      );
-      if (String(pixels.shape) !== String(imageShape))
-        throw new BinaryViTError(
-          `its image has the shape (${pixels.shape.join(", ")}), not (${imageShape.join(", ")}).`,
-        );
+      const shape = preprocessing.outputShape(processor, picture);
+      if (String(shape) !== String(imageShape))
+        throw new BinaryViTError(`its image has the shape (${shape.join(", ")}), not (${imageShape.join(", ")}).`);
+      return preprocessing.preprocess(processor, background === null ? picture : putOnBackground(picture, background));
     } catch (error) {
       throw new BinaryViTError(`The picture cannot be classified: ${messageOf(error)}.`);
     }
-    return pixels.values;
   }
 }
 

@@ -154,19 +154,31 @@ export function halfWhitePicture() {
   return picture;
 }
 
+/** The first six digits of a number. */
+const round = (number) => String(Number(number.toPrecision(6)));
+
 /**
- * Check the `pixel_values` of `halfWhitePicture`.
+ * Check the shape of the images that a processor makes.
  *
- * @param {{ values: Float32Array, shape: number[] }} pixels
- * @param {number[]} expected shape of the network's images: channels, height, width.
- * @throws {BinaryViTError} They have another shape, or black and white do not become different finite numbers.
+ * @param {number[]} shape channels, height, width.
+ * @param {number[]} expected of the network's images.
+ * @throws {BinaryViTError} They differ.
  */
-export function checkPixelValues({ values, shape }, expected) {
+export function checkImageShape(shape, expected) {
   if (String(shape) !== String(expected))
     throw new BinaryViTError(
       `it makes images of (channels, height, width) (${shape.join(", ")}), ` +
         `the network takes (${expected.join(", ")}).`,
     );
+}
+
+/**
+ * Check the input that a processor makes of `halfWhitePicture`.
+ *
+ * @param {Float32Array} values channels x height x width.
+ * @throws {BinaryViTError} Black and white do not become different finite numbers.
+ */
+export function checkPixelValues(values) {
   const length = values.length / CHANNELS;
   const [lows, highs] = [[], []];
   for (let channel = 0; channel < CHANNELS; channel++) {
@@ -180,7 +192,7 @@ export function checkPixelValues({ values, shape }, expected) {
   );
   if (!isUsable)
     throw new BinaryViTError(
-      `it turns black and white into numbers from ${Math.min(...lows)} to ${Math.max(...highs)}: check its ` +
-        "rescale_factor, image_mean and image_std.",
+      `it turns black and white into numbers from ${round(Math.min(...lows))} to ${round(Math.max(...highs))}: ` +
+        "check its rescale_factor, image_mean and image_std.",
     );
 }

@@ -247,7 +247,7 @@ def read_processor(fields: Mapping[str, Any]) -> ImageProcessor:
 
 def read_resizing(values: Mapping[str, Any], processor: ImageProcessor) -> None:
     resample = values["resample"]
-    if isinstance(resample, bool) or resample not in RESAMPLES:
+    if type(resample) is not int or resample not in RESAMPLES:
         raise unsupported("resample", resample, "2 (bilinear) or 3 (bicubic)")
     processor.resample = resample
     sides = sides_of("size", values["size"], square=bool(values["default_to_square"]))
