@@ -14,14 +14,14 @@ from node import BROWSER, WASM, find_node, run_node
 from PIL import Image, ImageColor
 from readme import JAVASCRIPT
 
+from binaryvit_runtime.browser.page import write_page
 from binaryvit_runtime.pixels import normalize_colour
 from binaryvit_runtime.resources import shipped_models
 
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(shipped_models()["binaryvit-digits"])
-SOURCES = sorted(BROWSER.glob("*.js"))
-MODULES = [file for file in SOURCES if file.stem not in ("page", "worker")]
+MODULES = [file for file in sorted(BROWSER.glob("*.js")) if file.stem not in ("page", "worker")]
 START = """
 const picture = (width, height, channels = 3) => ({ data: new Uint8Array(width * height * channels).fill(90), width, height });
 const message = async (work) => { try { await work(); return "no error"; } catch (error) { return `${error.name}: ${error.message}`; } };
@@ -307,9 +307,7 @@ def test_every_alpha_is_composited_as_pillow_does():
 
 
 def test_the_snippet_for_node_runs(tmp_path):
-    shutil.copytree(DIGITS, tmp_path / "site" / "model")
-    for file in [*MODULES, WASM]:
-        shutil.copy(file, tmp_path / "site")
+    write_page(DIGITS, tmp_path / "site")
     [snippet] = [text for text in JAVASCRIPT if "./site/" in text]
     (tmp_path / "snippet.mjs").write_text(snippet)
     done = subprocess.run([find_node(), "snippet.mjs"], cwd=tmp_path, capture_output=True, text=True)
@@ -326,7 +324,7 @@ def test_names_at_the_top_differ_from_file_to_file():
 
 
 def test_lines_are_as_long_as_in_python():
-    files = [*SOURCES, *BROWSER.glob("*.ts")]
+    files = [*MODULES, *BROWSER.glob("*.ts")]
     long = [f"{file.name}: {line}" for file in files for line in file.read_text().splitlines() if len(line) > 119]
     assert long == []
 
