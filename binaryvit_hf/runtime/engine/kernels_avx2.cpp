@@ -54,6 +54,7 @@ constexpr int kRegisterBytes = 32;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
+    static constexpr int kFloatRows = kRows;
     static constexpr int kFloatBlocks = 1;
     static constexpr int kFewestRows = 1;
     static constexpr int kWordsAtOnce = 15;  // 60 counts of at most 4 bits fit a byte

@@ -33,6 +33,7 @@ constexpr int kRegisterBytes = 64;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
+    static constexpr int kFloatRows = kRows;
     static constexpr int kFloatBlocks = 2;
     static constexpr int kFewestRows = 1;
 

@@ -24,6 +24,7 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
+    static constexpr int kFloatRows = kRows;
     static constexpr int kFloatBlocks = 1;
     static constexpr int kFewestRows = 1;
     static constexpr int kBytesAtOnce = 28;  // 28 counts of at most 8 bits fit a byte; a multiple of a word's 4

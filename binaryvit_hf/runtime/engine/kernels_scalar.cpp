@@ -19,6 +19,7 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kWords;
+    static constexpr int kFloatRows = kRows;
     static constexpr int kFloatBlocks = 1;
     static constexpr int kFewestRows = 1;
 

@@ -45,6 +45,7 @@ constexpr int kRegisterBytes = 16;
 
 struct Cpu {
     static constexpr Layout kLayout = Layout::kBytes;
+    static constexpr int kFloatRows = 2;
     static constexpr int kFloatBlocks = 1;
     static constexpr int kWordsAtOnce = 7;  // 28 counts of at most 8 bits fit a byte
 
