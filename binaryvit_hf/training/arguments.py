@@ -122,6 +122,9 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         nargs="?",
         const="true",
     )
+    logging_nan_inf_filter: bool = argument(
+        False, "Off: a loss that is not finite ends the run. The filter makes every step wait for the GPU."
+    )
     remove_unused_columns: bool = argument(False, "Off: images are decoded and transformed as they are read.")
 
     resume_from_checkpoint: str | None = argument(

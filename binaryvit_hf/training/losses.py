@@ -1,5 +1,7 @@
 """The losses of training: distillation from a teacher, and the regularisation of latent weights."""
 
+from collections import deque
+
 import torch
 from torch import nn
 
@@ -41,3 +43,36 @@ def distance_from_one(weights: list[torch.Tensor]) -> torch.Tensor:
     al., 2018, R1 with both scales 1).
     """
     return sum((1 - weight.abs()).abs().sum() for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+class FiniteLosses:
+    """
+    Finds losses that are not finite. It reads a loss of a GPU once that has been computed, so that no step waits for it.
+
+    On the CPU a loss is read at once. On a GPU it is read one or a few steps later; `wait` reads all.
+    """
+
+    def __init__(self):
+        self.unread: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, loss: torch.Tensor, step: int) -> None:
+        if loss.device.type != "cuda":
+            self.unread.append((step, loss, None))
+            return
+        copy, copied = torch.empty((), dtype=loss.dtype, pin_memory=True), torch.cuda.Event()
+        copy.copy_(loss, non_blocking=True)
+        copied.record()
+        self.unread.append((step, copy, copied))
+
+    def first_broken(self, wait: bool = False) -> tuple[int, float] | None:
+        """The step and the value of the first loss that is not finite, among those that can be read."""
+        while self.unread:
+            step, loss, copied = self.unread[0]
+            if copied is not None and wait:
+                copied.synchronize()
+            elif copied is not None and not copied.query():
+                return None
+            self.unread.popleft()
+            if not torch.isfinite(loss):
+                return step, loss.item()
+        return None

@@ -34,7 +34,7 @@ from .callbacks.positive_clips import PositiveClips
 from .callbacks.termination import SaveOnTermination
 from .checkpoints import flush_to_disk
 from .compilation import StepCompiler
-from .losses import distance_from_one, distillation_loss
+from .losses import FiniteLosses, distance_from_one, distillation_loss
 
 
 STAGING = "_writing"  # folder of unfinished checkpoints; the underscore keeps it out of uploads
@@ -73,6 +73,7 @@ class DistillationTrainer(Trainer):
             self.add_callback(callback)
         self.checkpointed = [callback for callback in method_callbacks if isinstance(callback, CheckpointedCallback)]
         self.is_staging = False
+        self.losses = FiniteLosses()
         self.compiler = StepCompiler(
             self.plain_model,
             False if self.compiles_by_accelerate else self.args.torch_compile,
@@ -101,14 +102,19 @@ class DistillationTrainer(Trainer):
         return bool(self.args.fsdp or self.args.deepspeed)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Accelerate would compile the whole network, for every shape of a batch, and in evaluation too."""
-        backend = self.args.torch_compile_backend
+        """
+        Without compilation by accelerate, which would compile the whole network, for every shape of a batch, and for
+        evaluation too. Pinned batches are copied to the GPU while it computes.
+        """
+        backend, config = self.args.torch_compile_backend, self.args.accelerator_config
+        non_blocking = config.non_blocking
         if not self.compiles_by_accelerate:
             self.args.torch_compile_backend = None
+        config.non_blocking = non_blocking or self.args.dataloader_pin_memory
         try:
             super().create_accelerator_and_postprocess()
         finally:
-            self.args.torch_compile_backend = backend
+            self.args.torch_compile_backend, config.non_blocking = backend, non_blocking
 
     # Training
 
@@ -141,8 +147,10 @@ class DistillationTrainer(Trainer):
         for callback in self.checkpointed:
             callback.checkpoint = None
         self.compiler.begin(None)
+        self.losses = FiniteLosses()
         try:
             output = super().train(*args, **kwargs)
+            self.check_losses(wait=True)
         finally:
             self.termination.restore()
         # A run that resumes after its last step has no losses to average.
@@ -166,9 +174,15 @@ class DistillationTrainer(Trainer):
         is_full = len(images) == self._train_batch_size // processes
         with self.compiler.step(images, is_full, steps_left * self.args.gradient_accumulation_steps):
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):  # before the optimiser spreads it over every weight
-            self.raise_non_finite(f"The loss became {loss.item()} at step {self.state.global_step + 1}")
+        self.losses.add(loss.detach(), self.state.global_step + 1)
+        self.check_losses()  # before the optimiser spreads it over every weight
         return loss
+
+    def check_losses(self, wait: bool = False) -> None:
+        """Raise NonFiniteLossError if a loss was not finite; with `wait`, read also those that a GPU still computes."""
+        if broken := self.losses.first_broken(wait):
+            step, value = broken
+            self.raise_non_finite(f"The loss became {value} at step {step}")
 
     def raise_non_finite(self, fault: str) -> None:
         """Raise NonFiniteLossError, with the last checkpoint in its message."""
@@ -299,6 +313,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint to the staging folder, then rename it: every `checkpoint-…` is whole."""
+        self.check_losses(wait=True)  # no checkpoint may hold their weights
         folder = Path(self.args.output_dir)
         staged = folder / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         checkpoint = folder / staged.name
