@@ -1,13 +1,15 @@
 """The pages of both shipped models in headless Chromium: pictures come in by all ways, and the answers are Classifier's."""
 
 import base64
-import itertools
+import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 pytest.importorskip("playwright")
@@ -202,6 +204,41 @@ def test_the_canvas_comes_first_where_labels_are_characters(open_page, address):
     assert len(answers(page)) == 5
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_has_a_picture_for_each_head_of_each_layer(name, open_page, address):
+    config = json.loads((MODELS[name] / "config.json").read_text())
+    heads = [number for depth, number in zip(config["depths"], config["num_attention_heads"]) for _ in range(depth)]
+    page = open_page(f"{address}/{name}/")
+    assert page.locator("#attention").is_hidden()
+    page.click("#examples button")
+    page.click("summary")
+    for layer, number in enumerate(heads):
+        page.evaluate("document.querySelector('#heads').replaceChildren()")
+        page.select_option("#layer", index=layer) if layer else page.dispatch_event("#layer", "change")
+        page.wait_for_selector("#heads canvas")
+        assert page.locator("#heads canvas").count() == number
+
+
+def test_attention_colours_what_is_looked_at(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.click("#examples button")
+    page.click("summary")
+    page.wait_for_selector("#heads canvas")
+    picture = np.asarray(Image.open(example("digits")).convert("RGB"))
+    classifier = Classifier.from_pretrained(MODELS["digits"])
+    values = classifier.network.attention(classifier.preprocessor(Image.fromarray(picture))[None], 0)
+    parts = (np.asarray(values).reshape(64, 16) > 0).mean(0)
+    shown = page.eval_on_selector(
+        "#heads canvas",
+        """(canvas) => [...Array(16).keys()].map((key) => {
+          const [x, y] = [key % 4, Math.floor(key / 4)].map((cell) => 60 * cell + 30);
+          const [red, , blue] = canvas.getContext("2d").getImageData(x, y, 1, 1).data;
+          return blue - red; // the picture is grey
+        })""",
+    )
+    assert shown == pytest.approx((255 - 124) * 0.7 * parts, abs=2)
+
+
 # ---- Nothing is sent ----
 
 
@@ -330,13 +367,15 @@ def test_scores_of_a_regression_are_numbers(open_page, tmp_path, tiny):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("theme, size", list(itertools.product(["light", "dark"], [PHONE, DESKTOP])))
+@pytest.mark.parametrize("theme, size", [("light", PHONE), ("dark", DESKTOP)])
 def test_axe_finds_nothing_serious(theme, size, name, open_page, address):
     page = open_page(f"{address}/{name}/", color_scheme=theme, viewport=size)
     page.wait_for_selector("#facts dd")
     assert_accessible(page)
     give(page, "drop", example(name).read_bytes())
     answers(page)
+    page.click("summary")
+    page.wait_for_selector("#heads canvas")
     assert_accessible(page)
     page.click("#draw")
     page.focus("#board")

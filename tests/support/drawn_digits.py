@@ -8,7 +8,7 @@ Point = tuple[float, float]
 
 def arc(x: float, y: float, width: float, height: float, start: float, end: float) -> list[Point]:
     """Part of an ellipse with its middle at (x, y), from one angle to another, in degrees clockwise from the right."""
-    angles = [math.radians(start + (end - start) * step / 16) for step in range(17)]
+    angles = [math.radians(start + (end - start) * step / 10) for step in range(11)]
     return [(x + width * math.cos(angle), y + height * math.sin(angle)) for angle in angles]
 
 

@@ -70,35 +70,45 @@ function decode(encoded) {
 
 // ---- The answer ----
 
-let nextPicture = null; // waits for the worker; a newer picture replaces it
-let isBusy = false;
+let next = null; // what the worker gets when it is free; a newer picture replaces it
+let current = null; // what the worker has
+let answered = null; // the picture whose answer is shown
 
 /**
  * Classify a picture and show the answer.
  *
- * @param picture Blob or ImageData
+ * @param take returns the picture, a Blob or ImageData, when the worker is free
  * @param isFinal false while a stroke is being drawn: screen readers would never stop
  */
-async function classify(picture, isFinal = true) {
-  nextPicture = { picture, isFinal };
-  if (isBusy) return;
-  isBusy = true;
-  while (nextPicture) {
-    const current = nextPicture;
-    nextPicture = null;
+async function classify(take, isFinal = true) {
+  next = { take, isFinal };
+  if (current) return;
+  while (next) {
+    [current, next] = [next, null];
+    const asked = current;
     try {
       await loaded;
-      showAnswer(await call("classify", current.picture), current.isFinal);
+      const picture = asked.take();
+      const answer = await call("classify", picture);
+      if (current === asked) showAnswer(answer, picture, asked.isFinal);
     } catch (error) {
       clearAnswer();
       showAlert(error.message);
     }
   }
-  isBusy = false;
+  current = null;
 }
 
-function showAnswer({ labels, milliseconds }, isFinal) {
+/** Forget pictures that wait for an answer. */
+function forgetPictures() {
+  next = null;
+  if (current) current = {};
+}
+
+function showAnswer({ labels, milliseconds }, picture, isFinal) {
   showAlert("");
+  answered = picture;
+  element("attention").hidden = false;
   const [best] = labels;
   element("best").textContent = best.label;
   element("best").classList.remove("waiting");
@@ -115,7 +125,9 @@ function showAnswer({ labels, milliseconds }, isFinal) {
     bar.firstChild.style.transform = `scaleX(${score})`;
   });
   element("time").textContent = `${formatMilliseconds(milliseconds)} for this picture`;
-  if (isFinal) announce(`${best.label}, ${list.firstChild.children[1].textContent}`);
+  if (!isFinal) return;
+  announce(`${best.label}, ${list.firstChild.children[1].textContent}`);
+  showAttention();
 }
 
 function createLabel() {
@@ -128,6 +140,8 @@ function createLabel() {
 }
 
 function clearAnswer() {
+  answered = null;
+  element("attention").hidden = true;
   const thing = page.characters ? `Draw ${drawnThing()}, or give a picture of one.` : "Give a picture to see its labels.";
   element("best").textContent = thing;
   element("best").classList.add("waiting");
@@ -147,11 +161,11 @@ function announce(text) {
   element("status").textContent = text;
 }
 
-function showFacts(bytes) {
+function showFacts({ weights, engine, layers }) {
   const [height, width] = page.size;
   const facts = {
-    Model: formatBytes(bytes.weights),
-    Engine: formatBytes(bytes.engine),
+    Model: formatBytes(weights),
+    Engine: formatBytes(engine),
     "The model sees": `${width} × ${height} pixels`,
     Labels: String(page.labels),
   };
@@ -163,6 +177,7 @@ function showFacts(bytes) {
     fact.append(term, description);
     element("facts").append(fact);
   }
+  for (let layer = 0; layer < layers; layer++) element("layer").add(new Option(`${layer + 1} of ${layers}`, layer));
 }
 
 const percent = (score) => `${(100 * score).toFixed(1)} %`;
@@ -176,6 +191,52 @@ function formatMilliseconds(milliseconds) {
 function drawnThing() {
   if (page.characters === "digits") return "a digit";
   return page.characters === "letters" ? "a letter" : "a character";
+}
+
+// ---- Attention ----
+
+element("attention").addEventListener("toggle", showAttention);
+element("layer").addEventListener("change", showAttention);
+
+async function showAttention() {
+  const [picture, layer] = [answered, Number(element("layer").value)];
+  if (!element("attention").open || picture === null) return;
+  try {
+    const found = await call("attention", { picture, layer });
+    if (picture === answered && layer === Number(element("layer").value)) showHeads(found);
+  } catch (error) {
+    showAlert(error.message);
+  }
+}
+
+/** One small picture for each head: what the model sees, with more colour where more of it looks. */
+function showHeads({ heatmaps, grid: [rows, columns], seen }) {
+  const picture = document.createElement("canvas");
+  [picture.width, picture.height] = [seen.width, seen.height];
+  picture.getContext("2d").putImageData(seen, 0, 0);
+  const figures = heatmaps.map((heatmap, place) => {
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [240, Math.round((240 * seen.height) / seen.width)];
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = picture.width > TINY;
+    context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    const toEdge = (cell, cells, side) => Math.round((cell * side) / cells);
+    heatmap.forEach((part, key) => {
+      const [row, column] = [Math.floor(key / columns), key % columns];
+      const [left, right] = [column, column + 1].map((edge) => toEdge(edge, columns, canvas.width));
+      const [top, bottom] = [row, row + 1].map((edge) => toEdge(edge, rows, canvas.height));
+      context.fillStyle = `rgb(124 92 255 / ${0.7 * part})`;
+      context.fillRect(left, top, right - left, bottom - top);
+    });
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `What head ${place + 1} looks at`);
+    const figure = document.createElement("figure");
+    const caption = document.createElement("figcaption");
+    caption.textContent = `Head ${place + 1}`;
+    figure.append(canvas, caption);
+    return figure;
+  });
+  element("heads").replaceChildren(...figures);
 }
 
 // ---- Pictures from files, the clipboard and other windows ----
@@ -196,7 +257,7 @@ function takePicture(blob) {
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(blob);
   showStage("picture");
-  classify(blob);
+  classify(() => blob);
 }
 
 function takeFiles(files, otherwise) {
@@ -325,14 +386,12 @@ function addPoint(x, y) {
 
 function changeDrawing(isFinal) {
   paintBoard();
-  if (strokes.length > 0) classify(page.drawing ? normalizeDrawing() : boardPixels(), isFinal);
+  if (strokes.length > 0) classify(page.drawing ? normalizeDrawing : boardPixels, isFinal);
 }
 
 function paintBoard() {
-  const context = board.getContext("2d", { willReadFrequently: true });
-  context.fillStyle = PAPER[page.board];
-  context.fillRect(0, 0, board.width, board.height);
-  paintStrokes(context, (x, y) => [x * board.width, y * board.height], 0.07 * board.width);
+  paintDrawing(board);
+  const context = board.getContext("2d");
   if (pen.isShown) {
     context.strokeStyle = pen.isDown ? "#f59e0b" : "#8b8fa3";
     context.lineWidth = 4;
@@ -343,26 +402,35 @@ function paintBoard() {
   element("board-hint").hidden = strokes.length > 0;
 }
 
-function paintStrokes(context, place, width) {
+/** Paint the strokes. `place` gives the place of a point in parts of the canvas, `stroke` the width of the pen. */
+function paintDrawing(canvas, place = (x, y) => [x, y], stroke = 0.07) {
+  const context = canvas.getContext("2d");
+  const toPixels = (point) => place(...point).map((part) => part * canvas.width);
+  context.fillStyle = PAPER[page.board];
+  context.fillRect(0, 0, canvas.width, canvas.height);
   context.strokeStyle = INK[page.board];
-  context.lineWidth = width;
+  context.lineWidth = stroke * canvas.width;
   context.lineCap = context.lineJoin = "round";
   for (const [first, ...others] of strokes) {
     context.beginPath();
-    context.moveTo(...place(...first));
-    for (const point of others.length ? others : [first]) context.lineTo(...place(...point)); // a line of length 0 is a dot
+    context.moveTo(...toPixels(first));
+    for (const point of others.length ? others : [first]) context.lineTo(...toPixels(point)); // a line of length 0 is a dot
     context.stroke();
   }
 }
 
+/** A square canvas whose pixels are read. */
+function createCanvas(side) {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = side;
+  canvas.getContext("2d", { willReadFrequently: true });
+  return canvas;
+}
+
 function boardPixels() {
-  const wasShown = pen.isShown;
-  pen.isShown = false;
-  paintBoard();
-  const pixels = board.getContext("2d").getImageData(0, 0, board.width, board.height);
-  pen.isShown = wasShown;
-  paintBoard();
-  return pixels;
+  const canvas = createCanvas(board.width);
+  paintDrawing(canvas);
+  return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
 }
 
 /** The drawing as a picture like those that the model was trained on: they fill a box of their picture. */
@@ -375,17 +443,14 @@ function normalizeDrawing() {
   const [across, down] = [Math.min(most, stretch * scale), Math.min(mostDown, stretch * scale)];
 
   const cell = Math.ceil(256 / size);
-  const canvas = document.createElement("canvas");
-  canvas.width = canvas.height = size * cell;
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.fillStyle = PAPER[page.board];
-  context.fillRect(0, 0, canvas.width, canvas.height);
+  const canvas = createCanvas(size * cell);
   const place = (x, y) => [
-    canvas.width * (0.5 + across * (x - (left + right) / 2)),
-    canvas.height * (0.5 + down * (y - (top + bottom) / 2)),
+    0.5 + across * (x - (left + right) / 2), // in the middle
+    0.5 + down * (y - (top + bottom) / 2),
   ];
-  paintStrokes(context, place, stroke * canvas.width);
-  return showSeen(averageCells(context.getImageData(0, 0, canvas.width, canvas.height), cell));
+  paintDrawing(canvas, place, stroke);
+  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  return showSeen(averageCells(pixels, cell));
 }
 
 /** Each pixel of the result is the mean of a cell of grey pixels. */
@@ -414,7 +479,7 @@ function showSeen(pixels) {
 function clearBoard() {
   strokes = [];
   pen.isDown = false;
-  nextPicture = null;
+  forgetPictures();
   element("seen").hidden = true;
   showAlert("");
   clearAnswer();

@@ -1,11 +1,11 @@
 // Computes for the page, so that the page stays alive. Each message { id, call, given } is answered by { id, value } or
 // { id, error }.
-import { load } from "./binaryvit.js";
+import { decodePicture, load } from "./binaryvit.js";
 
 let model;
 
 const calls = {
-  /** Loads a model from { name: URL or ArrayBuffer }. Returns the sizes of its weights and of the engine. */
+  /** Loads a model from { name: URL or ArrayBuffer }. Returns the sizes of its weights and of the engine, and its layers. */
   async load({ name, files, engine }) {
     const content = new Map(await Promise.all(Object.entries(files).map(async ([file, at]) => [file, await read(at)])));
     const text = (file) => new TextDecoder().decode(content.get(file));
@@ -16,7 +16,7 @@ const calls = {
       weights: Object.fromEntries(weights),
     };
     model = await load(source, { engine: await read(engine), name });
-    return model.bytes;
+    return { ...model.bytes, layers: model.numLayers };
   },
 
   async classify(picture) {
@@ -24,7 +24,35 @@ const calls = {
     const labels = await model.classify(picture, { topK: 5 });
     return { labels, milliseconds: performance.now() - start };
   },
+
+  /** For each head of a layer: the part of the queries that attend to each key. And the picture that the model sees. */
+  async attention({ picture, layer }) {
+    const decoded = picture instanceof Blob ? await decodePicture(picture) : picture;
+    const { heads, queries, keys, hasClassToken, values } = model.attention(decoded, layer);
+    const first = Number(hasClassToken);
+    const [numQueries, numKeys] = [queries, keys].map(([height, width]) => height * width + first);
+    const parts = Array.from({ length: heads }, () => new Float32Array(numKeys));
+    values.forEach((value, index) => {
+      if (value > 0) parts[Math.floor(index / (numQueries * numKeys))][index % numKeys] += 1 / numQueries;
+    });
+    const heatmaps = parts.map((part) => part.subarray(first));
+    return { heatmaps, grid: keys, seen: see(decoded) };
+  },
 };
+
+/** The part of a picture that the network gets, as ImageData. */
+function see(picture) {
+  const [, height, width] = model.imageShape;
+  const grey = (value) => model.preprocess({ data: new Uint8Array(3 * 64 * 64).fill(value), width: 64, height: 64 });
+  const [input, black, white] = [model.preprocess(picture), grey(0), grey(255)];
+  const seen = new ImageData(width, height);
+  input.forEach((value, index) => {
+    const [channel, pixel] = [Math.floor(index / (width * height)), index % (width * height)];
+    seen.data[4 * pixel + channel] = (255 * (value - black[index])) / (white[index] - black[index]);
+  });
+  for (let pixel = 0; pixel < width * height; pixel++) seen.data[4 * pixel + 3] = 255;
+  return seen;
+}
 
 async function read(file) {
   if (typeof file !== "string") return file;
