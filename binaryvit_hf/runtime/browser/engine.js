@@ -3,7 +3,6 @@
 import { BinaryViTError } from "./errors.js";
 import { CHANNELS } from "./processor.js";
 
-const KERNELS = "wasm";
 const ERROR_BYTES = 500;
 const MOST_KEPT = 2 ** 26; // bytes of memory of an instance for preprocessing, which large pictures let grow
 const NO_MEMORY = "The engine ran out of memory; use a smaller picture, or close other models.";
@@ -22,6 +21,24 @@ const PROCESSOR_SIDES = [
   ],
   ...["rescale", "normalize"],
 ];
+
+const FUNCTIONS = [
+  ...["binaryvit_kernels", "binaryvit_create", "binaryvit_classify", "binaryvit_find_attention_size"],
+  ...["binaryvit_attention", "binaryvit_preprocessed_size", "binaryvit_pixel_values", "malloc", "free", "_initialize"],
+];
+
+/**
+ * @param {WebAssembly.Module} module
+ * @throws {BinaryViTError} It is not this version's binaryvit.wasm.
+ */
+export function checkEngine(module) {
+  const names = WebAssembly.Module.exports(module).map(({ name }) => name);
+  const missing = FUNCTIONS.find((name) => !names.includes(name));
+  if (missing !== undefined || WebAssembly.Module.imports(module).length > 0)
+    throw new BinaryViTError(
+      "The engine is not the binaryvit.wasm of this version: take the file beside binaryvit.js.",
+    );
+}
 
 /** One instance of the module. After a trap it starts a new one, because the memory of the old one may be damaged. */
 export class Engine {
@@ -53,7 +70,9 @@ export class Engine {
       return result;
     } catch (error) {
       this.exports = null;
-      throw error instanceof BinaryViTError ? error : new BinaryViTError(NO_MEMORY);
+      // A trap, or an array that is too large.
+      const isMemory = error instanceof WebAssembly.RuntimeError || error instanceof RangeError;
+      throw isMemory ? new BinaryViTError(NO_MEMORY) : error;
     }
   }
 
@@ -207,6 +226,11 @@ class Scratch {
     return new Kind(this.exports.memory.buffer, address, length).slice();
   }
 
+  readText(address) {
+    const bytes = new Uint8Array(this.exports.memory.buffer, address);
+    return new TextDecoder().decode(bytes.subarray(0, bytes.indexOf(0)));
+  }
+
   free() {
     for (const address of this.addresses) this.exports.free(address);
   }
@@ -238,11 +262,11 @@ function createModel(scratch, { fields, imageSize, patchSize }, tensors) {
     named.setBigInt64(16 * index + 8, BigInt(tensor.byteLength), true);
   });
   const error = scratch.allocate(ERROR_BYTES);
-  const [kernels, settings, entries] = [scratch.putText(KERNELS), scratch.put(config), scratch.put(named)];
+  const [settings, entries] = [scratch.put(config), scratch.put(named)];
+  const kernels = scratch.putText(scratch.readText(scratch.exports.binaryvit_kernels()).split(" ")[0]);
   const model = scratch.exports.binaryvit_create(kernels, settings, entries, tensors.size, error, ERROR_BYTES);
   if (model !== 0) return model;
-  const message = new TextDecoder().decode(scratch.read(Uint8Array, error, ERROR_BYTES)).split("\0")[0];
-  throw new BinaryViTError(`The engine cannot run this model: ${message}.`);
+  throw new BinaryViTError(`The engine cannot run this model: ${scratch.readText(error)}.`);
 }
 
 /** The struct binaryvit_image_processor. */

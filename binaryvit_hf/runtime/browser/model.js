@@ -3,7 +3,7 @@
 import { readArchitecture, readLabels } from "./architecture.js";
 import { PREFIX, loadTensors } from "./checkpoint.js";
 import { readColour } from "./colours.js";
-import { Engine, Network } from "./engine.js";
+import { Engine, Network, checkEngine } from "./engine.js";
 import { BinaryViTError, UnsupportedModelError, messageOf, quote } from "./errors.js";
 import { compileEngine, openContent, openFolder } from "./loading.js";
 import { checkPicture, decodePicture, hasBytes, putOnBackground } from "./pictures.js";
@@ -25,6 +25,7 @@ import { checkImageShape, checkPixelValues, halfWhitePicture, readProcessor } fr
 export async function load(source, { engine = new URL("./binaryvit.wasm", import.meta.url), name } = {}) {
   const called = quote(name ?? (isContent(source) ? "model" : String(source)));
   const { module, bytes } = await compileEngine(engine);
+  checkEngine(module);
   const files = isContent(source)
     ? openContent(/** @type {any} */ (source))
     : await named(`The model ${called} cannot be loaded`, called, () => openFolder(/** @type {any} */ (source)));
