@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import class_token_config, tiny_config
 
 from binaryvit_runtime import Classifier
-from binaryvit_runtime.architecture import read_architecture, read_labels
+from binaryvit_runtime.architecture import Architecture, read_architecture, read_labels
 from binaryvit_runtime.checkpoint import PREFIX, checkpoint_files, load_tensors
 from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.pixels import to_rgb
@@ -51,6 +51,10 @@ for (const { folder, pictures } of given) {
       values: Buffer.from(values.buffer).toString("base64"),
       logits: Buffer.from(logits.buffer).toString("base64"),
       labels: await model.classify(picture, { topK: 3, ...options }),
+      attention: Array.from({ length: model.numLayers }, (_, layer) => {
+        const { values, ...sizes } = model.attention(picture, layer, options);
+        return { ...sizes, values: Buffer.from(values.buffer).toString("base64") };
+      }),
     });
   }
 }
@@ -90,7 +94,7 @@ def answers(folders):
 
 
 @pytest.mark.parametrize("name", [*TINY, *shipped_models()])
-def test_inputs_logits_and_answers_are_those_of_python(name, folders, answers, monkeypatch):
+def test_inputs_logits_attention_and_answers_are_those_of_python(name, folders, answers, monkeypatch):
     monkeypatch.setenv("BINARYVIT_ENGINE", "scalar")  # which rounds as WebAssembly
     classifier = Classifier.from_pretrained(folders[name], threads=1)
     config = json.loads((folders[name] / "config.json").read_text())
@@ -108,7 +112,24 @@ def test_inputs_logits_and_answers_are_those_of_python(name, folders, answers, m
         arguments = model, values[None], 1, 1, weight, bias, len(bias)
         logits = engine.compute("binaryvit_classify", *arguments, shape=(1, len(bias)))
         np.testing.assert_array_equal(decode(answer["logits"]), logits[0])
+        check_attention(engine, model, architecture, values, answer["attention"])
         expected = classifier(PICTURES[kind], top_k=3, background=background)
         assert [each["label"] for each in answer["labels"]] == [each["label"] for each in expected]
         scores = [[each["score"] for each in labels] for labels in (answer["labels"], expected)]
         np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-7)
+
+
+def check_attention(
+    engine: WasmEngine, model: int, architecture: Architecture, image: np.ndarray, found: list
+) -> None:
+    stages = [stage for stage, depth in enumerate(architecture.depths) for _ in range(depth)]
+    has_class_token = architecture.use_class_token
+    for layer, (stage, attention) in enumerate(zip(stages, found, strict=True)):
+        queries = list(architecture.grid_sizes[stage])
+        keys = [side // architecture.sequence_reduction_ratios[stage] for side in queries]
+        heads = architecture.num_attention_heads[stage]
+        sizes = {"heads": heads, "queries": queries, "keys": keys, "hasClassToken": has_class_token}
+        assert {name: attention[name] for name in sizes} == sizes
+        shape = (heads, *(height * width + has_class_token for height, width in (queries, keys)))
+        expected = engine.compute("binaryvit_attention", model, image, layer, shape=shape)
+        np.testing.assert_array_equal(decode(attention["values"]), expected.ravel())
