@@ -36,6 +36,12 @@ def peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
+def forget_peak() -> None:
+    """Let `peak_of_process` count from now on. Only Linux can."""
+    if read_status():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def available_memory() -> int | None:
     """Memory that this process has and can get without swapping, in bytes. `None` except on Linux."""
     status, machine = read_status(), Path("/proc/meminfo")
@@ -54,7 +60,7 @@ def measure_growth(work: Callable[[], object]) -> int | None:
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)  # otherwise freed memory is used again and does not count
     before = read_status()["VmRSS"]
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    forget_peak()
     work()
     return read_status()["VmHWM"] - before
 

@@ -1,10 +1,16 @@
 """
-Time and peak memory of training steps of a network, of the full-precision DeiT-S and of the plain simulation.
+Time and peak memory of training steps of a network, eager and compiled, beside a full-precision DeiT and the plain
+simulation.
 
 The competitors take turns, step by step. Each is a process of its own, so its peak of memory is its own.
 """
 
+import contextlib
+import json
+import logging
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,22 +22,24 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.resources import shipped_configs
 
-from ..host_memory import keep_freed_memory, peak_of_process
+from ..host_memory import forget_peak, keep_freed_memory, peak_of_process
 from ..network.configuration_binaryvit import as_pair
 from ..ops import align_columns, readable
+from ..training.compilation import CACHE_VARIABLE, CompiledLayers, missing_compiler
 from .interleaved import Worker, describe_seconds
 from .simulation import simulate
 
 
 PEER = "deit-small-patch16-224"
-CHANGES = {"eager": lambda model: model, "simulated": simulate, "compiled": torch.compile}  # of a model, by mode
-WARM_UP_TURNS = 1  # the allocator grows and torch.compile compiles
-TABLE_HEAD = ("network", "ms a step, median", "10-90 %", "images/s", "peak memory", "steps of DeiT-S")
+WARM_UP_TURNS = 1  # after the first step: the allocator grows
+TABLE_HEAD = ("network", "first step, s", "ms a step, median", "10-90 %", "images/s", "peak memory", "steps of DeiT")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """A row of configs/ and how it is trained: a mode of `CHANGES`."""
+    """A row of configs/ and how it is trained: "eager", "compiled" or "simulated"."""
 
     network: str
     mode: str = "eager"
@@ -42,9 +50,10 @@ class Competitor:
 
 def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict:
     """
-    Time training steps of a row of configs/, of its simulation and of DeiT-S: forward, cross-entropy, backward, AdamW.
+    Time training steps of a row of configs/, of its simulation and of DeiT: forward, cross-entropy, backward, AdamW.
 
-    The CPU trains in float32. A GPU trains under autocast to bfloat16, and also the compiled networks.
+    The CPU trains in float32, a GPU under autocast to bfloat16. The row and DeiT also run compiled, as `--torch_compile`
+    does, with no code from earlier runs; not where there is no compiler.
 
     Args:
         network: name of the row.
@@ -53,8 +62,9 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
 
     Returns:
         A dictionary of `device`, `threads`, `batch_size` and `results`, a list in the order of the table:
-        `contestant`, `seconds` of a step, `seconds_10_90`, `images_per_second`, `peak_bytes`, and `ratio`, the time
-        divided by the time of DeiT-S.
+        `contestant`, `first_seconds` of the first step with its compilation, `seconds` of a later step,
+        `seconds_10_90`, `images_per_second`, `peak_bytes` after the first step, and `ratio`, the time divided by the time
+        of the eager DeiT.
 
     Raises:
         UserError: there is no such row, or not enough memory.
@@ -63,10 +73,13 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
         raise UserError(f"There is no row {network!r} in configs/; there are {', '.join(sorted(shipped_configs()))}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = batch_size or (128 if device == "cuda" else 8)
-    modes = ("eager", "compiled") if device == "cuda" else ("eager",)
-    competitors = [Competitor(name, mode) for name in (PEER, network) for mode in modes]
+    missing = missing_compiler(torch.device(device))
+    if missing:
+        logger.info("left out: compiled steps, because this machine lacks %s.", missing)
+    modes = ("eager",) if missing else ("eager", "compiled")
+    competitors = [Competitor(name, mode) for name in (peer_of(network), network) for mode in modes]
     competitors.append(Competitor(network, "simulated"))
-    seconds, peaks = take_turns(competitors, batch_size, steps, device)
+    first_seconds, seconds, peaks = take_turns(competitors, batch_size, steps, device)
     peer_seconds = statistics.median(seconds[0])
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -75,13 +88,22 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
         "results": [
             {
                 "contestant": str(competitor),
+                "first_seconds": first,
                 **describe_seconds(times, batch_size),
                 "peak_bytes": peak,
                 "ratio": statistics.median(times) / peer_seconds,
             }
-            for competitor, times, peak in zip(competitors, seconds, peaks)
+            for competitor, first, times, peak in zip(competitors, first_seconds, seconds, peaks)
         ],
     }
+
+
+def peer_of(network: str) -> str:
+    """The DeiT to compare with: the teacher of the ablation that the row belongs to, else DeiT-S."""
+    table = shipped_configs()[network].parent / "table.json"
+    if not table.is_file():
+        return PEER
+    return f"{table.parent.name}/{json.loads(table.read_text(encoding='utf-8'))['teacher']}"
 
 
 def format_steps(measured: dict) -> str:
@@ -89,6 +111,7 @@ def format_steps(measured: dict) -> str:
     rows = [
         (
             result["contestant"],
+            f"{result['first_seconds']:.1f}",
             f"{1000 * result['seconds']:.0f}",
             "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"]),
             f"{result['images_per_second']:.1f}",
@@ -103,17 +126,19 @@ def format_steps(measured: dict) -> str:
 
 def take_turns(
     competitors: list[Competitor], batch_size: int, steps: int, device: str
-) -> tuple[list[tuple[float, ...]], list[int]]:
+) -> tuple[list[float], list[tuple[float, ...]], list[int]]:
     """
     Train all competitors in turns.
 
     Returns:
-        The seconds of each step and the peak memory in bytes (of the GPU, else of the process), for each competitor.
+        For each competitor the seconds of the first step, those of each timed step, and the peak memory in bytes (of the
+        GPU, else of the process).
     """
     arguments = (batch_size, device, torch.get_num_threads())
     workers = [Worker(str(competitor), create_responder, competitor, *arguments) for competitor in competitors]
+    first_seconds = [worker.request("first") for worker in workers]
     rounds = [[worker.request("step") for worker in workers] for _ in range(WARM_UP_TURNS + steps)]
-    return list(zip(*rounds[WARM_UP_TURNS:])), [worker.request("peak") for worker in workers]
+    return first_seconds, list(zip(*rounds[WARM_UP_TURNS:])), [worker.request("peak") for worker in workers]
 
 
 def create_responder(competitor: Competitor, batch_size: int, device: str, threads: int) -> Callable:
@@ -121,33 +146,44 @@ def create_responder(competitor: Competitor, batch_size: int, device: str, threa
     Prepare training in the competitor's worker process.
 
     Returns:
-        The function that answers "step" with the seconds of a training step, and "peak" with the peak memory in bytes.
+        The function that answers "first" with the seconds of the first training step, "step" with those of a later one,
+        and "peak" with the peak memory in bytes since the first step.
     """
     keep_freed_memory()  # as training does
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(shipped_configs()[competitor.network])
-    change = CHANGES[competitor.mode]
-    model = change(AutoModelForImageClassification.from_config(config)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    model = AutoModelForImageClassification.from_config(config)
+    model = (simulate(model) if competitor.mode == "simulated" else model).to(device).train()
+    layers = CompiledLayers(model) if competitor.mode == "compiled" else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)  # the Trainer's own
     images = torch.randn(batch_size, config.num_channels, *as_pair(config.image_size), device=device)
     labels = torch.randint(config.num_labels, (batch_size,), device=device)
+
+    def timed_step() -> float:
+        start = time.perf_counter()
+        with layers.active() if layers else contextlib.nullcontext():
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = nn.functional.cross_entropy(model(images).logits, labels)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def respond(message: str) -> float:
         if message == "peak":
             return torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
-        for _ in range(
-            2
-        ):  # the first step refills the caches after the other competitors' turns; only the second counts
-            start = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = nn.functional.cross_entropy(model(images).logits, labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        if message == "first":
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ[CACHE_VARIABLE] = folder
+                seconds = timed_step()
+            forget_peak()
             if device == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        return seconds
+                torch.cuda.reset_peak_memory_stats()
+            return seconds
+        timed_step()  # it refills the caches after the other competitors' turns
+        return timed_step()
 
     return respond

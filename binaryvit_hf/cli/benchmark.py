@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure forwards in WebAssembly on one thread of node, and compare with onnxruntime-web",
     )
     kinds.add_argument(
-        "--train", action="store_true", help="measure training steps and compare with DeiT-S and the plain simulation"
+        "--train",
+        action="store_true",
+        help="measure training steps, eager and compiled, and compare with DeiT and the plain simulation",
     )
     kinds.add_argument(
         "--loader",

@@ -1,6 +1,7 @@
 """Benchmarks run, and the simulation has the outputs and gradients of the network."""
 
 import dataclasses
+import functools
 import json
 import logging
 import platform
@@ -12,10 +13,13 @@ import torch
 from command_line import assert_refused, run
 from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
+from torch._dynamo.utils import counters
 
 from binaryvit_hf import engine, onnx_export
-from binaryvit_hf.benchmarks import inference, onnx_peers
+from binaryvit_hf.benchmarks import inference, onnx_peers, training
 from binaryvit_hf.benchmarks.simulation import simulate
+from binaryvit_hf.benchmarks.training import Competitor
+from binaryvit_hf.training.compilation import CACHE_VARIABLE, CompiledLayers
 from binaryvit_runtime.errors import UserError
 
 
@@ -36,7 +40,8 @@ def test_only_networks_of_1_bit_are_simulated():
         simulate(tiny_model(tiny_config(weight_bits=2)))
 
 
-def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
+def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")  # compiling would take a minute
     arguments = ("benchmark", "--train", "--model", "binaryvit-digits", "--batch-size", 2, "--steps", 2)
     measured = json.loads(run(capsys, *arguments, "--json"))
     names = [result["contestant"] for result in measured["results"]]
@@ -45,6 +50,26 @@ def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys):
     assert (peer["ratio"], ours["ratio"]) == (1, ours["seconds"] / peer["seconds"])
     assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"])
     assert 10**8 < ours["peak_bytes"] < peer["peak_bytes"]
+    assert all(result["first_seconds"] > 0 for result in measured["results"])
+
+
+def test_the_first_step_of_a_compiled_competitor_compiles_and_its_peak_is_forgotten(monkeypatch):
+    monkeypatch.setattr(training, "CompiledLayers", functools.partial(CompiledLayers, backend="eager"))
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: None)
+    counters.clear()
+    respond = training.create_responder(Competitor("fashion-mnist/reactdeit", "compiled"), 2, "cpu", 1)
+    assert respond("first") > 0
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 1
+    assert respond("step") > 0
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert respond("peak") > 10**8
+
+
+def test_a_row_of_an_ablation_is_compared_with_its_teacher():
+    assert training.peer_of("fashion-mnist/binaryvit") == "fashion-mnist/deit"
+    assert training.peer_of("binaryvit-digits") == "deit-small-patch16-224"
 
 
 def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
