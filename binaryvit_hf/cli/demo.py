@@ -7,6 +7,7 @@ from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.resources import shipped_models
+from binaryvit_runtime.writing import sigterm_as_exit
 
 from .common import add_token_argument
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
 
     if not 0 <= options.port <= MOST_PORT:
         raise UserError(f"--port must be from 0 to {MOST_PORT}, not {options.port}.")
-    with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(KeyboardInterrupt):
+    with sigterm_as_exit(), tempfile.TemporaryDirectory() as temporary, contextlib.suppress(KeyboardInterrupt):
         page = Path(temporary) / "page"
         write_page(options.model, page, token=options.token)
         with create_server(page, options.port) as server:

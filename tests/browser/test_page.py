@@ -121,6 +121,19 @@ def test_a_failure_leaves_the_earlier_page(tiny, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["page"]
 
 
+def test_a_model_of_the_hub_keeps_its_examples_and_its_kind_of_drawing(server, client, tmp_path):
+    model = shipped_models()[DIGITS]
+    server.publish("alice/digits", {file.name: file.read_bytes() for file in model.iterdir() if file.suffix != ".md"})
+    done = client.run("-m", "binaryvit_cli", "page", "alice/digits", "page", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    html = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="page-data">(.*?)</script>', html)[1])
+    assert data["name"] == "digits"
+    assert data["drawing"] == page_module.DRAWINGS["sklearn-digits"]
+    assert (tmp_path / "page" / "example.png").read_bytes() == (model / "example.png").read_bytes()
+    assert "learning_curves.png" not in names_in(tmp_path / "page")
+
+
 def test_models_that_are_not_packed_or_do_not_exist_are_refused(tiny, tmp_path, capsys):
     packing = ["cannot run in a browser", "its weights are not packed (`binaryvit pack` packs them)"]
     assert_refused(capsys, ["page", tiny / "latent", tmp_path / "page"], *packing)

@@ -260,8 +260,12 @@ def test_the_page_asks_only_its_own_server_and_only_to_load(name, open_page, add
 def test_a_loaded_page_works_without_a_connection(open_page, address):
     page = open_page(f"{address}/fashion-mnist/")
     page.wait_for_selector("#facts dd")
+    page.wait_for_selector("#examples button")
     page.context.set_offline(True)
-    give(page, "drop", example("fashion-mnist").read_bytes())
+    give(page, "drop", example("digits").read_bytes())
+    assert_right(page, "fashion-mnist", example("digits"))
+    page.click("#examples button")
+    page.wait_for_selector("#status:has-text('Ankle boot')", state="attached")
     assert_right(page, "fashion-mnist", example("fashion-mnist"))
 
 
@@ -433,4 +437,5 @@ def test_screen_readers_hear_the_answer_once(open_page, address):
 @pytest.mark.parametrize("motion, seconds", [("reduce", "0s"), ("no-preference", "0.2s")])
 def test_bars_move_only_for_those_who_like_it(motion, seconds, open_page, address):
     page = open_page(f"{address}/digits/", reduced_motion=motion)
+    page.wait_for_selector("#facts dd")
     assert page.eval_on_selector(".bar i", "bar => getComputedStyle(bar).transitionDuration") == seconds

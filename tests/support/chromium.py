@@ -1,4 +1,4 @@
-"""Headless Chromium, Debian's or another installed one, driven by the PyPI package playwright."""
+"""Headless Chromium, the system's or that of `playwright install`, driven by the PyPI package playwright."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from binaryvit_runtime.browser.server import create_server
 
 
+INSTALL = "apt-get install chromium, or playwright install chromium"
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # A camera with a moving test picture, which pages may use without asking.
 FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -21,12 +22,13 @@ FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-fo
 @contextlib.contextmanager
 def start_chromium() -> Iterator[Browser]:
     """Skips the test where there is no Chromium, and fails it in CI."""
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None and os.environ.get("CI"):
-        pytest.fail("CI must install Chromium: apt-get install chromium")
-    if program is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
     with sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+        program = next(filter(None, map(shutil.which, PROGRAMS)), own if own.is_file() else None)
+        if program is None and os.environ.get("CI"):
+            pytest.fail(f"CI must have Chromium: {INSTALL}")
+        if program is None:
+            pytest.skip(f"there is no Chromium: {INSTALL}")
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield browser
         browser.close()

@@ -11,5 +11,8 @@ top to bottom:
 - `pictures.js` decodes pictures, `colours.js` reads colours.
 - `safetensors.js` and `json.js` read the file formats; `errors.js` serves all.
 
+`page.py` writes a web page around it: `page.html`, `page.css`, `page.js`, and `worker.js`, which computes. `server.py` serves
+it to this machine.
+
 The names at the top of these files differ from file to file, so that they can be joined into one script.
 """

@@ -59,7 +59,8 @@ async function start() {
 
 /** The content of a file of the page, as an ArrayBuffer, if the page is a single file; else its URL. */
 function contentOf(name) {
-  return page.content ? decode(page.content.files[name]) : new URL(name, location.href).href;
+  if (page.content) return decode(page.content.files[name]);
+  return new URL(name.split("/").map(encodeURIComponent).join("/"), location.href).href;
 }
 
 /** The ArrayBuffer of base64. */
@@ -142,8 +143,9 @@ function createLabel() {
 function clearAnswer() {
   answered = null;
   element("attention").hidden = true;
-  const thing = page.characters ? `Draw ${drawnThing()}, or give a picture of one.` : "Give a picture to see its labels.";
-  element("best").textContent = thing;
+  element("best").textContent = page.characters
+    ? `Draw ${drawnThing()}, or give a picture of one.`
+    : "Give a picture to see its labels.";
   element("best").classList.add("waiting");
   const empty = Array.from({ length: Math.min(5, page.labels) }, createLabel); // the page keeps its height
   for (const item of empty) item.firstChild.textContent = "\u00a0";
@@ -253,6 +255,10 @@ function showStage(mode) {
   if (mode !== "camera") stopCamera();
 }
 
+function showFirstStage() {
+  showStage(page.characters ? "board" : "invitation");
+}
+
 function takePicture(blob) {
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(blob);
@@ -267,7 +273,7 @@ function takeFiles(files, otherwise) {
 
 preview.addEventListener("load", () => preview.classList.toggle("tiny", isTiny(preview)));
 preview.addEventListener("error", () => {
-  if (!preview.hidden) showStage("invitation"); // the worker says what is wrong with the picture
+  if (!preview.hidden) showFirstStage(); // the worker says what is wrong with the picture
 });
 
 const isTiny = (image) => Math.max(image.naturalWidth, image.naturalHeight) <= TINY;
@@ -279,8 +285,13 @@ fileInput.addEventListener("change", () => {
 });
 
 let draggedOver = 0; // elements under the dragged file: a child is entered before its parent is left
-document.addEventListener("dragenter", () => element("stage").classList.toggle("dropping", ++draggedOver > 0));
-document.addEventListener("dragleave", () => element("stage").classList.toggle("dropping", --draggedOver > 0));
+document.addEventListener("dragenter", ({ dataTransfer }) => {
+  draggedOver++;
+  element("stage").classList.toggle("dropping", dataTransfer.types.includes("Files"));
+});
+document.addEventListener("dragleave", () => {
+  if (--draggedOver === 0) element("stage").classList.remove("dropping");
+});
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   event.preventDefault();
@@ -305,24 +316,23 @@ element("paste").addEventListener("click", async () => {
   }
 });
 
-function showExamples() {
-  for (const [place, name] of page.examples.entries()) {
+/** Show the example pictures. They are loaded at once, to be there without a connection. */
+async function showExamples() {
+  for (const name of page.examples) {
+    const content = contentOf(name);
+    const picture = content instanceof ArrayBuffer ? new Blob([content]) : await (await fetch(content)).blob();
     const button = document.createElement("button");
     const image = document.createElement("img");
-    const content = contentOf(name);
     button.type = "button";
-    button.setAttribute("aria-label", `Example ${place + 1}`);
+    button.setAttribute("aria-label", `Example ${element("examples").children.length}`);
+    button.addEventListener("click", () => takePicture(picture));
     image.alt = "";
     image.addEventListener("load", () => image.classList.toggle("tiny", isTiny(image)));
-    image.src = content instanceof ArrayBuffer ? URL.createObjectURL(new Blob([content])) : content;
+    image.src = URL.createObjectURL(picture);
     button.append(image);
-    button.addEventListener("click", async () => {
-      if (content instanceof ArrayBuffer) takePicture(new Blob([content]));
-      else takePicture(await (await fetch(content)).blob());
-    });
     element("examples").append(button);
+    element("examples").hidden = false;
   }
-  element("examples").hidden = page.examples.length === 0;
   if (page.examples.length > 1) element("examples-heading").textContent = "Examples";
 }
 
@@ -365,7 +375,7 @@ document.addEventListener("visibilitychange", () => {
 });
 
 function closeCamera() {
-  showStage(page.characters ? "board" : "invitation");
+  showFirstStage();
   element("camera").focus();
 }
 
@@ -555,7 +565,13 @@ board.setAttribute("aria-label", page.characters ? `Board to draw ${drawnThing()
 element("board-hint").textContent = page.characters ? `Draw ${drawnThing()}` : "Draw";
 clearAnswer();
 paintBoard();
-showStage(page.characters ? "board" : "invitation");
-showExamples();
+showFirstStage();
+element("best").textContent = "Loading the model …";
 loaded = start();
-loaded.then(showFacts).catch((error) => showAlert(error.message));
+loaded
+  .then(showFacts)
+  .catch((error) => showAlert(error.message))
+  .finally(() => {
+    if (answered === null) clearAnswer();
+  });
+showExamples().catch(() => {}); // the page works without them

@@ -1,6 +1,7 @@
 """Writes a web page that classifies pictures with a packed model: a static folder, or one HTML file."""
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
@@ -15,8 +16,9 @@ from ..checkpoint import checkpoint_files
 from ..classifier import Classifier
 from ..errors import UnsupportedModelError, UserError
 from ..packed_model import CONFIG, PROCESSOR, read_json
+from ..resources import find_source
 from ..sources import RUN_ARGUMENTS
-from ..writing import new_folder, write_file
+from ..writing import check_writable_file, new_folder, write_file
 
 
 BROWSER = Path(__file__).parent
@@ -30,7 +32,7 @@ EXAMPLES = ("example*.png", "example*.jpg", "example*.jpeg")
 
 # What the page may load. Browsers refuse everything else, such as requests to other servers.
 # Workers that start from a Blob URL inherit these rules; those that start from a file do not.
-POLICY = "default-src 'none'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 FOLDER_POLICY = (
     f"{POLICY}; worker-src 'self' blob:; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; connect-src 'self'"
 )
@@ -71,6 +73,8 @@ def write_page(
         reason = str(error.__cause__ or error).rstrip(".")
         raise UserError(f"The model {model!r} cannot run in a browser: {reason}.") from error
     name, folder = os.path.basename(os.path.abspath(model)), classifier.folder
+    if not os.path.exists(find_source(model)):
+        download_extras(model, token)
     if single_file:
         write_file(out, single_page(name, classifier))
         return
@@ -87,13 +91,21 @@ def write_page(
         (staged / PAGE).write_text(fill_page(name, FOLDER_POLICY, style, script, data), encoding="utf-8")
 
 
+def download_extras(model: str, token: str | None) -> None:
+    """Download what the page shows of a model of the Hub and `Classifier` does not need, beside its other files."""
+    from huggingface_hub import snapshot_download
+
+    with contextlib.suppress(Exception):  # the page works without them
+        snapshot_download(model, token=token, allow_patterns=[RUN_ARGUMENTS, *EXAMPLES])
+
+
 def check_replaceable(out: Path, single_file: bool) -> None:
     """
     Raises:
         UserError: `out` exists and is something else than an earlier page.
     """
-    if single_file and out.is_dir():
-        raise UserError(f"{str(out)!r} is a folder, not a file: choose another name.")
+    if single_file:
+        check_writable_file(out)
     if single_file and out.is_file() and not is_page(out):
         raise UserError(f"{str(out)!r} already exists and is no page: choose another name, or remove it.")
     if not single_file and out.is_dir() and any(out.iterdir()) and not is_page_folder(out):
