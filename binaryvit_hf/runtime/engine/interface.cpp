@@ -365,9 +365,8 @@ int32_t binaryvit_count(const char *name, const uint8_t *bits, int32_t rows, con
     int row_bytes = (inputs + 7) / 8;
     SignMatrix tiles(outputs, inputs);
     for (int output = 0; output < outputs; ++output)
-        for (int input = 0; input < inputs; ++input)
-            if (matrix[size_t(output) * row_bytes + input / 8] >> input % 8 & 1)
-                tiles.set(kernels->layout, output, input);
+        for (int byte = 0; byte < row_bytes; ++byte)
+            tiles.byte(kernels->layout, output, byte) = matrix[size_t(output) * row_bytes + byte];
     if (kernels->chains) tiles.chain();
     Array<uint32_t> words(size_t(rows) * tiles.words);
     for (int row = 0; row < rows; ++row)

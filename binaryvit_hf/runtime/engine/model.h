@@ -94,9 +94,10 @@ struct SignMatrix {
         : blocks(round_up(rows, kLanes) / kLanes), words(round_up(bits, 32) / 32),
           tiles(size_t(blocks) * words * kLanes) {}
 
-    void set(Layout layout, int row, int bit) {
+    /* Bits `8 * byte` to `8 * byte + 7` of a row. */
+    uint8_t &byte(Layout layout, int row, int byte) {
         auto *bytes = reinterpret_cast<uint8_t *>(&tiles[size_t(row / kLanes) * words * kLanes]);
-        bytes[tile_byte(layout, row % kLanes, bit / 8)] |= uint8_t(1 << bit % 8);
+        return bytes[tile_byte(layout, row % kLanes, byte)];
     }
 
     /* For Cpu::Chains: replaces each word 2, 4, 6 ... by the exclusive or of all words up to it. Rows of 8, 12, 16
