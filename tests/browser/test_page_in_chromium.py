@@ -195,6 +195,19 @@ def test_nine_of_ten_drawn_digits_are_recognised(open_page, address):
     assert sum(digit == label for digit, label in found.items()) >= 9, found
 
 
+def test_a_cleared_drawing_gets_no_answer(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.wait_for_selector("#facts dd")
+    draw(page, DIGITS["0"][:1])
+    answers(page)
+    # The click comes while the worker computes the answer to the last stroke.
+    page.evaluate("() => { changeDrawing(true); document.querySelector('#clear').click(); }")
+    page.evaluate("() => call('classify', new ImageData(8, 8)).then(() => 0)")  # after the answer to the stroke
+    assert page.locator("#best.waiting").is_visible()
+    draw(page, DIGITS["0"])
+    assert answers(page)[0]["label"] == "0"
+
+
 def test_the_canvas_comes_first_where_labels_are_characters(open_page, address):
     assert open_page(f"{address}/digits/").locator("#board").is_visible()
     page = open_page(f"{address}/fashion-mnist/")
@@ -315,23 +328,44 @@ def test_a_damaged_picture_is_one_sentence_and_the_next_picture_works(open_page,
     assert page.locator("#alert").inner_text() == "The clipboard has no picture: copy one first."
 
 
-def test_a_damaged_model_is_one_sentence(open_page, tmp_path):
+def change_last_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "changed weights": (
+        lambda folder: change_last_byte(folder / "model" / "model.safetensors"),
+        r"The weights of 'binaryvit-digits' cannot be loaded: .*checksum.*\.",
+    ),
+    "no weights": (
+        lambda folder: (folder / "model" / "model.safetensors").unlink(),
+        r"The file '.*/model/model\.safetensors' cannot be read: the server answers 404\.",
+    ),
+    "an engine of another browser": (
+        lambda folder: (folder / "binaryvit.wasm").write_bytes(b"\0asm\2\0\0\0"),
+        r"The engine cannot be compiled .*this browser has no WebAssembly SIMD\.",
+    ),
+    "no module": (
+        lambda folder: (folder / "model.js").unlink(),
+        r"The engine does not start in this browser.*: use a newer one, or load the page again\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_page_that_cannot_load_says_why_in_one_sentence(damage, open_page, tmp_path):
     write_page(MODELS["digits"], tmp_path / "page")
-    weights = tmp_path / "page" / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-5] ^= 1
-    weights.write_bytes(content)
+    change, sentence = DAMAGES[damage]
+    change(tmp_path / "page")
     with served(tmp_path / "page") as address:
         page = open_page(address)
         page.wait_for_selector("#alert:not([hidden])")
-        assert re.fullmatch(
-            r"The weights of 'binaryvit-digits' cannot be loaded[^\n]*checksum[^\n]*\.",
-            page.locator("#alert").inner_text(),
-        )
-        weights.unlink()
-        page.reload()
-        page.wait_for_selector("#alert:not([hidden])")
-        assert "model.safetensors' cannot be read: the server answers 404." in page.locator("#alert").inner_text()
+        assert re.fullmatch(sentence, page.locator("#alert").inner_text())
+        give(page, "drop", example("digits").read_bytes())
+        page.wait_for_timeout(50)
+        assert re.fullmatch(sentence, page.locator("#alert").inner_text())
 
 
 def test_a_folder_on_the_disk_says_what_to_do(open_page, pages):

@@ -89,10 +89,12 @@ async function classify(take, isFinal = true) {
     const asked = current;
     try {
       await loaded;
+      if (current !== asked) continue; // it was cleared
       const picture = asked.take();
       const answer = await call("classify", picture);
       if (current === asked) showAnswer(answer, picture, asked.isFinal);
     } catch (error) {
+      if (current !== asked) continue;
       clearAnswer();
       showAlert(error.message);
     }
