@@ -89,7 +89,7 @@ class CompiledLayers:
         """
         start = time.perf_counter()
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        generators = torch.random.fork_rng([] if images.device.type == "cpu" else [images.device])
+        generators = torch.random.fork_rng([images.device] if images.device.type == "cuda" else [])
         with generators, frozen_statistics(self.model), self.active():
             loss = self.model(pixel_values=images).logits.float().square().mean()
             # Not backward(): it would add to the weights' gradients.
@@ -261,8 +261,17 @@ def regions(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def count_kinds(modules: list[nn.Module]) -> int:
-    """Number of kinds of modules: modules of one kind have the same class and shapes."""
-    return len({(type(module), tuple(weight.shape for weight in module.parameters())) for module in modules})
+    """Number of kinds of modules: modules of one kind have the same class, shapes and rates of stochastic depth."""
+    return len(
+        {
+            (
+                type(module),
+                tuple(weight.shape for weight in module.parameters()),
+                tuple(part.drop_prob for part in module.modules() if hasattr(part, "drop_prob")),
+            )
+            for module in modules
+        }
+    )
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from binaryvit_hf.training import compilation
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
+from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, binary_activation_modules
 from binaryvit_hf.training.compilation import CompiledLayers, StepCompiler, count_kinds
 from binaryvit_runtime.errors import UserError
 
@@ -73,7 +74,7 @@ def test_gradients_and_statistics_of_all_kinds_of_layers_are_those_of_an_eager_s
     # Autocast would draw the random numbers of dropout in half precision in one of both.
     eager = tiny_model(small_config() if dtype else tiny_config(attention_probs_dropout_prob=0.1)).train()
     compiled = copy.deepcopy(eager)
-    layers = CompiledLayers(compiled, "aot_eager")
+    layers = CompiledLayers(compiled, "aot_eager" if dtype else "eager")  # AOTAutograd takes seconds for each kind
     # The stem, layers, and in a pyramid the patch embeddings and the layers of the second stage.
     assert count_kinds(list(layers.calls)) == (2 if dtype else 4)
     for model in (eager, compiled):
@@ -249,3 +250,23 @@ def test_a_missing_compiler_is_named_before_training(tmp_path, monkeypatch):
     arguments = DistillationTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, torch_compile=True)
     with pytest.raises(UserError, match=r"--torch_compile needs a C\+\+ compiler \(no-such-compiler\)"):
         arguments.check_supported()
+
+
+def test_every_rate_of_stochastic_depth_is_a_kind_of_layers():
+    forget_compiled_graphs()
+    layers = CompiledLayers(tiny_model(small_config(depths=[3], drop_path_rate=0.3)).train(), "eager")
+    layers.warm_up(tiny_images())
+    assert compiled_graphs() == count_kinds(list(layers.calls)) == 4
+
+
+def test_a_compiled_step_needs_no_value_and_no_tensor_of_another_device(monkeypatch):
+    # On the meta device, where such an operation fails as it would wait or fail on a GPU. It lacks one kernel.
+    monkeypatch.setattr(torch, "batch_norm_update_stats", lambda x, *_: (x.mean(0), x.var(0)))
+    model, slope = tiny_model(small_config()).to("meta").train(), TanhSlope()
+    for module in binary_activation_modules(model):
+        module.sign_slope = slope
+    layers = CompiledLayers(model, "eager")
+    layers.warm_up(tiny_images().to("meta"))
+    with layers.active():
+        model(tiny_images().to("meta")).logits.sum().backward()
+    assert all(weight.grad.is_meta for weight in model.parameters())
