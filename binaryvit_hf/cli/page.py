@@ -10,7 +10,7 @@ from .common import add_token_argument
 
 
 NEEDS_PYTORCH = False
-EXAMPLE = f"binaryvit page {next(iter(shipped_models()), 'MODEL')} digits.html --single-file"
+EXAMPLE = f"binaryvit page {next(iter(shipped_models()), 'MODEL')} page.html --single-file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,21 @@ def test_demo_serves_until_it_is_interrupted(tmp_path):
         demo.send_signal(signal.SIGINT)
         assert demo.wait(30) == 0
         assert (demo.stdout.read(), demo.stderr.read()) == ("", "")
+
+
+def test_demo_opens_the_browser_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def open_and_interrupt(address):
+        opened.append((address, list(tmp_path.iterdir())))
+        raise KeyboardInterrupt
+
+    opened = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(webbrowser, "open", open_and_interrupt)
+    out = run(capsys, "demo", DIGITS, "--port", "0")
+    ((address, files),) = opened
+    assert address in out
+    assert len(files) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_refuses_a_port_that_is_taken(capsys):
