@@ -212,7 +212,7 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             raise UserError("--balance_classes needs --train_sampling_strategy random.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
-        if self.torch_compile and self.n_gpu > 1:
+        if self.torch_compile is True and self.n_gpu > 1:
             raise UserError("--torch_compile needs one process for each GPU: start the run with torchrun.")
         compiles = self.torch_compile is True and self.torch_compile_backend == "inductor"
         if compiles and (missing := missing_compiler(self.device)):

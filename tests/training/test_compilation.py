@@ -171,9 +171,9 @@ class Clock:
     [
         (1000, 0.1, "A compiled step takes 100 ms, an eager one 1000 ms; about 2 minutes left.", True),
         (
-            100,
+            50,
             0.1,
-            "Training steps are not compiled: it would take about 50 seconds and save less; about 2 minutes left.",
+            "Training steps are not compiled: it would take about 23 seconds and save less; about 46 seconds left.",
             False,
         ),
         (1000, 2.0, "Training steps are not compiled: a compiled step is not faster than an eager one.", False),
