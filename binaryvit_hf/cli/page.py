@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="packed model: folder, Hub id or a model that comes with binaryvit_hf"
     )
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="folder to write, new or empty, or an earlier page, which is replaced"
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="folder to write (with --single-file a file), new or empty, or an earlier page, which is replaced",
     )
     parser.add_argument(
         "--single-file",

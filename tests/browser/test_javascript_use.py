@@ -55,7 +55,7 @@ ARGUMENTS = {
     'binaryvit.load(given + "-none", { engine: wasm })': f"The model '{DIGITS}-none' cannot be loaded: it has no config.json.",
     'binaryvit.load("http://", { engine: wasm })': "The model 'http://' cannot be loaded: 'http://' is no URL.",
     'binaryvit.load(given, { engine: 5 })': "The engine is a URL, the bytes of binaryvit.wasm, or a module.",
-    'binaryvit.load(given, { engine: given + "/none.wasm" })': f"There is no engine at 'file://{DIGITS}/none.wasm'.",
+    'binaryvit.load(given, { engine: given + "/none.wasm" })': f"There is no engine at 'file://{DIGITS}/none.wasm': copy binaryvit.wasm there, or give its URL as engine.",
     'binaryvit.load("ftp://host/model", { engine: wasm })': "The model 'ftp://host/model' cannot be loaded: The file 'ftp://host/model/config.json' cannot be read (",
     'binaryvit.load(given, { engine: Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0) })': "The engine is not the binaryvit.wasm of this version: take the file beside binaryvit.js.",
     'binaryvit.load(given, { engine: new Uint8Array(8) })': "The engine cannot be compiled (",

@@ -102,11 +102,18 @@ def test_other_files_are_never_replaced(tiny, tmp_path, capsys):
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     refused = ["page", tiny / "packed"]
     assert_refused(capsys, [*refused, tmp_path / "notes.html", "--single-file"], "already exists and is no page")
-    assert_refused(capsys, [*refused, tmp_path / "notes.html"], "already exists")
+    assert_refused(capsys, [*refused, tmp_path / "notes.html"], "is the name of a file: add --single-file")
     assert_refused(capsys, [*refused, tmp_path / "notes"], "has other files than a page")
     assert_refused(capsys, [*refused, tmp_path / "page"], "has other files than a page")
     assert_refused(capsys, [*refused, tmp_path / "page", "--single-file"], "is a folder, not a file")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_is_not_named_like_a_file(tiny, tmp_path, capsys):
+    assert_refused(
+        capsys, ["page", tiny / "packed", tmp_path / "page.html"], "is the name of a file: add --single-file"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_the_earlier_page(tiny, tmp_path, monkeypatch):

@@ -183,6 +183,16 @@ def test_the_camera_takes_a_picture_and_is_released(open_page, address):
     assert page.evaluate("document.activeElement.id") == "camera"
 
 
+def test_a_cancelled_camera_leaves_the_picture_of_the_answer(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.click("#examples button")
+    before = answers(page)
+    page.click("#camera")
+    page.click("#close-camera")
+    assert page.locator("#preview").is_visible()
+    assert answers(page) == before
+
+
 def test_nine_of_ten_drawn_digits_are_recognised(open_page, address):
     page = open_page(f"{address}/digits/")
     found = {}
@@ -326,6 +336,19 @@ def test_a_damaged_picture_is_one_sentence_and_the_next_picture_works(open_page,
         assert_right(page, "digits", example("digits"))
     give(page, "paste", b"", "")
     assert page.locator("#alert").inner_text() == "The clipboard has no picture: copy one first."
+
+
+def test_a_damaged_picture_takes_the_drawing_with_its_answer(open_page, address):
+    page = open_page(f"{address}/digits/")
+    draw(page, DIGITS["0"])
+    answers(page)
+    page.wait_for_selector("#status:not(:empty)", state="attached")
+    give(page, "drop", b"text")
+    page.wait_for_selector("#alert:not([hidden])")
+    page.wait_for_selector("#board-hint:not([hidden])")
+    assert page.locator("#seen").is_hidden()
+    assert page.locator("#best.waiting").is_visible()
+    assert page.locator("#status").text_content() == ""
 
 
 def change_last_byte(file):

@@ -108,7 +108,8 @@ export async function compileEngine(engine) {
   const given = asBytes(engine);
   const url = given === null ? asUrl(engine, "The engine is a URL, the bytes of binaryvit.wasm, or a module.") : null;
   const bytes = given ?? (await readUrl(url));
-  if (bytes === null) throw new BinaryViTError(`There is no engine at '${url}'.`);
+  if (bytes === null)
+    throw new BinaryViTError(`There is no engine at '${url}': copy binaryvit.wasm there, or give its URL as engine.`);
   try {
     return { module: await WebAssembly.compile(/** @type {BufferSource} */ (bytes)), bytes: bytes.length };
   } catch (error) {

@@ -154,6 +154,7 @@ function clearAnswer() {
   element("labels").replaceChildren(...empty);
   element("labels").ariaHidden = "true";
   element("time").textContent = "";
+  announce("");
 }
 
 function showAlert(sentence) {
@@ -245,6 +246,8 @@ function showHeads({ heatmaps, grid: [rows, columns], seen }) {
 
 // ---- Pictures from files, the clipboard and other windows ----
 
+let stageWithoutCamera; // what is shown again when the camera is cancelled
+
 function showStage(mode) {
   element("invitation").hidden = mode !== "invitation";
   element("stage").classList.toggle("inviting", mode === "invitation");
@@ -254,7 +257,9 @@ function showStage(mode) {
   element("board-hint").hidden = mode !== "board" || strokes.length > 0;
   preview.hidden = mode !== "picture";
   video.hidden = element("camera-tools").hidden = mode !== "camera";
-  if (mode !== "camera") stopCamera();
+  if (mode === "camera") return;
+  stageWithoutCamera = mode;
+  stopCamera();
 }
 
 function showFirstStage() {
@@ -275,7 +280,10 @@ function takeFiles(files, otherwise) {
 
 preview.addEventListener("load", () => preview.classList.toggle("tiny", isTiny(preview)));
 preview.addEventListener("error", () => {
-  if (!preview.hidden) showFirstStage(); // the worker says what is wrong with the picture
+  if (preview.hidden) return;
+  strokes = []; // an earlier drawing has no answer any more
+  paintBoard();
+  showFirstStage(); // the worker says what is wrong with the picture
 });
 
 const isTiny = (image) => Math.max(image.naturalWidth, image.naturalHeight) <= TINY;
@@ -314,7 +322,7 @@ element("paste").addEventListener("click", async () => {
     }
     showAlert("The clipboard has no picture: copy one first.");
   } catch {
-    showAlert("The browser does not let this page read the clipboard: press Ctrl+V instead.");
+    showAlert("The browser does not let this page read the clipboard: press Ctrl+V or ⌘V instead.");
   }
 });
 
@@ -377,7 +385,7 @@ document.addEventListener("visibilitychange", () => {
 });
 
 function closeCamera() {
-  showFirstStage();
+  showStage(stageWithoutCamera);
   element("camera").focus();
 }
 

@@ -102,8 +102,10 @@ def download_extras(model: str, token: str | None) -> None:
 def check_replaceable(out: Path, single_file: bool) -> None:
     """
     Raises:
-        UserError: `out` exists and is something else than an earlier page.
+        UserError: `out` exists and is something else than an earlier page, or a folder has the name of a file.
     """
+    if not single_file and out.suffix.lower() in (".html", ".htm"):
+        raise UserError(f"{str(out)!r} is the name of a file: add --single-file, or name a folder.")
     if single_file:
         check_writable_file(out)
     if single_file and out.is_file() and not is_page(out):
