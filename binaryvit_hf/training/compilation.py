@@ -117,7 +117,7 @@ class StepCompiler:
         backend: str = "inductor",
         mode: str | None = None,
     ):
-        self.model, self.wanted, self.device = model, wanted, device
+        self.model, self.argument, self.wanted, self.device = model, wanted, wanted, device
         self.backend, self.mode = backend, mode
         self.layers: CompiledLayers | None = None
         self.eager_seconds = 0.0  # of a step, once it is known
@@ -125,12 +125,10 @@ class StepCompiler:
 
     def begin(self, checkpoint: Path | None) -> None:
         """Begin a training. One that resumes goes on as its checkpoint's did, so that its weights are bit-identical."""
-        self.layers, self.seconds, self.eager_seconds = None, [], 0.0
+        self.wanted, self.layers, self.seconds, self.eager_seconds = self.argument, None, [], 0.0
         file = checkpoint / STATE if checkpoint else None
         if self.wanted == "auto" and file is not None and file.is_file():
             self.wanted = json.loads(file.read_text(encoding="utf-8"))["compiled"] is True
-        if self.wanted == "auto" and (reason := self.reason_against()):
-            self.stay_eager(reason)
 
     def save(self, folder: Path) -> None:
         """Write whether steps are compiled to a checkpoint, unless that is still open."""
@@ -162,6 +160,9 @@ class StepCompiler:
         if not is_full:
             yield
             return
+        is_open = self.wanted == "auto" and self.layers is None and not self.seconds
+        if is_open and (reason := self.reason_against()):
+            self.stay_eager(reason)
         if self.layers is None and self.wanted is True:
             self.compile(images)
         times = self.wanted == "auto"
