@@ -152,6 +152,7 @@ def test_a_picture_gets_the_answer_of_classifier(way, name, open_page, address):
     WAYS[way](page, example(name))
     assert_right(page, name, example(name))
     assert page.locator("#preview").is_visible()
+    assert page.locator("#seen canvas").is_visible()
 
 
 @pytest.mark.parametrize("name", MODELS)

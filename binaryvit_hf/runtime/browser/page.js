@@ -108,9 +108,10 @@ function forgetPictures() {
   if (current) current = {};
 }
 
-function showAnswer({ labels, milliseconds }, picture, isFinal) {
+function showAnswer({ labels, milliseconds, seen }, picture, isFinal) {
   showAlert("");
   answered = picture;
+  showSeen(seen);
   element("attention").hidden = false;
   const [best] = labels;
   element("best").textContent = best.label;
@@ -144,7 +145,7 @@ function createLabel() {
 
 function clearAnswer() {
   answered = null;
-  element("attention").hidden = true;
+  element("seen").hidden = element("attention").hidden = true;
   element("best").textContent = page.characters
     ? `Draw ${drawnThing()}, or give a picture of one.`
     : "Give a picture to see its labels.";
@@ -252,7 +253,6 @@ function showStage(mode) {
   element("invitation").hidden = mode !== "invitation";
   element("stage").classList.toggle("inviting", mode === "invitation");
   for (const id of ["board", "board-keys", "clear"]) element(id).hidden = mode !== "board";
-  element("seen").hidden = mode !== "board" || !page.drawing || strokes.length === 0;
   element("draw").hidden = mode === "board";
   element("board-hint").hidden = mode !== "board" || strokes.length > 0;
   preview.hidden = mode !== "picture";
@@ -470,7 +470,7 @@ function normalizeDrawing() {
   ];
   paintDrawing(canvas, place, stroke);
   const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-  return showSeen(averageCells(pixels, cell));
+  return averageCells(pixels, cell);
 }
 
 /** Each pixel of the result is the mean of a cell of grey pixels. */
@@ -490,17 +490,15 @@ function averageCells({ data, width }, cell) {
 
 function showSeen(pixels) {
   const canvas = element("seen").querySelector("canvas");
-  canvas.width = canvas.height = pixels.width;
+  [canvas.width, canvas.height] = [pixels.width, pixels.height];
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   element("seen").hidden = false;
-  return pixels;
 }
 
 function clearBoard() {
   strokes = [];
   pen.isDown = false;
   forgetPictures();
-  element("seen").hidden = true;
   showAlert("");
   clearAnswer();
   paintBoard();

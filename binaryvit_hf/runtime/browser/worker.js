@@ -21,13 +21,14 @@ const calls = {
 
   async classify(picture) {
     const start = performance.now();
-    const labels = await model.classify(picture, { topK: 5 });
-    return { labels, milliseconds: performance.now() - start };
+    const decoded = await decode(picture);
+    const labels = await model.classify(decoded, { topK: 5 });
+    return { labels, milliseconds: performance.now() - start, seen: see(decoded) };
   },
 
   /** For each head of a layer: the part of the queries that attend to each key. And the picture that the model sees. */
   async attention({ picture, layer }) {
-    const decoded = picture instanceof Blob ? await decodePicture(picture) : picture;
+    const decoded = await decode(picture);
     const { heads, queries, keys, hasClassToken, values } = model.attention(decoded, layer);
     const first = Number(hasClassToken);
     const [numQueries, numKeys] = [queries, keys].map(([height, width]) => height * width + first);
@@ -39,6 +40,10 @@ const calls = {
     return { heatmaps, grid: keys, seen: see(decoded) };
   },
 };
+
+function decode(picture) {
+  return picture instanceof Blob ? decodePicture(picture) : picture;
+}
 
 /** The part of a picture that the network gets, as ImageData. */
 function see(picture) {
