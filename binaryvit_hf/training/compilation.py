@@ -35,6 +35,7 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 SAVED_SHARE = 0.4  # of the time of a training step of a 1-bit network
 # To compile a kind of layer for the first time, for each of its parameters: 0.35 on two cores, 0.3 on an H200.
 SECONDS_PER_PARAMETER = 0.35
+MARGIN = 1.5  # of the saving over the cost: both are estimates
 TIMED_STEPS = 3
 STATE = "compilation.json"  # in a checkpoint: whether its steps were compiled
 MAX_VERSIONS = 64  # of one layer class; PyTorch's limit of 8 is below the kinds of layers that a pyramid can have
@@ -193,12 +194,12 @@ class StepCompiler:
             return
         cost = compilation_seconds(regions(self.model))
         saved = SAVED_SHARE * seconds * steps_left
-        if agreed(saved > cost, self.device):
+        if agreed(saved > MARGIN * cost, self.device):
             self.eager_seconds = seconds
             self.compile(images)
         else:
-            left = format_time(seconds * steps_left)
-            self.stay_eager(f"it would take about {format_time(cost)} and save less; about {left} left")
+            times = [format_time(value) for value in (cost, saved, seconds * steps_left)]
+            self.stay_eager("it takes about {} and would save about {}; about {} left".format(*times))
 
     def compile(self, images: torch.Tensor) -> None:
         """

@@ -175,7 +175,7 @@ class Clock:
         (
             50,
             0.1,
-            "Training steps are not compiled: it would take about 23 seconds and save less; about 46 seconds left.",
+            "Training steps are not compiled: it takes about 23 seconds and would save about 18 seconds; about 46 seconds left.",
             False,
         ),
         (1000, 2.0, "Training steps are not compiled: a compiled step is not faster than an eager one.", False),
