@@ -16,6 +16,7 @@ FLOORS = {
     "engine": 2,
     "network": 3,
     "argument_checks": 4,
+    "compiled_layers": 4,
     "convert": 4,
     "loading": 4,
     "onnx_export": 4,

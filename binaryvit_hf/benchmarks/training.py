@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.resources import shipped_configs
 
+from ..compiled_layers import CACHE_VARIABLE, CompiledLayers, missing_compiler
 from ..host_memory import forget_peak, keep_freed_memory, peak_of_process
 from ..network.configuration_binaryvit import as_pair
 from ..ops import align_columns, readable
-from ..training.compilation import CACHE_VARIABLE, CompiledLayers, missing_compiler
 from .interleaved import Worker, describe_seconds
 from .simulation import simulate
 

@@ -12,9 +12,9 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from binaryvit_runtime.errors import UserError, first_sentence
 
 from ..argument_checks import argument, check_ranges
+from ..compiled_layers import missing_compiler
 from ..data.arguments import DataArguments
 from .callbacks.sign_gradient import SIGN_GRADIENTS
-from .compilation import missing_compiler
 from .optional_methods import OptionalMethodArguments
 
 

@@ -19,7 +19,7 @@ from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.benchmarks import inference, onnx_peers, training
 from binaryvit_hf.benchmarks.simulation import simulate
 from binaryvit_hf.benchmarks.training import Competitor
-from binaryvit_hf.training.compilation import CACHE_VARIABLE, CompiledLayers
+from binaryvit_hf.compiled_layers import CACHE_VARIABLE, CompiledLayers
 from binaryvit_runtime.errors import UserError
 
 

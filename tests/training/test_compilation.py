@@ -11,10 +11,11 @@ from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
 from torch._dynamo.utils import counters
 
-from binaryvit_hf.training import compilation
+from binaryvit_hf import compiled_layers
+from binaryvit_hf.compiled_layers import CompiledLayers, count_kinds
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, binary_activation_modules
-from binaryvit_hf.training.compilation import CompiledLayers, StepCompiler, count_kinds
+from binaryvit_hf.training.compilation import StepCompiler
 from binaryvit_runtime.errors import UserError
 
 
@@ -87,12 +88,12 @@ def test_gradients_and_statistics_of_all_kinds_of_layers_are_those_of_an_eager_s
 
 
 def test_inductor_computes_the_gradients_of_an_eager_step(monkeypatch):
-    if missing := compilation.missing_compiler(torch.device("cpu")):
+    if missing := compiled_layers.missing_compiler(torch.device("cpu")):
         pytest.skip(f"needs {missing}")
     eager = tiny_model(small_config(depths=[1])).train()
     compiled = copy.deepcopy(eager)
     # A whole layer takes half a minute.
-    monkeypatch.setattr(compilation, "regions", lambda model: [model.binaryvit.stages[0].layers[0].mlp])
+    monkeypatch.setattr(compiled_layers, "regions", lambda model: [model.binaryvit.stages[0].layers[0].mlp])
     layers = CompiledLayers(compiled)
     before = copy.deepcopy(compiled.state_dict())
     layers.warm_up(tiny_images())
