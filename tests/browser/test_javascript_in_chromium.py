@@ -249,7 +249,14 @@ def test_elements_and_bitmaps_are_pictures_too(page):
 
 def test_pictures_that_cannot_be_read_are_refused_in_one_sentence(page):
     tall, png = Image.new("L", (1, 1001)), FILES["RGB"]
-    files = {"empty": b"", "text": b"hello", "cut off": png[: len(png) // 2], "tall": encoded(tall, "PNG")}
+    wide = Image.new("L", (70_000, 100), 200)  # a canvas of Chromium has at most 65 535 pixels in a row
+    files = {
+        "empty": b"",
+        "text": b"hello",
+        "cut off": png[: len(png) // 2],
+        "tall": encoded(tall, "PNG"),
+        "wide": encoded(wide, "PNG"),
+    }
     texts = [base64.b64encode(content).decode() for content in files.values()]
     script = f"""async (files) => {{
       {TOOLS}
@@ -257,12 +264,15 @@ def test_pictures_that_cannot_be_read_are_refused_in_one_sentence(page):
       const pictures = files.map((file) => new Blob([Uint8Array.from(atob(file), (c) => c.charCodeAt(0))]));
       return Promise.all([...pictures, "digit.png", null].map((picture) => message(() => model.classify(picture))));
     }}"""
-    *unreadable, tall_message, text, null = page.evaluate(script, texts)
+    *unreadable, tall_message, wide_message, text, null = page.evaluate(script, texts)
     for actual in [*unreadable, text, null]:
         assert actual.startswith("BinaryViTError: The picture cannot be read as an image ("), actual
         assert len(actual.splitlines()) == 1 and actual.endswith(").")
     assert tall_message == (
         "BinaryViTError: The picture is too large: it has 1 x 1001 pixels, one side more than 1000 times the other; cut it."
+    )
+    assert wide_message == (
+        "BinaryViTError: The picture is too large for this browser: it has 70000 x 100 pixels; make it smaller."
     )
 
 

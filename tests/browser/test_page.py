@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from chromium import served
 
 
 DIGITS = "binaryvit-digits"
+MUSL = "Copyright © 2005-2020 Rich Felker"  # whose code is in the engine
 PAGE_FILES = ("index.html", "page.css", "page.js", "worker.js")
 MOST_PAGE_BYTES = 40_000  # of PAGE_FILES
 
@@ -59,6 +61,7 @@ def test_a_page_holds_the_model_the_engine_and_nothing_unused(page):
     scripts = {module.name for module in worker_modules()}
     assert names_in(page) == {
         *("index.html", "page.css", "page.js", "binaryvit.wasm", "binaryvit.d.ts", "example.png", *scripts),
+        "NOTICE.txt",
         *("model/config.json", "model/preprocessor_config.json", "model/model.safetensors"),
     }
     model = shipped_models()[DIGITS]
@@ -78,7 +81,14 @@ def test_a_single_file_allows_its_own_script_and_style_only(tmp_path):
         assert base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() in policy
     assert "connect-src 'none'" in policy
     assert "unsafe-inline" not in policy
+    notice = re.findall(r"<!--(.*?)-->", html, re.DOTALL)[-1]
+    assert MUSL in notice
+    assert html.endswith("-->\n</body>\n</html>\n")
     assert "src=" not in html.replace("-src", "")  # nothing beside the file
+
+
+def test_a_page_has_the_notices_of_its_engine(page):
+    assert MUSL in (page / "NOTICE.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("single_file", [False, True])
@@ -99,11 +109,14 @@ def test_other_files_are_never_replaced(tiny, tmp_path, capsys):
     (tmp_path / "notes" / "index.html").write_text("notes")
     run(capsys, "page", tiny / "packed", tmp_path / "page")
     (tmp_path / "page" / "more.txt").write_text("of the user")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "index.html").write_bytes(page_module.GENERATOR.encode() + b"\xff")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     refused = ["page", tiny / "packed"]
     assert_refused(capsys, [*refused, tmp_path / "notes.html", "--single-file"], "already exists and is no page")
     assert_refused(capsys, [*refused, tmp_path / "notes.html"], "is the name of a file: add --single-file")
     assert_refused(capsys, [*refused, tmp_path / "notes"], "has other files than a page")
+    assert_refused(capsys, [*refused, tmp_path / "damaged"], "has other files than a page")
     assert_refused(capsys, [*refused, tmp_path / "page"], "has other files than a page")
     assert_refused(capsys, [*refused, tmp_path / "page", "--single-file"], "is a folder, not a file")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
@@ -154,7 +167,7 @@ def test_models_that_are_not_packed_or_do_not_exist_are_refused(tiny, tmp_path, 
 def test_labels_cannot_end_the_data_of_the_page(tmp_path):
     name = "</script><b>"
     data = {"name": name}
-    html = page_module.fill_page(name, "", "", "", data)
+    html = page_module.fill_page(name, "", "", "", data, "")
     assert html.count("</script>") == 1
     assert "<b>" not in html
     assert json.loads(re.search(r'id="page-data">(.*?)</script>', html)[1]) == data
@@ -207,6 +220,18 @@ def test_the_server_names_types_and_shows_only_its_folder(page):
         for name in ("model/", "../digits/index.html/..", "..%2f..%2fetc/passwd", "%2e%2e/%2e%2e/etc/passwd", "none"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(f"{address}/{name}")
+
+
+def test_the_server_says_nothing_of_null_bytes_and_closed_connections(page, capfd):
+    with served(page) as address:
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/%00")
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+                connection.sendall(b"GET /binaryvit.wasm HTTP/1.0\r\n\r\n")
+                # The connection closes with a reset.
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert capfd.readouterr().err == ""
 
 
 def test_demo_serves_until_it_is_interrupted(tmp_path):

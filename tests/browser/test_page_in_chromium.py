@@ -194,6 +194,47 @@ def test_a_cancelled_camera_leaves_the_picture_of_the_answer(open_page, address)
     assert answers(page) == before
 
 
+def test_the_camera_is_released_if_it_comes_twice_or_too_late(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.evaluate("""() => {
+      const devices = navigator.mediaDevices;
+      const original = devices.getUserMedia.bind(devices);
+      window.streams = [];
+      devices.getUserMedia = async (wanted) => {
+        window.streams.push(await original(wanted));
+        return window.streams.at(-1);
+      };
+      document.querySelector("#camera").click();
+      document.querySelector("#camera").click();
+    }""")
+    page.wait_for_selector("#video:not([hidden])")
+    page.click("#close-camera")
+    page.evaluate("document.querySelector('#camera').click()")
+    give(page, "drop", example("digits").read_bytes())
+    assert_right(page, "digits", example("digits"))
+    released = "streams.length === 3 && streams.every((stream) => stream.getTracks()[0].readyState === 'ended')"
+    for _ in range(100):
+        if page.evaluate(released):
+            break
+        page.wait_for_timeout(50)
+    assert page.evaluate(released)
+    assert page.locator("#preview").is_visible()
+
+
+def test_a_stroke_ends_when_the_board_is_cleared(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.wait_for_selector("#facts dd")
+    box = page.locator("#board").bounding_box()
+    page.mouse.move(box["x"] + 50, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.keyboard.press("Delete")
+    page.mouse.move(box["x"] + 70, box["y"] + 90)
+    page.mouse.up()
+    assert page.evaluate("strokes.length") == 0
+    assert page.locator("#best.waiting").is_visible()
+
+
 def test_nine_of_ten_drawn_digits_are_recognised(open_page, address):
     page = open_page(f"{address}/digits/")
     found = {}

@@ -257,6 +257,7 @@ function showStage(mode) {
   element("board-hint").hidden = mode !== "board" || strokes.length > 0;
   preview.hidden = mode !== "picture";
   video.hidden = element("camera-tools").hidden = mode !== "camera";
+  if (mode !== "board") drawingPointer = null;
   if (mode === "camera") return;
   stageWithoutCamera = mode;
   stopCamera();
@@ -349,10 +350,16 @@ async function showExamples() {
 // ---- The camera ----
 
 element("camera").hidden = !navigator.mediaDevices?.getUserMedia;
+let lastCameraCall = 0; // only the newest may show the camera, and none after another picture
 element("camera").addEventListener("click", async () => {
+  const cameraCall = ++lastCameraCall;
   try {
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    if (cameraCall !== lastCameraCall) return stopStream(stream);
+    stopStream(video.srcObject);
+    video.srcObject = stream;
   } catch (error) {
+    if (cameraCall !== lastCameraCall) return;
     const isForbidden = error.name === "NotAllowedError";
     showAlert(
       isForbidden
@@ -390,8 +397,13 @@ function closeCamera() {
 }
 
 function stopCamera() {
-  for (const track of video.srcObject?.getTracks() ?? []) track.stop();
+  lastCameraCall++;
+  stopStream(video.srcObject);
   video.srcObject = null;
+}
+
+function stopStream(stream) {
+  for (const track of stream?.getTracks() ?? []) track.stop();
 }
 
 // ---- The board ----
@@ -498,6 +510,7 @@ function showSeen(pixels) {
 function clearBoard() {
   strokes = [];
   pen.isDown = false;
+  drawingPointer = null;
   forgetPictures();
   showAlert("");
   clearAnswer();

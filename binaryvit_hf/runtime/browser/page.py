@@ -24,6 +24,7 @@ from ..writing import check_writable_file, new_folder, write_file
 BROWSER = Path(__file__).parent
 ENGINE = BROWSER.parent / "engine" / "binaryvit.wasm"
 PAGE, STYLE, SCRIPT, WORKER = "index.html", "page.css", "page.js", "worker.js"
+NOTICE, NOTICE_FILE = ENGINE.with_name("NOTICE"), "NOTICE.txt"  # licences of what is in the engine
 TYPES = "binaryvit.d.ts"  # for users of binaryvit.js, which is in the page's folder
 MODEL = "model"  # folder of the model in the folder of the page
 GENERATOR = '<meta name="generator" content="binaryvit page">'  # marks files that may be replaced
@@ -85,10 +86,13 @@ def write_page(
         scripts = [BROWSER / SCRIPT, *worker_modules(), BROWSER / TYPES]
         for file in [ENGINE, BROWSER / STYLE, *scripts, *example_files(folder)]:
             shutil.copyfile(file, staged / file.name)
+        shutil.copyfile(NOTICE, staged / NOTICE_FILE)
         files = sorted(file.relative_to(staged).as_posix() for file in staged.rglob("*") if file.is_file())
         data = describe_page(name, classifier) | {"files": [PAGE, *files]}
         style, script = f'<link rel="stylesheet" href="{STYLE}">', f'<script src="{SCRIPT}"></script>'
-        (staged / PAGE).write_text(fill_page(name, FOLDER_POLICY, style, script, data), encoding="utf-8")
+        (staged / PAGE).write_text(
+            fill_page(name, FOLDER_POLICY, style, script, data, f"See {NOTICE_FILE}."), encoding="utf-8"
+        )
 
 
 def download_extras(model: str, token: str | None) -> None:
@@ -127,8 +131,8 @@ def is_page_folder(folder: Path) -> bool:
     """Whether a folder has a page of `write_page` and nothing else."""
     if not is_page(folder / PAGE):
         return False
-    data = re.search(r'id="page-data">(.*?)</script>', (folder / PAGE).read_text(encoding="utf-8"), re.DOTALL)
     try:
+        data = re.search(r'id="page-data">(.*?)</script>', read(folder / PAGE), re.DOTALL)
         files = set(json.loads(data[1])["files"]) if data else set()
     except (ValueError, KeyError, TypeError):
         return False
@@ -144,7 +148,7 @@ def single_page(name: str, classifier: Classifier) -> str:
     files |= {file.name: encode(file) for file in [ENGINE, *example_files(classifier.folder)]}
     content = {"worker": join_modules(worker_modules()), "files": files}
     data = describe_page(name, classifier) | {"content": content}
-    return fill_page(name, policy, f"<style>{style}</style>", f"<script>{script}</script>", data)
+    return fill_page(name, policy, f"<style>{style}</style>", f"<script>{script}</script>", data, read(NOTICE))
 
 
 def describe_page(name: str, classifier: Classifier) -> dict[str, Any]:
@@ -222,13 +226,14 @@ def without_imports(module: Path) -> str:
     return text
 
 
-def fill_page(name: str, policy: str, style: str, script: str, data: dict) -> str:
+def fill_page(name: str, policy: str, style: str, script: str, data: dict, notice: str) -> str:
     return Template(read(BROWSER / "page.html")).substitute(
         generator=GENERATOR,
         policy=policy,
         title=html.escape(name),
         style=style,
         script=script,
+        notice=notice,
         data=json.dumps(data).replace("<", r"\u003c"),  # `</script>` in a label would end the element
     )
 

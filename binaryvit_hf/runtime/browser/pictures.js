@@ -106,6 +106,13 @@ function haveEqualAlpha(left, right) {
 function readOpaque(bitmap) {
   const { width, height } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  // On a canvas that is too large, browsers draw nothing and read zeros, without an error.
+  context.fillRect(width - 1, height - 1, 1, 1);
+  if (context.getImageData(width - 1, height - 1, 1, 1).data[3] !== 255)
+    throw new BinaryViTError(
+      `The picture is too large for this browser: it has ${width} x ${height} pixels; make it smaller.`,
+    );
+  context.clearRect(width - 1, height - 1, 1, 1);
   context.drawImage(bitmap, 0, 0);
   return context.getImageData(0, 0, width, height).data;
 }
@@ -136,9 +143,10 @@ function readTransparent(bitmap, fromCanvas) {
     0,
   );
   gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, data);
+  const hasFailed = gl.getError() !== gl.NO_ERROR;
   gl.getExtension("WEBGL_lose_context")?.loseContext(); // frees its memory: a page may have few contexts
   // A lost context or a texture that is too large gives zeros.
-  if (!haveEqualAlpha(data, fromCanvas))
+  if (hasFailed || !haveEqualAlpha(data, fromCanvas))
     throw new BinaryViTError("The transparent picture is too large for WebGL: make it smaller.");
   return data;
 }

@@ -1,5 +1,6 @@
 """Serves a folder of files to the browsers of this machine."""
 
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,11 +26,25 @@ class PageHandler(SimpleHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
+    def send_head(self):
+        try:
+            return super().send_head()
+        except ValueError:  # a null byte in the path
+            self.send_error(404)
+            return None
+
     def list_directory(self, path):
         self.send_error(404)
 
     def log_message(self, *_) -> None:
         """Nothing: requests are no news."""
+
+
+class PageServer(ThreadingHTTPServer):
+    def handle_error(self, *address) -> None:
+        """Report errors, except of a browser that closed the connection: it does when a tab is closed or loaded again."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*address)
 
 
 def create_server(folder: Path, port: int) -> ThreadingHTTPServer:
@@ -43,7 +58,7 @@ def create_server(folder: Path, port: int) -> ThreadingHTTPServer:
         UserError: the port is taken, or not allowed.
     """
     try:
-        return ThreadingHTTPServer((HOST, port), partial(PageHandler, directory=str(folder)))
+        return PageServer((HOST, port), partial(PageHandler, directory=str(folder)))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"Port {port} cannot be used ({reason}): choose another with --port.") from error
