@@ -129,6 +129,17 @@ def test_a_folder_is_not_named_like_a_file(tiny, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", ["is_dir", "iterdir"])
+def test_a_folder_that_may_not_be_read_is_refused_in_one_sentence(method, tiny, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "page").mkdir()
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(UserError, match=r"cannot be written: Permission denied"):
+        write_page(tiny / "packed", tmp_path / "page")
+
+
 def test_a_failure_leaves_the_earlier_page(tiny, tmp_path, monkeypatch):
     write_page(tiny / "packed", tmp_path / "page")
     before = {name: (tmp_path / "page" / name).read_bytes() for name in names_in(tmp_path / "page")}

@@ -18,7 +18,7 @@ from ..errors import UnsupportedModelError, UserError
 from ..packed_model import CONFIG, PROCESSOR, read_json
 from ..resources import find_source
 from ..sources import RUN_ARGUMENTS
-from ..writing import check_writable_file, new_folder, write_file
+from ..writing import check_writable_file, new_folder, reported_write_errors, write_file
 
 
 BROWSER = Path(__file__).parent
@@ -67,7 +67,8 @@ def write_page(
         UserError: the model is damaged or not packed, or `out` is something else than a page, or cannot be written.
     """
     model, out = os.fspath(model), Path(out)
-    check_replaceable(out, single_file)
+    with reported_write_errors(out):
+        check_replaceable(out, single_file)
     try:
         classifier = Classifier.from_pretrained(model, token=token)
     except UnsupportedModelError as error:
