@@ -6,6 +6,7 @@ code they would need other shapes or modes, and every one of those would compile
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -42,6 +43,7 @@ class CompiledLayers:
     def __init__(self, model: PreTrainedModel, backend: str = "inductor", mode: str | None = None):
         # The random numbers of eager steps: dropout is the same in a compiled step.
         options = {"fallback_random": True} if backend == "inductor" and mode is None else None
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CPUs without CUDA
         self.model = model
         self.calls: dict[nn.Module, Callable] = {
             module: of_contiguous(

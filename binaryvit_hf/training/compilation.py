@@ -148,8 +148,6 @@ class StepCompiler:
             format_time(compilation_seconds(modules)),
         )
         keep_compiled_code()
-        if self.device.type == "cpu":  # PyTorch warns that it finds no CUDA
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         try:
             seconds = layers.warm_up(images)
         except torch.OutOfMemoryError:  # --auto_find_batch_size tries a smaller batch
