@@ -497,6 +497,7 @@ def assert_accessible(page) -> None:
 def test_the_keyboard_reaches_everything_and_draws(open_page, address):
     page = open_page(f"{address}/digits/")
     page.wait_for_selector("#facts dd")
+    page.wait_for_selector("#examples button")
     reached = []
     for _ in range(7):
         page.keyboard.press("Tab")
@@ -505,6 +506,7 @@ def test_the_keyboard_reaches_everything_and_draws(open_page, address):
     page.focus("#board")
     for key in ["ArrowUp"] * 9 + ["Space"] + ["ArrowDown"] * 18 + ["Space"]:
         page.keyboard.press(key)
+    page.wait_for_selector("#status:has-text('1, ')", state="attached")  # after the answers to the unfinished stroke
     assert answers(page)[0]["label"] == "1"
     assert "1, " in page.locator("#status").inner_text()
     page.keyboard.press("Delete")
