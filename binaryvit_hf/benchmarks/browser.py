@@ -19,9 +19,8 @@ from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.resources import shipped_models
 
 from ..ops import align_columns, readable
-from .inference import check_binary_row
+from .inference import check_binary_row, save_row
 from .interleaved import describe_seconds
-from .pipeline import save_row
 
 
 DRIVER = Path(__file__).with_name("browser.mjs")

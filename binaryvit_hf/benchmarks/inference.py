@@ -38,7 +38,7 @@ from .simulation import simulate
 
 
 PEER, PEER_ENGINE = "deit-small-patch16-224", "PyTorch float32"
-CROP_PCT = 0.875
+CROP_PCT = 0.875  # of the image processors
 RUNTIME = "runtime"
 TURN_SECONDS = 0.1  # a turn lasts at least this long
 TABLE_HEAD = ("model", "engine", "threads", "batch", "ms, median", "10-90 %", "images/s", "x DeiT-S", "file")
@@ -113,20 +113,10 @@ def check_binary_row(network: str) -> None:
 def create_competitors(network: str, folder: Path) -> list[Competitor]:
     """The competitors in the order of the table. Their files are written to `folder`."""
     logger.info("preparing the models")
-    configs = shipped_configs()
-
-    def save(model: PreTrainedModel, name: str) -> Path:
-        model.save_pretrained(folder / name)
-        return folder / name / SAFE_WEIGHTS_NAME
-
-    model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[network]))
-    latent = save(model, "latent")
-    packed = save(pack(latent.parent), "packed")
-    create_image_processor(model.config, CROP_PCT).save_pretrained(
-        packed.parent
-    )  # the runtime does not load without one
-    model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(configs[PEER]))
-    peer, half = save(model, "peer"), save(model.to(torch.bfloat16), "half")
+    save_row(network, folder / "packed", packed=True)
+    half_model = AutoModelForImageClassification.from_pretrained(save_row(PEER, folder / "peer"), dtype=torch.bfloat16)
+    half_model.save_pretrained(folder / "half")
+    latent, packed, peer, half = (folder / name / SAFE_WEIGHTS_NAME for name in ("latent", "packed", "peer", "half"))
     in_pytorch: list[tuple[str, str, Path, dict]] = [
         *((network, kernels, packed, {"kernels": kernels}) for kernels in engine.kernels_here()),
         (network, "PyTorch, simulated", latent, {"change": simulate}),
@@ -147,6 +137,18 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
     else:
         logger.info("All networks in onnxruntime are left out: pip install 'binaryvit_hf[benchmark]'")
     return competitors
+
+
+def save_row(row: str, folder: Path, packed: bool = False) -> Path:
+    """Save a row of configs/ with random weights, and its image processor. Returns the folder. Packed, it has `latent` beside it."""
+    config = AutoConfig.from_pretrained(shipped_configs()[row])
+    model = AutoModelForImageClassification.from_config(config)
+    if packed:
+        model.save_pretrained(folder.with_name("latent"))
+        model = pack(folder.with_name("latent"))
+    model.save_pretrained(folder)
+    create_image_processor(config, CROP_PCT).save_pretrained(folder)
+    return folder
 
 
 def pack(folder: Path) -> PreTrainedModel:

@@ -19,19 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageClassification, pipeline
+from transformers import pipeline
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.logging import disable_progress_bar
 
 from binaryvit_runtime.classifier import Classifier
 from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.errors import counted
-from binaryvit_runtime.resources import shipped_configs
 
-from ..data.model_inputs import create_image_processor
 from ..ops import align_columns, readable
 from .cold_start import benchmark_processes, format_processes
-from .inference import check_binary_row, pack
+from .inference import CROP_PCT, check_binary_row, save_row
 from .interleaved import Worker, describe_seconds
 from .photographs import HEIGHT, WIDTH, write_photographs
 
@@ -45,7 +43,7 @@ QUALITY = 75  # Pillow's default
 BATCH_SIZES = (1, 16)  # of transformers' pipeline
 ONNX_BATCH_SIZE = 8
 TOP_K = 5
-CROP, CROP_PCT = 224, 0.875
+CROP = 224
 MEAN, STD = (255 * np.array(values, np.float32) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 TABLE_HEAD = (
     *("model", "by", "threads", "batch", "ms a picture, median", "10-90 %"),
@@ -138,18 +136,6 @@ def create_contestants(network: str, folder: Path, batch_sizes: tuple[int, ...])
             Contestant(name, THREADS_IN_BATCH, file, load_threads_in_batch, (ONNX_BATCH_SIZE,)),
         ]
     return contestants
-
-
-def save_row(row: str, folder: Path, packed: bool = False) -> Path:
-    """Save a row of configs/ with random weights, and its image processor. Returns the folder."""
-    config = AutoConfig.from_pretrained(shipped_configs()[row])
-    model = AutoModelForImageClassification.from_config(config)
-    if packed:
-        model.save_pretrained(folder.with_name("latent"))
-        model = pack(folder.with_name("latent"))
-    model.save_pretrained(folder)
-    create_image_processor(config, CROP_PCT).save_pretrained(folder)
-    return folder
 
 
 def compete(contestants: list[Contestant], files: list[str], threads: int, turns: int) -> list[dict]:

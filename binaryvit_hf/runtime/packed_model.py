@@ -150,7 +150,7 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
     picture[:, 32:] = 255
     expected = (architecture.num_channels, *pair(architecture.image_size))
     check_image_shape((CHANNELS, *preprocessor.output_size(*picture.shape[:2])), expected)
-    check_pixel_values(preprocessor(picture), expected)
+    check_pixel_values(preprocessor(picture), None)
     return preprocessor
 
 

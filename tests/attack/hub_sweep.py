@@ -91,15 +91,20 @@ def damage(rng: Random, folder: Path) -> str:
 UPLOADING = ["create_repo", "auth_check", "preupload", "commit", "lfs_batch", "lfs_upload", "lfs_verify", "whoami"]
 
 
-def push(rng: Random, folder: Path) -> str:
-    make_fail(rng, UPLOADING)
-    arguments = ["push", shelf / rng.choice(["latent", "packed"]), "alice/model", "--token", ALICE]
-    said = run(main, *arguments)
+def push_twice(*arguments) -> str:
+    """Push with the faults that are set, then without any, which must complete it."""
+    said = run(main, "push", *arguments, "--token", ALICE)
     server.faults.clear()
     ending = check(said)
-    again = run(main, *arguments)
+    again = run(main, "push", *arguments, "--token", ALICE)
     if again.code != 0:
         raise Wrong(f"without faults it fails: {again}")
+    return ending
+
+
+def push(rng: Random, folder: Path) -> str:
+    make_fail(rng, UPLOADING)
+    ending = push_twice(shelf / rng.choice(["latent", "packed"]), "alice/model")
     for name, content in server.files("alice/model").items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -110,13 +115,7 @@ def push(rng: Random, folder: Path) -> str:
 
 def push_page(rng: Random, folder: Path) -> str:
     make_fail(rng, [*UPLOADING, "info", "commits", "validate_yaml"])
-    arguments = ["push", shelf / "packed", "alice/page", "--space", "--token", ALICE]
-    said = run(main, *arguments)
-    server.faults.clear()
-    ending = check(said)
-    again = run(main, *arguments)
-    if again.code != 0:
-        raise Wrong(f"without faults it fails: {again}")
+    ending = push_twice(shelf / "packed", "alice/page", "--space")
     write_page(shelf / "packed", folder / "page")
     files = server.files("alice/page", repo_type="space")
     for file in (folder / "page").rglob("*"):

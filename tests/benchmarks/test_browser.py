@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import onnx
 import pytest
 from command_line import assert_refused, run
+from mean_network import write_mean_network
 
 from binaryvit_hf.benchmarks import browser, onnx_peers
 from binaryvit_runtime.errors import UserError
@@ -31,22 +31,8 @@ def fake_package(tmp_path) -> Path:
     return tmp_path / "node_modules"
 
 
-def write_mean_network(folder: Path, networks: dict) -> list[tuple[str, str, Path]]:
-    """In place of networks, whose export takes 10 s: the mean of each channel."""
-    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 3, 224, 224])
-    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])
-    nodes = [
-        onnx.helper.make_node("GlobalAveragePool", ["images"], ["means"]),
-        onnx.helper.make_node("Flatten", ["means"], ["logits"]),
-    ]
-    graph = onnx.helper.make_graph(nodes, "means", [images], [logits])
-    file = folder / "means.int8.onnx"
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), file)
-    return [("means", "onnxruntime int8", file)]
-
-
 def test_forwards_in_node_are_compared_with_peers_of_the_same_process(tools, monkeypatch, capsys, caplog):
-    monkeypatch.setattr(onnx_peers, "export_networks", write_mean_network)
+    monkeypatch.setattr(onnx_peers, "export_networks", lambda folder, networks: write_mean_network(folder))
     for name, value in {"LOADS": 1, "TURN_SECONDS": 0.01, "WARM_UP_SECONDS": 0.01}.items():
         monkeypatch.setattr(browser, name, value)
     arguments = ("--model", "binaryvit-digits", "--steps", 2, "--node-modules", tools[1].parent)

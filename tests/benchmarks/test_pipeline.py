@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from command_line import run
+from mean_network import write_mean_network
 from PIL import Image
 
 from binaryvit_hf.benchmarks import cold_start, onnx_peers, pipeline
@@ -27,24 +27,14 @@ def quick(monkeypatch, forked_contestants):
     """Few pictures, tiny networks and short imports."""
     monkeypatch.setattr(pipeline, "PICTURES", 3)
     monkeypatch.setattr(pipeline, "PEER", "vit-digits")
-    monkeypatch.setattr(onnx_peers, "export_networks", write_mean_network)
+    monkeypatch.setattr(onnx_peers, "export_networks", write_int8_network)
     monkeypatch.setattr(cold_start, "OURS", "import json")
     monkeypatch.setattr(cold_start, "PEER", "import ast")
 
 
-def write_mean_network(folder: Path, only_int8: bool) -> list[tuple[str, str, Path]]:
-    """In place of networks, whose export takes 10 s: the mean of each channel."""
+def write_int8_network(folder: Path, only_int8: bool) -> list[tuple[str, str, Path]]:
     assert only_int8
-    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 3, 224, 224])
-    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])
-    nodes = [
-        onnx.helper.make_node("GlobalAveragePool", ["images"], ["means"]),
-        onnx.helper.make_node("Flatten", ["means"], ["logits"]),
-    ]
-    graph = onnx.helper.make_graph(nodes, "means", [images], [logits])
-    file = folder / "means.int8.onnx"
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), file)
-    return [("means", "onnxruntime int8", file)]
+    return write_mean_network(folder)
 
 
 @needs_wait4

@@ -216,13 +216,11 @@ async function showAttention() {
 }
 
 /** One small picture for each head: what the model sees, with more colour where more of it looks. */
-function showHeads({ heatmaps, grid: [rows, columns], seen }) {
-  const picture = document.createElement("canvas");
-  [picture.width, picture.height] = [seen.width, seen.height];
-  picture.getContext("2d").putImageData(seen, 0, 0);
+function showHeads({ heatmaps, grid: [rows, columns] }) {
+  const picture = element("seen").querySelector("canvas");
   const figures = heatmaps.map((heatmap, place) => {
     const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [240, Math.round((240 * seen.height) / seen.width)];
+    [canvas.width, canvas.height] = [240, Math.round((240 * picture.height) / picture.width)];
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = picture.width > TINY;
     context.drawImage(picture, 0, 0, canvas.width, canvas.height);

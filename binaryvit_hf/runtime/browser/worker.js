@@ -3,6 +3,7 @@
 import { decodePicture, load } from "./binaryvit.js";
 
 let model;
+let black, white; // the network's inputs of plain pictures
 
 const calls = {
   /** Loads a model from { name: URL or ArrayBuffer }. Returns the sizes of its weights and of the engine, and its layers. */
@@ -16,6 +17,9 @@ const calls = {
       weights: Object.fromEntries(weights),
     };
     model = await load(source, { engine: await read(engine), name });
+    [black, white] = [0, 255].map((grey) =>
+      model.preprocess({ data: new Uint8Array(3 * 64 * 64).fill(grey), width: 64, height: 64 }),
+    );
     return { ...model.bytes, layers: model.numLayers };
   },
 
@@ -26,10 +30,9 @@ const calls = {
     return { labels, milliseconds: performance.now() - start, seen: see(decoded) };
   },
 
-  /** For each head of a layer: the part of the queries that attend to each key. And the picture that the model sees. */
+  /** For each head of a layer: the part of the queries that attend to each key. */
   async attention({ picture, layer }) {
-    const decoded = await decode(picture);
-    const { heads, queries, keys, hasClassToken, values } = model.attention(decoded, layer);
+    const { heads, queries, keys, hasClassToken, values } = model.attention(await decode(picture), layer);
     const first = Number(hasClassToken);
     const [numQueries, numKeys] = [queries, keys].map(([height, width]) => height * width + first);
     const parts = Array.from({ length: heads }, () => new Float32Array(numKeys));
@@ -37,7 +40,7 @@ const calls = {
       if (value > 0) parts[Math.floor(index / (numQueries * numKeys))][index % numKeys] += 1 / numQueries;
     });
     const heatmaps = parts.map((part) => part.subarray(first));
-    return { heatmaps, grid: keys, seen: see(decoded) };
+    return { heatmaps, grid: keys };
   },
 };
 
@@ -48,10 +51,8 @@ function decode(picture) {
 /** The part of a picture that the network gets, as ImageData. */
 function see(picture) {
   const [, height, width] = model.imageShape;
-  const grey = (value) => model.preprocess({ data: new Uint8Array(3 * 64 * 64).fill(value), width: 64, height: 64 });
-  const [input, black, white] = [model.preprocess(picture), grey(0), grey(255)];
   const seen = new ImageData(width, height);
-  input.forEach((value, index) => {
+  model.preprocess(picture).forEach((value, index) => {
     const [channel, pixel] = [Math.floor(index / (width * height)), index % (width * height)];
     seen.data[4 * pixel + channel] = (255 * (value - black[index])) / (white[index] - black[index]);
   });
