@@ -16,7 +16,16 @@ EXAMPLE = "binaryvit ablation configs/fashion-mnist outputs/fashion-mnist --seed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of recipes, such as configs/fashion-mnist")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the runs, results.md and ablation.png")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder for the runs, the table of results and its pictures"
+    )
+    parser.add_argument(
+        "--table",
+        metavar="NAME.json",
+        default="table.json",
+        help="table in FOLDER (default table.json, whose results are OUT/results.md); the results of another are OUT/NAME.md. "
+        "Tables that share OUT share the runs of equal rows",
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the students (default 1 2 3)"
     )
@@ -28,15 +37,16 @@ def run(options: argparse.Namespace) -> None:
     if options.jobs < 1:
         raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
     with needs_extra("train", "Ablations"):
-        from binaryvit_hf.training.ablation import Ablation, run_ablation
+        from binaryvit_hf.training.ablation.runs import Ablation, run_ablation
 
+    ablation = Ablation(options.folder, options.out, tuple(dict.fromkeys(options.seeds)), options.table)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     # As an exception, a signal reaches the code that ends the runs.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers]
     try:
-        run_ablation(Ablation(options.folder, options.out, tuple(options.seeds)), options.jobs)
+        run_ablation(ablation, options.jobs)
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
-    print(options.out / "results.md")
+    print(ablation.results_file)

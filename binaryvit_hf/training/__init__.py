@@ -8,7 +8,8 @@ Output: a directory for each run, with
 - the packed model, and in `latent/` its latent weights, which can be trained further,
 - `checkpoint-STEP/`: the same command resumes from the last one that is whole,
 - `run_arguments.json`, and the metrics in `train_`, `eval_`, `test_` and `all_results.json`,
-- `learning_curves.png`, `confusion_matrix.png` and the model card, `README.md`.
+- `learning_curves.png`, `confusion_matrix.png` and the model card, `README.md`,
+- with `--do_predict`, `test_predictions.csv`: label and answer of each test image, as class indices.
 
 The files, in the order in which a run uses them:
 
@@ -25,7 +26,7 @@ The files, in the order in which a run uses them:
     metrics.py, confusion.py, learning_curves.py, model_card.py
     example_image.py a held-out image for the commands at the end
 
-`process_errors.py` shows an error once for several processes. `ablation.py` starts the runs of a whole table.
+`process_errors.py` shows an error once for several processes. `ablation/` starts the runs of a whole table.
 
 These files import `network/`, `data/` and the files beside those folders. They must not import `cli/`, `benchmarks/` or
 the script `run_image_classification.py`.

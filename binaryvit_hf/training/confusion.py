@@ -37,6 +37,21 @@ class Confusion(NamedTuple):
     images: int
 
 
+def predict_classes(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """
+    The answers `(images,)` that logits `(images, classes)` give, as class indices.
+
+    An equal logit counts against the image, as in `TopKAccuracy`, so both have the same accuracy. This needs the labels
+    `(images,)`.
+    """
+    logits = logits.astype(np.float32)
+    rows = np.arange(len(labels))
+    label_logits = logits[rows, labels]
+    logits[rows, labels] = -np.inf
+    others = logits.argmax(axis=1)  # of a row with NaN the first NaN
+    return np.where(label_logits > logits[rows, others], labels, others)
+
+
 @dataclass
 class ConfusionMatrix:
     """
@@ -51,18 +66,8 @@ class ConfusionMatrix:
     names: list[str]
 
     @classmethod
-    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, names: list[str]) -> ConfusionMatrix:
-        """
-        Count the predictions of logits `(images, classes)` for labels `(images,)`.
-
-        An equal logit counts against the image, as in `TopKAccuracy`, so both have the same accuracy.
-        """
-        logits = logits.astype(np.float32)
-        rows = np.arange(len(labels))
-        label_logits = logits[rows, labels]
-        logits[rows, labels] = -np.inf
-        others = logits.argmax(axis=1)  # of a row with NaN the first NaN
-        predicted = np.where(label_logits > logits[rows, others], labels, others)
+    def from_predictions(cls, labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> ConfusionMatrix:
+        """Count predictions: class indices `(images,)` of labels and of answers."""
         counts = np.zeros((len(names), len(names)), dtype=np.int64)
         np.add.at(counts, (labels, predicted), 1)
         return cls(counts, names)

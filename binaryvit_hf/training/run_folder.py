@@ -8,10 +8,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from binaryvit_runtime.errors import UserError, first_sentence
 from binaryvit_runtime.sources import RUN_ARGUMENTS  # the arguments of the run that made the weights in the folder
+from binaryvit_runtime.writing import write_file
 
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
@@ -21,7 +23,8 @@ from .arguments import RunArguments
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
 TRAINING_IMAGES = "_training_images.json"  # of the run that started last; never uploaded
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
-RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results.json")
+TEST_PREDICTIONS = "test_predictions.csv"  # the answer to every test image
+RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results.json", TEST_PREDICTIONS)
 # Secrets, and arguments that may differ each time a run is resumed.
 NOT_RECORDED = {
     *("token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank"),
@@ -64,6 +67,28 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def write_test_predictions(output_dir: Path, labels: np.ndarray, predicted: np.ndarray) -> None:
+    """Write the class indices `(images,)` of labels and answers, a line for each test image in the order of the split."""
+    lines = [f"{label},{answer}" for label, answer in zip(labels.tolist(), predicted.tolist())]
+    write_file(output_dir / TEST_PREDICTIONS, "\n".join(["label,predicted", *lines, ""]))
+
+
+def read_test_predictions(output_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The class indices `(images,)` of labels and answers that `write_test_predictions` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = output_dir / TEST_PREDICTIONS
+    try:
+        _, *lines = path.read_text(encoding="utf-8").splitlines()
+        labels, predicted = np.array([line.split(",") for line in lines], dtype=np.int64).T
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {first_sentence(error)}; remove it and test again.") from error
+    return labels, predicted
+
+
 def finite_numbers(content: dict) -> dict[str, float]:
     """The entries that are finite numbers."""
     return {
@@ -93,7 +118,10 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
         field.name: field.default for part in arguments for field in fields(part) if field.default is not MISSING
     }
     recorded = {name: default for name, default in defaults.items() if name in given} | recorded
-    for name in sorted((recorded.keys() | given.keys()) - WITHOUT_EFFECT_ON_WEIGHTS):
+    may_differ = set(WITHOUT_EFFECT_ON_WEIGHTS)
+    if is_finished(output_dir):
+        may_differ.add("output_dir")  # its folder may be moved; the checkpoints of an unfinished run name theirs
+    for name in sorted((recorded.keys() | given.keys()) - may_differ):
         before, now = recorded.get(name), given.get(name)
         if normalize(name, before) != normalize(name, now):
             raise UserError(

@@ -25,13 +25,13 @@ from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, total
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
-from .confusion import ConfusionMatrix, describe
+from .confusion import ConfusionMatrix, describe, predict_classes
 from .learning_curves import plot_learning_curves, read_training_history
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
 from .preparation import Inputs
-from .run_folder import TRAIN_RESULTS, read_json, record_end, record_start
+from .run_folder import TRAIN_RESULTS, read_json, record_end, record_start, write_test_predictions
 from .stochastic_depth import add_drop_path
 from .trainer import DistillationTrainer
 
@@ -53,7 +53,8 @@ class TrainingRun:
         self.arguments, self.inputs, self.name = arguments, inputs, name
         self.output_dir = Path(arguments.training.output_dir)
         self.metric = TopKAccuracy()
-        self.confusion: ConfusionMatrix | None = None  # of the last evaluation
+        # Of the last evaluation: class indices (images,) of labels and answers
+        self.answers: tuple[np.ndarray, np.ndarray] | None = None
         self.summary: list[str] = []  # lines about the evaluation of the trained model
         self.teacher, teacher_processor = load_teacher(arguments.model, inputs.config)
         self.student = self.load_student()
@@ -111,8 +112,7 @@ class TrainingRun:
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        names = [str(name) for _, name in sorted(self.inputs.config.id2label.items())]
-        self.confusion = ConfusionMatrix.from_logits(logits, prediction.label_ids, names)
+        self.answers = prediction.label_ids, predict_classes(logits, prediction.label_ids)
         return self.metric.compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
 
     def train(self) -> None:
@@ -174,12 +174,16 @@ class TrainingRun:
         metrics = self.trainer.evaluate(self.datasets["test"], metric_key_prefix="test")
         metrics["test_samples"] = len(self.inputs.images["test"])
         metrics |= self.describe_confusion("test", "test")
+        if self.trainer.is_world_process_zero():
+            labels, predicted = self.answers
+            write_test_predictions(self.output_dir, labels, predicted)
         self.save_metrics("test", metrics)
 
     def describe_confusion(self, split: str, images_name: str) -> dict[str, float]:
         """Draw the confusion matrix of the last evaluation. Returns the confidence interval of its accuracy."""
-        matrix = self.confusion
-        assert matrix is not None
+        names = [str(name) for _, name in sorted(self.inputs.config.id2label.items())]
+        labels, predicted = self.answers
+        matrix = ConfusionMatrix.from_predictions(labels, predicted, names)
         self.summary += describe(matrix, images_name)
         if self.trainer.is_world_process_zero():
             self.output_dir.mkdir(parents=True, exist_ok=True)

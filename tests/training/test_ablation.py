@@ -5,14 +5,24 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import assert_refused
 from tiny import tiny_config
 from transformers import ViTConfig
 
 from binaryvit_cli import main
-from binaryvit_hf.training.ablation import Ablation, mean_and_deviation
-from binaryvit_hf.training.run_folder import RUN_ARGUMENTS
+from binaryvit_hf.training.ablation.results import mean_and_deviation
+from binaryvit_hf.training.ablation.runs import Ablation, describe_left, in_use, is_tested, next_run
+from binaryvit_hf.training.ablation.table import check_run
+from binaryvit_hf.training.run_folder import (
+    RUN_ARGUMENTS,
+    TEST_PREDICTIONS,
+    arguments_to_json,
+    read_test_predictions,
+    write_test_predictions,
+)
+from binaryvit_runtime.errors import UserError
 
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +41,12 @@ RECIPE = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+TABLE = {
+    "title": "Digits",
+    "description": "Two rows.",
+    "teacher": "vit",
+    "rows": {"vit": "the teacher", "binary": "1 bit"},
+}
 
 
 @pytest.fixture
@@ -38,13 +54,7 @@ def folder(tmp_path):
     """Recipes of one binary row and its teacher."""
     folder = tmp_path / "recipes"
     folder.mkdir()
-    table = {
-        "title": "Digits",
-        "description": "Two rows.",
-        "teacher": "vit",
-        "rows": {"vit": "the teacher", "binary": "1 bit"},
-    }
-    for name, content in (("table", table), ("teacher", RECIPE), ("student", RECIPE)):
+    for name, content in (("table", TABLE), ("teacher", RECIPE), ("student", RECIPE)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
     vit.save_pretrained(folder / "vit")
@@ -56,6 +66,11 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
     out = tmp_path / "out"
     command = ["ablation", str(folder), str(out), "--seeds", "1", "2", "--jobs", "2"]
     assert main(command) == 0, capsys.readouterr().err
+    for name in ("vit", "binary-seed1"):
+        labels, predicted = read_test_predictions(out / name)
+        recorded = json.loads((out / name / "all_results.json").read_text())
+        assert (labels == predicted).mean() == recorded["test_accuracy"]
+        assert len(labels) == recorded["test_samples"]
     accuracies = {
         name: 100 * json.loads((out / name / "all_results.json").read_text())["test_accuracy"]
         for name in ("vit", "binary-seed1", "binary-seed2")
@@ -111,6 +126,172 @@ def test_a_folder_without_a_table_and_zero_jobs_are_refused(folder, tmp_path, ca
 
 def test_the_teacher_comes_first_and_the_students_seed_by_seed(folder, tmp_path):
     assert [run.name for run in Ablation(folder, tmp_path, (3, 4)).runs()] == ["vit", "binary-seed3", "binary-seed4"]
+
+
+def change_table(folder: Path, name: str = "table", **changes) -> None:
+    content = json.loads((folder / "table.json").read_text()) | changes
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_teacher_with_several_seeds_teaches_with_its_recipes_seed(folder, tmp_path):
+    change_table(folder, rows={"vit": {"name": "the teacher", "seeds": 3}, "binary": "1 bit"})
+    runs = Ablation(folder, tmp_path, (1, 2)).runs()  # the recipe's seed is 42, the script's default
+    assert [path.name for path in runs] == ["vit", "binary-seed1", "vit-seed1", "binary-seed2"]
+    assert runs[tmp_path / "vit"].arguments.training.seed == 42
+    assert runs[tmp_path / "vit-seed1"].arguments.training.seed == 1
+    assert {run.arguments.model.teacher_model_name_or_path for run in runs.values()} == {None, str(tmp_path / "vit")}
+
+
+def test_a_row_of_two_stages_starts_from_the_run_of_its_first(folder, tmp_path):
+    row = {
+        "name": "two stages",
+        "config": "binary",
+        "arguments": {"learning_rate": 0.01, "num_train_epochs": 3},
+        "first_stage": {"config_overrides": "weight_bits=32", "num_train_epochs": 2},
+        "seeds": 1,
+    }
+    change_table(folder, rows={"staged": row})
+    runs = Ablation(folder, tmp_path, (1, 2)).runs()
+    first, second = tmp_path / "staged-first-stage-seed1", tmp_path / "staged-seed1"
+    assert list(runs) == [tmp_path / "vit", first, second]
+    assert [runs[path].arguments.training.num_train_epochs for path in (first, second)] == [2, 3]
+    assert [runs[path].arguments.training.learning_rate for path in (first, second)] == [0.01, 0.01]
+    assert runs[first].arguments.model.config_overrides == "weight_bits=32"
+    assert runs[second].arguments.model.init_from == str(first)
+    assert runs[second].arguments.model.config_overrides is None
+    waiting = list(runs.values())
+    assert next_run(waiting, []) is waiting[0]
+    assert next_run(waiting[1:], [waiting[0]]) is None
+    assert next_run(waiting[1:], []) is waiting[1]
+    assert next_run(waiting[2:], [waiting[1]]) is None
+    assert next_run(waiting[2:], []) is waiting[2]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"name": "x", "argument": {}}, ("no field 'argument'", "did you mean 'arguments'?")),
+        ({"name": "x", "arguments": []}, ("'arguments' must be an object",)),
+        ({"arguments": {}}, ("no 'name'",)),
+        ({"name": "x", "seeds": 0}, ("'seeds'",)),
+        ({"name": "x", "arguments": {"ema_decy": 0.9}}, ("'ema_decy'", "did you mean 'ema_decay'?")),
+        ({"name": "x", "arguments": {"ema_decay": 2}}, ("--ema_decay must be above 0",)),
+        ({"name": "x", "arguments": {"seed": 3}}, ("gives 'seed' to every run",)),
+        ({"name": "x", "arguments": {"teacher.learning_rate": 3}}, ("gives 'teacher.learning_rate' to every run",)),
+        ({"name": "x", "arguments": {"ema_decay": None}}, ("'ema_decay' is null",)),
+        ({"name": "x", "compared_with": "changed"}, ("compared with itself",)),
+        ({"name": "x", "compared_with": "binari"}, ("'binari', which is no row", "did you mean 'binary'?")),
+        ({"name": "x", "config": "absent"}, ("no network", "absent")),
+        ({"name": "x", "recipe": "absent.json"}, ("no file of arguments", "absent.json")),
+        ({"name": "x", "config": "vit", "arguments": {"weight_regularization": 1}}, ("1-bit weights",)),
+        ({"name": "x", "arguments": {"do_predict": False}}, ("gives 'do_predict'",)),
+        (7, ("its name, or an object",)),
+    ],
+)
+def test_a_wrong_row_is_refused_before_any_training(folder, tmp_path, capsys, row, words):
+    row = {"config": "binary"} | row if isinstance(row, dict) else row
+    change_table(folder, "options", rows={"binary": "1 bit", "changed": row})
+    assert_refused(capsys, ["ablation", folder, tmp_path / "out", "--table", "options.json"], "'changed'", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_tables_are_refused(folder, tmp_path, capsys):
+    command = ["ablation", folder, tmp_path / "out"]
+    assert_refused(capsys, [*command, "--table", "absent.json"], "it has no absent.json")
+    change_table(folder, rows={})
+    assert_refused(capsys, command, "no 'rows'")
+    change_table(folder, rows={"a/b": "x"})
+    assert_refused(capsys, command, "'a/b'", "its key names folders")
+    change_table(folder, rows={"binary": "1 bit"}, epochs=3)
+    assert_refused(capsys, command, "no field 'epochs'")
+    staged = {"name": "x", "config": "binary", "first_stage": {"num_train_epochs": 1}}
+    (folder / "table.json").write_text(json.dumps(TABLE))
+    change_table(folder, rows={"binary": staged, "binary-first-stage": {"name": "y", "config": "binary"}})
+    assert_refused(capsys, command, "share the folder", "binary-first-stage-seed1")
+    (folder / "student.json").write_text(json.dumps(RECIPE | {"do_predict": False}))
+    (folder / "table.json").write_text(json.dumps(TABLE))
+    assert_refused(capsys, command, "student.json must have do_train, do_eval and do_predict")
+
+
+def finish(ablation: Ablation, accuracy: float = 0.9, images: int = 400) -> None:
+    """Write the files of all runs of an ablation as if they were finished, the errors of each at random."""
+    for number, run in enumerate(ablation.runs().values()):
+        errors = np.random.default_rng(number).random(images) > accuracy
+        labels = np.arange(images) % 10
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_test_predictions(run.folder, labels, (labels + errors) % 10)
+        results = {"test_accuracy": 1 - errors.mean(), "eval_accuracy": 0.5, "train_runtime": 60.0 * run.epochs}
+        for name in ("train_results.json", "all_results.json"):
+            (run.folder / name).write_text(json.dumps(results))
+        (run.folder / RUN_ARGUMENTS).write_text(json.dumps(arguments_to_json(run.arguments)))
+
+
+def test_tables_that_share_a_folder_share_the_runs_of_equal_rows(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    finish(Ablation(folder, out, (1, 2)))
+    change_table(folder, "options", rows={"binary": "unchanged"})
+    assert main(["ablation", str(folder), str(out), "--seeds", "1", "2", "--table", "options.json"]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "options.md")
+    assert "| unchanged |" in (out / "options.md").read_text()
+    change_table(folder, "options", rows={"binary": {"name": "x", "arguments": {"learning_rate": 0.5}}})
+    command = ["ablation", folder, out, "--seeds", "1", "2", "--table", "options.json"]
+    assert_refused(capsys, command, "learning_rate", "binary-seed1")
+
+
+def test_a_run_without_its_answers_is_tested_again(folder, tmp_path):
+    ablation = Ablation(folder, tmp_path, (1,))
+    finish(ablation)
+    runs = list(ablation.runs().values())
+    assert all(map(is_tested, runs))
+    (runs[1].folder / TEST_PREDICTIONS).unlink()
+    assert list(map(is_tested, runs)) == [True, False]
+
+
+def test_a_finished_run_may_be_moved_and_an_unfinished_one_may_not(folder, tmp_path):
+    finish(Ablation(folder, tmp_path / "before", (1,)))
+    (tmp_path / "before").rename(tmp_path / "after")
+    teacher = next(iter(Ablation(folder, tmp_path / "after", (1,)).runs().values()))
+    assert is_tested(teacher)
+    (teacher.folder / "train_results.json").unlink()
+    with pytest.raises(UserError, match="output_dir was"):
+        is_tested(teacher)
+
+
+def test_the_runs_and_time_that_are_left_are_told(folder, tmp_path):
+    change_table(
+        folder,
+        rows={"binary": "1 bit", "long": {"name": "x", "config": "binary", "arguments": {"num_train_epochs": 10}}},
+    )
+    ablation = Ablation(folder, tmp_path, (1, 2))
+    runs = list(ablation.runs().values())
+    assert describe_left(ablation, runs, {}, 2) == "5 of 5 runs left"
+    finish(Ablation(folder, tmp_path, (1,)))
+    # A minute an epoch: 1 and 10 epochs, two at a time
+    assert describe_left(ablation, runs[3:], {}, 2) == "2 of 5 runs left, about 6 minutes"
+    assert describe_left(ablation, runs[4:], {runs[4].folder: 300.0}, 2) == "1 of 5 runs left, about 5 minutes"
+
+
+def test_two_ablations_do_not_train_in_one_folder(folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with in_use(tmp_path / "out"):
+        assert_refused(capsys, ["ablation", folder, tmp_path / "out"], "Another ablation trains in")
+
+
+@pytest.mark.parametrize("name", ["table.json", "recipes.json"])
+def test_the_tables_of_fashion_mnist_have_runs_without_a_fault(name, tmp_path):
+    ablation = Ablation(ROOT / "configs" / "fashion-mnist", tmp_path, (1,), name)
+    for run in ablation.runs().values():
+        check_run(ablation.table, run.row, run.line)
+
+
+def test_training_options_have_equal_epochs(tmp_path):
+    ablation = Ablation(ROOT / "configs" / "fashion-mnist", tmp_path, (1,), "recipes.json")
+    epochs = dict.fromkeys(ablation.table.rows, 0.0)
+    for run in ablation.runs().values():
+        if run.row.key in epochs:
+            epochs[run.row.key] += run.epochs
+    assert len(epochs) > 15
+    assert len(set(epochs.values())) == 1
 
 
 def test_the_command_restores_the_handlers_of_signals(tmp_path, capsys):

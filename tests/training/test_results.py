@@ -18,7 +18,7 @@ from binaryvit_cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import confusion, learning_curves
-from binaryvit_hf.training.confusion import ConfusionMatrix, describe, wilson_interval
+from binaryvit_hf.training.confusion import ConfusionMatrix, describe, predict_classes, wilson_interval
 from binaryvit_hf.training.example_image import held_out_image
 from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
 from binaryvit_hf.training.metrics import TopKAccuracy
@@ -57,7 +57,7 @@ def test_the_matrix_counts_as_accuracy_does_with_ties_and_nan():
     logits = generator.integers(0, 3, (500, 4)).astype(np.float16)
     logits[::50, 1] = np.nan
     labels = generator.integers(0, 4, 500)
-    matrix = ConfusionMatrix.from_logits(logits, labels, list("abcd"))
+    matrix = ConfusionMatrix.from_predictions(labels, predict_classes(logits, labels), list("abcd"))
     accuracy = TopKAccuracy().compute(predictions=logits.astype(np.float32), references=labels)["accuracy"]
     assert matrix.correct / matrix.images == accuracy
     assert matrix.counts.sum(axis=1).tolist() == np.bincount(labels, minlength=4).tolist()

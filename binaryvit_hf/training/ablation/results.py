@@ -1,0 +1,261 @@
+"""The table of results of an ablation, from the files of its finished runs."""
+
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.writing import write_file
+
+from ...loading import load_config
+from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
+from ..model_card import weight_bytes
+from ..run_folder import read_json, read_test_predictions
+from .estimates import Estimate, correct_for_several, estimate_accuracy, estimate_difference
+from .pictures import plot_rows
+from .table import DEFAULT_TABLE, Row, Table
+
+
+SIGNIFICANT = 0.05
+METHOD = (
+    "Intervals (95 %) and tests are for other seeds and other test images: seeds and images are crossed random effects, with "
+    "Satterthwaite's degrees of freedom (Hillis, Statistics in Medicine 26, 2007). Images are paired, seeds are not."
+)
+
+
+@dataclass(frozen=True)
+class RowResults:
+    """
+    What the finished runs of a row recorded.
+
+    Args:
+        correct: whether each answer to a test image is right, `(seeds, images)`.
+        labels: of the test images `(images,)`.
+        held_out: accuracies in percent, one per seed.
+        folders: of the runs.
+        cost: of one image; `None` for a network whose operations are not counted.
+    """
+
+    row: Row
+    correct: np.ndarray
+    labels: np.ndarray
+    held_out: list[float]
+    folders: list[Path]
+    cost: LayerCost | None
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def test(self) -> list[float]:
+        """Accuracies in percent, one per seed."""
+        return [100 * share for share in self.correct.mean(axis=1).tolist()]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.test)
+
+    @property
+    def weight_bytes(self) -> int:
+        return weight_bytes(self.folders[0])
+
+    @property
+    def interval(self) -> Estimate | None:
+        """The accuracy in percent, with its interval."""
+        return in_percent(estimate_accuracy(self.correct))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Two rows.
+
+    Args:
+        estimate: our accuracy minus theirs, in points, with its interval; `None` if one of the rows has a single seed.
+        p: of the estimate, corrected for the other comparisons of the table.
+    """
+
+    ours: RowResults
+    theirs: RowResults
+    estimate: Estimate | None
+    p: float | None = None
+
+    @property
+    def difference(self) -> float:
+        return self.ours.mean - self.theirs.mean
+
+    @property
+    def obstacle(self) -> str:
+        """Why there is no estimate."""
+        if not np.array_equal(self.ours.labels, self.theirs.labels):
+            return "their test images differ"
+        single = [results for results in (self.ours, self.theirs) if len(results.folders) == 1]
+        return f"{single[0].name} has one seed" if single else "there are too few test images"
+
+    def in_words(self, comparisons: int) -> str:
+        """One sentence that claims what the comparison shows, and no more."""
+        subject, other = self.ours.name, f"compared with {self.theirs.name}"
+        if self.estimate is None:
+            return f"{subject}: {self.difference:+.2f} points, {other}; not tested, as {self.obstacle}."
+        points = f"{abs(self.difference):.2f} ± {self.estimate.half_width:.2f} points"
+        if self.p < SIGNIFICANT:
+            verb = "helps" if self.difference > 0 else "costs"
+            return f"{subject}: {verb + ' by' if verb == 'helps' else verb} {points}, {other} ({readable_p(self.p)})."
+        corrected = ""
+        if self.estimate.p < SIGNIFICANT:
+            corrected = f" after the correction for {counted(comparisons, 'comparison')}"
+        points = f"{self.difference:+.2f} ± {self.estimate.half_width:.2f} points"
+        return f"{subject}: no difference could be shown{corrected}, {other} ({points}, {readable_p(self.p)})."
+
+
+def in_percent(estimate: Estimate | None) -> Estimate | None:
+    return estimate and Estimate(100 * estimate.value, 100 * estimate.half_width, estimate.p)
+
+
+def readable_p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def collect_results(row: Row, folders: list[Path], config_folder: Path) -> RowResults:
+    """
+    Read what the finished runs of a row recorded.
+
+    Args:
+        folders: of the runs, one or more.
+        config_folder: holds the `config.json` of the row's network.
+
+    Raises:
+        UserError: a file is damaged, or the runs were tested on different images.
+    """
+    answers = [read_test_predictions(folder) for folder in folders]
+    for folder, (labels, _) in zip(folders, answers):
+        if not np.array_equal(labels, answers[0][0]):
+            raise UserError(f"The runs {folders[0]} and {folder} were tested on different images; remove one of them.")
+    config = load_config(config_folder)
+    return RowResults(
+        row,
+        np.array([labels == predicted for labels, predicted in answers]),
+        answers[0][0],
+        [100 * read_json(folder / "all_results.json")["eval_accuracy"] for folder in folders],
+        folders,
+        total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None,
+    )
+
+
+def compare_rows(results: dict[str, RowResults]) -> dict[str, Comparison]:
+    """The comparisons of the rows that have results, by the key of the row."""
+    comparisons = {}
+    for key, ours in results.items():
+        theirs = results.get(ours.row.compared_with or "")
+        if theirs is not None:
+            is_paired = np.array_equal(ours.labels, theirs.labels)
+            estimate = in_percent(estimate_difference(ours.correct, theirs.correct)) if is_paired else None
+            comparisons[key] = Comparison(ours, theirs, estimate)
+    tested = {key: comparison.estimate.p for key, comparison in comparisons.items() if comparison.estimate is not None}
+    corrected = dict(zip(tested, correct_for_several(list(tested.values()))))
+    return {key: replace(comparison, p=corrected.get(key)) for key, comparison in comparisons.items()}
+
+
+def write_results(table: Table, results: dict[str, RowResults], out: Path) -> None:
+    """
+    Write the table of results and its picture to `out`: `results.md` and `ablation.png`, or, for a table NAME.json of
+    another name, `NAME.md` and `NAME.png`.
+
+    Args:
+        results: of the rows, and of the teacher, which need not be a row; by key.
+    """
+    text, picture = output_files(table, out)
+    teacher = results.get(table.teacher.key)
+    rows = {key: results[key] for key in table.rows if key in results}
+    comparisons = compare_rows(rows)
+    columns = columns_of(rows, comparisons, teacher)
+    lines = [f"# {table.title}", ""]
+    if table.description:
+        lines += [table.description, ""]
+    lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values())]
+    lines += ["", *describe_columns(rows, comparisons), ""]
+    if comparisons:
+        count = sum(comparison.p is not None for comparison in comparisons.values())
+        lines += ["What this shows:", ""]
+        lines += [f"- {comparison.in_words(count)}" for comparison in comparisons.values()]
+        lines.append("")
+    if rows:
+        plot_rows(list(rows.values()), table.title, picture)
+        lines += [f"![Accuracy]({picture.name})", ""]
+    write_file(text, "\n".join(lines))
+
+
+def output_files(table: Table, out: Path) -> tuple[Path, Path]:
+    """The files of the table of results and of its picture."""
+    if table.file.name == DEFAULT_TABLE:
+        return out / "results.md", out / "ablation.png"
+    return out / f"{table.file.stem}.md", out / f"{table.file.stem}.png"
+
+
+def columns_of(
+    rows: dict[str, RowResults], comparisons: dict[str, Comparison], teacher: RowResults | None
+) -> dict[str, list[str]]:
+    """The cells of each column, by its head."""
+    results = list(rows.values())
+    columns = {
+        "row": [row.name for row in results],
+        "test top-1, %": [mean_and_deviation(row.test) for row in results],
+        "seeds": [str(len(row.test)) for row in results],
+        "95 % interval": [readable_interval(row.interval, ".2f") for row in results],
+    }
+    if comparisons:
+        found = [comparisons.get(key) for key in rows]
+        columns["difference, points"] = [
+            ""
+            if comparison is None
+            else f"{comparison.difference:+.2f} {readable_interval(comparison.estimate, '+.2f')}"
+            for comparison in found
+        ]
+        columns["p"] = ["" if comparison is None else readable_p_cell(comparison.p) for comparison in found]
+    if teacher is not None:
+        columns["to the teacher"] = [f"{row.mean - teacher.mean:+.2f}" for row in results]
+    columns["held-out top-1, %"] = [mean_and_deviation(row.held_out) for row in results]
+    if has_one_network(rows):
+        return columns
+    columns["weights on disk"] = [readable(row.weight_bytes, "B") for row in results]
+    for head, name in (("BOPs", "bops"), ("FLOPs", "flops"), ("OPs", "ops")):
+        columns[head] = ["-" if row.cost is None else readable(getattr(row.cost, name)) for row in results]
+    return columns
+
+
+def has_one_network(rows: dict[str, RowResults]) -> bool:
+    """Whether several rows have the same network, so that they differ in training alone."""
+    return len(rows) > 1 and len({row.row.config for row in rows.values()}) == 1
+
+
+def describe_columns(rows: dict[str, RowResults], comparisons: dict[str, Comparison]) -> list[str]:
+    """What the numbers of the table are."""
+    runs = counted(sum(len(row.test) for row in rows.values()), "run")
+    sentences = [f"Mean and standard deviation over the seeds, {runs} in all."]
+    tests = sum(comparison.p is not None for comparison in comparisons.values())
+    if any(row.interval for row in rows.values()):
+        sentences.append(METHOD)
+    if tests:
+        sentences.append(f"p is corrected for the {counted(tests, 'comparison')} of this table (Holm).")
+    if has_one_network(rows):
+        row = next(iter(rows.values()))
+        cost = "" if row.cost is None else f", {readable(row.cost.bops)} BOPs, {readable(row.cost.flops)} FLOPs"
+        sentences.append(f"All rows are the same network ({readable(row.weight_bytes, 'B')} on disk{cost}).")
+    return [" ".join(sentences)]
+
+
+def readable_interval(estimate: Estimate | None, form: str) -> str:
+    return "" if estimate is None else f"[{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def readable_p_cell(p: float | None) -> str:
+    return "" if p is None else readable_p(p).removeprefix("p ").removeprefix("= ")
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

@@ -1,0 +1,294 @@
+"""The runs of an ablation: their command lines, order, processes and interruption."""
+
+import contextlib
+import functools
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from binaryvit_runtime.errors import RunError, UserError, counted
+from binaryvit_runtime.writing import lock
+
+from ..arguments import RunArguments
+from ..callbacks.progress import format_time
+from ..run_folder import TEST_PREDICTIONS, TRAIN_RESULTS, compare_with_recorded, is_finished, read_json
+from .results import collect_results, output_files, write_results
+from .table import DEFAULT_TABLE, FIRST_STAGE, Row, Table, check_run, parse_student, read_table, to_flags
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training run.
+
+    Args:
+        row: that the run belongs to.
+        folder: its output directory.
+        line: its command line, without the program.
+        needs: the folders of runs that must be finished before.
+    """
+
+    row: Row
+    folder: Path
+    line: list[str]
+    needs: tuple[Path, ...] = ()
+
+    @functools.cached_property
+    def arguments(self) -> RunArguments:
+        return parse_student(self.line)
+
+    @property
+    def epochs(self) -> float:
+        return self.arguments.training.num_train_epochs
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """
+    A table, and the folder of its runs.
+
+    Several tables may share `out`. A run of the same row, seed and arguments is then trained once for all of them.
+
+    Args:
+        folder: holds the table, recipes of run_image_classification.py, by default `teacher.json` and `student.json`, and a
+            folder with a `config.json` for every network.
+        out: gets a folder for every run, the table of results and its pictures.
+        seeds: seeds of the students; the teacher has its recipe's seed.
+        table_name: of the table's file in `folder`.
+    """
+
+    folder: Path
+    out: Path
+    seeds: tuple[int, ...]
+    table_name: str = DEFAULT_TABLE
+
+    @functools.cached_property
+    def table(self) -> Table:
+        return read_table(self.folder, self.table_name)
+
+    @property
+    def results_file(self) -> Path:
+        return output_files(self.table, self.out)[0]
+
+    @property
+    def teacher_folder(self) -> Path:
+        """The folder of the run that all students learn from."""
+        return self.out / self.table.teacher.key
+
+    @functools.cached_property
+    def teacher_seed(self) -> int:
+        """The seed of the run that all students learn from: its recipe's."""
+        return parse_student(self.line(self.table.teacher, self.teacher_folder, {})).training.seed
+
+    def seeds_of(self, row: Row) -> list[int]:
+        seeds = list(self.seeds)
+        if row is self.table.teacher:
+            seeds = list(dict.fromkeys([self.teacher_seed, *seeds]))[: len(seeds)]
+        return seeds[: row.seeds]
+
+    def output_dir(self, row: Row, seed: int) -> Path:
+        """The folder of a run."""
+        is_the_students_teacher = row is self.table.teacher and seed == self.teacher_seed
+        return self.teacher_folder if is_the_students_teacher else self.out / f"{row.key}-seed{seed}"
+
+    def line(self, row: Row, folder: Path, arguments: dict[str, Any]) -> list[str]:
+        """
+        The command line of a run.
+
+        Args:
+            arguments: override the row's.
+        """
+        given = {"config_name": str(self.folder / row.config), "output_dir": str(folder)}
+        return [str(self.folder / row.recipe), *to_flags(row.arguments | arguments | given)]
+
+    def runs_of(self, row: Row, seed: int) -> list[Run]:
+        """The run of a row and seed, after that of its first stage if it has one."""
+        folder = self.output_dir(row, seed)
+        if folder == self.teacher_folder:
+            return [Run(row, folder, self.line(row, folder, {}))]
+        given: dict[str, Any] = {"seed": seed}
+        if row is not self.table.teacher:
+            given["teacher_model_name_or_path"] = str(self.teacher_folder)
+        needs = (self.teacher_folder,)  # also a teacher of another seed waits, so that this one has all cores
+        if row.first_stage is None:
+            return [Run(row, folder, self.line(row, folder, given), needs)]
+        first = self.out / f"{row.key}{FIRST_STAGE}-seed{seed}"
+        return [
+            Run(row, first, self.line(row, first, row.first_stage | given), needs),
+            Run(row, folder, self.line(row, folder, given | {"init_from": str(first)}), (*needs, first)),
+        ]
+
+    def runs(self) -> dict[Path, Run]:
+        """
+        The runs by their folders: the teacher's, then all rows with their first seed, then all rows with their next seed.
+        This order fills every row of the table early.
+
+        Raises:
+            UserError: two rows would share a folder.
+        """
+        runs: dict[Path, Run] = {}
+        for turn in range(len(self.seeds)):
+            for row in self.table.trained_rows.values():
+                for seed in self.seeds_of(row)[turn : turn + 1]:
+                    for run in self.runs_of(row, seed):
+                        other = runs.setdefault(run.folder, run)
+                        if other is not run:
+                            raise UserError(
+                                f"Rows {other.row.key!r} and {row.key!r} of {str(self.table.file)!r} share the folder "
+                                f"{str(run.folder)!r}: give one of them another key."
+                            )
+        return runs
+
+    def write_results(self) -> None:
+        """Write the table and its pictures from the runs that are finished."""
+        results = {}
+        for key, row in self.table.trained_rows.items():
+            folders = [self.output_dir(row, seed) for seed in self.seeds_of(row)]
+            if finished := [folder for folder in folders if has_results(folder)]:
+                results[key] = collect_results(row, finished, self.folder / row.config)
+        write_results(self.table, results, self.out)
+
+
+def run_ablation(ablation: Ablation, jobs: int) -> None:
+    """
+    Train all runs that are not finished, and write the table after each.
+
+    On SIGTERM and Ctrl-C the runs save a checkpoint, and the same call resumes from it.
+
+    Args:
+        jobs: number of runs at once; each gets its share of the cores.
+
+    Raises:
+        UserError: the table or a recipe is wrong, or the folder holds runs of other arguments or another ablation trains in it.
+        RunError: a run failed.
+    """
+    runs = list(ablation.runs().values())
+    # Check all runs before any training: the folder may hold runs of other recipes.
+    for run in runs:
+        check_run(ablation.table, run.row, run.line)
+    with in_use(ablation.out):
+        train(ablation, [run for run in runs if not is_tested(run)], jobs)
+        ablation.write_results()
+
+
+@contextlib.contextmanager
+def in_use(out: Path) -> Iterator[None]:
+    """
+    Keep other ablations from training the same runs.
+
+    Raises:
+        UserError: another one is training in this folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(out))
+        except BlockingIOError:
+            raise UserError(
+                f"Another ablation trains in {str(out)!r}: wait for its end, or choose another OUT."
+            ) from None
+        except OSError:  # some file systems have no locks
+            pass
+        yield
+
+
+def train(ablation: Ablation, runs: list[Run], jobs: int) -> None:
+    """Train runs, `jobs` at a time. An exception ends all of them."""
+    waiting = list(runs)
+    running: dict[subprocess.Popen, Run] = {}
+    started: dict[Path, float] = {}
+    try:
+        while waiting or running:
+            while len(running) < jobs and (run := next_run(waiting, running.values())):
+                if not started:
+                    logger.info("%s", describe_left(ablation, runs, {}, jobs))
+                waiting.remove(run)
+                started[run.folder] = time.monotonic()
+                running[start(run, 1 if run.folder == ablation.teacher_folder else jobs)] = run
+            time.sleep(1)
+            for process in [process for process in running if process.poll() is not None]:
+                run = running.pop(process)
+                if process.returncode != 0:
+                    raise RunError(f"The run {run.folder} failed: read {log_of(run.folder)}.")
+                accuracy = 100 * read_json(run.folder / "all_results.json")["test_accuracy"]
+                elapsed = {run.folder: time.monotonic() - started[run.folder] for run in running.values()}
+                left = describe_left(ablation, [*waiting, *running.values()], elapsed, jobs)
+                logger.info("%s: %.2f %%; %s", run.folder, accuracy, left)
+                ablation.write_results()
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def next_run(waiting: list[Run], running: Iterable[Run]) -> Run | None:
+    """The first waiting run that needs no other unfinished one."""
+    unfinished = {run.folder for run in (*waiting, *running)}
+    return next((run for run in waiting if not unfinished & set(run.needs)), None)
+
+
+def describe_left(ablation: Ablation, left: list[Run], elapsed: dict[Path, float], jobs: int) -> str:
+    """
+    The number of runs that are left, and about how long they take, from the times of finished runs.
+
+    Args:
+        elapsed: seconds since the start of each run that is training, by its folder.
+    """
+    runs = ablation.runs()
+    described = f"{len(left)} of {counted(len(runs), 'run')} left"
+    times: dict[str, list[float]] = {}  # seconds of an epoch, by row
+    for run in runs.values():
+        seconds = read_json(run.folder / TRAIN_RESULTS).get("train_runtime") if is_finished(run.folder) else None
+        if seconds is not None and run.folder not in {other.folder for other in left}:
+            times.setdefault(run.row.key, []).append(seconds / run.epochs)
+    if not times or not left:
+        return described
+    others = statistics.median(second for seconds in times.values() for second in seconds)
+    total = 0.0
+    for run in left:
+        of_row = statistics.median(times[run.row.key]) if run.row.key in times else others
+        total += max(0.0, run.epochs * of_row - elapsed.get(run.folder, 0.0))
+    return f"{described}, about {format_time(total / min(jobs, len(left)))}"
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run is trained and tested, and its answers to the test images are there."""
+    has_answers = is_finished(folder) and (folder / TEST_PREDICTIONS).is_file()
+    return has_answers and "test_accuracy" in read_json(folder / "all_results.json")
+
+
+def is_tested(run: Run) -> bool:
+    """Whether a run is trained and tested; raises UserError if its folder holds a run of other arguments."""
+    compare_with_recorded(run.folder, run.arguments)
+    return has_results(run.folder)
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def start(run: Run, at_once: int) -> subprocess.Popen:
+    """Start a run, one of `at_once`, which share the cores."""
+    threads = max((os.cpu_count() or 1) // at_once, 1)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("%s: training, its log is %s", run.folder, log_of(run.folder))
+    with log_of(run.folder).open("a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "binaryvit_hf.training", *run.line],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # only this process gets Ctrl-C, and ends the others by SIGTERM
+            # With more threads than cores, a thread that waits by spinning blocks the one that it waits for.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
