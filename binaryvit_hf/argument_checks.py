@@ -7,7 +7,7 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from binaryvit_runtime.errors import UserError, first_sentence, shorten
+from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence, shorten
 
 
 MAX_COUNT = 2**31 - 1
@@ -159,7 +159,9 @@ def convert_argument(name: str, value: Any, annotation: Any, choices: Any = None
     if choices is not None:
         if value in list(choices):
             return value
-        raise UserError(f"--{name} must be one of {', '.join(map(str, choices))}, not {shown}.")
+        raise UserError(
+            f"--{name} must be one of {', '.join(map(str, choices))}, not {shown}{did_you_mean(str(value), choices)}"
+        )
     if isinstance(value, str) and value.startswith("{") and any((get_origin(kind) or kind) is dict for kind in kinds):
         try:
             json.loads(value)

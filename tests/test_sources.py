@@ -5,15 +5,17 @@ import shutil
 
 import pytest
 from command_line import assert_refused, refusal, run
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from tiny import tiny_config, tiny_model
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from binaryvit_hf import loading
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_runtime.hub import NOT_UPLOADED, shorten_log_of_retries
+from binaryvit_runtime.errors import NoModelError
+from binaryvit_runtime.hub import NOT_UPLOADED, is_offline, shorten_log_of_retries
 from binaryvit_runtime.resources import shipped_configs, shipped_models
-from binaryvit_runtime.sources import RUN_ARGUMENTS, describe_fault
+from binaryvit_runtime.sources import RUN_ARGUMENTS, describe_fault, fetch
 
 
 @pytest.fixture
@@ -159,3 +161,50 @@ def test_of_all_retries_of_a_request_one_line_is_logged(monkeypatch):
         "The Hub does not answer; trying again, up to 5 times.",
         "Rate limited. Waiting 31.0s before retry [Retry 1/5].",
     ]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("me/binaryvit-digit", ("did you mean 'binaryvit-digits'? You are offline, because HF_HUB_OFFLINE is set",)),
+        ("me/ot", ("did you mean 'out'? You are offline",)),
+        ("some/thing", ("this machine has 'out', 'binaryvit-digits', 'binaryvit-fashion-mnist'; you are offline",)),
+        ("me/tuned", ("did you mean 'outputs/tuned'? You are offline",)),
+    ],
+)
+def test_without_a_connection_models_on_this_machine_come_first(name, words, unfinished, capsys):
+    (unfinished / "outputs" / "tuned").mkdir(parents=True)
+    if name == "me/tuned":
+        (unfinished / "outputs" / "tuned" / "config.json").write_text("{}")
+    assert_refused(capsys, ["classify", name, "a.png"], f"The model {name!r} cannot be loaded: ", *words)
+
+
+def test_a_model_in_the_cache_is_suggested_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cache" / "models--google--vit-base-patch16-224" / "snapshots" / "1"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(NoModelError, match="did you mean 'google/vit-base-patch16-224'"):
+        fetch(raise_offline, "google/vit-bse-patch16-224", cache_dir=str(tmp_path / "cache"))
+
+
+def raise_offline(source):
+    raise OfflineModeIsEnabled
+
+
+def test_a_silent_hub_is_told_from_one_that_refuses():
+    assert is_offline(ConnectionError())
+    assert is_offline(OfflineModeIsEnabled())
+    assert not is_offline(ValueError())
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["classify", "binaryvit-digits", "b.png"], "'b.png' does not exist (did you mean 'a.png'?)."),
+        (["benchmark", "--model", "binaryvit-small-patch4-22"], "did you mean 'binaryvit-small-patch4-224'?"),
+        (["benchmark", "--train", "--model", "vit-digit"], "did you mean 'vit-digits'?"),
+    ],
+)
+def test_misspelt_files_and_rows_get_a_suggestion(command, words, unfinished, capsys):
+    assert_refused(capsys, command, words)

@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from binaryvit_runtime.classifier import Classifier
-from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted, did_you_mean
 from binaryvit_runtime.resources import shipped_configs
 
 from .. import engine
@@ -107,7 +107,8 @@ def check_binary_row(network: str) -> None:
     configs = shipped_configs()
     rows = [row for row in sorted(configs) if AutoConfig.from_pretrained(configs[row]).model_type == QUANT_METHOD]
     if network not in rows:
-        raise UserError(f"There is no binary row {network!r} in configs/; there are {', '.join(rows)}.")
+        others = f"; there are {', '.join(rows)}."
+        raise UserError(f"There is no binary row {network!r} in configs/{did_you_mean(network, rows, others)}")
 
 
 def create_competitors(network: str, folder: Path) -> list[Competitor]:

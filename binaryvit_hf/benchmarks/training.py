@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted, did_you_mean
 from binaryvit_runtime.resources import shipped_configs
 
 from ..compiled_layers import CACHE_VARIABLE, CompiledLayers, missing_compiler
@@ -70,7 +70,9 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
         UserError: there is no such row, or not enough memory.
     """
     if network not in shipped_configs():
-        raise UserError(f"There is no row {network!r} in configs/; there are {', '.join(sorted(shipped_configs()))}.")
+        rows = sorted(shipped_configs())
+        others = f"; there are {', '.join(rows)}."
+        raise UserError(f"There is no row {network!r} in configs/{did_you_mean(network, rows, others)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = batch_size or (128 if device == "cuda" else 8)
     missing = missing_compiler(torch.device(device))

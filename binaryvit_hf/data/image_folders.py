@@ -5,8 +5,9 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
 
-from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.errors import UserError, did_you_mean
 from binaryvit_runtime.image_files import describe_left_out, find_images
+from binaryvit_runtime.sources import did_you_mean_path
 
 from .arguments import DataArguments
 from .decoding import quote_path
@@ -30,7 +31,10 @@ def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
     for split, classes in files.items():
         unknown = sorted(set(classes) - set(names))
         if unknown:
-            raise UserError(f"--{split}_dir has the class {unknown[0]!r}, which --train_dir does not have.")
+            raise UserError(
+                f"--{split}_dir has the class {unknown[0]!r}, which --train_dir does not have"
+                + did_you_mean(unknown[0], names)
+            )
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
     return {
         split: Dataset.from_dict(
@@ -48,7 +52,9 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
     """The sorted image files of each class folder, and of the folders in it."""
     try:
         if not folder.is_dir():
-            raise UserError(f"--{split}_dir: there is no folder {str(folder)!r}.")
+            raise UserError(
+                f"--{split}_dir: there is no folder {str(folder)!r}{did_you_mean_path(folder, Path.is_dir)}"
+            )
         children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
     except OSError as error:
         raise UserError(f"--{split}_dir: {str(folder)!r} cannot be read ({error.strerror}).") from error

@@ -5,7 +5,7 @@ from collections import Counter
 
 from transformers import PreTrainedConfig
 
-from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.errors import UserError, counted, did_you_mean
 
 
 # Spaces and punctuation that a comparison ignores. It keeps them between digits (1.5 is not 15), and the minus sign of a number.
@@ -50,8 +50,9 @@ def match_labels(config: PreTrainedConfig, labels: list[str], model_name: str) -
         if not found and (wanted := first_synonym(label)):
             found = [i for i, name in enumerate(model_labels) if synonym_of[i] == wanted and name not in exact]
         if not found:
+            remedy = "; evaluate it on images of its own classes."
             raise UserError(
-                f"{model_name} has no class {label!r}, which the images have; evaluate it on images of its own classes."
+                f"{model_name} has no class {label!r}, which the images have{did_you_mean(label, model_labels, remedy)}"
             )
         if len(found) > 1 or found[0] in indices:
             raise UserError(

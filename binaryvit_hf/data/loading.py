@@ -7,8 +7,9 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
 from binaryvit_runtime.hub import explain_hub_error
+from binaryvit_runtime.sources import did_you_mean_path
 
 from .arguments import DataArguments
 from .held_out import hold_out
@@ -110,7 +111,7 @@ def load_named_splits(
         if split not in splits and (required.get(split, True) or (split == "validation" and not splits)):
             raise UserError(
                 f"--dataset_name {name!r} has no split {names[0]!r}; it has {', '.join(map(repr, loaded))}. "
-                f"Name one with --{split}_split_name."
+                f"Name one with --{split}_split_name{did_you_mean(names[0], loaded)}"
             )
     return standardize_labels(splits, read_class_names(arguments.class_names, name))
 
@@ -134,9 +135,11 @@ def load_named_dataset(
         )
     except Exception as error:  # file systems, networks and dataset builders raise any exception
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        raise UserError(
-            f"--dataset_name {name!r} cannot be loaded: {explain_hub_error(error) or first_sentence(cause)}"
-        ) from error
+        reason = explain_hub_error(error) or first_sentence(cause)
+        suggestion = "" if Path(name).exists() else did_you_mean_path(name, known=KNOWN_DATASETS, otherwise="")
+        if suggestion:
+            reason = f"{suggestion.removeprefix('; ')} {reason[0].upper()}{reason[1:]}"
+        raise UserError(f"--dataset_name {name!r} cannot be loaded: {reason}") from error
 
 
 def dataset_source(arguments: DataArguments) -> dict:

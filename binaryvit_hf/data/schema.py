@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
-from binaryvit_runtime.errors import UserError, counted, first_sentence
+from binaryvit_runtime.errors import UserError, counted, did_you_mean, first_sentence
 
 
 CLASS_NAMES = "classnames.txt"  # in the folder of a WebDataset's archives
@@ -66,7 +66,7 @@ def find_column(kind: str, wanted: str, features: Features) -> str:
         return candidates[0]
     raise UserError(
         f"The dataset has no column {wanted!r}; it has {', '.join(map(repr, features))}. "
-        f"Name one with --{kind}_column_name."
+        f"Name one with --{kind}_column_name{did_you_mean(wanted, features)}"
     )
 
 

@@ -1,6 +1,7 @@
 """Errors that commands report in one sentence, and helpers for messages: numbers with nouns, messages of other libraries."""
 
 import sys
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -12,7 +13,7 @@ class LoadingError(UserError):
 
 
 class NoModelError(LoadingError):
-    """The name is of no model. The message also says what to do."""
+    """There is no model of this name, or the Hub does not give it. The message also says what to do."""
 
 
 class UnsupportedModelError(UserError):
@@ -35,6 +36,7 @@ class UploadError(RuntimeError):
     """An upload to the Hub has failed. Commands print only the message and exit with code 1."""
 
 
+SUGGESTIONS = 3  # at most, of equally good ones
 FOREIGN_LENGTH = 300  # most characters of another library's message
 LINE_LENGTH = 1500  # most characters of our message, including the values and the foreign message that it quotes
 
@@ -52,6 +54,27 @@ def first_sentence(error: BaseException) -> str:
     if not line or isinstance(error, KeyError):  # the message of a KeyError is only the key
         line = f"{type(error).__name__} {line}".strip()
     return one_line(line, FOREIGN_LENGTH)
+
+
+def close_names(name: str, known: Iterable[str]) -> list[str]:
+    """
+    The known names that a user may have meant: those that end with `name` as a word, such as `num_train_epochs` for
+    `epochs`, or else the one of the closest spelling, whatever its case.
+    """
+    import difflib  # only misspelt names need it
+
+    known = list(dict.fromkeys(map(str, known)))
+    ends = tuple(f"{sign}{name}" for sign in "_-/")
+    if len(name) > 2 and (longer := [other for other in known if other.endswith(ends)]):
+        return longer[:SUGGESTIONS]
+    spellings = {other.casefold(): other for other in reversed(known)}
+    return [spellings[close] for close in difflib.get_close_matches(name.casefold(), spellings, n=1)]
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = ".") -> str:
+    """The end of a sentence about an unknown name: `; did you mean 'digits'?`, or `otherwise` if no known name is close."""
+    close = close_names(name, known)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 
 def counted(number: int, noun: str) -> str:

@@ -34,7 +34,6 @@ CAUSES = {
     GatedRepoError: "the repository is gated: ask for access on its page, then log in with `hf auth login`",
     RepositoryNotFoundError: f"the Hub has no such repository, or it is private: check the name, or {LOG_IN}",
     RevisionNotFoundError: "the repository has no such revision: check the name of the branch, tag or commit",
-    OfflineModeIsEnabled: "it is not in the cache, and HF_HUB_OFFLINE forbids downloads",
 }
 STATUSES = {
     401: f"the Hub rejects this token (401): {LOG_IN}",
@@ -51,11 +50,27 @@ def explain_hub_error(error: BaseException) -> str | None:
 
     Also finds errors further down the chain of causes, because loaders raise their own errors instead of the client's.
     """
+    chain = list_causes(error)
+    return explain_answer(chain) or explain_silence(chain)
+
+
+def is_offline(error: BaseException) -> bool:
+    """Whether the Hub may not be asked, or does not answer."""
+    chain = list_causes(error)
+    return explain_answer(chain) is None and explain_silence(chain) is not None
+
+
+def list_causes(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
+    return chain
+
+
+def explain_answer(chain: list[BaseException]) -> str | None:
+    """Explain a refusal by the Hub."""
     for error in chain:
         for kind, cause in CAUSES.items():
             if isinstance(error, kind):
@@ -66,12 +81,23 @@ def explain_hub_error(error: BaseException) -> str | None:
             if status >= 500:
                 return f"the Hub has an internal error ({status}): try again later"
             return STATUSES.get(status, f"the Hub refuses it ({status}): {first_sentence(error)}")
-    if is_offline_mode() and any(isinstance(error, LocalEntryNotFoundError) for error in chain):
-        return CAUSES[OfflineModeIsEnabled]
+    return None
+
+
+def explain_silence(chain: list[BaseException]) -> str | None:
+    """Explain that the Hub may not be asked, or does not answer."""
+    for error in chain:
+        if isinstance(error, OfflineModeIsEnabled) or (
+            is_offline_mode() and isinstance(error, LocalEntryNotFoundError)
+        ):
+            return "you are offline, because HF_HUB_OFFLINE is set, and it is not in the cache"
     for error in chain:
         library = type(error).__module__.split(".")[0]
         if library in HTTP_LIBRARIES or isinstance(error, (ConnectionError, TimeoutError)):
-            return f"no answer from the Hub at {constants.ENDPOINT} ({type(error).__name__}): check the connection"
+            return (
+                f"you seem to be offline, with no answer from the Hub at {constants.ENDPOINT} ({type(error).__name__}): "
+                "check the connection"
+            )
     return None
 
 
@@ -176,6 +202,12 @@ def cache_folder(source: str, cache_dir: str | None) -> Path | None:
     name = "--".join(("models", *source.split("/")))
     folder = os.path.join(cache_dir or constants.HF_HUB_CACHE, name)
     return Path(folder) if os.path.isdir(folder) and not os.path.exists(source) else None
+
+
+def cached_models(cache_dir: str | None) -> list[str]:
+    """Ids of the models in the local cache."""
+    folders = sorted(Path(cache_dir or constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json"))
+    return list(dict.fromkeys("/".join(file.parts[-4].split("--")[1:]) for file in folders))
 
 
 def damaged_blobs(source: str, cache_dir: str | None) -> list[Path]:

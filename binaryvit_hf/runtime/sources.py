@@ -1,17 +1,24 @@
 """Finds models by name: what is wrong with a name, as far as this machine knows, and what is wrong with a download."""
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
+from .errors import (
+    LoadingError,
+    NoModelError,
+    UnsupportedModelError,
+    UserError,
+    close_names,
+    first_sentence,
+)
 from .resources import find_source, shipped_models
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
 RUN_ARGUMENTS = "run_arguments.json"  # in the output directory of a run, from its start
+OUTPUTS = "outputs"  # the folder of the recipes' output directories
 NAMED_FOLDERS = 5
 
 
@@ -26,12 +33,12 @@ def fetch(load: Callable, name: str, shipped: Iterable[str] = (), cache_dir: str
         cache_dir, subfolder: of the model.
 
     Raises:
-        NoModelError: `name` is of no model, as far as this machine knows. The Hub was not asked.
+        NoModelError: `name` is of no model, or the Hub does not give it. The Hub is asked only for ids.
         UnsupportedModelError: `load` raised it.
         LoadingError: `load` raised anything else.
     """
-    source = find_source(name)
-    if fault := describe_fault(source, subfolder, {*shipped_models(), *shipped}):
+    source, known = find_source(name), sorted({*shipped_models(), *shipped})
+    if fault := describe_fault(source, subfolder, known):
         raise NoModelError(fault)
     try:
         return load(source)
@@ -39,7 +46,7 @@ def fetch(load: Callable, name: str, shipped: Iterable[str] = (), cache_dir: str
         raise
     except Exception as error:
         if not (damaged := damaged_files(source, cache_dir)):
-            raise LoadingError(explain_loading(error, source, cache_dir)) from error
+            raise explain_loading(error, source, known, cache_dir) from error
     for blob in damaged:
         blob.unlink()
     try:
@@ -49,7 +56,7 @@ def fetch(load: Callable, name: str, shipped: Iterable[str] = (), cache_dir: str
     except Exception as error:
         raise LoadingError(
             f"{str(damaged[0])!r} was damaged and could not be downloaded again: "
-            f"{explain_loading(error, source, cache_dir)}"
+            f"{explain_loading(error, source, known, cache_dir)}"
         ) from error
 
 
@@ -64,16 +71,23 @@ def damaged_files(source: str, cache_dir: str | None) -> list[Path]:
     return [] if is_offline_mode() else damaged_blobs(source, cache_dir)
 
 
-def explain_loading(error: Exception, source: str, cache_dir: str | None) -> str:
+def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache_dir: str | None) -> LoadingError:
+    """The error to raise: what the Hub says about a name, after the models here that it may mean, or what is damaged."""
     sentence = str(error) if isinstance(error, UserError) else first_sentence(error)
     try:
-        from .hub import cache_folder, explain_hub_error
+        from .hub import cache_folder, cached_models, explain_hub_error, is_offline
     except ModuleNotFoundError:
-        return sentence
+        return LoadingError(sentence)
     if cause := explain_hub_error(error):
-        return f"{cause}{describe_neighbours(source) or ''}"
+        shipped = [*shipped, *cached_models(cache_dir)]
+        if close := close_models(source, shipped):
+            return NoModelError(f"did you mean {close}? {cause[0].upper()}{cause[1:]}.")
+        if not is_offline(error):
+            return NoModelError(f"{cause}{describe_neighbours(source) or '.'}")
+        here = describe_folder(source) or f"this machine has {list_names([*neighbours(source), *shipped])}"
+        return NoModelError(f"{here}; {cause}.")
     cached = cache_folder(source, cache_dir)
-    return sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})"
+    return LoadingError(sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})")
 
 
 def describe_fault(source: str, subfolder: str = "", shipped: Iterable[str] = ()) -> str | None:
@@ -89,8 +103,8 @@ def describe_fault(source: str, subfolder: str = "", shipped: Iterable[str] = ()
     # The Hub's names without an owner are older than its image classifiers.
     if "/" in source and is_repository_id(source):
         return None
-    if close := difflib.get_close_matches(source, shipped, n=1):
-        return f"there is no model of this name; did you mean {close[0]!r}?"
+    if close := close_models(source, shipped):
+        return f"there is no model of this name; did you mean {close}?"
     reason = "there is no such folder"
     if not any(sign in source for sign in "/\\.~"):
         reason += f", and it is neither an id of the Hub (OWNER/NAME) nor one of {', '.join(sorted(shipped))}"
@@ -121,17 +135,66 @@ def describe_neighbours(source: str) -> str | None:
     The end of a sentence about a missing folder: the model beside it whose name is closest, or all models beside it.
     `None` if there are none.
     """
-    missing = Path(source)
+    if close := close_models(source):
+        return f"; did you mean {close}?"
+    return f"; {here}." if (here := describe_folder(source)) else None
+
+
+def describe_folder(source: str) -> str | None:
+    """The models beside a missing folder; `None` if there are none, or in the working folder."""
+    parent = Path(source).parent
+    beside = [Path(folder).name for folder in neighbours(source) if Path(folder).parent == parent]
+    return f"{str(parent)!r} has {list_names(beside)}" if beside and parent != Path() else None
+
+
+def close_models(source: str, known: Iterable[str] = ()) -> str | None:
+    """The known names, or the folders beside a missing one, that `source` may mean: `'a' or 'b'`; `None` if there are none."""
+    # By their names: the common path of two folders is no likeness.
+    folders = {Path(folder).name: folder for folder in reversed(neighbours(source))}
+    parent = Path(source).parent
+    beside = [*reversed(folders), *(known if parent == Path() or not parent.is_dir() else ())]
+    close = close_names(source, known) or close_names(Path(source).name, beside)
+    return " or ".join(repr(folders.get(name, name)) for name in close) or None
+
+
+def neighbours(source: str) -> list[str]:
+    """
+    The models in the parent of a missing folder, or else in the working folder, and in the folder of output directories
+    there.
+    """
+    parent = Path(source).parent
+    parent = parent if parent.is_dir() or parent.is_absolute() else Path()
+    found: list[str] = []
+    for folder in (parent, parent / OUTPUTS):
+        try:
+            found += sorted(str(path) for path in folder.iterdir() if holds_model(path))
+        except OSError:  # no such folder, or it may not be read
+            continue
+    return found
+
+
+def close_paths(path: str | Path, matches: Callable[[Path], bool] = Path.exists) -> list[str]:
+    """What a missing file or folder may mean: the one of the closest name beside it, if it `matches`."""
+    missing = Path(path)
     try:
-        names = sorted(path.name for path in missing.parent.iterdir() if holds_model(path))
-    except OSError:  # no such parent
-        return None
-    if close := difflib.get_close_matches(missing.name, names, n=1):
-        return f"; did you mean {str(missing.parent / close[0])!r}?"
-    if not names or missing.parent == Path():
-        return None
-    more = ", …" if len(names) > NAMED_FOLDERS else ""
-    return f"; {str(missing.parent)!r} has {', '.join(map(repr, names[:NAMED_FOLDERS]))}{more}."
+        names = sorted(beside.name for beside in missing.parent.iterdir() if matches(beside))
+    except (OSError, ValueError):  # no such parent, or no path at all
+        return []
+    return [str(missing.parent / name) for name in close_names(missing.name, names)]
+
+
+def did_you_mean_path(
+    path: str | Path, matches: Callable[[Path], bool] = Path.exists, known: Iterable[str] = (), otherwise: str = "."
+) -> str:
+    """The end of a sentence about a missing file or folder, as `did_you_mean`. `known` are other names."""
+    close = close_paths(path, matches) or close_names(str(path), known)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The first names in quotes: `'a', 'b', …`."""
+    names = list(names)
+    return f"{', '.join(map(repr, names[:NAMED_FOLDERS]))}{', …' if len(names) > NAMED_FOLDERS else ''}"
 
 
 def holds_model(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
 
 from ..argument_checks import argument, check_ranges
 from ..compiled_layers import missing_compiler
@@ -165,7 +165,10 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
                 "one of them out."
             )
         if self.sign_gradient not in SIGN_GRADIENTS:
-            raise UserError(f"--sign_gradient must be one of {', '.join(SIGN_GRADIENTS)}, not {self.sign_gradient!r}.")
+            raise UserError(
+                f"--sign_gradient must be one of {', '.join(SIGN_GRADIENTS)}, not {self.sign_gradient!r}"
+                + did_you_mean(self.sign_gradient, SIGN_GRADIENTS)
+            )
 
     def read_compilation(self) -> tuple[bool | str, str, str | None]:
         """
@@ -194,7 +197,8 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         for name in self.report_to:
             if name not in INTEGRATION_TO_CALLBACK:
                 raise UserError(
-                    f"--report_to must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, not {name}."
+                    f"--report_to must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, not {name}"
+                    + did_you_mean(name, INTEGRATION_TO_CALLBACK)
                 )
             if name not in [*get_available_reporting_integrations(), "flyte"]:  # transformers does not look for flyte
                 raise UserError(
@@ -219,7 +223,10 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             raise UserError(f"--torch_compile needs {missing}: install it, or give --torch_compile auto.")
         metric = self.metric_for_best_model
         if metric is not None and metric.removeprefix("eval_") not in BEST_METRICS:
-            raise UserError(f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, not {metric!r}.")
+            raise UserError(
+                f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, not {metric!r}"
+                + did_you_mean(metric, BEST_METRICS)
+            )
 
     def check_optimization(self) -> None:
         """Try the optimiser and the schedule on one weight; raise UserError if they fail."""

@@ -1,6 +1,5 @@
 """Parse the command line and configuration files into the arguments of one run, or of a teacher's and its student's."""
 
-import difflib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
+from binaryvit_runtime.sources import did_you_mean_path
 
 from ..argument_checks import convert_argument
 from .arguments import RunArguments
@@ -36,6 +36,7 @@ DESCRIPTION = (
     "Train and evaluate image classifiers. Flags may follow a file of arguments, FILE.json or FILE.yaml, and override it: "
     "--teacher.NAME VALUE in its object 'teacher', and --teacher null leaves that teacher out, to learn from the labels."
 )
+ARGUMENT_FILES = (".json", ".yaml", ".yml")
 Flags = list[tuple[str, list[str]]]
 
 
@@ -52,7 +53,7 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
         UserError: an unknown or malformed argument, or a file that cannot be read.
     """
     values: dict[str, Any] = {}
-    if arguments and arguments[0].lower().endswith((".json", ".yaml", ".yml")):
+    if arguments and arguments[0].lower().endswith(ARGUMENT_FILES):
         values, arguments = read_argument_file(Path(arguments[0])), arguments[1:]
     teacher_values = values.pop("teacher", None)
     flags, teacher_flags = [], []
@@ -89,7 +90,7 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
 
 def read_argument_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"There is no file of arguments {str(path)!r}.")
+        raise UserError(f"There is no file of arguments {str(path)!r}{did_you_mean_path(path, is_argument_file)}")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".json":
@@ -103,6 +104,10 @@ def read_argument_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} must hold an object of arguments.")
     return values
+
+
+def is_argument_file(path: Path) -> bool:
+    return path.name.lower().endswith(ARGUMENT_FILES) and path.is_file()
 
 
 def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,8 +156,7 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
     for names, known in ((values, fields_by_name), ([name for name, _ in flags], actions)):
         for name in names:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                raise UserError(f"Unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+                raise UserError(f"Unknown argument {name!r}{did_you_mean(str(name), reversed(fields_by_name))}")
     parser.set_defaults(**values)
     line = [word for name, words in flags for word in (f"--{name}", *words)]
     hints = {name: hint for part in ARGUMENT_CLASSES for name, hint in get_type_hints(part).items()}

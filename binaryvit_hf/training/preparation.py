@@ -11,6 +11,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.hub import create_repository
 from binaryvit_runtime.pixels import choose_background, read_background
+from binaryvit_runtime.sources import did_you_mean_path
 from binaryvit_runtime.writing import check_writable
 
 from ..data.arguments import DataArguments
@@ -318,7 +319,7 @@ def chosen_checkpoint(arguments: DistillationTrainingArguments, last: Path | Non
             raise UserError(f"--resume_from_checkpoint: {arguments.output_dir!r} holds no checkpoint to resume from.")
         return str(last)
     if not Path(name).is_dir():
-        raise UserError(f"--resume_from_checkpoint: there is no folder {name!r}.")
+        raise UserError(f"--resume_from_checkpoint: there is no folder {name!r}{did_you_mean_path(name, Path.is_dir)}")
     damage = describe_damage(Path(name), arguments.checkpoint_files)
     if damage and not (arguments.deepspeed or arguments.fsdp):  # their checkpoints have files of other names
         raise UserError(f"--resume_from_checkpoint: training cannot resume from {name!r}: {damage}.")

@@ -4,7 +4,6 @@ weights (ReActNet, Liu et al., ECCV 2020; Real-to-Binary, Martinez et al., ICLR 
 changed.
 """
 
-import difflib
 import json
 import logging
 import re
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from binaryvit_runtime.errors import LoadingError, UserError, counted, first_sentence
+from binaryvit_runtime.errors import LoadingError, UserError, counted, did_you_mean, first_sentence
 
 from ..network.configuration_binaryvit import as_pair
 from .latent_weights import load_trainable
@@ -45,11 +44,7 @@ def override_config(config: PreTrainedConfig, overrides: str) -> PreTrainedConfi
         if not equals:
             raise UserError(f"--config_overrides takes NAME=VALUE,…: {part.strip()!r} is not of this form.")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"--config_overrides: the config has no field {name!r}"
-                + (f"; did you mean {close[0]!r}?" if close else ".")
-            )
+            raise UserError(f"--config_overrides: the config has no field {name!r}{did_you_mean(name, known)}")
         try:
             fields[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:

@@ -17,6 +17,9 @@ from binaryvit_runtime.errors import UserError
     "arguments, message",
     [
         (["--do_trian"], "Unknown argument 'do_trian'; did you mean 'do_train'?"),
+        (["--epochs", "3"], "Unknown argument 'epochs'; did you mean 'num_train_epochs'?"),
+        (["--do_train", "--sign_gradient", "clipp"], "did you mean 'clip'?"),
+        (["--do_train", "--report_to", "wandbb"], "did you mean 'wandb'?"),
         (["stray"], "Unknown argument 'stray'"),
         (["missing.json"], "There is no file of arguments 'missing.json'"),
         (["--num_train_epochs", "many"], "invalid float value: 'many'"),
@@ -41,6 +44,18 @@ from binaryvit_runtime.errors import UserError
             ["--do_eval", "--model_name_or_path", "no-such", "--dataset_name", "sklearn-digits"],
             "'no-such' cannot be loaded",
         ),
+        (
+            ["--do_train", "--config_name", "binaryvit-digits", "--dataset_name", "sklearn-digit"],
+            "cannot be loaded: did you mean 'sklearn-digits'? ",
+        ),
+        (
+            [
+                *("--do_train", "--config_name", "binaryvit-digits", "--dataset_name", "sklearn-digits"),
+                *("--validation_split_name", "validatoin"),
+            ],
+            "has no split 'validatoin'; it has 'train', 'validation'. Name one with --validation_split_name; did you mean "
+            "'validation'?",
+        ),
         (["--teacher.num_train_epochs", "1"], "need a file of arguments"),
         (["--teacher", "some/model"], "name a trained teacher with --teacher_model_name_or_path"),
         (["--teacher"], "--teacher takes null"),
@@ -50,6 +65,23 @@ def test_bad_argument_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, 
     monkeypatch.chdir(tmp_path)
     assert message in refusal(capsys, *arguments, "--output_dir", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given, meant", [("phot.json", "photos.json"), ("photos.jsn.json", "photos.json")])
+def test_a_misspelt_file_of_arguments_gets_a_suggestion(given, meant, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos.json").write_text("{}")
+    assert f"There is no file of arguments {given!r}; did you mean {meant!r}?" in refusal(capsys, given)
+
+
+def test_misspelt_folders_and_classes_get_a_suggestion(capsys, photos, tmp_path):
+    common = ["--do_train", "--config_name", "binaryvit-digits", "--output_dir", tmp_path / "out"]
+    message = refusal(capsys, *common, "--train_dir", tmp_path / "photo")
+    assert f"there is no folder {str(tmp_path / 'photo')!r}; did you mean {str(photos)!r}?" in message
+    (tmp_path / "held-out" / "been").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "held-out" / "been" / "0.png")
+    message = refusal(capsys, *common, "--train_dir", photos, "--validation_dir", tmp_path / "held-out")
+    assert "has the class 'been', which --train_dir does not have; did you mean 'bee'?" in message
 
 
 def test_bf16_without_a_gpu_names_the_arguments_that_work(capsys, tmp_path, monkeypatch):
