@@ -15,6 +15,7 @@ The modules beside the folders are shared by the upper ones:
 - `loading`, `hub`, `writing`: load checkpoints, upload them, and write files whole or not at all.
 - `pixels`: pictures as the same pixels everywhere.
 - `argument_checks`: types and ranges of command-line arguments.
+- `small_networks`: networks of timm for small images, to compare with.
 - `ops`, `convert`: the commands of these names.
 - `errors`, `resources`, `host_memory`: exceptions, shipped files, and memory of the process.
 """

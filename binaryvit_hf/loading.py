@@ -74,9 +74,25 @@ def load_config(source: str | Path, shipped: Iterable[str] = (), **arguments) ->
             raise LoadingError("it has no config.json")
         # Checked before AutoConfig creates a label for each of `num_labels`.
         check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
+        return read_config(source, trust_remote_code, **arguments)
 
     return fetch(load, source, shipped, **arguments)
+
+
+def read_config(source: str | Path, trust_remote_code: bool, **arguments) -> PreTrainedConfig:
+    """
+    `AutoConfig.from_pretrained`, after which timm can build the networks of `small_networks`.
+
+    Raises:
+        LoadingError: timm is needed and not installed.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
+    if config.model_type == "timm_wrapper":
+        try:
+            from . import small_networks  # noqa: F401 -- registers them
+        except ModuleNotFoundError as error:
+            raise LoadingError(f"it is a network of {error.name!r}: pip install {error.name}.") from error
+    return config
 
 
 def build_classifier(config: PreTrainedConfig, **arguments) -> PreTrainedModel:
@@ -141,8 +157,10 @@ def fetch_classifier(source: str | Path, **arguments) -> tuple[PreTrainedModel, 
     """
 
     def load(source, **arguments):
+        where = {name: arguments[name] for name in ("cache_dir", "token", "subfolder") if name in arguments}
+        config = arguments.get("config") or read_config(source, arguments["trust_remote_code"], **where)
         if not arguments.get("ignore_mismatched_sizes"):
-            check_shapes(source, **arguments)
+            check_shapes(source, config, **where)
         model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **arguments)
         check_finite(model)
         return model, info
@@ -236,15 +254,16 @@ def check_fields(fields: dict) -> None:
             raise LoadingError(f"the network has {parameters:.1e} weights; {MAX_PARAMETERS:.0e} are the most.")
 
 
-def check_shapes(source: str, config: PreTrainedConfig | None = None, **arguments) -> None:
+def check_shapes(source: str, config: PreTrainedConfig, **where) -> None:
     """
     Compare the shapes in a latent checkpoint of ours with the config, before the network takes memory.
+
+    Args:
+        where: `cache_dir`, `token` and `subfolder` of `from_pretrained`.
 
     Raises:
         LoadingError: a tensor has another shape than in the network of the config.
     """
-    where = {name: arguments[name] for name in ("cache_dir", "token", "subfolder") if name in arguments}
-    config = config or AutoConfig.from_pretrained(source, trust_remote_code=arguments["trust_remote_code"], **where)
     if config.model_type != "binaryvit" or getattr(config, "quantization_config", None):
         return  # the quantizer checks packed weights
     file = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)

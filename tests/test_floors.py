@@ -22,6 +22,7 @@ FLOORS = {
     "onnx_export": 4,
     "ops": 4,
     "pixels": 4,
+    "small_networks": 4,
     "data": 5,
     "training": 6,
     "benchmarks": 6,

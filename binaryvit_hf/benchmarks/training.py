@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from binaryvit_runtime.errors import UserError, counted, did_you_mean
 from binaryvit_runtime.resources import shipped_configs
 
 from ..compiled_layers import CACHE_VARIABLE, CompiledLayers, missing_compiler
 from ..host_memory import forget_peak, keep_freed_memory, peak_of_process
+from ..loading import load_config
 from ..network.configuration_binaryvit import as_pair
 from ..ops import align_columns, readable
 from .interleaved import Worker, describe_seconds
@@ -154,7 +155,7 @@ def create_responder(competitor: Competitor, batch_size: int, device: str, threa
     keep_freed_memory()  # as training does
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(shipped_configs()[competitor.network])
+    config = load_config(shipped_configs()[competitor.network])
     model = AutoModelForImageClassification.from_config(config)
     model = (simulate(model) if competitor.mode == "simulated" else model).to(device).train()
     layers = CompiledLayers(model) if competitor.mode == "compiled" else None

@@ -304,9 +304,12 @@ def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path)
 
 
 def stored_labels(config: dict) -> list:
-    """The class names in a config.json; empty if it has none or is damaged."""
+    """The class names in a config.json, a list in those of timm; empty if it has none or is damaged."""
     labels = config.get("id2label")
-    return list(labels.values()) if isinstance(labels, dict) else []
+    if isinstance(labels, dict):
+        return list(labels.values())
+    names = config.get("label_names")
+    return names if isinstance(names, list) else []
 
 
 def chosen_checkpoint(arguments: DistillationTrainingArguments, last: Path | None) -> str | None:

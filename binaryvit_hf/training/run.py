@@ -170,7 +170,8 @@ def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
     folder = Path(run.training.output_dir)
     image, background = find_image_file(inputs.images["validation"]), inputs.background
     classifier = f'pipeline("image-classification", {json.dumps(str(folder))})'
-    imports = "import binaryvit_hf; from transformers import pipeline"
+    package = "binaryvit_hf.small_networks" if inputs.config.model_type == "timm_wrapper" else "binaryvit_hf"
+    imports = f"import {package}; from transformers import pipeline"
     if image is None:
         imports += "; from binaryvit_hf.training.example_image import held_out_image"
         cache = f", {json.dumps(run.model.cache_dir)}" if run.model.cache_dir else ""
