@@ -3,9 +3,9 @@ The command `binaryvit`: packs, converts, runs, measures and uploads models, and
 
 Each command is a module of its name with
 
-- `EXAMPLE`, a command line that works,
+- `EXAMPLE`, a command line that works as it stands, or several, one a line,
 - `add_arguments(parser)`,
-- `run(options)`, whose docstring is the help text. It returns an exit code, or nothing for 0,
+- `run(options)`, whose docstring is the help text, its first sentence that in the list of commands. It returns an exit code, or nothing for 0,
 - `NEEDS_PYTORCH = False` if `run` imports PyTorch only for some inputs.
 
 `main` parses, calls `run` and turns exceptions into exit codes and one line on stderr:
@@ -35,19 +35,28 @@ from binaryvit_runtime.errors import RunError, UploadError, UserError
 from binaryvit_runtime.writing import describe_full_disk
 
 from .common import prepare_libraries, print_error
+from .parser import CommandParser, create_parser
 
 
-COMMANDS = (
-    *("pack", "convert", "export", "ops", "classify", "page", "demo", "push", "benchmark", "ablation", "doctor"),
-    "card",
-)
+GROUPS = {
+    "use a trained model": ("classify", "demo", "page", "export", "push"),
+    "prepare a model": ("pack", "convert", "card"),
+    "measure and compare": ("ops", "benchmark", "ablation"),
+    "this machine": ("doctor",),
+}
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; `arguments` are those after `binaryvit`. Returns the exit code."""
     replace_closed_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = create_parser().parse_args(arguments)
+        parser = create_command_parser()
+        if not arguments:
+            parser.print_help(sys.stderr)
+            return 2
+        options = parser.parse_args(arguments)
         if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be any bytes
             utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
             sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
@@ -89,20 +98,11 @@ class PrintVersion(argparse.Action):
         parser.exit()
 
 
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="binaryvit", description="1-bit vision transformers: ship and run them.")
+def create_command_parser() -> CommandParser:
+    groups = {
+        title: {name: importlib.import_module(f".{name}", __package__) for name in names}
+        for title, names in GROUPS.items()
+    }
+    parser = create_parser(groups)
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version of binaryvit_hf and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f".{name}", __package__)
-        command = commands.add_parser(
-            name,
-            help=module.run.__doc__,
-            description=module.run.__doc__,
-            epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        needs_pytorch = getattr(module, "NEEDS_PYTORCH", True)
-        command.set_defaults(run=module.run, program=command.prog, needs_pytorch=needs_pytorch)
     return parser

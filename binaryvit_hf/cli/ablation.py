@@ -23,17 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--table",
         metavar="NAME.json",
         default="table.json",
-        help="table in FOLDER (default table.json, whose results are OUT/results.md); the results of another are OUT/NAME.md. "
+        help="table in FOLDER (default: table.json, whose results are OUT/results.md); the results of another are OUT/NAME.md. "
         "Tables that share OUT share the runs of equal rows",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the students (default 1 2 3)"
+        "--seeds", metavar="N", type=int, nargs="+", default=[1, 2, 3], help="seeds of the students (default: 1 2 3)"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="students to train at the same time (default 1)")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="students to train at the same time (default: 1)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train all rows of an ablation that are not trained yet, and write their table and plot."""
+    """
+    Train all rows of an ablation, and write a table and a plot of their accuracy.
+
+    It takes hours. After an interruption run the same command again: finished rows are kept, and the others resume.
+    """
     if options.jobs < 1:
         raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
     with needs_extra("train", "Ablations"):

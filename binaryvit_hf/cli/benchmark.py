@@ -13,12 +13,15 @@ from binaryvit_runtime.writing import check_writable_file
 from .common import needs_extra
 
 
-EXAMPLE = "binaryvit benchmark --threads 1 2 --batch-size 1 8 --plot latency.png\n  binaryvit benchmark --pipeline"
+EXAMPLE = "binaryvit benchmark --threads 1 --batch-size 1 --steps 2\nbinaryvit benchmark --loader"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_mutually_exclusive_group()
+    what = parser.add_argument_group(
+        "what to measure (default: forwards of packed models on this CPU, beside their peers)"
+    )
+    kinds = what.add_mutually_exclusive_group()
     kinds.add_argument(
         "--pipeline",
         action="store_true",
@@ -40,28 +43,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure image loading on one core and compare with the paper's public code",
     )
-    parser.add_argument("--model", default="binaryvit-small-patch4-224", help="row of configs/ (default %(default)s)")
-    parser.add_argument(
+    how = parser.add_argument_group("how to measure")
+    how.add_argument(
+        "--model", metavar="ROW", default="binaryvit-small-patch4-224", help="row of configs/ (default: %(default)s)"
+    )
+    how.add_argument(
         "--batch-size",
+        metavar="N",
         type=int,
         nargs="+",
-        help="images in a batch (default 1 and 8; with --pipeline, 1 and 16 in transformers' pipeline; with --train, 8 on "
+        help="images in a batch (default: 1 and 8; with --pipeline, 1 and 16 in transformers' pipeline; with --train, 8 on "
         "the CPU and 128 on a GPU)",
     )
-    parser.add_argument("--threads", type=int, nargs="+", help="threads (default 1 and all; with --pipeline, all)")
-    parser.add_argument("--steps", type=int, default=7, help="timed turns of each contestant, 2 or more (default 7)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="image file for a plot of the forwards' times")
-    parser.add_argument(
+    how.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="threads (default: 1 and all; with --pipeline, all)",
+    )
+    how.add_argument(
+        "--steps", metavar="N", type=int, default=7, help="timed turns of each contestant, 2 or more (default: 7)"
+    )
+    how.add_argument(
         "--node-modules",
         type=Path,
         metavar="FOLDER",
-        help="folder with onnxruntime-web for --browser (default ./node_modules, or those of NODE_PATH)",
+        help="folder with onnxruntime-web for --browser (default: ./node_modules, or those of NODE_PATH)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    output = parser.add_argument_group("output")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="image file for a plot of the forwards' times")
+    output.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure forwards, files to labels, training steps or the image loader, and compare with peers in the same run."""
+    """
+    Measure the speed of a network on this machine, beside other networks and programs in the same run.
+
+    Forwards take some minutes, the others up to half an hour on two cores. The machine should do nothing else meanwhile.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("binaryvit_hf").setLevel(logging.INFO)
     if options.steps < 2:

@@ -10,17 +10,23 @@ from binaryvit_runtime.writing import check_writable_file
 from .common import check_model_folder, needs_extra
 
 
-EXAMPLE = "binaryvit card outputs/quickstart"
+EXAMPLE = "binaryvit card configs/binaryvit-small-patch4-224 --out card.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a trained model or of a config")
-    parser.add_argument("--out", type=Path, help="file to write (default FOLDER/README.md)")
-    parser.add_argument("--model-id", help="name that the card's examples load the model by (default FOLDER)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (default: FOLDER/README.md)")
+    parser.add_argument(
+        "--model-id", metavar="NAME", help="name that the card's examples load the model by (default: FOLDER)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the model card of a folder, from the files in it."""
+    """
+    Write the model card of a folder: its results, training, size and examples.
+
+    All of it is from the folder's files. Training writes the card already; this command writes it again.
+    """
     check_model_folder(options.folder)
     out = options.out or options.folder / "README.md"
     check_writable_file(out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from binaryvit_runtime.errors import UnsupportedModelError, UserError, counted
 from binaryvit_runtime.resources import shipped_models
 
-from .common import add_token_argument, has_pytorch, prepare_libraries, print_error
+from .common import add_token_argument, example_picture, has_pytorch, prepare_libraries, print_error
 
 
 if TYPE_CHECKING:
@@ -18,25 +18,33 @@ if TYPE_CHECKING:
 
 # Packed models run without PyTorch, whose import takes seconds.
 NEEDS_PYTORCH = False
-EXAMPLE = f"binaryvit classify {next(iter(shipped_models()), 'MODEL')} photos/ cat.jpg 'more/*.png'"
+EXAMPLE = f"binaryvit classify binaryvit-digits {example_picture()}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, folder of images, or pattern")
+    parser.add_argument("model", metavar="MODEL", help="folder, Hub id or name of a shipped model")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="image file, folder of images, or pattern such as 'photos/*.jpg'"
+    )
     parser.add_argument(
         "--background",
         metavar="COLOUR",
         help="colour behind transparent pixels, such as white or '#ffcc00'; 'none' drops transparency (default: the "
         "model's, from its training)",
     )
-    parser.add_argument("--top-k", type=int, default=5, help="labels to print for each image (default 5)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--top-k", metavar="N", type=int, default=5, help="labels to print for each image (default: 5)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON at the end instead of text")
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Classify images: print the most likely labels."""
+    """
+    Print the most likely labels of pictures, with their probabilities.
+
+    A packed model needs no PyTorch. A file that cannot be read gets an error line, and the exit code is then 1.
+    """
     from binaryvit_runtime.image_files import list_images
     from binaryvit_runtime.pixels import choose_background, describe_transparent
 

@@ -3,16 +3,26 @@
 import argparse
 import contextlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError, one_line
+from binaryvit_runtime.resources import shipped_models
 from binaryvit_runtime.sources import describe_neighbours, describe_unfinished_run
 
 
 def add_token_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="access token of the Hub (default: the token of the last login)")
+
+
+def example_picture() -> str:
+    """The picture that comes with the model binaryvit-digits, as a word of a command line."""
+    picture = shipped_models().get("binaryvit-digits", Path()) / "example.png"
+    with contextlib.suppress(ValueError, OSError):  # it is elsewhere, or there is no working folder
+        picture = picture.relative_to(Path.cwd())
+    return shlex.quote(str(picture))
 
 
 def print_error(message: str) -> None:

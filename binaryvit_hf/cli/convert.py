@@ -9,20 +9,28 @@ from binaryvit_runtime.writing import new_folder
 
 
 EXAMPLE = "binaryvit convert checkpoint.pth binaryvit-small --config binaryvit-small-patch4-224"
+SIZE_OF_THE_PAPER = "-small-patch"  # in the names of its rows
 TEACHER_ROW = "deit-small-patch16-224"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a .pth file of the paper's public code")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
-    parser.add_argument("--config", help=f"row of configs/, or a path: {', '.join(sorted(shipped_configs()))}")
+    rows = [row for row in sorted(shipped_configs()) if SIZE_OF_THE_PAPER in row]
+    parser.add_argument(
+        "--config", metavar="ROW", help=f"the checkpoint's network: {', '.join(rows)}, or a path (no default)"
+    )
     parser.add_argument(
         "--teacher", action="store_true", help=f"the file holds a DeiT teacher; same as --config {TEACHER_ROW}"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert a checkpoint of the paper's public code."""
+    """
+    Convert a checkpoint of the paper's public code to a model of transformers, and print the new name of every tensor.
+
+    The file must be a .pth that the public code wrote. OUT then loads with `binaryvit pack`, `classify` and `from_pretrained`.
+    """
     from binaryvit_hf.convert import convert_name, convert_original_state_dict, count_labels, load_original_checkpoint
     from binaryvit_hf.data.model_inputs import create_image_processor
     from binaryvit_hf.loading import build_classifier, check_finite

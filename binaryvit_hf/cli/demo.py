@@ -6,28 +6,33 @@ import tempfile
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
-from binaryvit_runtime.resources import shipped_models
 from binaryvit_runtime.writing import sigterm_as_exit
 
 from .common import add_token_argument
 
 
 NEEDS_PYTORCH = False
-EXAMPLE = f"binaryvit demo {next(iter(shipped_models()), 'MODEL')}"
+EXAMPLE = "binaryvit demo binaryvit-digits"
 MOST_PORT = 2**16 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="packed model: folder, Hub id or name of a shipped model")
     parser.add_argument(
-        "model", metavar="MODEL", help="packed model: folder, Hub id or a model that comes with binaryvit_hf"
+        "--port", metavar="N", type=int, default=8000, help="port of this machine, 0 for any (default: 8000)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="port of this machine, 0 for any (default %(default)s)")
-    parser.add_argument("--no-browser", action="store_true", help="print the address and open no browser")
+    parser.add_argument(
+        "--no-browser", action="store_true", help="print the address and open no browser (default: open it)"
+    )
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Classify pictures in this machine's browser: serve the page of `binaryvit page`, until Ctrl-C."""
+    """
+    Open a page in this machine's browser that classifies pictures.
+
+    It is the page of `binaryvit page`. Only this machine can reach it, and Ctrl-C ends it.
+    """
     import webbrowser
 
     from binaryvit_runtime.browser.page import write_page

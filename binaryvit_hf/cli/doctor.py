@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print versions, the features of this CPU, and the kernels that run packed models on it."""
+    """
+    Describe this machine for a bug report: versions of the libraries, the CPU, and the kernels that run packed models.
+    """
     from binaryvit_runtime import engine
 
     of_pytorch = describe_pytorch()

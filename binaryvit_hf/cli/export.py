@@ -11,17 +11,22 @@ from binaryvit_runtime.writing import check_writable_file
 from .common import add_token_argument, needs_extra
 
 
-EXAMPLE = f"binaryvit export {next(iter(shipped_models()), 'MODEL')} model.onnx"
+EXAMPLE = "binaryvit export binaryvit-digits digits.onnx"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
+    parser.add_argument("model", metavar="MODEL", help="binary model: folder, Hub id or name of a shipped model")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write, such as model.onnx")
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export a model to ONNX, for other runtimes. They compute it in floats, more slowly than the engine."""
+    """
+    Write a model as an ONNX file, for other runtimes.
+
+    They compute it in floats, more slowly than the engine. Weights are stored in int8; labels and preprocessing are in the
+    file's metadata. It takes half a minute or more. Needs `pip install 'binaryvit_hf[export]'`.
+    """
     if options.out.suffix != ".onnx":
         raise UserError(f"OUT must end in .onnx, not {str(options.out)!r}.")
     check_writable_file(options.out)

@@ -14,13 +14,21 @@ EXAMPLE = "binaryvit ops binaryvit-small-patch4-224"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="row of configs/, folder or Hub id; only its config is read")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="row of configs/, folder, Hub id or name of a shipped model; only its config is read",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Count the operations and bytes of a network, by kind of layer and in all."""
+    """
+    Count the operations and bytes of a network, by kind of layer and in all.
+
+    BOPs are 1-bit operations, FLOPs are those in floats, and OPs = FLOPs + BOPs/64, for one image.
+    """
     from binaryvit_hf.ops import count_operations, format_table, total
 
     from .models import find_model

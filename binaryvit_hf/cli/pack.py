@@ -12,7 +12,7 @@ from .card import write_card_if_possible
 from .common import add_token_argument
 
 
-EXAMPLE = "binaryvit pack outputs/photos/latent photos-half --half"
+EXAMPLE = "binaryvit pack binaryvit-digits digits-half --half"
 RUN_FILES = (
     "learning_curves.png",
     "confusion_matrix.png",
@@ -23,16 +23,25 @@ RUN_FILES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a latent or packed model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, Hub id or name of a shipped model, with latent or packed weights"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
     parser.add_argument(
-        "--half", action="store_true", help="store float tensors in half precision if their values fit it"
+        "--half",
+        action="store_true",
+        help="store float tensors in half precision if their values fit it (default: float32)",
     )
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Pack a model's weights: 1 bit each, or as many bits as its config says."""
+    """
+    Make a model smaller: write its binary weights with 1 bit each, or with as many bits as its config says.
+
+    Training writes a packed model already. This command packs latent float weights (the folder latent of a run), or packs
+    a model again with --half. The outputs of a 1-bit model stay the same.
+    """
     from binaryvit_hf.network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig, fits_half
     from binaryvit_hf.ops import readable
 

@@ -4,19 +4,15 @@ import argparse
 import shlex
 from pathlib import Path
 
-from binaryvit_runtime.resources import shipped_models
-
 from .common import add_token_argument
 
 
 NEEDS_PYTORCH = False
-EXAMPLE = f"binaryvit page {next(iter(shipped_models()), 'MODEL')} page.html --single-file"
+EXAMPLE = "binaryvit page binaryvit-digits digits.html --single-file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="packed model: folder, Hub id or a model that comes with binaryvit_hf"
-    )
+    parser.add_argument("model", metavar="MODEL", help="packed model: folder, Hub id or name of a shipped model")
     parser.add_argument(
         "out",
         metavar="OUT",
@@ -26,13 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--single-file",
         action="store_true",
-        help="write one HTML file, which also opens from the disk; a folder needs a web server",
+        help="write one HTML file, which also opens from the disk (default: a folder, which needs a web server)",
     )
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write a web page that classifies pictures in the browser, without a server that computes."""
+    """
+    Write a web page that classifies pictures in its visitor's browser.
+
+    It needs no server that computes, works without a connection and sends nothing.
+    """
     from binaryvit_runtime.browser.page import write_page
 
     write_page(options.model, options.out, options.single_file, options.token)

@@ -15,31 +15,38 @@ from .common import add_token_argument, check_model_folder, prepare_libraries
 # A page needs no PyTorch.
 NEEDS_PYTORCH = False
 MODEL_MESSAGE, PAGE_MESSAGE = "Upload model", "Upload page"
-EXAMPLE = (
-    "binaryvit push outputs/quickstart me/digits --private\n  binaryvit push outputs/quickstart me/digits-page --space"
-)
+EXAMPLE = "binaryvit push outputs/photos YOUR-NAME/photos --private\nbinaryvit push binaryvit-digits YOUR-NAME/digits --space"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="folder of a trained model; with --space also an id of the Hub or a model that comes with binaryvit_hf",
+        help="folder of a trained model; with --space also a Hub id or the name of a shipped model",
     )
-    parser.add_argument("repository", metavar="REPOSITORY", help="Hub id, created if it does not exist")
+    parser.add_argument("repository", metavar="REPOSITORY", help="Hub id (OWNER/NAME), created if it does not exist")
     parser.add_argument(
         "--space",
         action="store_true",
-        help="upload a page that runs the packed model in the browser, as a static Space",
+        help="upload a page that runs the packed model in the browser, as a static Space (default: upload the model)",
     )
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch to upload to, created if it does not exist (default main)")
-    parser.add_argument("--message", help=f"message of the commit (default: {MODEL_MESSAGE}, or {PAGE_MESSAGE})")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make a new repository private (default: your account's)"
+    )
+    parser.add_argument("--revision", metavar="BRANCH", help="created if it does not exist (default: main)")
+    parser.add_argument(
+        "--message", metavar="TEXT", help=f"message of the commit (default: {MODEL_MESSAGE}, or {PAGE_MESSAGE})"
+    )
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Upload a trained model to the Hub (packed and latent weights, card and image processor), or its page (--space)."""
+    """
+    Upload a trained model to the Hub, or a page that runs it in the browser.
+
+    A model is uploaded with its packed and latent weights, its card and image processor, and the code that loads it. Log in
+    first: `hf auth login`.
+    """
     if options.space:
         push_page(options)
     else:

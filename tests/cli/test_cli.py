@@ -1,11 +1,13 @@
 """The commands, called through `main`, and their error messages for wrong input."""
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -18,7 +20,7 @@ from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 import binaryvit_hf
-from binaryvit_cli import COMMANDS, main
+from binaryvit_cli import COMMANDS, create_command_parser, main
 from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.onnx_export import ExportedFile
@@ -63,7 +65,60 @@ def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
     assert exit.value.code == 0
-    assert f"example:\n  binaryvit {command}" in capsys.readouterr().out
+    assert re.search(rf"\nexamples?:\n  binaryvit {command}\b", capsys.readouterr().out)
+
+
+def test_the_help_lists_every_command_with_its_first_sentence_and_so_does_binaryvit_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} +[A-Z]", shown, re.MULTILINE), command
+    assert main([]) == 2
+    assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_come_in_groups_of_at_most_six_each_with_its_explanation(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    *_, positionals_and_options = capsys.readouterr().out.partition("\n\n")
+    for section in re.split(r"\n\n(?=\S)", positionals_and_options):
+        options = re.findall(r"^  --[\w-]+(.*)", section, re.MULTILINE)
+        assert len(options) <= 6, section
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_is_a_command_line_of_the_command(command):
+    """It is parsed alone: a benchmark takes minutes. `test_examples_work_as_they_stand` runs the quick ones."""
+    for line in importlib.import_module(f"binaryvit_cli.{command}").EXAMPLE.splitlines():
+        program, *words = shlex.split(line)
+        assert create_command_parser().parse_args(words).program == f"{program} {command}"
+
+
+@pytest.mark.parametrize("command", ["classify", "pack", "doctor", "page"])
+def test_examples_work_as_they_stand(command, tmp_path, monkeypatch, capsys):
+    example = importlib.import_module(f"binaryvit_cli.{command}").EXAMPLE
+    words = [os.path.abspath(word) if word.endswith("example.png") else word for word in shlex.split(example)[1:]]
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["clasify", "a"], "There is no command 'clasify'; did you mean 'classify'? See `binaryvit --help`."),
+        (["train"], "There is no command 'train'. Training is a program of its own: `python -m binaryvit_hf.training"),
+        (
+            ["classify", "a", "b", "--topk", "3"],
+            "There is no argument '--topk'; did you mean '--top-k'? See `binaryvit cl",
+        ),
+        (["pack", "a"], "The following arguments are required: OUT. See `binaryvit pack --help`."),
+        (["demo", "a", "--port", "x"], "Argument --port: invalid int value: 'x'. See `binaryvit demo --help`."),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_with_a_suggestion(arguments, message, capsys):
+    assert_refused(capsys, arguments, f"error: {message}")
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -91,8 +146,10 @@ import contextlib, sys, types
 package = types.ModuleType("binaryvit_hf")  # without its __init__, which imports both
 package.__path__, package.__version__ = [sys.argv[1]], "0"
 sys.modules["binaryvit_hf"] = package
-from binaryvit_cli import COMMANDS, main
-for arguments in [["--help"], ["--version"], ["pack"], *([name, "--help"] for name in COMMANDS)]:
+from binaryvit_cli import COMMANDS, create_command_parser, main
+for arguments in [[], ["pack"], ["pak"], ["pack", "--hlaf"]]:
+    assert main(arguments) == 2
+for arguments in [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]:
     with contextlib.suppress(SystemExit):
         main(arguments)
         raise AssertionError(arguments)
