@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: the compiled engine, and folders that are installed under another name."""
+"""What setup.cfg cannot say: the compiled libraries, and folders that are installed under another name."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,9 @@ from setuptools import Extension, find_packages, setup
 
 
 ENGINE = Path("binaryvit_hf", "runtime", "engine")
-
+ROW_KERNELS = Path("binaryvit_hf", "row_kernels")
+# Each source says itself what its CPU has. Products and sums may become one operation, also in strict C++.
+FLAGS = "-std=c++17 -O3 -g0 -ffp-contract=fast -pthread -Wno-psabi"
 
 # Packages whose folders have other names (`package_dir` of setup.cfg).
 RENAMED = [
@@ -16,18 +18,29 @@ RENAMED = [
 ]
 RENAMED_FOLDERS = ["binaryvit_hf.runtime*", "binaryvit_hf.cli*"]
 
-engine = Extension(
-    "binaryvit_runtime.engine.kernels",
-    sources=sorted(path.as_posix() for path in ENGINE.glob("*.cpp")),
-    depends=sorted(path.as_posix() for kind in ("*.h", "*.inc") for path in ENGINE.glob(kind)),
-    language="c++",
-    # Each source says itself what its CPU has. Products and sums may become one operation, also in strict C++.
-    extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
-    extra_link_args=["-pthread"],
-    optional=True,  # without a C++ compiler models run in PyTorch
-)
+
+def library(name: str, folder: Path, shared: tuple[Path, ...] = (), flags: str = "") -> Extension:
+    """A plain C++ library of all sources of a folder, and of some shared with another."""
+    return Extension(
+        name,
+        sources=sorted(path.as_posix() for path in [*folder.glob("*.cpp"), *shared]),
+        depends=sorted(path.as_posix() for kind in ("*.h", "*.inc") for path in folder.glob(kind)),
+        language="c++",
+        extra_compile_args=[*FLAGS.split(), *flags.split()],
+        extra_link_args=["-pthread"],
+        optional=True,  # without a C++ compiler models run and train in PyTorch
+    )
+
+
+libraries = [
+    library("binaryvit_runtime.engine.kernels", ENGINE),
+    # Without these flags compilers do not vectorise comparisons and square roots.
+    library(
+        "binaryvit_hf.row_kernels.rows", ROW_KERNELS, (ENGINE / "team.cpp",), "-fno-math-errno -fno-trapping-math"
+    ),
+]
 setup(
     packages=[*find_packages(include=["binaryvit_hf", "binaryvit_hf.*"], exclude=RENAMED_FOLDERS), *RENAMED],
     # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
-    ext_modules=[] if sys.platform == "win32" else [engine],
+    ext_modules=[] if sys.platform == "win32" else libraries,
 )

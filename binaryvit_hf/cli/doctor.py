@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
         "kernels this CPU runs": ", ".join(engine.kernels_here()) or "none",
         "packed models run on": describe_engine_choice(),
         "on threads of": of_pytorch["threads of"],
+        "training on the CPU runs on": describe_training(),
     }
     if not has_pytorch():
         rows["commands"] = "classify, doctor; the others need PyTorch: pip install binaryvit_hf"
@@ -72,6 +73,17 @@ def describe_pytorch() -> dict[str, str]:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads of": "PyTorch's OpenMP runtime" if openmp_of_torch() else "their own",
     }
+
+
+def describe_training() -> str:
+    """What computes training in float32 on the CPU."""
+    if not has_pytorch():
+        return "nothing: it needs PyTorch"
+    from binaryvit_hf import row_kernels
+    from binaryvit_hf.network.functional_binaryvit import row_kernels_obstacle
+
+    obstacle = row_kernels_obstacle()
+    return f"torch ({obstacle})" if obstacle else f"row kernels, {row_kernels.instruction_sets()[0]}"
 
 
 def describe_engine_choice() -> str:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging, output_capturing
 
+from .functional_binaryvit import ENGINE_VARIABLE, TORCH
 from .packing_binaryvit import expect_packed_layers
 from .quantization_binaryvit import config_fields
 
@@ -30,8 +31,6 @@ try:  # code that came with a checkpoint uses the package if it is installed
 except ImportError:
     engine = None  # type: ignore[assignment]
 
-ENGINE_VARIABLE = "BINARYVIT_ENGINE"  # environment variable that forces kernels, or PyTorch
-TORCH = "torch"
 RESIZED_ENGINES = 4  # engines that a model keeps for images of other sizes than the config's
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may compute something else
 # Attributes of modules that evaluation does not read.

@@ -10,22 +10,82 @@ Each function keeps only its inputs and parameters for the backward pass and com
 fused steps work on blocks of rows that fit the cache. On other devices, and under a compiler, there is one block.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import flop_registry
 
 
+try:  # code that came with a checkpoint uses the package if it is installed
+    from binaryvit_hf import row_kernels
+except ImportError:
+    row_kernels = None  # type: ignore[assignment]
+
+
+ENGINE_VARIABLE = "BINARYVIT_ENGINE"  # environment variable that forces kernels, or PyTorch
+TORCH = "torch"
 # Older versions of PyTorch lack torch.cpu.get_capabilities.
 CPU_FEATURES = getattr(torch.cpu, "get_capabilities", dict)()
 HAS_BYTE_PRODUCTS = any(CPU_FEATURES.get(name) for name in ("avx512_vnni", "avx_vnni"))
 BLOCK_ELEMENTS = 2**19  # 2 MB in float32. 2**18 is 7 % slower, 2**20 1 %, 2**15 half as fast.
 # PyTorch's FLOP counter has no formula for the product of bytes and would count nothing.
 flop_registry.setdefault(torch.ops.aten._int_mm, flop_registry[torch.ops.aten.mm])
+
+
+# ---- Row kernels ----
+
+
+def fastest(function: Any, tensors: Sequence[torch.Tensor], has_twin: bool = True) -> Any:
+    """
+    The twin of a function on row kernels where they compute it, else the function itself.
+
+    The kernels compute training on the CPU in float32. Evaluation, other devices and dtypes, autocast, several processes,
+    torch.compile and torch.export get the function itself, and so do empty batches.
+
+    Args:
+        tensors: all that the function takes.
+        has_twin: whether there are kernels for its other arguments: for training, weights of 1 bit, and the default
+            gradient of signs.
+    """
+    return row_kernels.TWINS[function.__name__] if has_twin and on_row_kernels(tensors) else function
+
+
+def on_row_kernels(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether row kernels compute a function of these tensors."""
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and all(
+            type(tensor) in (torch.Tensor, nn.Parameter)
+            and tensor.device.type == "cpu"
+            and tensor.dtype == torch.float32
+            and tensor.is_contiguous()
+            and tensor.numel() > 0
+            for tensor in tensors
+        )
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch.is_autocast_enabled("cpu")
+        and row_kernels_obstacle() is None
+    )
+
+
+def row_kernels_obstacle() -> str | None:
+    """Why row kernels compute no training in this process, or None if they do, on the CPU in float32."""
+    if row_kernels is None:
+        return "binaryvit_hf is not installed"
+    if os.environ.get(ENGINE_VARIABLE) == TORCH:
+        return f"{ENGINE_VARIABLE} says so"
+    if is_distributed():
+        return "several processes train together"
+    return row_kernels.problem()
 
 
 # ---- Signs ----
@@ -429,7 +489,7 @@ class BinaryMLPProducts(Function):
         x: `(rows, channels)`. Both results have this shape.
         weight1, weight2: `(inner, channels)` and `(channels, inner)`, both binarised already.
         slopes: gradients of both signs.
-        statistics: `TokenBatchNorm.statistics`; it gets blocks of the first product.
+        statistics: `TokenBatchNorm.statistics`, of the first product.
         parameters: weight, bias, shift_in, slope and shift_out of `NormRPReLU`.
     """
 
@@ -439,7 +499,7 @@ class BinaryMLPProducts(Function):
         first, second = BinarizedWeight(shift1, weight1), BinarizedWeight(shift2, weight2)
         # A list: the allocator keeps small blocks, but returns one large tensor to the system after every use.
         inner = [counts.pack(first.count(part)) for part in split(rows, x)[0]]
-        mean, variance, batch_rows = statistics(inner, counts.unpack)
+        mean, variance, batch_rows = statistics(lambda norm: batch_statistics(inner, norm, counts.unpack))
         ctx.save_for_backward(x, shift1, weight1, shift2, weight2, mean, variance, *parameters, *inner)
         ctx.rows, ctx.batch_rows, ctx.eps, ctx.slopes = rows, batch_rows, eps, slopes
         norm = NormRPReLU(mean, variance, eps, *parameters)

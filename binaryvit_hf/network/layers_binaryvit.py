@@ -5,8 +5,10 @@ Layers of a binary network: binary linear layers, batch normalisation of tokens,
 Activations are tokens `(batch, height * width, channels)`. "ReActNet" is Liu et al., ECCV 2020.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from .functional_binaryvit import (
     SyncedBatchNorm,
     approx_sign_slope,
     batch_statistics,
+    fastest,
     is_distributed,
     quantize_input,
     quantize_weight,
@@ -50,6 +53,10 @@ class BinaryLayer(nn.Module):
     def quantized_weight(self) -> torch.Tensor:
         return quantize_weight(self.weight, self.weight_bits, self.clip_value, self.centers_weight)
 
+    def options(self) -> tuple:
+        """Arguments that `quantized_linear` takes after the weight."""
+        return self.weight_bits, self.input_bits, self.clip_value, self.sign_slope, self.training
+
     def extra_repr(self) -> str:
         out_features, in_features, *_ = self.weight.shape
         bits = f"weight_bits={self.weight_bits}, input_bits={self.input_bits}"
@@ -70,10 +77,7 @@ class BinaryLinear(BinaryLayer):
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        bits = self.weight_bits, self.input_bits
-        return quantized_linear(
-            hidden_states, self.shift, self.quantized_weight(), *bits, self.clip_value, self.sign_slope
-        )
+        return quantized_linear(hidden_states, self.shift, self.quantized_weight(), *self.options())
 
 
 class BinaryPatchConv(BinaryLayer):
@@ -92,8 +96,7 @@ class BinaryPatchConv(BinaryLayer):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = self.quantized_weight().flatten(1)
-        shift, bits = self.shift.repeat_interleave(4), (self.weight_bits, self.input_bits)
-        return quantized_linear(patches, shift, weight, *bits, self.clip_value, self.sign_slope)
+        return quantized_linear(patches, self.shift.repeat_interleave(4), weight, *self.options())
 
 
 def quantized_linear(
@@ -104,11 +107,15 @@ def quantized_linear(
     input_bits: int,
     clip_value: float,
     sign_slope: Callable = approx_sign_slope,
+    training: bool = False,
 ) -> torch.Tensor:
     """`quantize(x + shift) @ weight.T`: `(..., in) -> (..., out)`. The weight `(out, in)` is quantised already."""
     if input_bits == 1:
-        product = SignLinear.apply(x.flatten(0, -2), shift, weight, weight_bits, sign_slope)
-        return product.unflatten(0, x.shape[:-1])
+        rows = x.flatten(0, -2)
+        step = fastest(
+            SignLinear, [rows, shift, weight], training and weight_bits == 1 and sign_slope is approx_sign_slope
+        )
+        return step.apply(rows, shift, weight, weight_bits, sign_slope).unflatten(0, x.shape[:-1])
     return nn.functional.linear(quantize_input(x, shift, input_bits, clip_value), weight)
 
 
@@ -137,21 +144,19 @@ class TokenBatchNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         rows, norm = hidden_states.flatten(0, -2), self.batch_norm
         if norm.training and is_distributed():
-            statistics = self.statistics([rows])
+            statistics = self.statistics(functools.partial(batch_statistics, [rows]))
             normed = SyncedBatchNorm.apply(rows, *statistics, norm.eps, norm.weight, norm.bias)
         else:
             normed = norm(rows)
         return normed.view(hidden_states.shape)
 
-    def statistics(
-        self, blocks: Sequence[torch.Tensor], unpack: Callable = torch.Tensor.detach
-    ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+    def statistics(self, measure: Callable[[nn.BatchNorm1d], tuple]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """
-        Statistics to normalise with. In training also updates the running statistics.
+        Statistics to normalise with.
 
         Args:
-            blocks: the rows of this process, in blocks.
-            unpack: converts a block to floats `(rows, channels)`.
+            measure: computes those of the batch in training, and updates the running statistics
+                (`batch_statistics`).
 
         Returns:
             Mean and variance `(channels,)`, and the number of rows they are over; 0 rows means running statistics.
@@ -163,7 +168,7 @@ class TokenBatchNorm(nn.Module):
         if not norm.training:
             return *read_tensors(norm, "running_mean", "running_var"), 0
         norm.num_batches_tracked.add_(1)
-        return batch_statistics(blocks, norm, unpack)
+        return measure(norm)
 
 
 class RPReLU(nn.Module):
@@ -186,7 +191,10 @@ class NormActivation(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         rows, shortcut_rows = hidden_states.flatten(0, -2), shortcut.flatten(0, -2)
-        activated = NormShortcutRPReLU.apply(rows, shortcut_rows, *self.norm.statistics([rows]), *self.arguments())
+        eps, *parameters = self.arguments()
+        measure = functools.partial(fastest(batch_statistics, [rows], self.training), [rows])
+        step = fastest(NormShortcutRPReLU, [rows, shortcut_rows, *parameters], self.training)
+        activated = step.apply(rows, shortcut_rows, *self.norm.statistics(measure), eps, *parameters)
         return activated.view(hidden_states.shape)
 
     def arguments(self) -> tuple:
@@ -238,16 +246,12 @@ def binary_mlp_products(
     Returns:
         `linear2(fc1(hidden_states))`, and its shortcut, `fc1(hidden_states)` averaged over runs of adjacent channels.
     """
-    products = BinaryMLPProducts.apply(
-        hidden_states.flatten(0, -2),
-        fc1.linear.shift,
-        fc1.linear.quantized_weight(),
-        linear2.shift,
-        linear2.quantized_weight(),
-        (fc1.linear.sign_slope, linear2.sign_slope),
-        fc1.norm_activation.norm.statistics,
-        *fc1.norm_activation.arguments(),
-    )
+    rows, slopes = hidden_states.flatten(0, -2), (fc1.linear.sign_slope, linear2.sign_slope)
+    weights = fc1.linear.shift, fc1.linear.quantized_weight(), linear2.shift, linear2.quantized_weight()
+    eps, *parameters = fc1.norm_activation.arguments()
+    has_twin = fc1.training and slopes == (approx_sign_slope, approx_sign_slope)
+    step = fastest(BinaryMLPProducts, [rows, *weights, *parameters], has_twin)
+    products = step.apply(rows, *weights, slopes, fc1.norm_activation.norm.statistics, eps, *parameters)
     return tuple(product.view(hidden_states.shape) for product in products)
 
 

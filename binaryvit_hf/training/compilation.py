@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from binaryvit_runtime.errors import UserError, counted, first_sentence
 
 from ..compiled_layers import CompiledLayers, count_kinds, keep_compiled_code, kind_of, missing_compiler, regions
-from ..network.functional_binaryvit import is_distributed
+from ..network.functional_binaryvit import approx_sign_slope, is_distributed, row_kernels_obstacle
 from ..network.packing_binaryvit import binary_layers
 from .callbacks.progress import format_time
 
@@ -40,6 +40,7 @@ class StepCompiler:
         wanted: True, False, or "auto", which times a few eager steps and compiles if that saves more time than it takes.
         device: of the training.
         backend, mode: of torch.compile.
+        is_float32: whether the training computes in float32, without autocast.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class StepCompiler:
         device: torch.device,
         backend: str = "inductor",
         mode: str | None = None,
+        is_float32: bool = True,
     ):
+        self.is_float32 = is_float32
         self.model, self.argument, self.wanted, self.device = model, wanted, wanted, device
         self.backend, self.mode = backend, mode
         self.layers: CompiledLayers | None = None
@@ -72,9 +75,22 @@ class StepCompiler:
         """Why "auto" does not compile, whatever the length of the run."""
         if not any(layer.weight_bits == 1 for layer in binary_layers(self.model).values()):
             return "compiling saves little time for a network without 1-bit layers"
+        if self.runs_on_row_kernels():
+            return "the row kernels of this package are as fast without a compilation"
         if self.backend == "inductor" and (missing := missing_compiler(self.device)):
             return f"this machine has no {missing.removeprefix('a ')}"
         return None
+
+    def runs_on_row_kernels(self) -> bool:
+        """Whether row kernels compute all layers of the network in training."""
+        layers = binary_layers(self.model).values()
+        return (
+            self.device.type == "cpu"
+            and self.is_float32
+            and all((layer.weight_bits, layer.input_bits) == (1, 1) for layer in layers)
+            and all(layer.sign_slope is approx_sign_slope for layer in layers)
+            and row_kernels_obstacle() is None
+        )
 
     def stay_eager(self, reason: str) -> None:
         self.wanted, self.layers = False, None

@@ -81,6 +81,7 @@ class DistillationTrainer(Trainer):
             self.args.device,
             self.args.torch_compile_backend or "inductor",
             self.args.torch_compile_mode,
+            is_float32=not (self.args.bf16 or self.args.fp16),
         )
         self.teacher = teacher
         if teacher is not None:

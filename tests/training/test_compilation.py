@@ -11,7 +11,7 @@ from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
 from torch._dynamo.utils import counters
 
-from binaryvit_hf import compiled_layers
+from binaryvit_hf import compiled_layers, row_kernels
 from binaryvit_hf.compiled_layers import CompiledLayers, count_kinds
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, binary_activation_modules
@@ -183,6 +183,7 @@ class Clock:
     ],
 )
 def test_auto_compiles_when_that_saves_more_time_than_it_takes(steps, compiled, message, layers, monkeypatch, caplog):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     clock = Clock(monkeypatch, eager=1.0, compiled=compiled)
     monkeypatch.setattr(CompiledLayers, "warm_up", lambda *arguments: 1.0)
     compiler = StepCompiler(tiny_model(small_config()), "auto", torch.device("cpu"))
@@ -208,6 +209,7 @@ def test_auto_compiles_when_that_saves_more_time_than_it_takes(steps, compiled, 
 )
 def test_auto_stays_eager_and_says_why(model, reason, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     compiler = StepCompiler(model(), "auto", torch.device("cpu"))
     with caplog.at_level(logging.INFO):
         for _ in range(2):
@@ -215,6 +217,25 @@ def test_auto_stays_eager_and_says_why(model, reason, monkeypatch, caplog):
         Clock(monkeypatch, eager=1.0, compiled=0.1).train(compiler, 9)
     assert caplog.messages == [f"Training steps are not compiled: {reason}."]
     assert compiler.wanted is False
+
+
+def test_auto_does_not_compile_what_row_kernels_compute(monkeypatch):
+    monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
+    if row_kernels.problem():
+        pytest.skip("the row kernels are not built")
+
+    def runs_on_kernels(device="cpu", is_float32=True, slope=None, **changes) -> bool:
+        model = tiny_model(small_config(**changes))
+        for module in binary_activation_modules(model) if slope else ():
+            module.sign_slope = slope
+        compiler = StepCompiler(model, "auto", torch.device(device), "aot_eager", is_float32=is_float32)
+        return "row kernels" in str(compiler.reason_against())
+
+    assert runs_on_kernels()
+    assert not runs_on_kernels(device="cuda")
+    assert not runs_on_kernels(is_float32=False)
+    assert not runs_on_kernels(slope=TanhSlope())
+    assert not runs_on_kernels(input_bits=4)
 
 
 def test_a_resumed_run_repeats_the_choice_of_its_checkpoint(tmp_path):
@@ -226,6 +247,8 @@ def test_a_resumed_run_repeats_the_choice_of_its_checkpoint(tmp_path):
 
 
 def test_a_failed_compilation_leaves_auto_eager_and_ends_a_run_that_asked_for_it(monkeypatch, caplog):
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+
     def fail(*arguments):
         raise RuntimeError("There is no header.\nMore.")
 

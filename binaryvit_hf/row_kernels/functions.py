@@ -1,0 +1,274 @@
+"""
+Autograd functions on row kernels: twins of those in `network/functional_binaryvit.py`.
+
+They take contiguous float32 tensors on the CPU, weights and inputs of 1 bit, and the default gradient of the sign.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .library import (
+    NormActivationGradients,
+    RunningStatistics,
+    load_kernels,
+    norm_activation,
+)
+
+
+# As in functional_binaryvit.py. Older versions of PyTorch lack torch.cpu.get_capabilities.
+CPU_FEATURES = getattr(torch.cpu, "get_capabilities", dict)()
+HAS_BYTE_PRODUCTS = any(CPU_FEATURES.get(name) for name in ("avx512_vnni", "avx_vnni"))
+BLOCK_ELEMENTS = 2**19  # of the inner channels of an MLP: they stay in the cache between product and kernels
+
+
+class SignWeight:
+    """
+    The signs `(out, in)` of a binarised weight in bytes, and the scale `(out,)` of its rows.
+
+    On a CPU without byte products signs are multiplied as floats.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        self.signs, self.scale = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
+        load_kernels().split_weight(
+            weight.data_ptr(), *weight.shape, self.signs.data_ptr(), self.scale.data_ptr(), torch.get_num_threads()
+        )
+
+    def count(self, signs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Product with the signs alone: int8 `(rows, in)` -> int32 `(rows, out)`."""
+        if out is None:
+            out = signs.new_empty(len(signs), len(self.signs), dtype=torch.int32)
+        if HAS_BYTE_PRODUCTS and signs.shape[1] > 1:  # https://github.com/pytorch/pytorch/issues/195066
+            return torch._int_mm(signs, self.signs.T, out=out)
+        return out.copy_(signs.float() @ self.signs.float().T)
+
+    def scaled(self, counts: torch.Tensor) -> torch.Tensor:
+        """Product with the weight, from the product with its signs, whose memory it takes."""
+        load_kernels().scale_counts(counts.data_ptr(), self.scale.data_ptr(), *counts.shape, torch.get_num_threads())
+        return counts.view(torch.float32)
+
+
+def sign_bytes(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """`sign(x + shift)` in bytes, x `(rows, channels)`, shift `(channels,)`."""
+    signs = x.new_empty(x.shape, dtype=torch.int8)
+    load_kernels().sign_bytes(x.data_ptr(), shift.data_ptr(), *x.shape, signs.data_ptr(), torch.get_num_threads())
+    return signs
+
+
+def sign_gradient(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    grad_signs: torch.Tensor,
+    grad_x: torch.Tensor,
+    grad_shift: torch.Tensor,
+    adds: bool,
+) -> torch.Tensor:
+    """Writes the gradient of `sign(x + shift)` to `grad_x`, or adds it; adds to `grad_shift`. Returns the signs."""
+    signs = torch.empty_like(x)
+    load_kernels().sign_gradient(
+        *(x.data_ptr(), shift.data_ptr(), grad_signs.data_ptr(), *x.shape),
+        *(signs.data_ptr(), grad_x.data_ptr(), adds, grad_shift.data_ptr(), torch.get_num_threads()),
+    )
+    return signs
+
+
+class SignLinear(Function):
+    """Twin of `functional_binaryvit.SignLinear`."""
+
+    @staticmethod
+    def forward(ctx, x, shift, weight, weight_bits, slope=None):
+        ctx.save_for_backward(x, shift, weight)
+        matrix = SignWeight(weight)
+        return matrix.scaled(matrix.count(sign_bytes(x, shift)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, shift, weight = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        grad_x, grad_shift = grad_output @ weight, torch.zeros_like(shift)
+        signs = sign_gradient(x, shift, grad_x, grad_x, grad_shift, adds=False)
+        return grad_x, grad_shift, grad_output.T @ signs, None, None
+
+
+def batch_statistics(blocks: Sequence[torch.Tensor], norm: nn.BatchNorm1d) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Twin of `functional_binaryvit.batch_statistics`, for one block."""
+    (x,) = blocks
+    rows, channels = check_rows(x)
+    mean, variance = x.new_empty(2, channels)
+    load_kernels().moments(
+        *(x.data_ptr(), rows, channels, running_statistics(norm)),
+        *(mean.data_ptr(), variance.data_ptr(), torch.get_num_threads()),
+    )
+    return mean, variance, rows
+
+
+def check_rows(x: torch.Tensor) -> torch.Size:
+    if len(x) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    return x.shape
+
+
+def running_statistics(norm: nn.BatchNorm1d) -> RunningStatistics:
+    """The running statistics of a norm, for a kernel that moves them."""
+    for tensor in (norm.running_mean, norm.running_var):
+        torch.autograd.graph.increment_version(tensor)
+    return RunningStatistics(norm.running_mean.data_ptr(), norm.running_var.data_ptr(), norm.momentum)
+
+
+def empty_gradients(parameters: list[torch.Tensor]) -> tuple[list[torch.Tensor], NormActivationGradients]:
+    """Gradients of weight, bias, shift_in, slope and shift_out, and the struct for a kernel that writes them."""
+    grads = list(map(torch.empty_like, parameters))
+    return grads, NormActivationGradients(*map(torch.Tensor.data_ptr, grads))
+
+
+class NormShortcutRPReLU(Function):
+    """Twin of `functional_binaryvit.NormShortcutRPReLU`."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, mean, variance, batch_rows, eps, *parameters):
+        ctx.save_for_backward(x, shortcut, mean, variance, *parameters)
+        ctx.batch_rows, ctx.eps = batch_rows, eps
+        output = torch.empty_like(x)
+        load_kernels().norm_activation(
+            *(x.data_ptr(), shortcut.data_ptr(), shortcut.shape[1]),
+            *(norm_activation(eps, mean, variance, *parameters), *x.shape, output.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, shortcut, mean, variance, *parameters = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        grad_x, grad_shortcut = torch.empty_like(x), torch.empty_like(shortcut)
+        grads, addresses = empty_gradients(parameters)
+        load_kernels().norm_activation_gradient(
+            *(x.data_ptr(), shortcut.data_ptr(), shortcut.shape[1]),
+            *(norm_activation(ctx.eps, mean, variance, *parameters), ctx.batch_rows, grad_output.data_ptr()),
+            *(*x.shape, grad_x.data_ptr(), grad_shortcut.data_ptr(), addresses, torch.get_num_threads()),
+        )
+        return grad_x, grad_shortcut, None, None, None, None, *grads
+
+
+class PackedCounts:
+    """Whole numbers `(rows, channels)`, the first product of an MLP, in one byte each if they fit, else two."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, rows: int):
+        inputs = weight.shape[1]
+        self.step = 2 - inputs % 2  # an even number of inputs gives even numbers, which are stored halved
+        largest = inputs // self.step
+        self.is_wide = largest > torch.iinfo(torch.int8).max
+        self.chunk = min(64, torch.iinfo(torch.int32).max // largest**2)
+        self.packed = weight.new_empty(rows, len(weight), dtype=torch.int16 if self.is_wide else torch.int8)
+        self.unit = scale * self.step
+        self.sums = weight.new_zeros(2, len(weight), dtype=torch.float64)
+
+    def store(self, counts: torch.Tensor, first: int) -> None:
+        """Store a block whose first row is `first`."""
+        packed = self.packed[first : first + len(counts)]
+        load_kernels().pack_counts(
+            *(counts.data_ptr(), self.step, self.chunk, *counts.shape, packed.data_ptr(), self.is_wide),
+            *(self.sums.data_ptr(), torch.get_num_threads()),
+        )
+
+    def statistics(self, norm: nn.BatchNorm1d) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """`batch_statistics` of the product."""
+        rows, channels = check_rows(self.packed)
+        mean, variance = self.unit.new_empty(2, channels)
+        load_kernels().count_moments(
+            *(self.sums.data_ptr(), self.unit.data_ptr(), rows, channels),
+            *(running_statistics(norm), mean.data_ptr(), variance.data_ptr()),
+        )
+        return mean, variance, rows
+
+
+class BinaryMLPProducts(Function):
+    """Twin of `functional_binaryvit.BinaryMLPProducts`."""
+
+    @staticmethod
+    def forward(ctx, x, shift1, weight1, shift2, weight2, slopes, statistics, eps, *parameters):
+        kernels, threads = load_kernels(), torch.get_num_threads()
+        rows, inner = len(x), len(weight1)
+        first, second = SignWeight(weight1), SignWeight(weight2)
+        signs, counts = sign_bytes(x, shift1), PackedCounts(weight1, first.scale, rows)
+        block = block_rows(rows, inner)
+        products = x.new_empty(block, inner, dtype=torch.int32)
+        for start in range(0, rows, block):
+            part = signs[start : start + block]
+            counts.store(first.count(part, out=products[: len(part)]), start)
+        mean, variance, batch_rows = statistics(counts.statistics)
+        packed, unit = counts.packed, counts.unit
+        ctx.save_for_backward(x, shift1, weight1, shift2, weight2, mean, variance, *parameters, packed, unit)
+        ctx.batch_rows, ctx.eps, ctx.is_wide = batch_rows, eps, counts.is_wide
+
+        norm = norm_activation(eps, mean, variance, *parameters)
+        product, pooled = x.new_empty(x.shape, dtype=torch.int32), torch.empty_like(x)
+        inner_signs = x.new_empty(block, inner, dtype=torch.int8)
+        for start in range(0, rows, block):
+            part = slice(start, min(start + block, rows))
+            signs = inner_signs[: part.stop - start]
+            kernels.activate_counts(
+                *(packed[part].data_ptr(), counts.is_wide, unit.data_ptr(), x[part].data_ptr(), norm),
+                *(shift2.data_ptr(), len(signs), inner, x.shape[1], signs.data_ptr()),
+                *(pooled[part].data_ptr(), threads),
+            )
+            second.count(signs, out=product[part])
+        return second.scaled(product), pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_product, grad_pooled):
+        x, shift1, weight1, shift2, weight2, mean, variance, *parameters, packed, unit = ctx.saved_tensors
+        kernels, threads = load_kernels(), torch.get_num_threads()
+        grad_product, grad_pooled = grad_product.contiguous(), grad_pooled.contiguous()
+        norm = norm_activation(ctx.eps, mean, variance, *parameters)
+        rows, inner = packed.shape
+        block = block_rows(rows, inner)
+        grad, grad_x = x.new_empty(rows, inner), torch.empty_like(x)
+        spare = x.new_empty(block, inner)
+        sums = x.new_zeros(5, inner, dtype=torch.float64)
+        grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
+        for start in range(0, rows, block):
+            part = slice(start, min(start + block, rows))
+            signs = spare[: part.stop - start]
+            torch.mm(grad_product[part], weight2, out=grad[part])
+            kernels.activate_counts_gradient(
+                *(packed[part].data_ptr(), ctx.is_wide, unit.data_ptr(), x[part].data_ptr(), norm),
+                *(shift2.data_ptr(), grad_pooled[part].data_ptr(), len(signs), inner, x.shape[1]),
+                *(grad[part].data_ptr(), signs.data_ptr(), grad_x[part].data_ptr(), sums.data_ptr(), threads),
+            )
+            grad_weight2.addmm_(grad_product[part].T, signs)
+        grads, addresses = empty_gradients(parameters)
+        grad_shift1, grad_shift2 = torch.zeros_like(shift1), torch.empty_like(shift2)
+        coefficients = x.new_empty(3, inner)
+        kernels.norm_coefficients(
+            *(sums.data_ptr(), norm, unit.data_ptr(), ctx.batch_rows, inner),
+            *(addresses, grad_shift2.data_ptr(), coefficients.data_ptr()),
+        )
+        for start in range(0, rows, block):
+            part = slice(start, min(start + block, rows))
+            grad_counts = spare[: part.stop - start]
+            kernels.count_gradient(
+                *(packed[part].data_ptr(), ctx.is_wide, grad[part].data_ptr(), coefficients.data_ptr()),
+                *(len(grad_counts), inner, grad_counts.data_ptr(), threads),
+            )
+            grad_signs = grad_counts @ weight1
+            signs = sign_gradient(x[part], shift1, grad_signs, grad_x[part], grad_shift1, adds=True)
+            grad_weight1.addmm_(grad_counts.T, signs)
+        return grad_x, grad_shift1, grad_weight1, grad_shift2, grad_weight2, None, None, None, *grads
+
+
+def block_rows(rows: int, channels: int) -> int:
+    return min(max(BLOCK_ELEMENTS // channels, 1), max(rows, 1))
+
+
+# By name of the function in functional_binaryvit.
+TWINS: dict[str, Callable | type[Function]] = {
+    twin.__name__: twin for twin in (SignLinear, NormShortcutRPReLU, BinaryMLPProducts, batch_statistics)
+}

@@ -1,0 +1,266 @@
+"""Row kernels against the PyTorch functions whose twins they are, on every instruction set of this CPU."""
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_images, tiny_model
+from torch import nn
+
+from binaryvit_hf import row_kernels
+from binaryvit_hf.network import functional_binaryvit, layers_binaryvit
+from binaryvit_hf.network.functional_binaryvit import (
+    BinaryMLPProducts,
+    NormShortcutRPReLU,
+    SignLinear,
+    approx_sign_slope,
+    batch_statistics,
+    binary_sign,
+    fastest,
+)
+from binaryvit_hf.row_kernels import TWINS, functions, library
+
+
+pytestmark = pytest.mark.skipif(row_kernels.problem() is not None, reason="the row kernels are not built")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, params=row_kernels.instruction_sets())
+def instruction_set(request, monkeypatch):
+    kernels = library.load_kernels(request.param)
+    monkeypatch.setattr(functions, "load_kernels", lambda: kernels)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request, instruction_set):
+    if request.param > 1 and instruction_set != row_kernels.instruction_sets()[0]:
+        pytest.skip("threads do not depend on the instruction set")
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def outputs_and_gradients(function, *inputs):
+    """Both of a function of tensors, of which the differentiable ones are leaves."""
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(output.shape, generator=generator) for output in outputs]
+    return outputs, torch.autograd.grad(outputs, leaves, weights)
+
+
+def assert_twins(function, *inputs):
+    """That a function and its twin agree, to the rounding of sums over all rows."""
+    expected, expected_grads = outputs_and_gradients(function.apply, *inputs)
+    found, grads = outputs_and_gradients(TWINS[function.__name__].apply, *inputs)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert_close_gradients(grads, expected_grads)
+
+
+def assert_close_gradients(grads, expected_grads):
+    for grad, expected_grad in zip(grads, expected_grads):
+        atol = 1e-5 * max(1, expected_grad.abs().max().item())
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=atol, equal_nan=True)
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def binarized(outputs: int, inputs: int) -> torch.Tensor:
+    weight = binary_sign(torch.randn(outputs, inputs)) * (torch.rand(outputs, 1) + 0.1)
+    return weight.requires_grad_()
+
+
+def norm_parameters(channels: int) -> list[torch.Tensor]:
+    """Weight, bias, shift_in, slope, shift_out."""
+    return [leaf(channels) for _ in range(5)]
+
+
+def statistics_of(norm: nn.BatchNorm1d):
+    """`TokenBatchNorm.statistics` of a norm."""
+    module = layers_binaryvit.TokenBatchNorm(tiny_config(), norm.num_features)
+    module.batch_norm = norm
+    return module.statistics
+
+
+EPS = 0.1  # channels without variance would magnify the rounding of their statistics
+# 700 x 48 elements are divided between threads.
+SIZES = [(2, 1, 1), (7, 3, 5), (65, 16, 33), (700, 48, 96)]
+
+
+@pytest.mark.parametrize("rows, inputs, outputs", SIZES)
+def test_sign_linear(threads, rows, inputs, outputs):
+    assert_twins(SignLinear, leaf(rows, inputs), leaf(inputs), binarized(outputs, inputs), 1)
+
+
+@pytest.mark.parametrize("batch_rows", [0, "batch"])
+@pytest.mark.parametrize("rows, channels", [(2, 1), (7, 3), (65, 24), (700, 48)])
+@pytest.mark.parametrize("ratio", [1 / 3, 1, 2, 8, 12])
+def test_norm_shortcut_and_rprelu(threads, rows, channels, ratio, batch_rows):
+    if channels * ratio != int(channels * ratio):
+        pytest.skip("the shortcut does not fit")
+    x, shortcut = leaf(rows, channels), leaf(rows, int(channels * ratio))
+    mean, variance = x.detach().mean(0), x.detach().var(0, unbiased=False)
+    statistics = mean, variance, rows if batch_rows else 0
+    assert_twins(NormShortcutRPReLU, x, shortcut, *statistics, EPS, *norm_parameters(channels))
+
+
+@pytest.mark.parametrize("rows, channels", [(2, 1), (7, 3), (700, 48)])
+def test_statistics(threads, rows, channels):
+    x = 3 * torch.randn(rows, channels) + 20  # the variance must not suffer from a large mean
+    norms = [nn.BatchNorm1d(channels, momentum=0.3) for _ in range(2)]
+    version = norms[1].running_mean._version
+    expected = batch_statistics([x], norms[0])
+    found = TWINS["batch_statistics"]([x], norms[1])
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(norms[1].state_dict(), norms[0].state_dict())
+    assert norms[1].running_mean._version > version  # the inference engine reads the model again
+    with pytest.raises(ValueError, match="more than 1 value"):
+        TWINS["batch_statistics"]([x[:1]], norms[1])
+
+
+# 600 inputs need two bytes for a count.
+@pytest.mark.parametrize("rows, width, inner", [(2, 1, 1), (9, 3, 9), (70, 16, 128), (65, 600, 600), (700, 24, 48)])
+@pytest.mark.parametrize("training", [True, False])
+def test_mlp_products(threads, monkeypatch, rows, width, inner, training):
+    monkeypatch.setattr(functions, "BLOCK_ELEMENTS", 64 * inner)
+    norms = [nn.BatchNorm1d(inner).train(training) for _ in range(2)]
+    inputs = [leaf(rows, width), leaf(width), binarized(inner, width), leaf(inner), binarized(width, inner)]
+    parameters = norm_parameters(inner)
+    results = []
+    for function, norm in zip((BinaryMLPProducts, TWINS["BinaryMLPProducts"]), norms):
+        leaves = [*inputs, 2 * (approx_sign_slope,), statistics_of(norm), EPS, *parameters]
+        results.append(outputs_and_gradients(function.apply, *leaves))
+    (expected, expected_grads), (found, grads) = results
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert_close_gradients(grads, expected_grads)
+    torch.testing.assert_close(norms[1].state_dict(), norms[0].state_dict())
+
+
+def test_signs_of_zeros_and_nan():
+    x = torch.tensor([[0.0, -0.0, float("nan"), -1.0]])
+    assert functions.sign_bytes(x, torch.zeros(4)).tolist() == [[1, 1, -1, -1]]
+
+
+def test_nan_stays_visible():
+    x, shortcut = leaf(40, 3), leaf(40, 3)
+    x.data[5, 1] = float("nan")
+    statistics = TWINS["batch_statistics"]([x.detach()], nn.BatchNorm1d(3))
+    assert_twins(NormShortcutRPReLU, x, shortcut, *statistics, EPS, *norm_parameters(3))
+    output = TWINS["NormShortcutRPReLU"].apply(x, shortcut, *statistics, EPS, *norm_parameters(3))
+    assert output[:, 1].isnan().all() and not output[:, 0].isnan().any()
+
+
+def test_threads_do_not_change_results_from_run_to_run():
+    inputs = leaf(2000, 32), leaf(32), binarized(32, 32), 1, approx_sign_slope
+    first = outputs_and_gradients(TWINS["SignLinear"].apply, *inputs)
+    for _ in range(5):
+        torch.testing.assert_close(outputs_and_gradients(TWINS["SignLinear"].apply, *inputs), first, rtol=0, atol=0)
+
+
+# ---- The choice ----
+
+
+def test_kernels_compute_gradients_of_float32_on_the_cpu_in_one_process(monkeypatch):
+    x, shift, weight = leaf(4, 3), leaf(3), binarized(2, 3)
+    tensors, twin = [x, shift, weight], TWINS["SignLinear"]
+    assert fastest(SignLinear, tensors) is twin
+    assert fastest(SignLinear, tensors, has_twin=False) is SignLinear
+    for other in (x.double(), x.to("meta"), x.T.contiguous().T, x[:0], x.bfloat16()):
+        assert fastest(SignLinear, [other, shift, weight]) is SignLinear
+    assert fastest(SignLinear, [tensor.detach() for tensor in tensors]) is SignLinear
+    with torch.no_grad():
+        assert fastest(SignLinear, tensors) is SignLinear
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastest(SignLinear, tensors) is SignLinear
+    for name, value in (("row_kernels", None), ("is_distributed", lambda: True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(functional_binaryvit, name, value)
+            assert fastest(SignLinear, tensors) is SignLinear
+    monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
+    assert fastest(SignLinear, tensors) is SignLinear
+
+
+def test_kernels_compute_training_of_1_bit_by_the_default_gradient_only(monkeypatch):
+    used = set()
+
+    def note(function, tensors, has_twin):
+        used.update([(function.__name__, has_twin)])
+        return function
+
+    monkeypatch.setattr(layers_binaryvit, "fastest", note)
+
+    def twins_of(train: bool, slope=approx_sign_slope, **changes) -> set[tuple[str, bool]]:
+        used.clear()
+        model = tiny_model(tiny_config(**changes)).train(train)
+        for module in model.modules():
+            if hasattr(module, "sign_slope"):
+                module.sign_slope = slope
+        model(tiny_images())
+        return set(used)
+
+    assert {name for name, has_twin in twins_of(train=True) if has_twin} == {
+        *("SignLinear", "NormShortcutRPReLU", "BinaryMLPProducts", "batch_statistics")
+    }
+    assert not any(has_twin for _, has_twin in twins_of(train=False))
+    for others in (twins_of(True, slope=torch.abs), twins_of(True, weight_bits=2)):
+        assert {name for name, has_twin in others if has_twin} == {"NormShortcutRPReLU", "batch_statistics"}
+
+
+def test_compiled_code_has_no_kernels(monkeypatch):
+    shift, weight = leaf(4), binarized(3, 4)
+    product = torch.compile(
+        lambda x: fastest(SignLinear, [x, shift, weight]).apply(x, shift, weight, 1), backend="eager", fullgraph=True
+    )
+    monkeypatch.setattr(functions, "load_kernels", None)
+    product(leaf(5, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("changes", [{}, {"sequence_reduction_ratios": [1, 1]}, {"intermediate_sizes": [8, 16]}])
+def test_a_training_step(monkeypatch, changes):
+    results = []
+    for engine in ("torch", ""):
+        monkeypatch.setenv("BINARYVIT_ENGINE", engine)
+        model = tiny_model(tiny_config(**changes)).train()
+        loss = nn.functional.cross_entropy(model(tiny_images(6)).logits, torch.arange(6) % 3)
+        loss.backward()
+        results.append((loss, {name: weight.grad for name, weight in model.named_parameters()}, model.state_dict()))
+    (expected_loss, expected_grads, expected_state), (loss, grads, state) = results
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(state, expected_state)
+    largest = max(grad.abs().max().item() for grad in expected_grads.values())
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-5 * largest)
+
+
+# ---- Autograd ----
+
+
+@pytest.fixture
+def product():
+    """A leaf and its product by the kernels."""
+    x = leaf(6, 4)
+    return x, TWINS["SignLinear"].apply(x, leaf(4), binarized(3, 4), 1)
+
+
+def test_gradients_can_be_computed_twice_but_not_differentiated(product):
+    x, output = product
+    first = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    assert torch.equal(*first, *torch.autograd.grad(output.sum(), x, retain_graph=True))
+    (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_saved_tensor_changed_in_place_is_an_error(product):
+    x, output = product
+    x.data.add_(0)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
