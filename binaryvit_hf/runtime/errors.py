@@ -56,22 +56,22 @@ def first_sentence(error: BaseException) -> str:
     return one_line(line, FOREIGN_LENGTH)
 
 
-def close_names(name: str, known: Iterable[str]) -> list[str]:
+def close_names(name: object, known: Iterable[object]) -> list[str]:
     """
     The known names that a user may have meant: those that end with `name` as a word, such as `num_train_epochs` for
     `epochs`, or else the one of the closest spelling, whatever its case.
     """
     import difflib  # only misspelt names need it
 
-    known = list(dict.fromkeys(map(str, known)))
-    ends = tuple(f"{sign}{name}" for sign in "_-/")
-    if len(name) > 2 and (longer := [other for other in known if other.endswith(ends)]):
+    wanted, names = str(name), list(dict.fromkeys(map(str, known)))
+    ends = tuple(f"{sign}{wanted}" for sign in "_-/")
+    if len(wanted) > 2 and (longer := [other for other in names if other.endswith(ends)]):
         return longer[:SUGGESTIONS]
-    spellings = {other.casefold(): other for other in reversed(known)}
-    return [spellings[close] for close in difflib.get_close_matches(name.casefold(), spellings, n=1)]
+    spellings = {other.casefold(): other for other in reversed(names)}
+    return [spellings[close] for close in difflib.get_close_matches(wanted.casefold(), spellings, n=1)]
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str = ".") -> str:
+def did_you_mean(name: object, known: Iterable[object], otherwise: str = ".") -> str:
     """The end of a sentence about an unknown name: `; did you mean 'digits'?`, or `otherwise` if no known name is close."""
     close = close_names(name, known)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise

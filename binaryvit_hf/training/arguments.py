@@ -62,7 +62,7 @@ class ModelArguments:
         "depth (Huang et al., ECCV 2016). Default: the config's.",
     )
     ignore_mismatched_sizes: bool = argument(False, "Start a new head if the model's head is for other labels.")
-    cache_dir: str | None = argument(None, "Folder for downloads.")
+    cache_dir: str | None = argument(None, "Folder for downloads. Default: Hugging Face's cache.")
     token: str | None = argument(None, "Token of the Hub. Default: the last login's.")
     trust_remote_code: bool = argument(False, "Run code from the repositories of models on the Hub.")
     license: str = argument(DEFAULT_LICENSE, "Licence of the trained weights, for the model card.")
@@ -130,7 +130,7 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     resume_from_checkpoint: str | None = argument(
         None,
         "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Arguments "
-        "may differ from the checkpoint's run.",
+        "may differ from the checkpoint's run. Default: the same command resumes by itself.",
         nargs="?",
         const="true",
     )

@@ -13,12 +13,12 @@ from binaryvit_runtime.sources import did_you_mean_path
 
 from ..argument_checks import convert_argument
 from .arguments import RunArguments
+from .help import ARGUMENT_CLASSES, print_help
 from .optional_methods import OptionalMethodArguments
 
 
 TEACHER_PREFIX = "teacher."
 NO_TEACHER = (["null"], ["none"])  # values of --teacher
-ARGUMENT_CLASSES = tuple(RunArguments.__annotations__.values())
 # Arguments that the teacher's run does not take over from the student's.
 STUDENT_ONLY = {
     *("model_name_or_path", "subfolder", "ignore_mismatched_sizes", "config_name", "config_overrides", "init_from"),
@@ -31,10 +31,6 @@ STUDENT_ONLY = {
 NETWORK_ARGUMENTS = (
     ("config_name", "config_overrides", "init_from"),
     ("model_name_or_path", "subfolder", "ignore_mismatched_sizes"),
-)
-DESCRIPTION = (
-    "Train and evaluate image classifiers. Flags may follow a file of arguments, FILE.json or FILE.yaml, and override it: "
-    "--teacher.NAME VALUE in its object 'teacher', and --teacher null leaves that teacher out, to learn from the labels."
 )
 ARGUMENT_FILES = (".json", ".yaml", ".yml")
 Flags = list[tuple[str, list[str]]]
@@ -51,6 +47,7 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
 
     Raises:
         UserError: an unknown or malformed argument, or a file that cannot be read.
+        SystemExit: `--help` was given, and the help is printed.
     """
     values: dict[str, Any] = {}
     if arguments and arguments[0].lower().endswith(ARGUMENT_FILES):
@@ -58,6 +55,9 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     teacher_values = values.pop("teacher", None)
     flags, teacher_flags = [], []
     for name, words in group_flags(arguments):
+        if name in ("help", "h"):
+            print_help(words)
+            raise SystemExit(0)
         if name == "teacher":
             if [word.lower() for word in words] not in NO_TEACHER:
                 raise UserError(
@@ -149,7 +149,7 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
     """Parse one run: the `values` of a file, overridden by `flags`."""
     values = without_replaced_network(values, flags)
     # No abbreviations: a typing error could be the abbreviation of another argument.
-    parser = HfArgumentParser(ARGUMENT_CLASSES, allow_abbrev=False, description=DESCRIPTION)
+    parser = HfArgumentParser(ARGUMENT_CLASSES, allow_abbrev=False)
     parser.error = raise_user_error
     actions = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
     fields_by_name = {action.dest: action for action in reversed(parser._actions)}

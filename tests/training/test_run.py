@@ -1,10 +1,15 @@
 """`python -m binaryvit_hf.training`, run in this process."""
 
+import re
 import runpy
 import sys
+from dataclasses import fields
 
 import pytest
 from tiny import tiny_config
+from transformers import TrainingArguments
+
+from binaryvit_hf.training.help import ARGUMENT_CLASSES
 
 
 def run_as_module(monkeypatch, *arguments) -> int:
@@ -32,8 +37,43 @@ def test_python_m_trains_outside_of_the_clone(photos, tmp_path, monkeypatch):
     }
 
 
-def test_help_names_the_command_and_every_group_of_arguments(monkeypatch, capsys):
-    assert run_as_module(monkeypatch, "--help") == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("usage: python -m binaryvit_hf.training [-h]")
-    assert {"--config_name", "--train_dir", "--label_loss_weight", "--ema_decay"} <= set(shown.split())
+def help_of(monkeypatch, capsys, *words) -> str:
+    assert run_as_module(monkeypatch, "--help", *words) == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_the_command_and_every_argument_once_ours_first(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = help_of(monkeypatch, capsys)
+    assert shown.startswith("usage: python -m binaryvit_hf.training [FILE] [--NAME VALUE ...]")
+    assert "python -m binaryvit_hf.training configs/quickstart.json" in shown
+    ours, of_the_trainer = shown.split("Other arguments of transformers' Trainer")
+    explained = re.findall(r"^  --(\w+)(?= \w+$|$)", ours, re.MULTILINE)
+    listed = re.findall(r"--(\w+)(?=,| \(|$)", of_the_trainer, re.MULTILINE)
+    known = [field.name for part in ARGUMENT_CLASSES for field in fields(part)]
+    assert sorted([*explained, *listed]) == sorted(known)
+    assert {field.name for field in fields(TrainingArguments)} >= set(listed)
+
+
+def test_help_tells_values_choices_and_defaults(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = help_of(monkeypatch, capsys)
+    assert "  --crop_pct X\n        For evaluation, resize the shorter side" in shown
+    assert "Default: 0.875." in shown
+    assert "  --train_dir FOLDER\n        Training images, one sub-folder per class. Default: none.\n" in shown
+    assert (
+        "  --eval_strategy VALUE\n        When to evaluate during training. One of no, steps, epoch. Default: no."
+        in shown
+    )
+    assert "  --streaming\n" in shown
+    assert "default: default:" not in shown.lower()
+
+
+def test_help_with_a_word_explains_the_arguments_with_it(monkeypatch, capsys):
+    shown = help_of(monkeypatch, capsys, "optim")
+    assert re.findall(r"^  --(\w+)", shown, re.MULTILINE) == ["optim", "optim_args", "optim_target_modules"]
+    assert "schedule_free_adamw" in shown
+    assert "--ema_decay" in help_of(monkeypatch, capsys, "moving average")
+    assert help_of(monkeypatch, capsys, "all").count("\n  --") > 120
+    assert run_as_module(monkeypatch, "--help", "leraning_rate") == 2
+    assert "did you mean 'learning_rate'?" in capsys.readouterr().err
