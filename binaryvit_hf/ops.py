@@ -94,6 +94,17 @@ def count_operations(config: PreTrainedConfig) -> list[LayerCost]:
     Raises:
         UserError: the config has another model type, or its network does not take an image.
     """
+    costs = {kind: [] for kind in LAYER_KINDS}
+    for cost in count_layers(config).values():
+        costs[cost.kind].append(cost)
+    return [total(layers, kind) for kind, layers in costs.items() if layers]
+
+
+def count_layers(config: PreTrainedConfig) -> dict[str, LayerCost]:
+    """
+    As `count_operations`, for each module that computes a product or holds tensors of its own, by its name in the latent
+    network.
+    """
     model = build_on_meta(config)
     products = count_products(model)
     parameters = sum_by_module({name: parameter.numel() for name, parameter in model.named_parameters()})
@@ -102,12 +113,12 @@ def count_operations(config: PreTrainedConfig) -> list[LayerCost]:
         expect_packed_layers(model)
     packed_bytes = sum_by_module({name: tensor.nbytes for name, tensor in model.state_dict().items()})
 
-    costs = {kind: [] for kind in LAYER_KINDS}
-    for name in products.keys() | float_bytes.keys():
+    costs = {}
+    for name in dict.fromkeys((*float_bytes, *products)):
         kind = next(kind for kind, pattern in LAYER_KINDS.items() if re.search(pattern, name))
         bops, flops = products.get(name, (0, 0))
-        costs[kind].append(LayerCost(kind, 1, bops, flops, parameters[name], packed_bytes[name], float_bytes[name]))
-    return [total(layers, kind) for kind, layers in costs.items() if layers]
+        costs[name] = LayerCost(kind, 1, bops, flops, parameters[name], packed_bytes[name], float_bytes[name])
+    return costs
 
 
 def total(costs: list[LayerCost], kind: str = "in all") -> LayerCost:

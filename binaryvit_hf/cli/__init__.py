@@ -1,5 +1,5 @@
 """
-The command `binaryvit`: packs, converts, runs, measures and uploads models, and starts ablations.
+The command `binaryvit`: packs, converts, runs, inspects, measures and uploads models, and starts ablations.
 
 Each command is a module of its name with
 
@@ -41,7 +41,7 @@ from .parser import CommandParser, create_parser
 GROUPS = {
     "use a trained model": ("classify", "demo", "page", "export", "push"),
     "prepare a model": ("pack", "convert", "card"),
-    "measure and compare": ("ops", "benchmark", "ablation"),
+    "measure and compare": ("inspect", "ops", "benchmark", "ablation"),
     "this machine": ("doctor",),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)

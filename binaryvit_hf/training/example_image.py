@@ -1,5 +1,6 @@
-"""An image that a finished run was evaluated on, for the commands that the run prints at its end."""
+"""Images that a finished run was evaluated on, for the commands that the run prints at its end and for its report."""
 
+import itertools
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,11 +30,20 @@ def held_out_image(output_dir: str | Path, cache_dir: str | None = None) -> Imag
     Raises:
         UserError: the folder holds no arguments of a run, or its images cannot be loaded any more.
     """
+    return held_out_images(output_dir, 1, cache_dir)[0]
+
+
+def held_out_images(output_dir: str | Path, most: int, cache_dir: str | None = None) -> list[Image]:
+    """At most `most` images as `held_out_image` gives one, spaced evenly; of a stream the first ones."""
     recorded = read_json(Path(output_dir) / RUN_ARGUMENTS)
     if not recorded:
         raise UserError(f"{str(output_dir)!r} is no output directory of a run: it has no {RUN_ARGUMENTS}.")
     names = {field.name for field in fields(DataArguments)}
     arguments = DataArguments(**{name: value for name, value in recorded.items() if name in names})
     images = load_images(arguments, recorded.get("seed", 42), cache_dir, None)["validation"]
-    row = next(row for _, _, row in images.read(0)) if isinstance(images, ImageStream) else images[0]
-    return decode_image(row["image"], read_background(read_json(Path(output_dir) / IMAGE_PROCESSOR_NAME)))
+    background = read_background(read_json(Path(output_dir) / IMAGE_PROCESSOR_NAME))
+    if isinstance(images, ImageStream):
+        rows = (row for _, _, row in itertools.islice(images.read(0), most))
+    else:
+        rows = (images[index * len(images) // most] for index in range(most)) if len(images) > most else iter(images)
+    return [decode_image(row["image"], background) for row in rows]

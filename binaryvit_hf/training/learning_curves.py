@@ -5,19 +5,11 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from transformers.trainer import TRAINER_STATE_NAME
 
-from .run_folder import RUN_ARGUMENTS, finite_numbers, read_json
+from ..run_history import TrainingHistory, find_values
 
 
 COLORS = ("tab:blue", "tab:orange")
-
-
-class TrainingHistory(NamedTuple):
-    """The metrics that a run logged, and whether it minimised the distillation loss instead of the label loss."""
-
-    entries: list[dict[str, float]]
-    is_distilled: bool
 
 
 class Curve(NamedTuple):
@@ -75,24 +67,5 @@ def plot_learning_curves(histories: dict[str, TrainingHistory], path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
-def find_values(history: TrainingHistory, key: str) -> list[tuple[float, float]]:
-    """Epochs and values of one metric."""
-    entries = [entry for entry in history.entries if {"epoch", key} <= entry.keys()]
-    # matplotlib finds no ticks for larger numbers.
-    return [(entry["epoch"], entry[key]) for entry in entries if max(abs(entry["epoch"]), abs(entry[key])) < 1e30]
-
-
 def split_points(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def read_training_history(output_dir: Path) -> TrainingHistory:
-    """
-    The history of a run: what the Trainer logged, and the results at its end. Without entries if the folder holds none, for
-    example the folder of a model from the Hub.
-    """
-    logged = read_json(output_dir / TRAINER_STATE_NAME).get("log_history")
-    entries = [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
-    entries.append(read_json(output_dir / "all_results.json"))
-    is_distilled = bool(read_json(output_dir / RUN_ARGUMENTS).get("teacher_model_name_or_path"))
-    return TrainingHistory([finite_numbers(entry) for entry in entries], is_distilled)

@@ -16,11 +16,9 @@ from ..data.known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
 from ..loading import load_config
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, readable, total
+from ..run_history import finite_numbers, named_metrics, read_json
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
-from .run_folder import RUN_ARGUMENTS, arguments_to_json, finite_numbers, read_json
-
-
-METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
+from .run_folder import RUN_ARGUMENTS, arguments_to_json
 
 
 def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> None:
@@ -83,11 +81,6 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         chosen=chosen_arguments(arguments),
     )
     write_file(path or folder / "README.md", str(card))
-
-
-def named_metrics(results: dict[str, float], prefix: str) -> dict[str, float]:
-    """The accuracies of one evaluation, by their names in the card."""
-    return {name: results[f"{prefix}_{key}"] for key, name in METRIC_NAMES.items() if f"{prefix}_{key}" in results}
 
 
 def card_metadata(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from binaryvit_runtime.writing import write_file
 
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
+from ..run_history import read_json
 from .arguments import RunArguments
 
 
@@ -56,17 +56,6 @@ PATH_ARGUMENTS = {
 }
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, empty if there is no file; raises UserError if the file is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is damaged: {first_sentence(error)}; repair or remove it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object; repair or remove it.")
-    return content
-
-
 def write_test_predictions(output_dir: Path, labels: np.ndarray, predicted: np.ndarray) -> None:
     """Write the class indices `(images,)` of labels and answers, a line for each test image in the order of the split."""
     lines = [f"{label},{answer}" for label, answer in zip(labels.tolist(), predicted.tolist())]
@@ -87,15 +76,6 @@ def read_test_predictions(output_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {first_sentence(error)}; remove it and test again.") from error
     return labels, predicted
-
-
-def finite_numbers(content: dict) -> dict[str, float]:
-    """The entries that are finite numbers."""
-    return {
-        name: value
-        for name, value in content.items()
-        if isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
-    }
 
 
 def arguments_to_json(arguments: RunArguments) -> dict:

@@ -23,15 +23,16 @@ from ..data.model_inputs import (
 from ..data.transforms import add_transforms, collate_images, describe_sizes
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, total
+from ..run_history import read_json, read_training_history
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe, predict_classes
-from .learning_curves import plot_learning_curves, read_training_history
+from .learning_curves import plot_learning_curves
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
 from .preparation import Inputs
-from .run_folder import TRAIN_RESULTS, read_json, record_end, record_start, write_test_predictions
+from .run_folder import TRAIN_RESULTS, record_end, record_start, write_test_predictions
 from .stochastic_depth import add_drop_path
 from .trainer import DistillationTrainer
 

@@ -23,7 +23,8 @@ from binaryvit_cli import main
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.image_checks import check_images
 from binaryvit_hf.data.loading import load_images
-from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
+from binaryvit_hf.run_history import read_training_history
+from binaryvit_hf.training.learning_curves import plot_learning_curves
 from binaryvit_hf.training.run import main as train
 from binaryvit_runtime.errors import LINE_LENGTH, UserError
 

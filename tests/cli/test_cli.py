@@ -186,7 +186,17 @@ def test_doctor_needs_no_pytorch(capsys, monkeypatch, without_pytorch):
 
 @pytest.mark.parametrize(
     "command",
-    ["pack a b", "convert a b", "export a b.onnx", "ops a", "push a b", "card a", "benchmark", "ablation a b"],
+    [
+        "pack a b",
+        "convert a b",
+        "export a b.onnx",
+        "ops a",
+        "push a b",
+        "card a",
+        "benchmark",
+        "ablation a b",
+        "inspect a",
+    ],
 )
 def test_a_command_that_needs_pytorch_says_so(command, capsys, without_pytorch):
     needs = f"error: binaryvit {command.split()[0]} needs PyTorch: pip install binaryvit_hf\n"

@@ -17,10 +17,11 @@ from tiny import tiny_model
 from binaryvit_cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
+from binaryvit_hf.run_history import read_training_history
 from binaryvit_hf.training import confusion, learning_curves
 from binaryvit_hf.training.confusion import ConfusionMatrix, describe, predict_classes, wilson_interval
 from binaryvit_hf.training.example_image import held_out_image
-from binaryvit_hf.training.learning_curves import plot_learning_curves, read_training_history
+from binaryvit_hf.training.learning_curves import plot_learning_curves
 from binaryvit_hf.training.metrics import TopKAccuracy
 from binaryvit_hf.training.run import next_steps
 from binaryvit_runtime.errors import UserError

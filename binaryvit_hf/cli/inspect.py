@@ -1,0 +1,103 @@
+"""`binaryvit inspect`: describes a binary network in numbers and on a web page."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from binaryvit_runtime.errors import UserError, first_sentence, one_line
+from binaryvit_runtime.resources import shipped_models
+from binaryvit_runtime.sources import RUN_ARGUMENTS
+
+from .common import add_token_argument, print_error
+
+
+if TYPE_CHECKING:
+    from binaryvit_hf.inspection.pictures import Pictures
+
+HELD_OUT_PICTURES = 64
+EXAMPLE = f"binaryvit inspect {next(iter(shipped_models()), 'MODEL')} --out report.html --images photos/"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="HTML file to write; an earlier report is replaced")
+    parser.add_argument(
+        "--images",
+        metavar="IMAGE",
+        nargs="+",
+        help="image files, folders or patterns to measure activations and attention on; of many, 256 are chosen (default: "
+        "the example picture in the model's folder, or held-out images of the run)",
+    )
+    add_token_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Describe a binary network: costs, signs, latent weights, attention and learning curves, also as a web page."""
+    from binaryvit_hf.inspection.measurements import measure
+    from binaryvit_hf.inspection.pictures import Pictures, choose_evenly
+    from binaryvit_hf.inspection.records import read_records, records_folder
+    from binaryvit_hf.inspection.report import Report, check_replaceable, write_report
+    from binaryvit_hf.inspection.sources import example_pictures, files_folder, load_latent
+    from binaryvit_hf.inspection.storage import file_bytes
+    from binaryvit_hf.inspection.summary import summarize
+    from binaryvit_hf.network.quantization_binaryvit import LATENT, QUANT_METHOD
+    from binaryvit_runtime.image_files import list_images
+
+    from .models import find_model, load_model
+
+    if options.out is not None:
+        check_replaceable(options.out)
+    given, notes = list_images(options.images) if options.images else ([], [])
+    source, config = find_model(options.model, options.token, shipped_models())
+    if config.model_type != QUANT_METHOD:
+        raise UserError(f"{options.model!r} is a {config.model_type!r}; only binary networks can be inspected.")
+    model, processor = load_model(options.model, source, options.token)
+    if given and processor is None:
+        raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json), which --images needs.")
+    for note in notes:
+        print(note, file=sys.stderr)
+    folder = files_folder(source, options.token)
+    records = read_records(records_folder(folder))
+    pictures: Pictures | None
+    if given:
+        pictures = Pictures(choose_evenly(given), len(given), "picture")
+    else:
+        pictures = example_pictures(folder) or held_out_pictures(records_folder(folder))
+    latent = load_latent(model, source, options.token)
+    measurements = measure(
+        model, folder, latent, [*records.learning_rates.values()], processor, None if processor is None else pictures
+    )
+    report = Report(
+        os.path.basename(os.path.abspath(options.model)),
+        config,
+        measurements,
+        records,
+        pictures,
+        file_bytes(folder / LATENT),
+    )
+    if options.out is not None:
+        write_report(report, options.out)
+    print(summarize(report))
+    for fault in measurements.of_pictures.faults if measurements.of_pictures else []:
+        print_error(fault)
+    if options.out is not None:
+        print(f"\n{options.out}: open it in a browser.")
+    return 1 if measurements.of_pictures and measurements.of_pictures.faults else 0
+
+
+def held_out_pictures(folder: Path) -> "Pictures | None":
+    """Pictures that the run in a folder was evaluated on. None if it is no folder of a run, or they cannot be loaded."""
+    from binaryvit_hf.inspection.pictures import Pictures
+
+    if not (folder / RUN_ARGUMENTS).is_file():
+        return None
+    try:
+        from binaryvit_hf.training.example_image import held_out_images
+
+        images = held_out_images(folder, HELD_OUT_PICTURES)
+    except Exception as error:  # datasets fail in many ways, and a report without pictures is still a report
+        print(one_line(f"The held-out images of the run cannot be loaded: {first_sentence(error)}"), file=sys.stderr)
+        return None
+    return Pictures(images, len(images), "held-out picture")

@@ -1,0 +1,85 @@
+"""What the folder of a model says about its training run."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from binaryvit_runtime.sources import CHECKPOINT_PREFIX, RUN_ARGUMENTS
+
+from ..network.quantization_binaryvit import LATENT
+from ..run_history import (
+    ALL_RESULTS,
+    TRAINER_STATE,
+    TrainingHistory,
+    find_values,
+    finite_numbers,
+    named_metrics,
+    read_json,
+    read_training_history,
+)
+
+
+LEARNING_CURVES = "learning_curves.png"
+MOST_PICTURE_BYTES = 2_000_000
+PNG_START = b"\x89PNG\r\n\x1a\n"
+RECORD_FILES = (RUN_ARGUMENTS, ALL_RESULTS, TRAINER_STATE, LEARNING_CURVES)
+
+
+class RunRecords(NamedTuple):
+    """
+    Args:
+        results: the metrics at the end of the run. Empty if they are not recorded.
+        history: what the run logged. Without epochs if `trainer_state.json` is missing.
+        dataset: what the run was trained on.
+        learning_rates: the last and the highest that the run logged, by these names. Empty if it did not train with Adam,
+            whose step moves a weight by about the learning rate.
+        curves_picture: the run's own drawing of its learning curves (PNG).
+    """
+
+    results: dict[str, float]
+    history: TrainingHistory
+    dataset: str | None
+    learning_rates: dict[str, float]
+    curves_picture: bytes | None
+
+    def accuracy(self) -> tuple[dict[str, float], str]:
+        """The accuracies by name and the images they are of: the test images if there are any. Empty if not recorded."""
+        for prefix, images in (("test", "test images"), ("eval", "held-out images")):
+            if found := named_metrics(self.results, prefix):
+                number = self.results.get(f"{prefix}_samples")
+                return found, images if number is None else f"{number:,.0f} {images}"
+        return {}, ""
+
+
+def records_folder(folder: Path) -> Path:
+    """The folder of the run that made the model in `folder`."""
+    return folder.parent if folder.name == LATENT else folder
+
+
+def read_records(folder: Path) -> RunRecords:
+    """
+    Args:
+        folder: of a model, which may have no records, or have been trained elsewhere.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    history = read_training_history(folder)
+    of_run = folder.parent if folder.name.startswith(CHECKPOINT_PREFIX) else folder
+    arguments = read_json(of_run / RUN_ARGUMENTS)
+    dataset = next((arguments[name] for name in ("dataset_name", "train_dir") if arguments.get(name)), None)
+    rates = [rate for _, rate in find_values(history, "learning_rate") if rate > 0]
+    is_adam = str(arguments.get("optim")).startswith("adam")
+    return RunRecords(
+        results=finite_numbers(read_json(folder / ALL_RESULTS)),
+        history=history,
+        dataset=dataset if isinstance(dataset, str) else None,
+        learning_rates={"last": rates[-1], "highest": max(rates)} if rates and is_adam else {},
+        curves_picture=read_picture(folder / LEARNING_CURVES),
+    )
+
+
+def read_picture(file: Path) -> bytes | None:
+    if not file.is_file() or file.stat().st_size > MOST_PICTURE_BYTES:
+        return None
+    content = file.read_bytes()
+    return content if content.startswith(PNG_START) else None

@@ -1,0 +1,65 @@
+"""Reads the records of a training run in its output directory: results, and metrics over the epochs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.sources import RUN_ARGUMENTS
+
+
+TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but takes a second to import
+ALL_RESULTS = "all_results.json"
+METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
+
+
+class TrainingHistory(NamedTuple):
+    """The metrics that a run logged, and whether it minimised the distillation loss instead of the label loss."""
+
+    entries: list[dict[str, float]]
+    is_distilled: bool
+
+
+def read_training_history(output_dir: Path) -> TrainingHistory:
+    """
+    The history of a run: what the Trainer logged, and the results at its end. Without entries if the folder holds none, for
+    example the folder of a model from the Hub.
+    """
+    logged = read_json(output_dir / TRAINER_STATE).get("log_history")
+    entries = [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
+    entries.append(read_json(output_dir / ALL_RESULTS))
+    is_distilled = bool(read_json(output_dir / RUN_ARGUMENTS).get("teacher_model_name_or_path"))
+    return TrainingHistory([finite_numbers(entry) for entry in entries], is_distilled)
+
+
+def find_values(history: TrainingHistory, key: str) -> list[tuple[float, float]]:
+    """Epochs and values of one metric."""
+    entries = [entry for entry in history.entries if {"epoch", key} <= entry.keys()]
+    # No axis has ticks for larger numbers.
+    return [(entry["epoch"], entry[key]) for entry in entries if max(abs(entry["epoch"]), abs(entry[key])) < 1e30]
+
+
+def named_metrics(results: dict[str, float], prefix: str) -> dict[str, float]:
+    """The accuracies of one evaluation ("eval", "test" or "teacher"), by their names in the card."""
+    return {name: results[f"{prefix}_{key}"] for key, name in METRIC_NAMES.items() if f"{prefix}_{key}" in results}
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, empty if there is no file; raises UserError if the file is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is damaged: {first_sentence(error)}; repair or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object; repair or remove it.")
+    return content
+
+
+def finite_numbers(content: dict) -> dict[str, float]:
+    """The entries that are finite numbers."""
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+    }

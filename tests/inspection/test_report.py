@@ -1,0 +1,271 @@
+"""The page and the text of `binaryvit inspect`, for models of every kind and with hostile names."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from command_line import assert_refused, run
+from packed_model import edit_json, save_packed
+from pictures import write_pictures
+from tiny import class_token_config, tiny_config, tiny_model
+from transformers import ViTConfig, ViTForImageClassification
+
+from binaryvit_cli import main
+from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.inspection.figures import Axis, format_tick
+from binaryvit_hf.inspection.findings import percent
+from binaryvit_hf.network.quantization_binaryvit import ShippedModel
+from binaryvit_hf.ops import count_operations, readable, total
+from binaryvit_runtime.resources import shipped_models
+
+
+HOSTILE = ["<img src=x onerror=alert(1)>", "</style><script>alert(1)</script>", "\"' &amp; \x1b[31m"]
+LOG = [
+    {
+        "epoch": epoch,
+        "loss": 1 / epoch,
+        "eval_loss": 2 / epoch,
+        "eval_accuracy": epoch / 10,
+        "learning_rate": 0.01 / epoch,
+    }
+    for epoch in range(1, 9)
+]
+
+
+class Parsed(HTMLParser):
+    """What a page holds: its elements with their attributes, the texts of its cells, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+    def named(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The output directory of a run: packed and latent weights, and records. The labels are hostile."""
+    folder = tmp_path_factory.mktemp("outputs") / "a <b>run<b>"
+    config = tiny_config(id2label=dict(enumerate(HOSTILE)))
+    ShippedModel(tiny_model(config)).save_pretrained(folder)
+    create_image_processor(config, crop_pct=1.0).save_pretrained(folder)
+    results = {"eval_accuracy": 0.8125, "eval_samples": 1234, "teacher_accuracy": 0.9}
+    (folder / "all_results.json").write_text(json.dumps(results))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
+    arguments = {"optim": "adamw_torch", "dataset_name": "<i>flowers</i>", "teacher_model_name_or_path": "teacher"}
+    (folder / "run_arguments.json").write_text(json.dumps(arguments))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "photos", ("ant", "bee"), 2)
+
+
+def report(capsys, folder, out, *arguments) -> tuple[str, Parsed]:
+    printed = run(capsys, "inspect", folder, "--out", out, *arguments)
+    return printed, Parsed(out.read_text(encoding="utf-8"))
+
+
+def test_a_report_of_a_run_shows_everything(trained, photos, tmp_path, capsys):
+    printed, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+    in_all = total(count_operations(tiny_config()))
+    for fact in ("81.25 %", "1,234 held-out images", readable(in_all.ops), readable(in_all.bops)):
+        assert fact in page.text
+    assert f"{in_all.bops:,}" in page.cells
+    assert "Measured on 4 pictures." in page.text
+    assert "Not measured" not in page.text
+    assert "Not recorded" not in page.text
+    assert "81.25 % top-1 accuracy (1,234 held-out images)" in printed
+    assert "measured on 4 pictures" in printed
+    assert "at the last learning rate of the run, 0.00125" in printed
+    assert "at the highest learning rate of the run, 0.01" in printed
+    assert "Within a step of 0.01 (highest)" in page.cells
+    assert len(printed.splitlines()) <= 24
+    assert max(map(len, printed.splitlines())) <= 119
+
+
+def test_names_and_labels_are_text_on_the_page_and_in_the_terminal(trained, photos, tmp_path, capsys):
+    printed, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+    assert "a <b>run<b>" in page.text
+    assert "<i>flowers</i>" in page.text
+    assert HOSTILE[0] in page.text
+    assert {"script", "b", "i", "img"}.isdisjoint(name for name, _ in page.elements)
+    assert "\x1b" not in printed
+    assert "\x1b" not in page.text
+
+
+def test_a_report_needs_no_script_and_nothing_from_elsewhere(trained, photos, tmp_path, capsys):
+    _, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+    addresses = [
+        value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")
+    ]
+    assert all(address.startswith("data:") for address in addresses)
+    assert "url(" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (policy,) = [meta["content"] for meta in page.named("meta") if "http-equiv" in meta]
+    assert policy.startswith("default-src 'none'")
+    assert "script" not in policy
+
+
+def test_every_figure_has_a_table_or_is_one(trained, photos, tmp_path, capsys):
+    _, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+    drawings = page.named("svg")
+    assert all(drawing.get("aria-hidden") == "true" or drawing.get("aria-label") for drawing in drawings)
+    tables = {table["aria-label"] for table in page.named("table")}
+    assert len(tables) == len(page.named("table")) >= 12
+    assert any("histogram" in name for name in tables)
+    assert "What the run logged" in tables
+    assert [f"{entry['eval_loss']:.4g}" for entry in LOG if f"{entry['eval_loss']:.4g}" not in page.cells] == []
+
+
+def test_a_packed_model_without_records_says_what_is_missing(tmp_path, capsys):
+    folder = save_packed(tmp_path)
+    printed, page = report(capsys, folder, tmp_path / "report.html")
+    assert "accuracy not recorded" in printed
+    assert "this checkpoint is packed" in page.text
+    assert page.text.count("no picture of the model's data") == 2
+    assert "no trainer_state.json" in page.text
+    assert "change of sign than" not in page.text
+
+
+@pytest.mark.parametrize(
+    "changes, sentences",
+    [
+        ({"weight_bits": 2}, ["weights have 2 bits, not 1", "numbers of 2 bits"]),
+        ({"weight_bits": 32}, ["the weights have 32 bits", "all in full precision"]),
+        ({"input_bits": 4}, ["activations have 4 bits, not 1"]),
+        ({"input_bits": 32}, ["attention probabilities have 32 bits"]),
+    ],
+)
+def test_other_bit_widths_say_what_they_do_not_have(changes, sentences, photos, tmp_path, capsys):
+    config = tiny_config(**changes)
+    tiny_model(config).save_pretrained(tmp_path / "model")
+    create_image_processor(config, crop_pct=1.0).save_pretrained(tmp_path / "model")
+    _, page = report(capsys, tmp_path / "model", tmp_path / "report.html", "--images", photos)
+    assert [sentence for sentence in sentences if sentence not in page.text] == []
+
+
+def test_a_network_with_a_class_token_counts_it(tmp_path, capsys):
+    tiny_model(class_token_config()).save_pretrained(tmp_path / "model")
+    _, page = report(capsys, tmp_path / "model", tmp_path / "report.html")
+    assert "4 \N{MULTIPLICATION SIGN} 8 + 1" in page.cells
+
+
+def test_the_latent_folder_of_a_run_has_the_records_of_the_run(trained, tmp_path, capsys):
+    printed = run(capsys, "inspect", trained / "latent")
+    assert "81.25 %" in printed
+    assert "at the highest learning rate of the run, 0.01" in printed
+
+
+@pytest.mark.parametrize("name", sorted(shipped_models()))
+def test_a_shipped_model_is_reported_with_its_example(name, tmp_path, capsys):
+    printed, page = report(capsys, name, tmp_path / "report.html")
+    file = shipped_models()[name] / "model.safetensors"
+    assert readable(file.stat().st_size, "B") in page.cells
+    assert readable(file.stat().st_size, "B") in printed
+    assert "1 example picture of the model" in page.text
+    assert len(page.named("img")) == (not (file.parent / "trainer_state.json").is_file())
+    assert len(printed.splitlines()) <= 24
+
+
+# ---- Wrong input ----
+
+
+def test_wrong_input_is_one_sentence(photos, tmp_path, capsys):
+    folder = save_packed(tmp_path)
+    ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+        tmp_path / "vit"
+    )
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.html").write_text("<p>mine</p>")
+    assert_refused(capsys, ["inspect", tmp_path / "vit"], "is a 'vit'; only binary networks")
+    assert_refused(capsys, ["inspect", tmp_path / "missing"], "missing", "no such folder")
+    assert_refused(
+        capsys, ["inspect", folder, "--images", tmp_path / "empty"], "has no files with an image's extension"
+    )
+    assert_refused(capsys, ["inspect", folder, "--images", tmp_path / "none.png"], "does not exist")
+    assert_refused(
+        capsys, ["inspect", folder, "--images", tmp_path / "notes.html"], "None of the pictures can be read"
+    )
+    assert_refused(capsys, ["inspect", folder, "--out", tmp_path / "empty"], "is a folder, not a file")
+    assert_refused(capsys, ["inspect", folder, "--out", tmp_path / "no" / "a.html"], "there is no folder")
+    assert_refused(capsys, ["inspect", folder, "--out", tmp_path / "notes.html"], "already exists and is no report")
+    assert (tmp_path / "notes.html").read_text() == "<p>mine</p>"
+    edit_json(folder / "config.json", depths=[-1, 1])
+    assert_refused(capsys, ["inspect", folder], "depths")
+
+
+def test_images_need_an_image_processor(photos, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert_refused(capsys, ["inspect", tmp_path / "model", "--images", photos], "has no image processor")
+
+
+def test_damaged_records_are_named(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "trainer_state.json").write_text("{")
+    assert_refused(capsys, ["inspect", tmp_path / "run"], "trainer_state.json", "is damaged")
+
+
+def test_a_picture_that_cannot_be_read_is_an_error_and_the_others_count(trained, photos, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    code = main(["inspect", str(trained), "--images", str(photos), str(tmp_path / "broken.png")])
+    printed = capsys.readouterr()
+    assert code == 1
+    assert re.fullmatch(r"error: .*broken\.png' cannot be read as an image .*\n", printed.err.splitlines(True)[-1])
+    assert "measured on 4 pictures" in printed.out
+
+
+def test_an_earlier_report_is_replaced_whole(trained, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    report(capsys, trained, out)
+    first = out.read_text(encoding="utf-8")
+    report(capsys, trained, out)
+    assert out.read_text(encoding="utf-8") == first
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+# ---- Numbers and axes ----
+
+
+@pytest.mark.parametrize(
+    "share, text", [(0, "0.0 %"), (1e-5, "< 0.1 %"), (0.5, "50.0 %"), (0.99999, "> 99.9 %"), (1, "100.0 %")]
+)
+def test_small_parts_do_not_become_nothing_or_all(share, text):
+    assert percent(share) == text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0, 1], [0.5], [0], [-3, 2], [1e-9, 2e-9], [1, 1 + 1e-15], [-1e29, 1e29], [5e-324, 1e-320], [95.1, 95.2]],
+)
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_an_axis_has_round_ticks_between_its_ends(values, logarithmic):
+    axis = Axis.of(values, 0, 100, logarithmic and min(values) > 0)
+    assert all(-1e-6 <= axis.place(value) <= 100 + 1e-6 for value in values)
+    ticks = axis.ticks()
+    assert len(ticks) <= 8
+    assert all(-1e-6 <= axis.place(tick) <= 100 + 1e-6 for tick in ticks)
+    assert len({format_tick(tick) for tick in ticks}) == len(ticks) or max(values) - min(values) < 1e-6
