@@ -17,24 +17,36 @@ if TYPE_CHECKING:
     from binaryvit_hf.inspection.pictures import Pictures
 
 HELD_OUT_PICTURES = 64
-EXAMPLE = f"binaryvit inspect {next(iter(shipped_models()), 'MODEL')} --out report.html --images photos/"
+EXAMPLE = "binaryvit inspect binaryvit-digits --out report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, Hub id or a model that comes with binaryvit_hf")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="HTML file to write; an earlier report is replaced")
+    parser.add_argument(
+        "model", metavar="MODEL", help="binary model, packed or latent: folder, Hub id or name of a shipped model"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="HTML file to write, such as report.html; an earlier report is replaced",
+    )
     parser.add_argument(
         "--images",
         metavar="IMAGE",
         nargs="+",
-        help="image files, folders or patterns to measure activations and attention on; of many, 256 are chosen (default: "
-        "the example picture in the model's folder, or held-out images of the run)",
+        help="image files, folders or patterns to measure activations and attention on, at most 256 of them (default: the "
+        "model's example picture, or held-out images of its run)",
     )
     add_token_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Describe a binary network: costs, signs, latent weights, attention and learning curves, also as a web page."""
+    """
+    Describe a binary network: costs, signs, attention, latent weights and learning curves.
+
+    A summary is printed, and --out writes a web page with figures and all numbers. Latent weights need the folder of a
+    training run or a latent checkpoint. A picture that cannot be read gets an error line, and the exit code is then 1.
+    """
     from binaryvit_hf.inspection.measurements import measure
     from binaryvit_hf.inspection.pictures import Pictures, choose_evenly
     from binaryvit_hf.inspection.records import read_records, records_folder

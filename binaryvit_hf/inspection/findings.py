@@ -89,7 +89,7 @@ def describe_latent(measurements: Measurements, records: RunRecords) -> list[str
     for index, (name, rate) in enumerate(records.learning_rates.items()):
         steps = sum(layer.within_step[index] for layer in layers)
         findings.append(
-            f"One step of Adam at the {name} learning rate of the run, {rate:g}, could change the signs of {steps:,} weights "
+            f"One step of Adam at the {name} learning rate of the run, {rate:.3g}, could change the signs of {steps:,} weights "
             f"({percent(steps / total)})."
         )
     if stuck := sum(layer.without_gradient for layer in layers):

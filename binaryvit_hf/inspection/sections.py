@@ -353,7 +353,7 @@ def latent(measurements: Measurements, records: RunRecords, config: PreTrainedCo
         place: Cell(per_hundred(layer.near[1] / layer.total), layer.near[1] / layer.total / most if most else 0.0)
         for place, layer in measurements.latent.items()
     }
-    steps = [f"Within a step of {rate:g} ({name})" for name, rate in records.learning_rates.items()]
+    steps = [f"Within a step of {rate:.3g} ({name})" for name, rate in records.learning_rates.items()]
     names = ("Part", "Layer", "Weights", *(f"Nearer than {part:g}" for part in NEAR), *steps, "Without gradient")
     exact = [
         (
