@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from binaryvit_runtime.errors import UserError, first_sentence, one_line
 from binaryvit_runtime.resources import shipped_models
-from binaryvit_runtime.sources import RUN_ARGUMENTS
+from binaryvit_runtime.sources import CHECKPOINT_PREFIX, RUN_ARGUMENTS
 
 from .common import add_token_argument, print_error
 
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         model, folder, latent, [*records.learning_rates.values()], processor, None if processor is None else pictures
     )
     report = Report(
-        os.path.basename(os.path.abspath(options.model)),
+        name_of(options.model),
         config,
         measurements,
         records,
@@ -97,6 +97,15 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         print(f"\n{options.out}: open it in a browser.")
     return 1 if measurements.of_pictures and measurements.of_pictures.faults else 0
+
+
+def name_of(model: str) -> str:
+    """The name that a report shows: that of the Hub or of the folder, and of the run's folder for one of its folders."""
+    if not os.path.exists(model):
+        return model
+    folder = Path(os.path.abspath(model))
+    is_part = folder.name == "latent" or folder.name.startswith(CHECKPOINT_PREFIX)
+    return f"{folder.parent.name}/{folder.name}" if is_part else folder.name
 
 
 def held_out_pictures(folder: Path) -> "Pictures | None":

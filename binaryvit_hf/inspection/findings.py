@@ -36,8 +36,11 @@ def describe_cost(measurements: Measurements, weight_bits: int) -> list[str]:
     if weight_bits == 32:
         return ["The weights have 32 bits, so none is a single bit.", *findings]
     bits = "single bits" if weight_bits == 1 else f"numbers of {weight_bits} bits"
-    sentence = f"{percent(total('quantized_weights') / total('parameters'))} of the parameters are {bits}"
-    if measurements.is_packed and measurements.file_bytes:
+    share = percent(total("quantized_weights") / total("parameters"))
+    if not measurements.is_packed:
+        return [f"{share} of the parameters become {bits} in a packed checkpoint.", *findings]
+    sentence = f"{share} of the parameters are {bits}"
+    if measurements.file_bytes:
         sentence += f", and they take {percent(total('bit_bytes') / measurements.file_bytes)} of the file"
     return [f"{sentence}.", *findings]
 

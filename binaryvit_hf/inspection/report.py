@@ -139,7 +139,8 @@ def header(report: Report) -> Raw:
     activations = f"{report.config.input_bits}-bit activations"
     trained = f", trained on {report.records.dataset}" if report.records.dataset else ""
     labels = list(report.config.id2label.values())
-    named = ", ".join(map(str, labels[:10])) + (", …" if len(labels) > 10 else "")
+    is_named = labels[0] != "LABEL_0"  # transformers' name of a class without one
+    named = f": {', '.join(map(str, labels[:10]))}{', …' if len(labels) > 10 else ''}" if is_named else ""
     mark = Raw(f'<svg class="mark" viewBox="0 0 4 4" aria-hidden="true"><path d="{MARK}"/></svg>')
     return tag(
         "header",
@@ -148,7 +149,7 @@ def header(report: Report) -> Raw:
             "div",
             tag("h1", report.name),
             tag("p", f"BinaryViT, {kind}, {activations}, {height} {TIMES} {width} pixels{trained}"),
-            tag("p", f"{counted(len(labels), 'class')}: {named}"),
+            tag("p", f"{counted(len(labels), 'class')}{named}"),
         ),
     )
 

@@ -29,7 +29,8 @@ def summarize(report: Report) -> str:
     note = []
     if pictures is not None and found is not None:
         note.append(f"Attention and activations are measured on {counted(found.pictures, pictures.kind)}.")
-    title = f"{report.name}: {accuracy_line(report)}"
+    kind = "packed" if measurements.is_packed else "latent weights"
+    title = f"{report.name} ({kind}): {accuracy_line(report)}"
     return one_line_each([title, "", *align_columns(rows).splitlines(), "", *report.findings, *note])
 
 

@@ -154,7 +154,7 @@ def test_a_packed_model_without_records_says_what_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, sentences",
     [
-        ({"weight_bits": 2}, ["weights have 2 bits, not 1", "numbers of 2 bits"]),
+        ({"weight_bits": 2}, ["weights have 2 bits, not 1", "become numbers of 2 bits"]),
         ({"weight_bits": 32}, ["the weights have 32 bits", "all in full precision"]),
         ({"input_bits": 4}, ["activations have 4 bits, not 1"]),
         ({"input_bits": 32}, ["attention probabilities have 32 bits"]),
@@ -176,6 +176,7 @@ def test_a_network_with_a_class_token_counts_it(tmp_path, capsys):
 
 def test_the_latent_folder_of_a_run_has_the_records_of_the_run(trained, tmp_path, capsys):
     printed = run(capsys, "inspect", trained / "latent")
+    assert printed.startswith("a <b>run<b>/latent (latent weights): ")
     assert "81.25 %" in printed
     assert "at the highest learning rate of the run, 0.01" in printed
 
@@ -189,6 +190,21 @@ def test_a_shipped_model_is_reported_with_its_example(name, tmp_path, capsys):
     assert "1 example picture of the model" in page.text
     assert len(page.named("img")) == (not (file.parent / "trainer_state.json").is_file())
     assert len(printed.splitlines()) <= 24
+
+
+def test_a_run_is_measured_on_its_held_out_images(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    edit_json(tmp_path / "run" / "run_arguments.json", dataset_name="sklearn-digits")
+    _, page = report(capsys, tmp_path / "run", tmp_path / "report.html")
+    assert page.text.count("Measured on 64 held-out pictures of the run.") == 2
+
+
+def test_a_report_without_the_runs_dataset_says_so(trained, tmp_path, capsys):
+    assert main(["inspect", str(trained), "--out", str(tmp_path / "report.html")]) == 0
+    assert "The held-out images of the run cannot be loaded: " in capsys.readouterr().err
+    assert "no picture of the model's data" in (tmp_path / "report.html").read_text(encoding="utf-8").replace(
+        "&#x27;", "'"
+    )
 
 
 # ---- Wrong input ----
@@ -238,11 +254,11 @@ def test_a_picture_that_cannot_be_read_is_an_error_and_the_others_count(trained,
     assert "measured on 4 pictures" in printed.out
 
 
-def test_an_earlier_report_is_replaced_whole(trained, tmp_path, capsys):
+def test_an_earlier_report_is_replaced_whole(trained, photos, tmp_path, capsys):
     out = tmp_path / "report.html"
-    report(capsys, trained, out)
+    report(capsys, trained, out, "--images", photos)
     first = out.read_text(encoding="utf-8")
-    report(capsys, trained, out)
+    report(capsys, trained, out, "--images", photos)
     assert out.read_text(encoding="utf-8") == first
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
