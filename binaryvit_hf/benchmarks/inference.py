@@ -172,9 +172,7 @@ def compete(
     results = []
     for batch_size in batch_sizes:
         logger.info("%s, batches of %d", counted(threads, "thread"), batch_size)
-        request_all(workers, batch_size)  # warm-up: torch.compile compiles for every batch size
-        rounds = [request_all(workers, batch_size) for _ in range(turns)]
-        seconds = {worker: [second for times in rounds for second in times[worker]] for worker in workers}
+        seconds = time_rounds(workers, batch_size, turns)
         peer_seconds = next(times for competitor, times in seconds.items() if is_peer(competitor))
         results += [
             {
@@ -191,6 +189,13 @@ def compete(
     for worker in workers.values():
         worker.stop()
     return results, starts
+
+
+def time_rounds(workers: dict[Competitor, Worker], batch_size: int, turns: int) -> dict[Competitor, list[float]]:
+    """The seconds of each forward of competitors that take turns, after one turn each that does not count."""
+    request_all(workers, batch_size)  # warm-up: torch.compile compiles for every batch size
+    rounds = [request_all(workers, batch_size) for _ in range(turns)]
+    return {competitor: [second for times in rounds for second in times[competitor]] for competitor in workers}
 
 
 def is_peer(competitor: Competitor) -> bool:

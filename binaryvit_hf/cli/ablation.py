@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """
-    Train all rows of an ablation, and write a table and a plot of their accuracy.
+    Train all rows of an ablation, time their networks, and write a table and pictures of the results.
 
     It takes hours. After an interruption run the same command again: finished rows are kept, and the others resume.
     """
@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
     with needs_extra("train", "Ablations"):
         from binaryvit_hf.training.ablation.runs import Ablation, run_ablation
+    from binaryvit_hf.benchmarks import trained
 
     ablation = Ablation(options.folder, options.out, tuple(dict.fromkeys(options.seeds)), options.table)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -52,6 +53,8 @@ def run(options: argparse.Namespace) -> None:
     before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers]
     try:
         run_ablation(ablation, options.jobs)
+        if folders := ablation.folders_to_time():
+            ablation.write_results(trained.time_trained(folders))
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)

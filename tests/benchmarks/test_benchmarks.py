@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import platform
+import shutil
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,7 @@ from tiny import tiny_config, tiny_images, tiny_model
 from torch._dynamo.utils import counters
 
 from binaryvit_hf import engine, onnx_export
-from binaryvit_hf.benchmarks import inference, onnx_peers, training
+from binaryvit_hf.benchmarks import inference, onnx_peers, trained, training
 from binaryvit_hf.benchmarks.simulation import simulate
 from binaryvit_hf.benchmarks.training import Competitor
 from binaryvit_hf.compiled_layers import CACHE_VARIABLE, CompiledLayers
@@ -176,3 +177,16 @@ print(resident() - before)
     kept = warm_python.run("-c", program, folder=tmp_path)
     assert kept.returncode == 0, kept.stderr
     assert int(kept.stdout) > 0.9 * 2**26
+
+
+def test_trained_models_are_timed_on_their_engines_and_broken_ones_are_left_out(tmp_path, caplog, forked_contestants):
+    inference.save_row("binaryvit-digits", tmp_path / "packed", packed=True)
+    inference.save_row("vit-digits", tmp_path / "teacher")
+    (tmp_path / "broken").mkdir()
+    shutil.copy(tmp_path / "packed" / "config.json", tmp_path / "broken")
+    folders = {name: tmp_path / name for name in ("packed", "broken", "teacher")}
+    with caplog.at_level(logging.INFO):
+        seconds = trained.time_trained(folders, turns=1)
+    assert list(seconds) == ["packed", "teacher"]
+    assert 0 < seconds["packed"] < seconds["teacher"]
+    assert "left out: broken on runtime" in caplog.text

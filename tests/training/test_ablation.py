@@ -1,6 +1,7 @@
 """A complete ablation: its runs, its interruption, its table and its errors."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from command_line import assert_refused
 from tiny import tiny_config
-from transformers import ViTConfig
+from transformers import ResNetConfig, ViTConfig
 
 from binaryvit_cli import main
+from binaryvit_hf.benchmarks import trained
 from binaryvit_hf.training.ablation.results import mean_and_deviation
 from binaryvit_hf.training.ablation.runs import Ablation, describe_left, in_use, is_tested, next_run
 from binaryvit_hf.training.ablation.table import check_run
@@ -62,7 +64,15 @@ def folder(tmp_path):
     return folder
 
 
-def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(folder, tmp_path, capsys):
+@pytest.fixture
+def timed(monkeypatch):
+    """The folders that the command times. Timing them would take many seconds."""
+    folders: list[dict[str, Path]] = []
+    monkeypatch.setattr(trained, "time_trained", lambda given: folders.append(given) or dict.fromkeys(given, 0.00123))
+    return folders
+
+
+def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(folder, tmp_path, capsys, timed):
     out = tmp_path / "out"
     command = ["ablation", str(folder), str(out), "--seeds", "1", "2", "--jobs", "2"]
     assert main(command) == 0, capsys.readouterr().err
@@ -85,6 +95,9 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
     assert cells["1 bit"][2] == mean_and_deviation([accuracies["binary-seed1"], accuracies["binary-seed2"]])
     assert cells["1 bit"][3] == "2"
     assert (out / "ablation.png").stat().st_size > 10_000
+    assert (out / "ablation_ms.png").stat().st_size > 10_000
+    assert cells["1 bit"][-2] == "1.23"  # ms
+    assert timed == [{"vit": out / "vit", "binary": out / "binary-seed1"}]
 
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
     (out / "results.md").unlink()
@@ -224,9 +237,10 @@ def finish(ablation: Ablation, accuracy: float = 0.9, images: int = 400) -> None
         for name in ("train_results.json", "all_results.json"):
             (run.folder / name).write_text(json.dumps(results))
         (run.folder / RUN_ARGUMENTS).write_text(json.dumps(arguments_to_json(run.arguments)))
+        shutil.copy(ablation.folder / run.row.config / "config.json", run.folder)
 
 
-def test_tables_that_share_a_folder_share_the_runs_of_equal_rows(folder, tmp_path, capsys):
+def test_tables_that_share_a_folder_share_the_runs_of_equal_rows(folder, tmp_path, capsys, timed):
     out = tmp_path / "out"
     finish(Ablation(folder, out, (1, 2)))
     change_table(folder, "options", rows={"binary": "unchanged"})
@@ -236,6 +250,43 @@ def test_tables_that_share_a_folder_share_the_runs_of_equal_rows(folder, tmp_pat
     change_table(folder, "options", rows={"binary": {"name": "x", "arguments": {"learning_rate": 0.5}}})
     command = ["ablation", folder, out, "--seeds", "1", "2", "--table", "options.json"]
     assert_refused(capsys, command, "learning_rate", "binary-seed1")
+
+
+def test_a_table_of_options_is_compared_in_words_and_one_picture(folder, tmp_path, capsys, timed):
+    options = {
+        "slow": {"name": "half the rate", "arguments": {"learning_rate": 0.5}},
+        "old": {"name": "x", "compared_with": None},
+    }
+    change_table(folder, "options", config="binary", compared_with="binary", rows={"binary": "unchanged", **options})
+    out = tmp_path / "out"
+    finish(Ablation(folder, out, (1, 2), "options.json"))
+    assert main(["ablation", str(folder), str(out), "--seeds", "1", "2", "--table", "options.json"]) == 0
+    assert timed == []  # one network has one time
+    text = (out / "options.md").read_text()
+    assert text.count("compared with unchanged (") == 1
+    assert "- half the rate: no difference could be shown, compared with unchanged (" in text
+    assert "p is corrected for the 1 comparison of this table" in text
+    assert "All rows are the same network" in text
+    assert "OPs" not in text.replace("BOPs", "").replace("FLOPs", "")
+    assert "![Differences](options.png)" in text
+    assert sorted(path.name for path in out.glob("*.png")) == ["options.png"]
+
+
+def test_a_teacher_need_not_be_a_row_and_its_operations_need_not_be_counted(folder, tmp_path, capsys, timed):
+    ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], image_size=16).save_pretrained(folder / "resnet")
+    change_table(folder, teacher="resnet", rows={"binary": "1 bit", "other": {"name": "ResNet", "config": "resnet"}})
+    ablation = Ablation(folder, tmp_path / "out", (1, 2))
+    finish(ablation)
+    assert next(iter(ablation.runs())).name == "resnet"
+    assert main(["ablation", str(folder), str(tmp_path / "out"), "--seeds", "1", "2"]) == 0
+    lines = (tmp_path / "out" / "results.md").read_text().splitlines()
+    (head,) = [line for line in lines if line.startswith("| row |")]
+    (row,) = [line for line in lines if line.startswith("| ResNet |")]
+    cells = dict(zip(head.split("|"), row.split("|")))
+    assert cells[" OPs "].strip() == ""
+    accuracy, to_teacher = float(cells[" test top-1, % "].split()[0]), float(cells[" to the teacher "])
+    (teacher,) = ablation.results()["resnet"].test
+    assert to_teacher == pytest.approx(accuracy - teacher, abs=0.011)
 
 
 def test_a_run_without_its_answers_is_tested_again(folder, tmp_path):
@@ -264,11 +315,13 @@ def test_the_runs_and_time_that_are_left_are_told(folder, tmp_path):
     )
     ablation = Ablation(folder, tmp_path, (1, 2))
     runs = list(ablation.runs().values())
-    assert describe_left(ablation, runs, {}, 2) == "5 of 5 runs left"
+    assert describe_left(ablation, runs, {}, {}, 2) == "5 of 5 runs left"
     finish(Ablation(folder, tmp_path, (1,)))
     # A minute an epoch: 1 and 10 epochs, two at a time
-    assert describe_left(ablation, runs[3:], {}, 2) == "2 of 5 runs left, about 6 minutes"
-    assert describe_left(ablation, runs[4:], {runs[4].folder: 300.0}, 2) == "1 of 5 runs left, about 5 minutes"
+    assert describe_left(ablation, runs[3:], {}, {}, 2) == "2 of 5 runs left, about 6 minutes"
+    assert describe_left(ablation, runs[4:], {runs[4].folder: 300.0}, {}, 2) == "1 of 5 runs left, about 5 minutes"
+    slower = {run.folder: 120.0 * run.epochs for run in runs[:3]}
+    assert describe_left(ablation, runs[3:], {}, slower, 2) == "2 of 5 runs left, about 11 minutes"
 
 
 def test_two_ablations_do_not_train_in_one_folder(folder, tmp_path, capsys):

@@ -5,5 +5,5 @@ Ablations: train every row and seed of a table by one recipe with one teacher, a
     runs.py        the runs of all rows and seeds, their order, processes and interruption
     results.py     what the finished runs recorded -> the table, with its comparisons in words
     estimates.py   intervals and tests from the answers of several seeds to the same images
-    pictures.py    accuracy against cost, and differences with their intervals
+    pictures.py    accuracy against a cost, and differences with their intervals
 """

@@ -13,15 +13,16 @@ from ...loading import load_config
 from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
 from ..model_card import weight_bytes
 from ..run_folder import read_json, read_test_predictions
-from .estimates import Estimate, correct_for_several, estimate_accuracy, estimate_difference
-from .pictures import plot_rows
+from .estimates import Estimate, SeedVariance, correct_for_several, estimate_accuracy, estimate_difference
+from .pictures import Bar, Point, plot_accuracy, plot_differences
 from .table import DEFAULT_TABLE, Row, Table
 
 
 SIGNIFICANT = 0.05
 METHOD = (
-    "Intervals (95 %) and tests are for other seeds and other test images: seeds and images are crossed random effects, with "
-    "Satterthwaite's degrees of freedom (Hillis, Statistics in Medicine 26, 2007). Images are paired, seeds are not."
+    "Intervals (95 %) and tests are for other seeds and other test images: t intervals with seeds and images as crossed random "
+    "effects (Hillis, Statistics in Medicine 26, 2007). Images are paired, seeds are not. The variance between seeds is the row's "
+    "own or the mean of the table, whichever is larger."
 )
 
 
@@ -62,11 +63,6 @@ class RowResults:
     def weight_bytes(self) -> int:
         return weight_bytes(self.folders[0])
 
-    @property
-    def interval(self) -> Estimate | None:
-        """The accuracy in percent, with its interval."""
-        return in_percent(estimate_accuracy(self.correct))
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -95,13 +91,18 @@ class Comparison:
         single = [results for results in (self.ours, self.theirs) if len(results.folders) == 1]
         return f"{single[0].name} has one seed" if single else "there are too few test images"
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the test finds a difference."""
+        return self.p is not None and self.p < SIGNIFICANT
+
     def in_words(self, comparisons: int) -> str:
         """One sentence that claims what the comparison shows, and no more."""
         subject, other = self.ours.name, f"compared with {self.theirs.name}"
         if self.estimate is None:
             return f"{subject}: {self.difference:+.2f} points, {other}; not tested, as {self.obstacle}."
         points = f"{abs(self.difference):.2f} ± {self.estimate.half_width:.2f} points"
-        if self.p < SIGNIFICANT:
+        if self.is_shown:
             verb = "helps" if self.difference > 0 else "costs"
             return f"{subject}: {verb + ' by' if verb == 'helps' else verb} {points}, {other} ({readable_p(self.p)})."
         corrected = ""
@@ -119,13 +120,12 @@ def readable_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def collect_results(row: Row, folders: list[Path], config_folder: Path) -> RowResults:
+def collect_results(row: Row, folders: list[Path]) -> RowResults:
     """
     Read what the finished runs of a row recorded.
 
     Args:
         folders: of the runs, one or more.
-        config_folder: holds the `config.json` of the row's network.
 
     Raises:
         UserError: a file is damaged, or the runs were tested on different images.
@@ -134,7 +134,7 @@ def collect_results(row: Row, folders: list[Path], config_folder: Path) -> RowRe
     for folder, (labels, _) in zip(folders, answers):
         if not np.array_equal(labels, answers[0][0]):
             raise UserError(f"The runs {folders[0]} and {folder} were tested on different images; remove one of them.")
-    config = load_config(config_folder)
+    config = load_config(folders[0])
     return RowResults(
         row,
         np.array([labels == predicted for labels, predicted in answers]),
@@ -145,59 +145,111 @@ def collect_results(row: Row, folders: list[Path], config_folder: Path) -> RowRe
     )
 
 
-def compare_rows(results: dict[str, RowResults]) -> dict[str, Comparison]:
+def compare_rows(results: dict[str, RowResults], between_seeds: SeedVariance | None) -> dict[str, Comparison]:
     """The comparisons of the rows that have results, by the key of the row."""
     comparisons = {}
     for key, ours in results.items():
         theirs = results.get(ours.row.compared_with or "")
         if theirs is not None:
             is_paired = np.array_equal(ours.labels, theirs.labels)
-            estimate = in_percent(estimate_difference(ours.correct, theirs.correct)) if is_paired else None
-            comparisons[key] = Comparison(ours, theirs, estimate)
+            estimate = estimate_difference(ours.correct, theirs.correct, between_seeds) if is_paired else None
+            comparisons[key] = Comparison(ours, theirs, in_percent(estimate))
     tested = {key: comparison.estimate.p for key, comparison in comparisons.items() if comparison.estimate is not None}
     corrected = dict(zip(tested, correct_for_several(list(tested.values()))))
     return {key: replace(comparison, p=corrected.get(key)) for key, comparison in comparisons.items()}
 
 
-def write_results(table: Table, results: dict[str, RowResults], out: Path) -> None:
+def write_results(table: Table, results: dict[str, RowResults], out: Path, seconds: dict[str, float]) -> None:
     """
-    Write the table of results and its picture to `out`: `results.md` and `ablation.png`, or, for a table NAME.json of
-    another name, `NAME.md` and `NAME.png`.
+    Write the table of results and its pictures to `out`: `results.md`, `ablation.png` and `ablation_ms.png`, or, for a table
+    NAME.json of another name, `NAME.md`, `NAME.png` and `NAME_ms.png`.
 
     Args:
         results: of the rows, and of the teacher, which need not be a row; by key.
+        seconds: of a forward, by row. Without them there are no milliseconds.
     """
-    text, picture = output_files(table, out)
+    text = output_file(table, out)
     teacher = results.get(table.teacher.key)
     rows = {key: results[key] for key in table.rows if key in results}
-    comparisons = compare_rows(rows)
-    columns = columns_of(rows, comparisons, teacher)
+    between_seeds = SeedVariance.of_rows(row.correct for row in rows.values())
+    comparisons = compare_rows(rows, between_seeds)
+    intervals = {key: in_percent(estimate_accuracy(row.correct, between_seeds)) for key, row in rows.items()}
+    columns = columns_of(table, rows, intervals, comparisons, teacher, seconds)
     lines = [f"# {table.title}", ""]
     if table.description:
         lines += [table.description, ""]
     lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values())]
-    lines += ["", *describe_columns(rows, comparisons), ""]
+    lines += ["", describe_columns(table, rows, comparisons, seconds), ""]
     if comparisons:
         count = sum(comparison.p is not None for comparison in comparisons.values())
         lines += ["What this shows:", ""]
         lines += [f"- {comparison.in_words(count)}" for comparison in comparisons.values()]
         lines.append("")
-    if rows:
-        plot_rows(list(rows.values()), table.title, picture)
-        lines += [f"![Accuracy]({picture.name})", ""]
+    for name, picture in draw(table, rows, intervals, comparisons, seconds, picture_file(table, out)).items():
+        lines += [f"![{name}]({picture.name})", ""]
     write_file(text, "\n".join(lines))
 
 
-def output_files(table: Table, out: Path) -> tuple[Path, Path]:
-    """The files of the table of results and of its picture."""
-    if table.file.name == DEFAULT_TABLE:
-        return out / "results.md", out / "ablation.png"
-    return out / f"{table.file.stem}.md", out / f"{table.file.stem}.png"
+def output_file(table: Table, out: Path) -> Path:
+    """The file of the table of results."""
+    return out / ("results.md" if table.file.name == DEFAULT_TABLE else f"{table.file.stem}.md")
+
+
+def picture_file(table: Table, out: Path) -> Path:
+    """The file of the first picture."""
+    return out / ("ablation.png" if table.file.name == DEFAULT_TABLE else f"{table.file.stem}.png")
+
+
+def draw(
+    table: Table,
+    rows: dict[str, RowResults],
+    intervals: dict[str, Estimate | None],
+    comparisons: dict[str, Comparison],
+    seconds: dict[str, float],
+    picture: Path,
+) -> dict[str, Path]:
+    """
+    Draw the differences between rows of one network, or the accuracy of several networks against OPs and milliseconds.
+
+    Args:
+        picture: file of the first picture.
+
+    Returns:
+        The files by what they show.
+    """
+    if table.has_one_network:
+        bars = [
+            Bar(comparison.ours.name, comparison.difference, comparison.estimate, comparison.is_shown)
+            for comparison in comparisons.values()
+        ]
+        if bars:
+            others = {comparison.theirs.name for comparison in comparisons.values()}
+            other = others.pop() if len(others) == 1 else "the row that it is compared with"
+            plot_differences(bars, table.title, other, picture)
+        return {"Differences": picture} if bars else {}
+    pictures = {
+        "Accuracy and OPs": ("OPs of one image = FLOPs + BOPs/64", picture),
+        "Accuracy and time": ("ms an image, median, one thread", picture.with_stem(f"{picture.stem}_ms")),
+    }
+    ops = {key: row.cost.ops for key, row in rows.items() if row.cost is not None}
+    milliseconds = {key: 1000 * seconds[key] for key in rows if key in seconds}
+    drawn = {}
+    for costs, (name, (label, path)) in zip((ops, milliseconds), pictures.items()):
+        points = [Point(rows[key].name, cost, rows[key].mean, intervals[key]) for key, cost in costs.items()]
+        if points:
+            plot_accuracy(points, table.title, label, path)
+            drawn[name] = path
+    return drawn
 
 
 def columns_of(
-    rows: dict[str, RowResults], comparisons: dict[str, Comparison], teacher: RowResults | None
+    table: Table,
+    rows: dict[str, RowResults],
+    intervals: dict[str, Estimate | None],
+    comparisons: dict[str, Comparison],
+    teacher: RowResults | None,
+    seconds: dict[str, float],
 ) -> dict[str, list[str]]:
     """The cells of each column, by its head."""
     results = list(rows.values())
@@ -205,7 +257,7 @@ def columns_of(
         "row": [row.name for row in results],
         "test top-1, %": [mean_and_deviation(row.test) for row in results],
         "seeds": [str(len(row.test)) for row in results],
-        "95 % interval": [readable_interval(row.interval, ".2f") for row in results],
+        "95 % interval": [readable_interval(interval, ".2f") for interval in intervals.values()],
     }
     if comparisons:
         found = [comparisons.get(key) for key in rows]
@@ -219,33 +271,37 @@ def columns_of(
     if teacher is not None:
         columns["to the teacher"] = [f"{row.mean - teacher.mean:+.2f}" for row in results]
     columns["held-out top-1, %"] = [mean_and_deviation(row.held_out) for row in results]
-    if has_one_network(rows):
+    if table.has_one_network:
         return columns
     columns["weights on disk"] = [readable(row.weight_bytes, "B") for row in results]
     for head, name in (("BOPs", "bops"), ("FLOPs", "flops"), ("OPs", "ops")):
-        columns[head] = ["-" if row.cost is None else readable(getattr(row.cost, name)) for row in results]
+        columns[head] = ["" if row.cost is None else readable(getattr(row.cost, name)) for row in results]
+    if seconds:
+        columns["ms"] = [f"{1000 * seconds[key]:.2f}" if key in seconds else "" for key in rows]
     return columns
 
 
-def has_one_network(rows: dict[str, RowResults]) -> bool:
-    """Whether several rows have the same network, so that they differ in training alone."""
-    return len(rows) > 1 and len({row.row.config for row in rows.values()}) == 1
-
-
-def describe_columns(rows: dict[str, RowResults], comparisons: dict[str, Comparison]) -> list[str]:
+def describe_columns(
+    table: Table, rows: dict[str, RowResults], comparisons: dict[str, Comparison], seconds: dict[str, float]
+) -> str:
     """What the numbers of the table are."""
     runs = counted(sum(len(row.test) for row in rows.values()), "run")
     sentences = [f"Mean and standard deviation over the seeds, {runs} in all."]
     tests = sum(comparison.p is not None for comparison in comparisons.values())
-    if any(row.interval for row in rows.values()):
+    if any(len(row.folders) > 1 for row in rows.values()):
         sentences.append(METHOD)
     if tests:
         sentences.append(f"p is corrected for the {counted(tests, 'comparison')} of this table (Holm).")
-    if has_one_network(rows):
+    if table.has_one_network and rows:
         row = next(iter(rows.values()))
         cost = "" if row.cost is None else f", {readable(row.cost.bops)} BOPs, {readable(row.cost.flops)} FLOPs"
         sentences.append(f"All rows are the same network ({readable(row.weight_bytes, 'B')} on disk{cost}).")
-    return [" ".join(sentences)]
+    elif seconds:
+        sentences.append(
+            "ms is the median time of one image on one thread, measured in turns: packed networks on the engine, others in "
+            "PyTorch in float32."
+        )
+    return " ".join(sentences)
 
 
 def readable_interval(estimate: Estimate | None, form: str) -> str:

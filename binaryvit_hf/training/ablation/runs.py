@@ -19,7 +19,7 @@ from binaryvit_runtime.writing import lock
 from ..arguments import RunArguments
 from ..callbacks.progress import format_time
 from ..run_folder import TEST_PREDICTIONS, TRAIN_RESULTS, compare_with_recorded, is_finished, read_json
-from .results import collect_results, output_files, write_results
+from .results import RowResults, collect_results, output_file, write_results
 from .table import DEFAULT_TABLE, FIRST_STAGE, Row, Table, check_run, parse_student, read_table, to_flags
 
 
@@ -78,7 +78,7 @@ class Ablation:
 
     @property
     def results_file(self) -> Path:
-        return output_files(self.table, self.out)[0]
+        return output_file(self.table, self.out)
 
     @property
     def teacher_folder(self) -> Path:
@@ -149,14 +149,30 @@ class Ablation:
                             )
         return runs
 
-    def write_results(self) -> None:
-        """Write the table and its pictures from the runs that are finished."""
+    def results(self) -> dict[str, RowResults]:
+        """What the finished runs of the teacher and of each row recorded, by the key of the row."""
         results = {}
         for key, row in self.table.trained_rows.items():
             folders = [self.output_dir(row, seed) for seed in self.seeds_of(row)]
             if finished := [folder for folder in folders if has_results(folder)]:
-                results[key] = collect_results(row, finished, self.folder / row.config)
-        write_results(self.table, results, self.out)
+                results[key] = collect_results(row, finished)
+        return results
+
+    def write_results(self, seconds: dict[str, float] | None = None) -> None:
+        """
+        Write the table and its pictures from the runs that are finished.
+
+        Args:
+            seconds: of a forward of each network, by the key of its row.
+        """
+        write_results(self.table, self.results(), self.out, seconds or {})
+
+    def folders_to_time(self) -> dict[str, Path]:
+        """The folder of a run of each row, by its key; none if all rows have the same network."""
+        if self.table.has_one_network:
+            return {}
+        results = self.results()
+        return {key: results[key].folders[0] for key in self.table.rows if key in results}
 
 
 def run_ablation(ablation: Ablation, jobs: int) -> None:
@@ -207,11 +223,12 @@ def train(ablation: Ablation, runs: list[Run], jobs: int) -> None:
     waiting = list(runs)
     running: dict[subprocess.Popen, Run] = {}
     started: dict[Path, float] = {}
+    seconds: dict[Path, float] = {}  # of runs that finished
     try:
         while waiting or running:
             while len(running) < jobs and (run := next_run(waiting, running.values())):
                 if not started:
-                    logger.info("%s", describe_left(ablation, runs, {}, jobs))
+                    logger.info("%s", describe_left(ablation, runs, {}, {}, jobs))
                 waiting.remove(run)
                 started[run.folder] = time.monotonic()
                 running[start(run, 1 if run.folder == ablation.teacher_folder else jobs)] = run
@@ -221,8 +238,10 @@ def train(ablation: Ablation, runs: list[Run], jobs: int) -> None:
                 if process.returncode != 0:
                     raise RunError(f"The run {run.folder} failed: read {log_of(run.folder)}.")
                 accuracy = 100 * read_json(run.folder / "all_results.json")["test_accuracy"]
-                elapsed = {run.folder: time.monotonic() - started[run.folder] for run in running.values()}
-                left = describe_left(ablation, [*waiting, *running.values()], elapsed, jobs)
+                now = time.monotonic()
+                seconds[run.folder] = now - started[run.folder]
+                elapsed = {other.folder: now - started[other.folder] for other in running.values()}
+                left = describe_left(ablation, [*waiting, *running.values()], elapsed, seconds, jobs)
                 logger.info("%s: %.2f %%; %s", run.folder, accuracy, left)
                 ablation.write_results()
     finally:
@@ -238,28 +257,30 @@ def next_run(waiting: list[Run], running: Iterable[Run]) -> Run | None:
     return next((run for run in waiting if not unfinished & set(run.needs)), None)
 
 
-def describe_left(ablation: Ablation, left: list[Run], elapsed: dict[Path, float], jobs: int) -> str:
+def describe_left(
+    ablation: Ablation, left: list[Run], elapsed: dict[Path, float], measured: dict[Path, float], jobs: int
+) -> str:
     """
     The number of runs that are left, and about how long they take, from the times of finished runs.
 
     Args:
         elapsed: seconds since the start of each run that is training, by its folder.
+        measured: seconds of runs that have finished since, from their start to their end. Of earlier runs the recorded time
+            of training counts.
     """
     runs = ablation.runs()
     described = f"{len(left)} of {counted(len(runs), 'run')} left"
-    times: dict[str, list[float]] = {}  # seconds of an epoch, by row
-    for run in runs.values():
-        seconds = read_json(run.folder / TRAIN_RESULTS).get("train_runtime") if is_finished(run.folder) else None
-        if seconds is not None and run.folder not in {other.folder for other in left}:
-            times.setdefault(run.row.key, []).append(seconds / run.epochs)
-    if not times or not left:
+    of_epochs: dict[str, list[float]] = {}  # seconds of an epoch, by row
+    for folder in runs.keys() - {run.folder for run in left}:
+        seconds = read_json(folder / TRAIN_RESULTS).get("train_runtime", 0.0)
+        of_epoch = max(seconds, measured.get(folder, 0.0)) / runs[folder].epochs
+        of_epochs.setdefault(runs[folder].row.key, []).append(of_epoch)
+    if not of_epochs or not left:
         return described
-    others = statistics.median(second for seconds in times.values() for second in seconds)
-    total = 0.0
-    for run in left:
-        of_row = statistics.median(times[run.row.key]) if run.row.key in times else others
-        total += max(0.0, run.epochs * of_row - elapsed.get(run.folder, 0.0))
-    return f"{described}, about {format_time(total / min(jobs, len(left)))}"
+    of_all = statistics.median(seconds for row in of_epochs.values() for seconds in row)
+    of_rows = {key: statistics.median(seconds) for key, seconds in of_epochs.items()}
+    rest = [max(0.0, run.epochs * of_rows.get(run.row.key, of_all) - elapsed.get(run.folder, 0.0)) for run in left]
+    return f"{described}, about {format_time(sum(rest) / min(jobs, len(left)))}"
 
 
 def has_results(folder: Path) -> bool:

@@ -89,6 +89,12 @@ class Table:
         """The teacher, then all rows."""
         return {self.teacher.key: self.teacher} | self.rows
 
+    @property
+    def has_one_network(self) -> bool:
+        """Whether several rows have the same network, so that they differ in training alone."""
+        networks = {(row.config, row.arguments.get("config_overrides")) for row in self.rows.values()}
+        return len(self.rows) > 1 and len(networks) == 1
+
 
 def read_table(folder: Path, name: str = DEFAULT_TABLE) -> Table:
     """
