@@ -134,12 +134,14 @@ class ApproxSign(Function):
 # ---- Quantizers ----
 
 
-def quantize_weight(weight: torch.Tensor, bits: int, clip_value: float, center: bool) -> torch.Tensor:
+def quantize_weight(
+    weight: torch.Tensor, bits: int, clip_value: float, center: bool, training: bool = False
+) -> torch.Tensor:
     """Weight `(out, ...)` on `bits` bits: 1 has a scale per row, 2 to 8 have one per tensor, 32 returns the weight."""
     if bits == 32:
         return weight
     if bits == 1:
-        return BinarizeWeight.apply(weight, center)
+        return fastest(BinarizeWeight, [weight], training).apply(weight, center)
     return QuantizeMultiBit.apply(weight, bits, clip_value, tuple(range(weight.dim())))
 
 
@@ -666,6 +668,11 @@ def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
     """`(batch, heads, tokens, head_dim) -> (batch, tokens, channels)`."""
     return x.transpose(1, 2).flatten(2)
+
+
+def scale_and_shift(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """`scale * x + shift` per channel, x `(..., channels)`."""
+    return torch.addcmul(shift, x, scale)
 
 
 # ---- Products of signs ----

@@ -25,6 +25,7 @@ from .functional_binaryvit import (
     is_distributed,
     quantize_input,
     quantize_weight,
+    scale_and_shift,
 )
 
 
@@ -51,7 +52,7 @@ class BinaryLayer(nn.Module):
         self.clip_value = config.quantization_clip_value
 
     def quantized_weight(self) -> torch.Tensor:
-        return quantize_weight(self.weight, self.weight_bits, self.clip_value, self.centers_weight)
+        return quantize_weight(self.weight, self.weight_bits, self.clip_value, self.centers_weight, self.training)
 
     def options(self) -> tuple:
         """Arguments that `quantized_linear` takes after the weight."""
@@ -143,11 +144,12 @@ class TokenBatchNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         rows, norm = hidden_states.flatten(0, -2), self.batch_norm
-        if norm.training and is_distributed():
-            statistics = self.statistics(functools.partial(batch_statistics, [rows]))
-            normed = SyncedBatchNorm.apply(rows, *statistics, norm.eps, norm.weight, norm.bias)
-        else:
+        step = fastest(SyncedBatchNorm, [rows, *norm.parameters()], norm.training)
+        if step is SyncedBatchNorm and not (norm.training and is_distributed()):
             normed = norm(rows)
+        else:
+            statistics = self.statistics(functools.partial(fastest(batch_statistics, [rows]), [rows]))
+            normed = step.apply(rows, *statistics, norm.eps, norm.weight, norm.bias)
         return normed.view(hidden_states.shape)
 
     def statistics(self, measure: Callable[[nn.BatchNorm1d], tuple]) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -214,7 +216,8 @@ class LayerScale(nn.Module):
         self.shift = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.shift, hidden_states, self.scale)
+        tensors = hidden_states, self.scale, self.shift
+        return fastest(scale_and_shift, tensors, self.training)(*tensors)
 
 
 class BinaryProjection(nn.Module):
@@ -272,7 +275,9 @@ class AvgPoolBranches(nn.ModuleList):
             return hidden_states
         shifts, scales = zip(*(read_tensors(branch.layer_scale, "shift", "scale") for branch in self))
         kernel_sizes = [branch.kernel_size for branch in self]
-        return AddAvgPools.apply(hidden_states, pooled, sum(shifts), grid_size, kernel_sizes, *scales)
+        inputs = hidden_states, pooled, sum(shifts)
+        step = fastest(AddAvgPools, [*inputs, *scales], self.training)
+        return step.apply(*inputs, grid_size, kernel_sizes, *scales)
 
 
 class DropPath(nn.Module):

@@ -37,6 +37,7 @@ from .engine_binaryvit import (
 from .functional_binaryvit import (
     BinaryAttentionProducts,
     approx_sign_slope,
+    fastest,
     merge_heads,
     quantize_input,
     quantize_probability,
@@ -225,10 +226,9 @@ class BinaryViTAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`attend` for 1-bit inputs without dropout, in training: it keeps less for the backward pass."""
-        shifts = self.query_shift, self.key_shift, self.value_shift
-        return BinaryAttentionProducts.apply(
-            query, key, value, *shifts, self.probability_clip, self.num_heads, self.sign_slope
-        )
+        tensors = query, key, value, self.query_shift, self.key_shift, self.value_shift, self.probability_clip
+        step = fastest(BinaryAttentionProducts, tensors, self.training and self.sign_slope is approx_sign_slope)
+        return step.apply(*tensors, self.num_heads, self.sign_slope)
 
     def to_heads(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Shift, quantise and split into heads; 2 to 8 bits have a scale per head and token."""

@@ -4,7 +4,9 @@ Autograd functions on row kernels: twins of those in `network/functional_binaryv
 They take contiguous float32 tensors on the CPU, weights and inputs of 1 bit, and the default gradient of the sign.
 """
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -156,6 +158,35 @@ class NormShortcutRPReLU(Function):
         return grad_x, grad_shortcut, None, None, None, None, *grads
 
 
+class BatchNorm(Function):
+    """Twin of `functional_binaryvit.SyncedBatchNorm`, in one process."""
+
+    @staticmethod
+    def forward(ctx, x, mean, variance, batch_rows, eps, weight, bias):
+        ctx.save_for_backward(x, mean, variance, weight)
+        ctx.batch_rows, ctx.eps = batch_rows, eps
+        scale = weight * torch.rsqrt(variance + eps)
+        offset, output = torch.addcmul(bias, mean, scale, value=-1), torch.empty_like(x)
+        load_kernels().scale_rows(
+            *(x.data_ptr(), scale.data_ptr(), offset.data_ptr(), *x.shape),
+            *(output.data_ptr(), torch.get_num_threads()),
+        )
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, mean, variance, weight = ctx.saved_tensors
+        grad_output, grad_x = grad_output.contiguous(), torch.empty_like(x)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
+        load_kernels().batch_norm_gradient(
+            *(x.data_ptr(), mean.data_ptr(), variance.data_ptr(), weight.data_ptr(), ctx.eps, ctx.batch_rows),
+            *(grad_output.data_ptr(), *x.shape, grad_x.data_ptr()),
+            *(grad_weight.data_ptr(), grad_bias.data_ptr(), torch.get_num_threads()),
+        )
+        return grad_x, None, None, None, None, grad_weight, grad_bias
+
+
 class PackedCounts:
     """Whole numbers `(rows, channels)`, the first product of an MLP, in one byte each if they fit, else two."""
 
@@ -268,7 +299,164 @@ def block_rows(rows: int, channels: int) -> int:
     return min(max(BLOCK_ELEMENTS // channels, 1), max(rows, 1))
 
 
+class BinaryAttentionProducts(Function):
+    """Twin of `functional_binaryvit.BinaryAttentionProducts`."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, query_shift, key_shift, value_shift, step, num_heads, sign_slope):
+        inputs, shifts = (query, key, value), (query_shift, key_shift, value_shift)
+        query_sign, key_sign, value_sign = (sign_heads(x, shift, num_heads) for x, shift in zip(inputs, shifts))
+        scores = query_sign @ key_sign.transpose(1, 2)
+        probabilities, scale = torch.empty_like(scores), query_sign.shape[-1] ** -0.5
+        keys = scores.shape[-1]
+        load_kernels().attend(
+            *(scores.data_ptr(), scale, step.data_ptr(), scores.numel() // keys, keys),
+            *(probabilities.data_ptr(), torch.get_num_threads()),
+        )
+        ctx.save_for_backward(*inputs, *shifts, step, scores)  # now their softmax
+        ctx.num_heads, ctx.scale = num_heads, scale
+        ctx.set_materialize_grads(False)
+        context = (probabilities @ value_sign).unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+        return context, probabilities.unflatten(0, (-1, num_heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_context, grad_probabilities):
+        query, key, value, query_shift, key_shift, value_shift, step, softmax = ctx.saved_tensors
+        inputs, shifts, heads = (query, key, value), (query_shift, key_shift, value_shift), ctx.num_heads
+        query_sign, key_sign, value_sign = (sign_heads(x, shift, heads) for x, shift in zip(inputs, shifts))
+        if grad_context is None:  # only the probabilities were used
+            grad_heads = torch.zeros_like(query_sign)
+        else:
+            grad_heads = grad_context.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        grad = grad_heads @ value_sign.transpose(1, 2)
+        if grad_probabilities is not None:
+            grad += grad_probabilities.flatten(0, 1)
+        probabilities, grad_step, keys = torch.empty_like(softmax), torch.empty_like(step), softmax.shape[-1]
+        load_kernels().attend_gradient(
+            *(softmax.data_ptr(), ctx.scale, step.data_ptr(), softmax.numel() // keys, keys, grad.data_ptr()),
+            *(probabilities.data_ptr(), grad_step.data_ptr(), torch.get_num_threads()),
+        )
+        grad_signs = grad @ key_sign, grad.transpose(1, 2) @ query_sign, probabilities.transpose(1, 2) @ grad_heads
+        grads, grad_shifts = zip(*map(sign_heads_gradient, inputs, shifts, grad_signs))
+        return *grads, *grad_shifts, grad_step, None, None
+
+
+def sign_heads(x: torch.Tensor, shift: torch.Tensor, heads: int) -> torch.Tensor:
+    """`sign(x + shift)` by heads: `(batch, tokens, channels) -> (batch * heads, tokens, head_dim)`."""
+    batch, tokens, channels = x.shape
+    signs = x.new_empty(batch * heads, tokens, channels // heads)
+    load_kernels().sign_heads(
+        *(x.data_ptr(), shift.data_ptr(), batch, tokens, heads, channels // heads),
+        *(signs.data_ptr(), torch.get_num_threads()),
+    )
+    return signs
+
+
+def sign_heads_gradient(
+    x: torch.Tensor, shift: torch.Tensor, grad_signs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `sign_heads` to x and shift, from that of the signs."""
+    (batch, tokens, channels), head_dim = x.shape, grad_signs.shape[-1]
+    grad_x, grad_shift = torch.empty_like(x), torch.empty_like(shift)
+    load_kernels().sign_heads_gradient(
+        *(x.data_ptr(), shift.data_ptr(), grad_signs.data_ptr(), batch, tokens, channels // head_dim, head_dim),
+        *(grad_x.data_ptr(), grad_shift.data_ptr(), torch.get_num_threads()),
+    )
+    return grad_x, grad_shift
+
+
+class AddAvgPools(Function):
+    """Twin of `functional_binaryvit.AddAvgPools`."""
+
+    @staticmethod
+    def forward(ctx, x, pooled, shift, grid_size, kernel_sizes, *scales):
+        scales = torch.stack(scales)
+        ctx.save_for_backward(pooled, scales)
+        ctx.geometry = pool_geometry(pooled, grid_size, kernel_sizes)
+        output = torch.empty_like(x)
+        load_kernels().add_pools(
+            *(x.data_ptr(), pooled.data_ptr(), shift.data_ptr(), scales.data_ptr(), *ctx.geometry),
+            *(output.data_ptr(), torch.get_num_threads()),
+        )
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        pooled, scales = ctx.saved_tensors
+        grad_output, grad_pooled = grad_output.contiguous(), torch.empty_like(pooled)
+        sums = pooled.new_zeros(len(scales) + 1, pooled.shape[-1], dtype=torch.float64)
+        load_kernels().add_pools_gradient(
+            *(pooled.data_ptr(), scales.data_ptr(), grad_output.data_ptr(), *ctx.geometry),
+            *(grad_pooled.data_ptr(), sums.data_ptr(), torch.get_num_threads()),
+        )
+        *grad_scales, grad_shift = sums.float()
+        return grad_output, grad_pooled, grad_shift, None, None, *grad_scales
+
+
+def pool_geometry(pooled: torch.Tensor, grid_size: tuple[int, int], kernel_sizes: Sequence[tuple[int, int]]) -> tuple:
+    """Arguments of kernels: sizes of the kernels and their number, then those of the map."""
+    flat = [size for kernel_size in kernel_sizes for size in kernel_size]
+    return (ctypes.c_int32 * len(flat))(*flat), len(kernel_sizes), len(pooled), *grid_size, pooled.shape[-1]
+
+
+class BinarizeWeight(Function):
+    """Twin of `functional_binaryvit.BinarizeWeight`."""
+
+    @staticmethod
+    def forward(ctx, weight, center):
+        ctx.save_for_backward(weight)
+        ctx.center = center
+        binarized = torch.empty_like(weight)
+        load_kernels().binarize_weight(
+            *(weight.data_ptr(), len(weight), weight[0].numel(), center, binarized.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return binarized
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (weight,) = ctx.saved_tensors
+        grad_output, grad = grad_output.contiguous(), torch.empty_like(weight)
+        load_kernels().binarize_weight_gradient(
+            *(weight.data_ptr(), grad_output.data_ptr(), len(weight), weight[0].numel(), ctx.center),
+            *(grad.data_ptr(), torch.get_num_threads()),
+        )
+        return grad, None
+
+
+class ScaleAndShift(Function):
+    """Twin of `functional_binaryvit.scale_and_shift`."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift):
+        ctx.save_for_backward(x, scale)
+        return torch.addcmul(shift, x, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, scale = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        grad_x, grad_scale, grad_shift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+        load_kernels().layer_scale_gradient(
+            *(x.data_ptr(), scale.data_ptr(), grad_output.data_ptr(), x.numel() // len(scale), len(scale)),
+            *(grad_x.data_ptr(), grad_scale.data_ptr(), grad_shift.data_ptr(), torch.get_num_threads()),
+        )
+        return grad_x, grad_scale, grad_shift
+
+
 # By name of the function in functional_binaryvit.
-TWINS: dict[str, Callable | type[Function]] = {
-    twin.__name__: twin for twin in (SignLinear, NormShortcutRPReLU, BinaryMLPProducts, batch_statistics)
+TWINS: dict[str, Any] = {
+    "AddAvgPools": AddAvgPools,
+    "BinarizeWeight": BinarizeWeight,
+    "BinaryAttentionProducts": BinaryAttentionProducts,
+    "BinaryMLPProducts": BinaryMLPProducts,
+    "NormShortcutRPReLU": NormShortcutRPReLU,
+    "SignLinear": SignLinear,
+    "SyncedBatchNorm": BatchNorm,
+    "batch_statistics": batch_statistics,
+    "scale_and_shift": ScaleAndShift.apply,
 }

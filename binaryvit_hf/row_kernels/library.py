@@ -60,6 +60,19 @@ KERNELS = {
         *(Pointer, Pointer, Pointer, Pointer, Int),
     ],
     "norm_coefficients": [Pointer, Norm, Pointer, Int64, Int64, Gradients, Pointer, Pointer],
+    "binarize_weight": [Pointer, Int64, Int64, Int, Pointer, Int],
+    "binarize_weight_gradient": [Pointer, Pointer, Int64, Int64, Int, Pointer, Int],
+    "layer_scale_gradient": [Pointer, Pointer, Pointer, Int64, Int64, Pointer, Pointer, Pointer, Int],
+    "scale_rows": [Pointer, Pointer, Pointer, Int64, Int64, Pointer, Int],
+    "batch_norm_gradient": [
+        *(Pointer, Pointer, Pointer, Pointer, Float, Int64, Pointer, Int64, Int64, Pointer, Pointer, Pointer, Int)
+    ],
+    "add_pools": [*4 * [Pointer], Pointer, Int, *4 * [Int64], Pointer, Int],
+    "add_pools_gradient": [*3 * [Pointer], Pointer, Int, *4 * [Int64], Pointer, Pointer, Int],
+    "sign_heads": [Pointer, Pointer, *4 * [Int64], Pointer, Int],
+    "sign_heads_gradient": [Pointer, Pointer, Pointer, *4 * [Int64], Pointer, Pointer, Int],
+    "attend": [Pointer, Float, Pointer, Int64, Int64, Pointer, Int],
+    "attend_gradient": [Pointer, Float, Pointer, Int64, Int64, Pointer, Pointer, Pointer, Int],
     "count_gradient": [Pointer, Int, Pointer, Pointer, Int64, Int64, Pointer, Int],
 }
 

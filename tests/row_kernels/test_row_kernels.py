@@ -6,15 +6,20 @@ from tiny import tiny_config, tiny_images, tiny_model
 from torch import nn
 
 from binaryvit_hf import row_kernels
-from binaryvit_hf.network import functional_binaryvit, layers_binaryvit
+from binaryvit_hf.network import functional_binaryvit, layers_binaryvit, modeling_binaryvit
 from binaryvit_hf.network.functional_binaryvit import (
+    AddAvgPools,
+    BinarizeWeight,
+    BinaryAttentionProducts,
     BinaryMLPProducts,
     NormShortcutRPReLU,
     SignLinear,
+    SyncedBatchNorm,
     approx_sign_slope,
     batch_statistics,
     binary_sign,
     fastest,
+    scale_and_shift,
 )
 from binaryvit_hf.row_kernels import TWINS, functions, library
 
@@ -143,6 +148,59 @@ def test_mlp_products(threads, monkeypatch, rows, width, inner, training):
     torch.testing.assert_close(norms[1].state_dict(), norms[0].state_dict())
 
 
+@pytest.mark.parametrize("batch_rows", [0, "batch"])
+@pytest.mark.parametrize("rows, channels", [(3, 1), (7, 3), (700, 48)])
+def test_batch_norm(threads, rows, channels, batch_rows):
+    x = leaf(rows, channels)
+    statistics = x.detach().mean(0), x.detach().var(0, unbiased=False), rows if batch_rows else 0
+    assert_twins(SyncedBatchNorm, x, *statistics, EPS, leaf(channels), leaf(channels))
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (300, 130), (6, 4, 2, 2)])
+def test_binarised_weights(threads, shape, center):
+    assert_twins(BinarizeWeight, leaf(*shape), center)
+
+
+@pytest.mark.parametrize("rows, channels", [(2, 1), (7, 3), (700, 48)])
+def test_scale_and_shift(threads, rows, channels):
+    inputs = leaf(1, rows, channels), leaf(channels), leaf(channels)
+    expected, expected_grads = outputs_and_gradients(scale_and_shift, *inputs)
+    found, grads = outputs_and_gradients(TWINS["scale_and_shift"], *inputs)
+    torch.testing.assert_close(found, expected)
+    assert_close_gradients(grads, expected_grads)
+
+
+@pytest.mark.parametrize(
+    "grid_size, channels, kernel_sizes",
+    [((1, 1), 1, [(3, 3)]), ((2, 5), 3, [(3, 1), (1, 3), (5, 1), (1, 5)]), ((20, 19), 48, [(3, 1), (1, 3), (7, 5)])],
+)
+def test_pooling_branches(threads, grid_size, channels, kernel_sizes):
+    shape, scales = (3, grid_size[0] * grid_size[1], channels), [leaf(channels) for _ in kernel_sizes]
+    assert_twins(AddAvgPools, leaf(*shape), leaf(*shape), leaf(channels), grid_size, kernel_sizes, *scales)
+
+
+@pytest.mark.parametrize("used", ["context", "probabilities", "both"])
+@pytest.mark.parametrize(
+    "batch, queries, keys, heads, head_dim", [(1, 1, 1, 1, 1), (2, 5, 3, 3, 2), (2, 100, 49, 2, 32)]
+)
+@pytest.mark.parametrize("step", [0.02, 0.3, -0.1])
+def test_attention_products(threads, batch, queries, keys, heads, head_dim, step, used):
+    query, key, value = (leaf(batch, tokens, heads * head_dim) for tokens in (queries, keys, keys))
+    shifts, step = [leaf(heads * head_dim) for _ in range(3)], torch.tensor(step, requires_grad=True)
+    results = []
+    for function in (BinaryAttentionProducts, TWINS["BinaryAttentionProducts"]):
+
+        def used_outputs(*tensors, function=function):
+            outputs = function.apply(*tensors, heads, approx_sign_slope)
+            return outputs if used == "both" else outputs[used == "probabilities"]
+
+        results.append(outputs_and_gradients(used_outputs, query, key, value, *shifts, step))
+    (expected, expected_grads), (found, grads) = results
+    torch.testing.assert_close(found, expected)
+    assert_close_gradients(grads, expected_grads)
+
+
 def test_signs_of_zeros_and_nan():
     x = torch.tensor([[0.0, -0.0, float("nan"), -1.0]])
     assert functions.sign_bytes(x, torch.zeros(4)).tolist() == [[1, 1, -1, -1]]
@@ -190,13 +248,15 @@ def test_kernels_compute_gradients_of_float32_on_the_cpu_in_one_process(monkeypa
 def test_kernels_compute_training_of_1_bit_by_the_default_gradient_only(monkeypatch):
     used = set()
 
-    def note(function, tensors, has_twin):
-        used.update([(function.__name__, has_twin)])
+    def note(function, tensors, has_twin=True):
+        used.update([function.__name__] if has_twin else [])
         return function
 
     monkeypatch.setattr(layers_binaryvit, "fastest", note)
+    monkeypatch.setattr(modeling_binaryvit, "fastest", note)
+    monkeypatch.setattr(functional_binaryvit, "fastest", note)
 
-    def twins_of(train: bool, slope=approx_sign_slope, **changes) -> set[tuple[str, bool]]:
+    def twins_of(train: bool = True, slope=approx_sign_slope, **changes) -> set[str]:
         used.clear()
         model = tiny_model(tiny_config(**changes)).train(train)
         for module in model.modules():
@@ -205,12 +265,11 @@ def test_kernels_compute_training_of_1_bit_by_the_default_gradient_only(monkeypa
         model(tiny_images())
         return set(used)
 
-    assert {name for name, has_twin in twins_of(train=True) if has_twin} == {
-        *("SignLinear", "NormShortcutRPReLU", "BinaryMLPProducts", "batch_statistics")
-    }
-    assert not any(has_twin for _, has_twin in twins_of(train=False))
-    for others in (twins_of(True, slope=torch.abs), twins_of(True, weight_bits=2)):
-        assert {name for name, has_twin in others if has_twin} == {"NormShortcutRPReLU", "batch_statistics"}
+    of_signs = {"SignLinear", "BinaryMLPProducts", "BinaryAttentionProducts"}
+    assert twins_of() == set(TWINS)
+    assert not twins_of(train=False)
+    assert twins_of(slope=torch.abs) == set(TWINS) - of_signs
+    assert twins_of(weight_bits=2) == set(TWINS) - of_signs - {"BinarizeWeight"} | {"BinaryAttentionProducts"}
 
 
 def test_compiled_code_has_no_kernels(monkeypatch):
