@@ -1,5 +1,7 @@
 """The facts of a network that a reader should see first, as sentences, and the formats of their numbers."""
 
+from transformers import PreTrainedConfig
+
 from binaryvit_runtime.errors import counted
 
 from ..ops import readable
@@ -17,11 +19,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def find_findings(measurements: Measurements, records: RunRecords, weight_bits: int) -> list[str]:
+def find_findings(measurements: Measurements, records: RunRecords, config: PreTrainedConfig) -> list[str]:
     """Sentences about costs, attention, activations and latent weights, as far as they are measured."""
-    findings = describe_cost(measurements, weight_bits)
+    findings = describe_cost(measurements, config.weight_bits)
     if measurements.of_pictures is not None:
-        findings += describe_attention(measurements.of_pictures) + describe_activations(measurements.of_pictures)
+        findings += describe_attention(measurements.of_pictures, config.input_bits)
+        findings += describe_activations(measurements.of_pictures)
     return findings + describe_latent(measurements, records)
 
 
@@ -51,7 +54,7 @@ def name_of(part: str) -> str:
     return f"layer {part}" if "." in part else f"the patch embeddings {part}"
 
 
-def describe_attention(found: PictureMeasurements) -> list[str]:
+def describe_attention(found: PictureMeasurements, input_bits: int) -> list[str]:
     heads = [
         (share, empty)
         for sparsity in found.attention.values()
@@ -61,7 +64,8 @@ def describe_attention(found: PictureMeasurements) -> list[str]:
         return []
     mean = sum(share for share, _ in heads) / len(heads)
     findings = [f"The attention of a head is 0 at {percent(mean)} of its keys on average."]
-    if all_keys := sum(share == 0 for share, _ in heads):
+    all_keys = sum(share == 0 for share, _ in heads)
+    if all_keys and input_bits == 1:  # more bits have several levels above 0
         findings.append(f"{all_keys} of {counted(len(heads), 'head')} have no 0 at all: they take all keys alike.")
     if nothing := sum(share == 1 for share, _ in heads):
         findings.append(f"{nothing} of {counted(len(heads), 'head')} are 0 everywhere: they pass nothing on.")

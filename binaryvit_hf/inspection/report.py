@@ -50,7 +50,7 @@ class Report(NamedTuple):
 
     @property
     def findings(self) -> list[str]:
-        return find_findings(self.measurements, self.records, self.config.weight_bits)
+        return find_findings(self.measurements, self.records, self.config)
 
 
 def check_replaceable(out: Path) -> None:

@@ -169,10 +169,9 @@ NO_PICTURES = (
 
 def attention(found: PictureMeasurements | None, pictures: Pictures | None, config: PreTrainedConfig) -> Raw:
     title = "How sparse attention is"
-    lead = (
-        "Share of the attention probabilities that are quantised to 0, for each head. A head with 0 % takes all keys alike, "
-        "and one with 100 % passes nothing on: neither chooses."
-    )
+    lead = "Share of the attention probabilities that are quantised to 0, for each head. A head with 100 % passes nothing on."
+    if config.input_bits == 1:
+        lead += " With 1 bit, a head with 0 % takes all keys alike: neither of the two chooses between keys."
     if config.input_bits == 32:
         return section("attention", title, missing("Not measured: the attention probabilities have 32 bits."))
     if found is None or pictures is None:
@@ -292,7 +291,8 @@ def weights(measurements: Measurements, config: PreTrainedConfig) -> Raw:
         for place, signs in measurements.weights.items()
     ]
     lead = f"Share of {kind} in each layer. " + (
-        "The mean of a row is subtracted before the sign is taken, so shares near 50 % are normal. A share far from it means "
+        "The mean of a row is subtracted before the sign is taken (not in patch embeddings), so shares near 50 % are normal. A "
+        "share far from it means "
         "that a few large weights outweigh many small ones."
         if one_bit
         else f"Weights have {config.weight_bits} bits, zero included."
