@@ -183,7 +183,7 @@ def test_a_row_of_two_stages_starts_from_the_run_of_its_first(folder, tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"name": "x", "argument": {}}, ("no field 'argument'", "did you mean 'arguments'?")),
+        ({"name": "x", "argument": {}}, ("not have the field 'argument'", "did you mean 'arguments'?")),
         ({"name": "x", "arguments": []}, ("'arguments' must be an object",)),
         ({"arguments": {}}, ("no 'name'",)),
         ({"name": "x", "seeds": 0}, ("'seeds'",)),
@@ -216,7 +216,7 @@ def test_wrong_tables_are_refused(folder, tmp_path, capsys):
     change_table(folder, rows={"a/b": "x"})
     assert_refused(capsys, command, "'a/b'", "its key names folders")
     change_table(folder, rows={"binary": "1 bit"}, epochs=3)
-    assert_refused(capsys, command, "no field 'epochs'")
+    assert_refused(capsys, command, "not have the field 'epochs'")
     staged = {"name": "x", "config": "binary", "first_stage": {"num_train_epochs": 1}}
     (folder / "table.json").write_text(json.dumps(TABLE))
     change_table(folder, rows={"binary": staged, "binary-first-stage": {"name": "y", "config": "binary"}})

@@ -96,6 +96,10 @@ class Comparison:
         """Whether the test finds a difference."""
         return self.p is not None and self.p < SIGNIFICANT
 
+    def as_cell(self) -> str:
+        """The difference and its interval in a table."""
+        return f"{self.difference:+.2f} {readable_interval(self.estimate, '+.2f')}".rstrip()
+
     def in_words(self, comparisons: int) -> str:
         """One sentence that claims what the comparison shows, and no more."""
         subject, other = self.ours.name, f"compared with {self.theirs.name}"
@@ -261,12 +265,7 @@ def columns_of(
     }
     if comparisons:
         found = [comparisons.get(key) for key in rows]
-        columns["difference, points"] = [
-            ""
-            if comparison is None
-            else f"{comparison.difference:+.2f} {readable_interval(comparison.estimate, '+.2f')}"
-            for comparison in found
-        ]
+        columns["difference, points"] = ["" if comparison is None else comparison.as_cell() for comparison in found]
         columns["p"] = ["" if comparison is None else readable_p_cell(comparison.p) for comparison in found]
     if teacher is not None:
         columns["to the teacher"] = [f"{row.mean - teacher.mean:+.2f}" for row in results]

@@ -1,13 +1,12 @@
 """The table of an ablation: its rows, read from a JSON file and checked before any training."""
 
-import difflib
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.errors import UserError, did_you_mean
 
 from ..arguments import RunArguments
 from ..command_line import TEACHER_PREFIX, parse_runs, read_argument_file
@@ -170,8 +169,7 @@ def check_fields(content: dict, known: dict[str, Any], place: str) -> None:
     """Raise UserError if a field is unknown or has another type than in `known`."""
     for name, value in content.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"{place} has no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+            raise UserError(f"{place} may not have the field {name!r}" + did_you_mean(name, known))
         if not isinstance(value, known[name]) or isinstance(value, bool):
             raise UserError(f"{place}: {name!r} must be {KINDS[known[name]]}, not {json.dumps(value)}.")
 
@@ -181,9 +179,8 @@ def check_comparison(place: str, row: Row, rows: dict[str, Row]) -> None:
     if other == row.key:
         raise UserError(f"{place} is compared with itself: name another row in 'compared_with', or null.")
     if other is not None and other not in rows:
-        close = difflib.get_close_matches(other, rows, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "name a row of the table, or null."
-        raise UserError(f"{place} is compared with {other!r}, which is no row of the table: {hint}")
+        hint = did_you_mean(other, rows, ": name a row of the table, or null.")
+        raise UserError(f"{place} is compared with {other!r}, which is no row of the table{hint}")
 
 
 def describe_row(file: Path, key: str) -> str:
