@@ -24,8 +24,10 @@ class Raw(str):
 
 
 def text(value: object) -> Raw:
-    """A text in HTML, on one line. Characters that cannot be printed are escaped."""
-    return value if isinstance(value, Raw) else Raw(html.escape(one_line(str(value))))
+    """A text in HTML, on one line. Characters that cannot be printed are escaped, and no line breaks before a `%`."""
+    if isinstance(value, Raw):
+        return value
+    return Raw(html.escape(one_line(str(value))).replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
 def join(pieces: Iterable[object]) -> Raw:

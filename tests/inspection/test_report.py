@@ -56,6 +56,7 @@ class Parsed(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        data = data.replace("\N{NO-BREAK SPACE}", " ")
         if "style" not in self.open:
             self.text += data
         if {"td", "th"} & set(self.open):
