@@ -16,6 +16,7 @@ from pathlib import Path
 
 import binaryvit_runtime
 from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.progress import Progress, with_progress
 from binaryvit_runtime.resources import shipped_models
 
 from ..ops import align_columns, readable
@@ -76,10 +77,11 @@ def benchmark_browser(network: str, turns: int, node_modules: Path | None = None
         logger.info("loading each model, %s", counted(LOADS, "time"))
         rounds = [
             [drive(node, folder, plan, [contestant], turns=0)["contestants"][0] for contestant in contestants]
-            for _ in range(LOADS)
+            for _ in with_progress(range(LOADS), "loads of each model", LOADS)
         ]
         logger.info("forwards, %s", counted(turns, "turn"))
-        driven = drive(node, folder, plan, contestants, turns)
+        with Progress("forwards in node"):
+            driven = drive(node, folder, plan, contestants, turns)
         results = [
             describe(contestant, measured, [loaded["loading"] for loaded in loads], plan)
             for contestant, measured, loads in zip(contestants, driven["contestants"], zip(*rounds))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.progress import with_progress
 from binaryvit_runtime.resources import shipped_models
 
 from ..ops import align_columns, readable
@@ -56,7 +57,10 @@ def benchmark_processes(onnx_file: Path | None, turns: int) -> list[dict]:
     if not hasattr(os, "wait4"):
         return []
     commands = list_commands(onnx_file)
-    rounds = [[run_process(name, command) for name, command in commands.items()] for _ in range(1 + turns)]
+    rounds = [
+        [run_process(name, command) for name, command in commands.items()]
+        for _ in with_progress(range(1 + turns), "whole processes, turns", 1 + turns)
+    ]
     processes = []
     for name, usages in zip(commands, zip(*rounds[1:])):
         seconds, peaks = zip(*usages)

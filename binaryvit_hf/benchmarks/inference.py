@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from binaryvit_runtime.classifier import Classifier
 from binaryvit_runtime.errors import UserError, counted, did_you_mean
+from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_configs
 
 from .. import engine
@@ -114,7 +115,8 @@ def check_binary_row(network: str) -> None:
 def create_competitors(network: str, folder: Path) -> list[Competitor]:
     """The competitors in the order of the table. Their files are written to `folder`."""
     logger.info("preparing the models")
-    save_row(network, folder / "packed", packed=True)
+    with Progress("preparing the models"):
+        save_row(network, folder / "packed", packed=True)
     half_model = AutoModelForImageClassification.from_pretrained(save_row(PEER, folder / "peer"), dtype=torch.bfloat16)
     half_model.save_pretrained(folder / "half")
     latent, packed, peer, half = (folder / name / SAFE_WEIGHTS_NAME for name in ("latent", "packed", "peer", "half"))
@@ -164,7 +166,9 @@ def compete(
     workers = {
         competitor: Worker(str(competitor), create_responder, competitor, threads) for competitor in competitors
     }
-    request_all(workers, "ready")  # loading takes the CPU, so all of it comes before the first measurement
+    with Progress("loading the contestants", len(workers)) as progress:
+        # Loading takes the CPU, so all of it comes before the first measurement.
+        request_all(workers, "ready", progress)
     starts = [
         {"model": competitor.model, "engine": competitor.engine, "threads": threads, **first}
         for competitor, first in request_all(workers, "first").items()
@@ -193,8 +197,9 @@ def compete(
 
 def time_rounds(workers: dict[Competitor, Worker], batch_size: int, turns: int) -> dict[Competitor, list[float]]:
     """The seconds of each forward of competitors that take turns, after one turn each that does not count."""
-    request_all(workers, batch_size)  # warm-up: torch.compile compiles for every batch size
-    rounds = [request_all(workers, batch_size) for _ in range(turns)]
+    # The first turn warms up: torch.compile compiles for every batch size.
+    with Progress("turns of the contestants", (1 + turns) * len(workers)) as progress:
+        _, *rounds = [request_all(workers, batch_size, progress) for _ in range(1 + turns)]
     return {competitor: [second for times in rounds for second in times[competitor]] for competitor in workers}
 
 
@@ -203,7 +208,7 @@ def is_peer(competitor: Competitor) -> bool:
     return (competitor.model, competitor.engine) == (PEER, PEER_ENGINE)
 
 
-def request_all(workers: dict[Competitor, Worker], message: str | int) -> dict:
+def request_all(workers: dict[Competitor, Worker], message: str | int, progress: Progress | None = None) -> dict:
     """
     The answers of all workers. A worker that cannot load its model is removed from `workers`.
 
@@ -219,6 +224,8 @@ def request_all(workers: dict[Competitor, Worker], message: str | int) -> dict:
                 raise
             logger.info("left out: %s", error)
             del workers[competitor]
+        if progress:
+            progress.update()
     return answers
 
 

@@ -12,6 +12,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from binaryvit_runtime.progress import Progress, with_progress
+
 from ..data.arguments import DataArguments
 from ..data.loading import load_images
 from ..data.model_inputs import create_image_processor
@@ -41,12 +43,13 @@ def benchmark_loader(num_images: int = 64, batch_size: int = 32, rounds: int = 4
     try:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, f"class{index % CLASSES}", f"{index}.jpg") for index in range(num_images)]
-            write_photographs(files, QUALITY)
+            with Progress("writing the pictures"):
+                write_photographs(files, QUALITY)
             size = sum(file.stat().st_size for file in files)
             loaders = {name: create(folder, batch_size) for name, create in LOADERS.items()}
             batches = {name: chain.from_iterable(repeat(loader)) for name, loader in loaders.items()}
             seconds = {name: [] for name in LOADERS}
-            for _ in range(WARM_UP + rounds):
+            for _ in with_progress(range(WARM_UP + rounds), "batches of each loader", WARM_UP + rounds):
                 for name in LOADERS:
                     start = time.process_time()
                     next(batches[name])

@@ -13,6 +13,8 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from binaryvit_runtime.progress import Progress
+
 from ..loading import load_classifier
 from ..onnx_export import export_onnx
 
@@ -54,7 +56,12 @@ def export_networks(
     networks = {name: in_float for name, in_float in networks.items() if not (only_int8 and in_float)}
     logging.disable(logging.WARNING)  # the exporters warn for almost every tensor
     try:
-        return [file for name, in_float in networks.items() for file in export_network(name, in_float, folder)]
+        exported = []
+        for name, in_float in networks.items():
+            # Not logged: logging is off.
+            with Progress(f"exporting {name} to ONNX, and quantising it to int8"):
+                exported += export_network(name, in_float, folder)
+        return exported
     finally:
         logging.disable(logging.NOTSET)
 
@@ -88,7 +95,8 @@ def export_float32(name: str, file: Path) -> None:
 def export_packed(folder: Path) -> Path:
     """Export the packed model in a folder."""
     file = folder / "model.onnx"
-    export_onnx(load_classifier(folder), None, file)
+    with Progress("exporting the packed model to ONNX"):
+        export_onnx(load_classifier(folder), None, file)
     return file
 
 

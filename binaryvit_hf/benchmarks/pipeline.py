@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from binaryvit_runtime.classifier import Classifier
 from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.errors import counted
+from binaryvit_runtime.progress import with_progress
 
 from ..ops import align_columns, readable
 from .cold_start import benchmark_processes, format_processes
@@ -146,9 +147,12 @@ def compete(contestants: list[Contestant], files: list[str], threads: int, turns
         for contestant, worker in zip(contestants, workers)
         for batch_size in contestant.batch_sizes
     ]
-    for _, worker, batch_size in settings:
+    for _, worker, batch_size in with_progress(settings, "loading the contestants", len(settings)):
         worker.request((min(len(files), WARM_UP_PICTURES), batch_size))
-    rounds = [[worker.request((len(files), size)) / len(files) for _, worker, size in settings] for _ in range(turns)]
+    rounds = [
+        [worker.request((len(files), size)) / len(files) for _, worker, size in settings]
+        for _ in with_progress(range(turns), "turns of the contestants", turns)
+    ]
     for worker in workers:
         worker.stop()
     results = [

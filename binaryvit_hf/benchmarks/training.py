@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from binaryvit_runtime.errors import UserError, counted, did_you_mean
+from binaryvit_runtime.progress import with_progress
 from binaryvit_runtime.resources import shipped_configs
 
 from ..compiled_layers import CACHE_VARIABLE, CompiledLayers, missing_compiler
@@ -139,8 +140,14 @@ def take_turns(
     """
     arguments = (batch_size, device, torch.get_num_threads())
     workers = [Worker(str(competitor), create_responder, competitor, *arguments) for competitor in competitors]
-    first_seconds = [worker.request("first") for worker in workers]
-    rounds = [[worker.request("step") for worker in workers] for _ in range(WARM_UP_TURNS + steps)]
+    first_seconds = [
+        worker.request("first") for worker in with_progress(workers, "first steps, with compilation", len(workers))
+    ]
+    turns = WARM_UP_TURNS + steps
+    rounds = [
+        [worker.request("step") for worker in workers]
+        for _ in with_progress(range(turns), "turns of the contestants", turns)
+    ]
     return first_seconds, list(zip(*rounds[WARM_UP_TURNS:])), [worker.request("peak") for worker in workers]
 
 

@@ -47,17 +47,20 @@ def run(options: argparse.Namespace) -> int:
     """
     from binaryvit_runtime.image_files import list_images
     from binaryvit_runtime.pixels import choose_background, describe_transparent
+    from binaryvit_runtime.progress import Progress, with_progress
 
     if options.top_k < 1:
         raise UserError(f"--top-k is the number of labels to print, 1 or more, not {options.top_k}.")
     choose_background(options.background, None)  # raises its error before the model is loaded
     files, notes = list_images(options.images)
-    classify = load_classifier(options)
+    with Progress(f"Loading {options.model!r}"):
+        classify = load_classifier(options)
     for note in notes:
         print(note, file=sys.stderr)
     answers = []
     background, stream = classify(files)
-    for answer in stream:
+    # As text the answers themselves show how far it is.
+    for answer in with_progress(stream, "Classifying", len(files)) if options.json else stream:
         answers.append(answer)
         if answer.error:
             print_error(answer.error)

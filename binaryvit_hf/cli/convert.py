@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_configs
 from binaryvit_runtime.writing import new_folder
 
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
         )
     with new_folder(options.out) as folder:
         _, config = find_model(options.config or TEACHER_ROW, None, shipped_configs())
-        state_dict = load_original_checkpoint(options.checkpoint)
+        with Progress(f"Reading {str(options.checkpoint)!r}"):
+            state_dict = load_original_checkpoint(options.checkpoint)
         if config.model_type not in CONFIG_CLASSES:
             raise UserError(
                 f"--config {options.config!r} is a {config.model_type!r}, which the public code does not train."
@@ -57,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
             check_finite(model)
         except ValueError as error:
             raise UserError(f"{str(options.checkpoint)!r} does not fit the config: {error}") from error
-        model.save_pretrained(folder)
+        with Progress("Writing the model"):
+            model.save_pretrained(folder)
         create_image_processor(config, crop_pct=0.875).save_pretrained(folder)
     for name, tensor in state_dict.items():
         print(f"{name} -> {convert_name(name, config)} {list(tensor.shape)}")

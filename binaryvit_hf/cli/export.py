@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_models
 from binaryvit_runtime.writing import check_writable_file
 
@@ -46,5 +47,6 @@ def run(options: argparse.Namespace) -> None:
     if processor is None:
         note = f"{options.model!r} has no image processor, so the file does not describe the preprocessing."
         print(note, file=sys.stderr)
-    file = export_onnx(model, processor, options.out)
+    with Progress("Exporting: the network is traced and checked"):
+        file = export_onnx(model, processor, options.out)
     print(f"{options.out}: {readable(file.bytes, 'B')} ({readable(file.float_bytes, 'B')} in float32), opset {OPSET}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from binaryvit_runtime.errors import UserError, first_sentence, one_line
+from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_models
 from binaryvit_runtime.sources import CHECKPOINT_PREFIX, RUN_ARGUMENTS
 
@@ -78,9 +79,11 @@ def run(options: argparse.Namespace) -> int:
     else:
         pictures = example_pictures(folder) or held_out_pictures(records_folder(folder))
     latent = load_latent(model, source, options.token)
-    measurements = measure(
-        model, folder, latent, [*records.learning_rates.values()], processor, None if processor is None else pictures
-    )
+    learning_rates = [*records.learning_rates.values()]
+    with Progress("Measuring the network"):
+        measurements = measure(
+            model, folder, latent, learning_rates, processor, None if processor is None else pictures
+        )
     report = Report(
         name_of(options.model),
         config,

@@ -7,6 +7,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from binaryvit_hf.loading import load_classifier, load_config, load_image_processor
 from binaryvit_runtime.errors import LoadingError, NoModelError, UserError
+from binaryvit_runtime.progress import Progress
 
 
 def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[str, PreTrainedConfig]:
@@ -24,7 +25,8 @@ def find_model(name: str, token: str | None, shipped: dict[str, Path]) -> tuple[
     """
     source = name if os.path.exists(name) else str(shipped.get(name, name))
     try:
-        return source, load_config(source, shipped, token=token)
+        with Progress(f"Looking for {name!r}"):
+            return source, load_config(source, shipped, token=token)
     except NoModelError as error:
         raise UserError(f"The model {name!r} cannot be loaded: {error}") from error
     except LoadingError as error:
@@ -50,7 +52,8 @@ def load_model(
         UserError: weights are missing or damaged, or the image processor is damaged or does not fit the network.
     """
     try:
-        model = load_classifier(source, token=token, **kwargs)
+        with Progress(f"Loading the weights of {name!r}"):
+            model = load_classifier(source, token=token, **kwargs)
     except LoadingError as error:
         raise UserError(f"The weights of {name!r} cannot be loaded: {error}") from error
     try:

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 
 from binaryvit_runtime.errors import LoadingError, UserError
+from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_configs, shipped_models
 
 from .common import add_token_argument
@@ -35,7 +36,8 @@ def run(options: argparse.Namespace) -> None:
 
     _, config = find_model(options.model, options.token, shipped_configs() | shipped_models())
     try:
-        costs = count_operations(config)
+        with Progress("Counting"):
+            costs = count_operations(config)
     except LoadingError as error:
         raise UserError(f"The operations of {options.model!r} cannot be counted: {error}") from error
     if options.json:

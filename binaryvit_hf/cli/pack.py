@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError, counted
+from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_models
 from binaryvit_runtime.writing import new_folder
 
@@ -55,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
         packing = {"quantization_config": BinaryViTQuantizationConfig()} if latent else {}
         model, processor = load_model(options.model, source, options.token, **packing)
         model.config.quantization_config.half = options.half
-        model.save_pretrained(folder)
+        with Progress("Writing the packed weights"):
+            model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
         copy_run_files(source, folder)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.progress import Progress
 
 from .card import write_card_if_possible
 from .common import add_token_argument, check_model_folder, prepare_libraries
@@ -79,7 +80,9 @@ def push_model(options: argparse.Namespace) -> None:
             write_card_if_possible(staged, repository)
         with resumable_upload(folder, repository, options.revision):
             message = options.message or MODEL_MESSAGE
-            print(upload_folder(staged, repository, options.token, options.revision, message))
+            with Progress("Uploading"):
+                address = upload_folder(staged, repository, options.token, options.revision, message)
+            print(address)
 
 
 def push_page(options: argparse.Namespace) -> None:
@@ -101,4 +104,6 @@ def push_page(options: argparse.Namespace) -> None:
         with resumable_upload(options.folder, repository, options.revision, repo_type="space"):
             write_readme(page, options.folder, repository, options.token)
             message = options.message or PAGE_MESSAGE
-            print(upload_folder(page, repository, options.token, options.revision, message, repo_type="space"))
+            with Progress("Uploading"):
+                address = upload_folder(page, repository, options.token, options.revision, message, repo_type="space")
+            print(address)

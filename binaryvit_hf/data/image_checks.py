@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from PIL.Image import DecompressionBombError, Image
-from tqdm import tqdm
 
 from binaryvit_runtime.errors import UserError, counted, first_sentence
 from binaryvit_runtime.pixels import (
@@ -22,6 +21,7 @@ from binaryvit_runtime.pixels import (
     may_be_transparent,
     to_rgb,
 )
+from binaryvit_runtime.progress import Progress
 
 from .decoding import draft, is_jpeg, open_encoded, unquote_path
 from .streaming import ImageSplits, ImageStream
@@ -92,7 +92,9 @@ def leave_out_broken(dataset: Dataset, split: str, skip_broken: bool) -> tuple[D
     checked: Sequence[int] = range(len(dataset))
     if is_embedded(dataset) and not skip_broken:
         checked = evenly_spaced(checked, MAX_EMBEDDED_HEADERS)
-    results = inspect_images(dataset, checked, decode_fully if skip_broken else read_header)
+    results = inspect_images(
+        dataset, checked, decode_fully if skip_broken else read_header, f"Checking the {split} images"
+    )
     faults = {index: result for index, result in zip(checked, results) if isinstance(result, Exception)}
     if faults and not skip_broken:
         index, fault = next(iter(faults.items()))
@@ -133,7 +135,12 @@ def warn_of_appearance(
         checked = sorted([*checked, *evenly_spaced(opaque, MAX_DECODED_IMAGES)])
     elif background is not None:
         return
-    appearances = dict(zip(checked, inspect_images(dataset, checked, partial(see_appearance, background))))
+    appearances = dict(
+        zip(
+            checked,
+            inspect_images(dataset, checked, partial(see_appearance, background), f"Decoding {split} images"),
+        )
+    )
     for index, result in appearances.items():
         if isinstance(result, Exception):
             raise UserError(describe_fault(dataset[index]["image"], index, result))
@@ -173,13 +180,13 @@ def evenly_spaced(indices: Sequence[int], most: int) -> Sequence[int]:
 
 
 def inspect_images(
-    dataset: Dataset, indices: Sequence[int], inspect: Callable[[dict | None], Any], progress: str | None = None
+    dataset: Dataset, indices: Sequence[int], inspect: Callable[[dict | None], Any], progress: str
 ) -> list[Any]:
     """
     For each index, the result of `inspect(encoded image)`, or the exception that it raised. Runs in threads.
 
     Args:
-        progress: the name of a progress bar, which a terminal shows if the work takes long.
+        progress: what is done, for the lines that tell how far it is if it takes long.
     """
 
     def inspect_some(indices: Sequence[int]) -> list[Any]:
@@ -188,12 +195,11 @@ def inspect_images(
     starts = range(0, len(indices), IMAGES_PER_READ)
     with ThreadPoolExecutor() as pool:
         results = pool.map(inspect_some, (indices[start : start + IMAGES_PER_READ] for start in starts))
-        is_hidden = True if progress is None else None  # None: shown on a terminal alone
-        with tqdm(total=len(indices), desc=progress, unit=" images", delay=2, leave=False, disable=is_hidden) as bar:
+        with Progress(progress, len(indices), logger.info) as lines:
             found = []
             for some in results:
                 found += some
-                bar.update(len(some))
+                lines.update(len(some))
         return found
 
 

@@ -157,9 +157,12 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
         for name in names:
             if name not in known:
                 raise UserError(f"Unknown argument {name!r}{did_you_mean(str(name), reversed(fields_by_name))}")
+    hints = {name: hint for part in ARGUMENT_CLASSES for name, hint in get_type_hints(part).items()}
+    for name, action in fields_by_name.items():
+        if hints.get(name) == (bool | None):  # HfArgumentParser wants a value
+            action.nargs, action.const = "?", True
     parser.set_defaults(**values)
     line = [word for name, words in flags for word in (f"--{name}", *words)]
-    hints = {name: hint for part in ARGUMENT_CLASSES for name, hint in get_type_hints(part).items()}
     try:
         parsed = vars(parser.parse_args(line))
         for name in {*values, *(actions[name].dest for name, _ in flags)}:

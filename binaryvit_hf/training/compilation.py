@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from binaryvit_runtime.errors import UserError, counted, first_sentence
+from binaryvit_runtime.progress import format_time
 
 from ..compiled_layers import CompiledLayers, count_kinds, keep_compiled_code, kind_of, missing_compiler, regions
 from ..network.functional_binaryvit import approx_sign_slope, is_distributed, row_kernels_obstacle
 from ..network.packing_binaryvit import binary_layers
-from .callbacks.progress import format_time
 
 
 SAVED_SHARE = 0.4  # of the time of a training step of a 1-bit network

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from binaryvit_runtime.errors import counted
+from binaryvit_runtime.progress import format_time
 
 from ..data.image_checks import evenly_spaced
 from ..data.sampling import SampleKey, seeded_rng
@@ -24,7 +25,6 @@ from ..host_memory import available_memory, peak_of_process
 from ..loading import build_classifier
 from ..network.configuration_binaryvit import as_pair
 from .arguments import RunArguments
-from .callbacks.progress import format_time
 from .preparation import Inputs
 from .run_folder import read_json
 
@@ -189,6 +189,7 @@ def log_forecast(
         steps = {name: counted(steps_left(*run), "step") for name, run in runs.items()}
         logger.info("Time: %s; the first lines of progress tell how long they take.", of_each(steps))
         return
+    logger.info("Timing a few training steps.")
     num_images = min(TIMED_IMAGES, max(2, int(TIMED_SHARE * min(images_left(*run) for run in runs.values()))))
     timer, seconds = StepTimer(dataset, training.dataloader_num_workers, num_images), {}
     network = copy.deepcopy(network)

@@ -187,6 +187,9 @@ def describe_source(arguments: RunArguments, background: str | None) -> str:
 def load_checked_images(arguments: RunArguments, background: str | None) -> CheckedImages:
     """The images of every split, and the broken files that were left out."""
     model_arguments, data_arguments, training_arguments = arguments
+    source = data_arguments.dataset_name or data_arguments.train_dir or data_arguments.validation_dir
+    if source:
+        logger.info("Reading and checking the images of %s.", source)
     images = load_images(
         data_arguments,
         training_arguments.seed,

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, ProgressCallback
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from binaryvit_runtime.errors import TerminatedError, counted
@@ -27,6 +27,7 @@ from ..run_history import read_json, read_training_history
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe, predict_classes
+from .forecast import steps_left
 from .learning_curves import plot_learning_curves
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
@@ -57,6 +58,8 @@ class TrainingRun:
         # Of the last evaluation: class indices (images,) of labels and answers
         self.answers: tuple[np.ndarray, np.ndarray] | None = None
         self.summary: list[str] = []  # lines about the evaluation of the trained model
+        if arguments.model.teacher_model_name_or_path:
+            self.announce("Loading the teacher %s.", arguments.model.teacher_model_name_or_path)
         self.teacher, teacher_processor = load_teacher(arguments.model, inputs.config)
         self.student = self.load_student()
         self.processor = inputs.processor or create_image_processor(
@@ -107,9 +110,17 @@ class TrainingRun:
             processing_class=self.processor,
             compute_metrics=self.compute_metrics,
         )
-        if trainer.pop_callback(ProgressCallback):  # --disable_tqdm has none
-            trainer.add_callback(NamedProgress(self.name))
+        for printer in (
+            ProgressCallback,
+            PrinterCallback,
+        ):  # with --disable_tqdm the second, which prints dictionaries
+            trainer.remove_callback(printer)
+        trainer.add_callback(NamedProgress(self.name, bars=not self.arguments.training.disable_tqdm))
         return trainer
+
+    def announce(self, text: str, *values) -> None:
+        """Log what begins now, after the name of the run."""
+        logger.info("%s" + text, f"{self.name}: " if self.name else "", *values)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -125,6 +136,8 @@ class TrainingRun:
             if self.arguments.data.streaming:
                 logger.info("Streaming: %s", self.inputs.images["train"])
             record_start(self.output_dir, self.arguments, self.inputs.images["train"])
+        steps = steps_left(self.arguments, self.inputs)
+        self.announce("Training: %s.", describe_length(arguments, steps))
         earlier_metrics = read_json(self.output_dir / TRAIN_RESULTS)
         result = trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
         if trainer.termination.terminated:
@@ -136,6 +149,8 @@ class TrainingRun:
             )
         if trainer.is_world_process_zero():
             record_end(self.output_dir)
+        kinds = "packed and latent weights" if trainer.saves_packed else "weights"
+        self.announce("Saving the %s in %s.", kinds, self.output_dir)
         trainer.save_model(_internal_call=True)  # without this argument it uploads, before there is a card
         trainer.save_state()
         metrics = {**result.metrics, "train_samples": len(self.inputs.images["train"])}
@@ -145,6 +160,7 @@ class TrainingRun:
 
     def evaluate(self) -> None:
         """Evaluate student and teacher on the validation images."""
+        self.announce("Evaluating on %s.", counted(len(self.inputs.images["validation"]), "held-out image"))
         metrics = self.trainer.evaluate()
         metrics["eval_samples"] = len(self.inputs.images["validation"])
         metrics |= self.describe_confusion("eval", "held-out")
@@ -160,6 +176,7 @@ class TrainingRun:
 
     def describe_teacher(self, teacher: PreTrainedModel) -> dict:
         """The teacher's accuracy, size and operations, and its commit on the Hub."""
+        self.announce("Evaluating the teacher on the same images.")
         metrics = self.create_trainer(teacher).evaluate(metric_key_prefix="teacher")
         names = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
         described = {name: metrics[name] for name in names if name in metrics}
@@ -172,6 +189,7 @@ class TrainingRun:
 
     def test(self) -> None:
         """Evaluate on the test images. Nothing is chosen by them, neither a checkpoint nor an argument."""
+        self.announce("Evaluating on %s.", counted(len(self.inputs.images["test"]), "test image"))
         metrics = self.trainer.evaluate(self.datasets["test"], metric_key_prefix="test")
         metrics["test_samples"] = len(self.inputs.images["test"])
         metrics |= self.describe_confusion("test", "test")
@@ -202,6 +220,7 @@ class TrainingRun:
         """Write `learning_curves.png` and the model card, `README.md`, from the files of the run."""
         if not self.trainer.is_world_process_zero():
             return
+        self.announce("Writing the model card and the learning curves.")
         teacher = self.arguments.model.teacher_model_name_or_path
         folders = {"student": self.output_dir, "teacher": Path(teacher)} if teacher else {"model": self.output_dir}
         histories = {name: read_training_history(folder) for name, folder in folders.items()}
@@ -212,8 +231,16 @@ class TrainingRun:
         write_model_card(self.output_dir, self.trainer.hub_model_id or str(self.output_dir))
 
     def upload(self) -> None:
+        self.announce("Uploading to %s.", self.trainer.hub_model_id)
         with resumable_upload(self.output_dir, self.trainer.hub_model_id):
             self.trainer.push_to_hub()
+
+
+def describe_length(arguments: DistillationTrainingArguments, steps: int) -> str:
+    """`40 epochs, 1,200 steps`; of a run that resumes the steps that are left."""
+    if arguments.max_steps > 0:
+        return counted(steps, "step")
+    return f"{arguments.num_train_epochs:g} {'epoch' if arguments.num_train_epochs == 1 else 'epochs'}, {counted(steps, 'step')}"
 
 
 def log_batch(arguments: DistillationTrainingArguments) -> None:

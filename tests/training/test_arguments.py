@@ -84,6 +84,13 @@ def test_misspelt_folders_and_classes_get_a_suggestion(capsys, photos, tmp_path)
     assert "has the class 'been', which --train_dir does not have; did you mean 'bee'?" in message
 
 
+@pytest.mark.parametrize("flags, value", [([], True), (["true"], True), (["false"], False)])
+def test_a_switch_needs_no_value_even_if_its_default_is_unknown(flags, value, tmp_path):
+    (run,) = parse_runs(["--output_dir", str(tmp_path / "out"), "--disable_tqdm", *flags, "--do_train"])
+    assert run.training.disable_tqdm is value
+    assert run.training.do_train
+
+
 def test_bf16_without_a_gpu_names_the_arguments_that_work(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
     message = refusal(capsys, "--do_train", "--output_dir", tmp_path / "out", "--bf16")

@@ -18,8 +18,9 @@ from tiny_training import tiny_teacher, tiny_trainer
 from binaryvit_hf.training import forecast
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.callbacks import progress
-from binaryvit_hf.training.callbacks.progress import NamedProgress, format_time
+from binaryvit_hf.training.callbacks.progress import NamedProgress, describe_metrics
 from binaryvit_hf.training.forecast import describe_images, log_forecast, run_seconds, steps_left
+from binaryvit_runtime.progress import format_time
 
 
 def splits(**counts: int) -> dict[str, Dataset]:
@@ -93,10 +94,10 @@ def test_time_and_memory_are_estimated_for_both_runs_and_no_weight_changes(comma
     assert ("Memory: about" in logs[0]) is (sys.platform == "linux")
     assert logs[0].count("Time: about") == logs[0].count("Images: 11 to train on") == 1
     assert "Time: about" not in logs[1]
-    line = r"{}: epoch 0.6667, step 2 of {}: training loss [\d.]+, about 1 second left\n"
-    assert re.search(line.format(r"teacher \(1 of 2\)", 3), logs[1])
-    assert re.search(line.format(r"student \(2 of 2\)", 4), logs[1])
-    assert re.search(r"student \(2 of 2\): epoch 1.333, step 4 of 4: training loss [\d.]+\n", logs[1])
+    line = r"{}: Training loss: [\d.]+ \(epoch 0.67 of {}, step 2 of {}\); about \d+ seconds? left\.\n"
+    assert re.search(line.format(r"teacher \(1 of 2\)", 1, 3), logs[1])
+    assert re.search(line.format(r"student \(2 of 2\)", 2, 4), logs[1])
+    assert re.search(r"student \(2 of 2\): Training loss: [\d.]+ \(epoch 1.33 of 2, step 4 of 4\)\.\n", logs[1])
 
 
 def test_a_single_run_is_estimated_too(command, tmp_path, caplog):
@@ -184,8 +185,8 @@ def test_a_terminal_shows_a_bar_with_the_runs_name_and_a_log_file_lines(output, 
         trainer.train()
     shown = sys.stderr.getvalue()
     assert ("student (2 of 2): 100%" in shown) is (output is Terminal)
-    line = r"student \(2 of 2\): epoch 0.25, step 1 of 2: training loss [\d.]+"
-    assert bool(re.search(f"{line}, about 1 second left", caplog.text)) is (output is not Terminal)
+    line = r"student \(2 of 2\): Training loss: [\d.]+ \(epoch 0.25 of 1, step 1 of 2\)"
+    assert bool(re.search(rf"{line}; about \d+ seconds? left\.", caplog.text)) is (output is not Terminal)
     assert bool(re.search(line, capsys.readouterr().out)) is (output is Terminal)
 
 
@@ -199,5 +200,60 @@ def test_a_log_file_gets_a_line_after_a_minute_of_silence(output, silence, tmp_p
         trainer.train()
         trainer.evaluate()
     wanted = output is not Terminal and silence == 0
-    assert ("epoch 0.5, step 2 of 3, about 1 second left" in caplog.messages) is wanted
-    assert ("evaluation: batch 1 of 1" in caplog.messages) is wanted
+    assert bool(re.search(r"Training: epoch 0.5 of 1, step 2 of 3, about \d+ seconds? left\.", caplog.text)) is wanted
+    assert ("Evaluation: batch 1 of 1." in caplog.messages) is wanted
+
+
+@pytest.mark.parametrize(
+    "logs, sentence",
+    [
+        (
+            {"eval_loss": 0.3141, "eval_accuracy": 0.8971, "epoch": 3},
+            "Accuracy on 5,000 held-out images: 89.7 % (epoch 3 of 15), loss 0.314",
+        ),
+        ({"eval_loss": 0.3141}, "Loss on 5,000 held-out images: 0.314 (epoch 3 of 15)"),
+        ({"loss": 1.23456, "grad_norm": 3.0}, "Training loss: 1.235 (epoch 3 of 15, step 1,200 of 6,000)"),
+        ({"train_runtime": 600.0, "train_loss": 1.0}, "Trained in 10 minutes"),
+        ({"epoch": 3}, None),
+    ],
+)
+def test_metrics_are_sentences(logs, sentence):
+    state = SimpleNamespace(epoch=3.0, num_train_epochs=15, global_step=1200, max_steps=6000)
+    assert describe_metrics(logs, state, held_out=5000) == sentence
+
+
+def test_a_stream_of_unknown_length_has_no_number_of_epochs():
+    state = SimpleNamespace(epoch=0.5, num_train_epochs=sys.maxsize, global_step=5, max_steps=10)
+    assert describe_metrics({"loss": 2.0}, state) == "Training loss: 2 (epoch 0.5, step 5 of 10)"
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_the_phases_of_a_run_are_announced_and_no_metrics_are_printed_as_a_dictionary(
+    disable_tqdm, command, tmp_path, caplog, capfd
+):
+    flags = ["--disable_tqdm", "--do_eval", "--eval_strategy", "epoch"] if disable_tqdm else []
+    with caplog.at_level(logging.INFO):
+        assert script.main([*command, str(tmp_path / "out"), *flags]) == 0
+    phases = [
+        "Reading and checking the images of ",
+        "Timing a few training steps.",
+        "teacher (1 of 2): Training: 3 steps.",
+        "teacher (1 of 2): Saving the weights in ",
+        "teacher (1 of 2): Evaluating on 3 held-out images.",
+        "teacher (1 of 2): Writing the model card",
+        "student (2 of 2): Loading the teacher ",
+        "student (2 of 2): Training: 4 steps.",
+        "student (2 of 2): Saving the packed and latent weights in ",
+        "student (2 of 2): Evaluating on 3 held-out images.",
+        "student (2 of 2): Evaluating the teacher on the same images.",
+        "student (2 of 2): Writing the model card",
+    ]
+    found = [phase for message in caplog.messages for phase in phases if message.startswith(phase)]
+    assert found == phases
+    printed = "".join(capfd.readouterr())
+    assert "{'" not in printed
+    if disable_tqdm:
+        assert "Accuracy on 3 held-out images: " in caplog.text
+        assert "\r" not in printed
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert {"loss", "learning_rate", "epoch"} <= history[0].keys()

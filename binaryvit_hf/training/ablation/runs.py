@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from binaryvit_runtime.errors import RunError, UserError, counted
+from binaryvit_runtime.progress import format_time
 from binaryvit_runtime.writing import lock
 
 from ..arguments import RunArguments
-from ..callbacks.progress import format_time
 from ..run_folder import TEST_PREDICTIONS, TRAIN_RESULTS, compare_with_recorded, is_finished, read_json
 from .results import RowResults, collect_results, output_file, write_results
 from .table import DEFAULT_TABLE, FIRST_STAGE, Row, Table, check_run, parse_student, read_table, to_flags
