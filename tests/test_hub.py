@@ -109,7 +109,7 @@ def train(client, tmp_path, photos, token, *arguments, launch=()) -> subprocess.
 
 
 def dtypes(content: bytes) -> set[torch.dtype]:
-    return {tensor.dtype for name, tensor in load(content).items() if "linear" in name and "weight" in name}
+    return {tensor.dtype for name, tensor in load(content).items() if ".layers." in name and "batches" not in name}
 
 
 def assert_shipped(files: dict[str, bytes]) -> None:

@@ -2,9 +2,24 @@
 """
 Packed checkpoints: their files and checks, and how transformers loads, saves and uploads them.
 
-Files. The safetensors metadata holds the version of the format, the config fields that decide the outputs, the shapes
-of the weights before packing, and a CRC-32 of every tensor. So the loader can name a tensor that was damaged,
-exchanged or edited.
+Files. A model in memory has hundreds of small tensors, whose names and shapes would take a fifth of a small file. So a
+safetensors file of format 2 stores the tensors of a module together. The modules are the stem (`embeddings`), the
+patch embeddings of a stage (`stages.1.patch_embeddings`), each layer (`stages.1.layers.0`) and the last norm (`norm`).
+Their names start with `binaryvit.` in a classifier. Each module has two tensors of one dimension in the file:
+
+- `<module>.floats`: the values of all its float tensors, as float32, float16 or bfloat16;
+- `<module>.bytes`, uint8: the bytes of its packed weights and of its int64 counters, least significant byte first.
+
+In both, the tensors follow one another in the order of their names (ASCII), each by rows, without gaps. The config
+decides names and shapes. A tensor of another dtype than the `floats` of its module has an entry of its own name, and
+`floats` leaves it out. All tensors outside of these modules have entries too, such as the classifier's. In format 1
+every tensor has one.
+
+The metadata holds the version of the format (`binaryvit_format`), the config fields that decide the outputs
+(`binaryvit_config`, JSON), and checksums (`binaryvit_crc32`), so the loader can name a tensor that was damaged,
+exchanged or edited. There are eight hexadecimal digits for each tensor of all files, in the order of their names: the
+CRC-32 of its dtype and shape as Python writes them, such as `torch.uint8(2056,)`, and of its content. Format 1 also has
+the shapes of the weights before packing (`binaryvit_shapes`, JSON).
 
 transformers. `quant_method: "binaryvit"` selects `BinaryViTQuantizer`. The package and a copy of this file that came
 with a checkpoint may meet in one process, and the quantizer of one may get a model of the other. So the quantizer
@@ -15,9 +30,10 @@ import contextvars
 import copy
 import json
 import math
+import re
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +63,11 @@ from .packing_binaryvit import (
 
 
 QUANT_METHOD = "binaryvit"
-FORMAT = "1"
+FORMAT = "2"  # of written files
+FORMATS: tuple[str | None, ...] = ("1", "2")  # of files that can be read
+# Modules whose tensors a file stores together, and the names of the two tensors that hold them.
+MODULES = re.compile(r"(embeddings|norm|stages\.\d+\.(?:patch_embeddings|layers\.\d+))\.")
+FLOATS, BYTES = "floats", "bytes"
 # Folder of the latent weights in a repository. A branch would let packed and latent weights drift apart.
 LATENT = "latent"
 HALF_MAX, HALF_SMALLEST_NORMAL = 65504.0, 2.0**-14
@@ -125,24 +145,124 @@ def checksum(tensor: torch.Tensor) -> str:
     return f"{zlib.crc32(content, zlib.crc32(head)):08x}"
 
 
+def holds_module(name: str) -> bool:
+    """Whether a tensor of a file holds those of a module."""
+    return name.endswith((f".{FLOATS}", f".{BYTES}")) and MODULES.search(name) is not None
+
+
+def modules_of_file(backbone: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a packed backbone by name, in order, by the name of the tensor of a file that holds them."""
+    found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in sorted(backbone.state_dict().items(), key=lambda entry: entry[0]):
+        module = MODULES.match(name)
+        if module:
+            found[f"{module[1]}.{FLOATS if tensor.is_floating_point() else BYTES}"][name] = tensor
+    return found
+
+
+def join_tensors(tensors: dict[str, torch.Tensor], backbone: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """
+    Store the tensors of each module of a backbone together.
+
+    Args:
+        tensors: of a model, by name.
+        backbone: the packed network of the config. A module whose tensors differ from its in name or shape keeps them
+            apart.
+        prefix: of the backbone's names in `tensors`.
+    """
+    joined = dict(tensors)
+    for whole, expected in modules_of_file(backbone).items():
+        parts = {prefix + name: tensors[prefix + name] for name in expected if prefix + name in tensors}
+        if [described(part) for part in parts.values()] != [described(part) for part in expected.values()]:
+            continue
+        if whole.endswith(FLOATS):
+            sizes: Counter[torch.dtype] = Counter()
+            for part in parts.values():
+                sizes[part.dtype] += part.numel()
+            dtype = sizes.most_common(1)[0][0]
+            parts = {name: part for name, part in parts.items() if part.dtype == dtype}
+        flat = [part.detach().cpu().reshape(-1) for part in parts.values()]
+        joined[prefix + whole] = torch.cat(
+            flat if whole.endswith(FLOATS) else [part.view(torch.uint8) for part in flat]
+        )
+        for name in parts:
+            del joined[name]
+    return joined
+
+
+def described(tensor: torch.Tensor) -> tuple[torch.Size, bool]:
+    return tensor.shape, tensor.is_floating_point()
+
+
+def split_tensors(
+    stored: dict[str, torch.Tensor], backbone: nn.Module, prefixes: Iterable[str], origin: Mapping[str, str] = {}
+) -> dict[str, torch.Tensor]:
+    """
+    Give the tensors of a file the names that they have in a model: the reverse of `join_tensors`. They are views.
+
+    Args:
+        stored: tensors by the names that they have in files. Those of format 1 stay as they are.
+        backbone: a packed backbone, also without weights.
+        prefixes: what the backbone's names may start with in `stored`.
+        origin: file name of each tensor, for messages.
+
+    Raises:
+        ValueError: a tensor does not hold what the config makes.
+    """
+    tensors = dict(stored)
+    for whole, expected in modules_of_file(backbone).items():
+        for prefix in prefixes:
+            if prefix + whole not in stored:
+                continue
+            joined = tensors.pop(prefix + whole)
+            parts = {prefix + name: part for name, part in expected.items() if prefix + name not in stored}
+            has_floats = whole.endswith(FLOATS)
+            sizes = [part.numel() if has_floats else part.nbytes for part in parts.values()]
+            subject = f"Tensor {prefix + whole!r}" + (f" of {origin[prefix + whole]!r}" if origin else "")
+            if joined.shape != (sum(sizes),):
+                raise ValueError(
+                    f"{subject} has the shape {tuple(joined.shape)}, but the config makes it {(sum(sizes),)}."
+                )
+            dtype = torch.float32 if has_floats else torch.uint8
+            if joined.dtype != dtype and not (has_floats and joined.is_floating_point()):
+                raise ValueError(f"{subject} has the dtype {joined.dtype}, but must be {dtype}.")
+            for (name, part), piece in zip(parts.items(), joined.split(sizes)):
+                # A copy is aligned, as an int64 must be.
+                piece = piece if has_floats or part.dtype == dtype else piece.clone().view(part.dtype)
+                tensors[name] = piece.view(part.shape)
+    return tensors
+
+
 @dataclass
 class PackedCheckpoint:
-    """Content of the files of one checkpoint. `origin` is the file name of each tensor."""
+    """
+    Content of the files of one checkpoint.
 
-    tensors: dict[str, torch.Tensor]
+    Args:
+        stored: tensors as in the files.
+        origin: file name of each tensor.
+        config: the config fields that decide the outputs.
+        shapes: of the weights before packing, by the name of the packed weight; None in format 2.
+        checksums: of the tensors in the order of their names, eight digits each.
+    """
+
+    stored: dict[str, torch.Tensor]
     origin: dict[str, str]
     config: dict
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[int]] | None
     checksums: str
 
 
-def check_packed_files(files: Iterable[str], model: nn.Module) -> None:
+def read_packed_files(files: Iterable[str], model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
-    Check a packed checkpoint before it is loaded.
+    Read and check a packed checkpoint.
 
     Args:
         files: all safetensors files of the checkpoint.
         model: the packed model to load into, without weights (on the meta device).
+
+    Returns:
+        The tensors by the names of a classifier or of a backbone, as they were saved.
 
     Raises:
         ValueError: a file is damaged, or tensors and config were not saved together, or do not fit the model. The
@@ -150,33 +270,52 @@ def check_packed_files(files: Iterable[str], model: nn.Module) -> None:
     """
     checkpoint = read_checkpoint([Path(file) for file in files])
     check_config(checkpoint, model.config)
-    check_tensors(checkpoint, model)
+    backbone = model.base_model
+    if type(backbone) is not backbone.backbone_class:
+        backbone = plain_backbone(model)
+    tensors = checkpoint.stored
+    if checkpoint.shapes is None:  # format 2
+        prefixes = ("", model.base_model_prefix + ".")
+        tensors = split_tensors(tensors, backbone, prefixes, checkpoint.origin)
+    check_tensors(tensors, checkpoint, model)
     check_checksums(checkpoint)
+    return tensors
+
+
+def plain_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The packed backbone that the config of `model` makes, without weights, adapters or additions."""
+    with torch.device("meta"):
+        backbone = model.base_model.backbone_class(copy.deepcopy(model.config))
+    expect_packed_layers(backbone)
+    return backbone
 
 
 def read_checkpoint(files: list[Path]) -> PackedCheckpoint:
-    tensors, origin, metadata = {}, {}, {}
+    stored, origin, metadata = {}, {}, {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as stored:
-                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dictionary
-                metadata = stored.metadata() or {}
+            with safe_open(file, framework="pt") as content:
+                found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, not a dictionary
+                metadata = content.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{describe_damage(file)} ({error}): download it again.") from error
-        tensors |= found
+        stored |= found
         origin |= dict.fromkeys(found, file.name)
-        if metadata.get("binaryvit_format") != FORMAT:
+        if metadata.get("binaryvit_format") not in FORMATS:
             raise ValueError(
                 f"{file.name!r} has the packed format {metadata.get('binaryvit_format')!r}, not {FORMAT!r}: "
                 "download it again, or update binaryvit_hf."
             )
     try:
-        config, shapes = json.loads(metadata["binaryvit_config"]), json.loads(metadata["binaryvit_shapes"])
+        has_shapes = metadata.get("binaryvit_format") == "1"
+        config = json.loads(metadata["binaryvit_config"])
+        shapes = json.loads(metadata["binaryvit_shapes"]) if has_shapes else {}
         if not isinstance(config, dict) or not isinstance(shapes, dict):
             raise ValueError("binaryvit_config and binaryvit_shapes must be objects")
-        return PackedCheckpoint(tensors, origin, config, shapes, metadata["binaryvit_crc32"])
+        checksums = metadata["binaryvit_crc32"]
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"The metadata of {files[-1].name!r} is damaged ({error}): download it again.") from error
+    return PackedCheckpoint(stored, origin, config, shapes if has_shapes else None, checksums)
 
 
 def describe_damage(file: Path) -> str:
@@ -201,13 +340,16 @@ def check_config(checkpoint: PackedCheckpoint, config) -> None:
             )
 
 
-def check_tensors(checkpoint: PackedCheckpoint, model: nn.Module) -> None:
+def check_tensors(tensors: dict[str, torch.Tensor], checkpoint: PackedCheckpoint, model: PreTrainedModel) -> None:
     shapes = packed_shapes(model)
     for name, expected in model.state_dict().items():
-        stored = stored_name(name, checkpoint.tensors, model)
+        stored = stored_name(name, tensors, model)
         if stored is None:
             raise ValueError(f"The packed checkpoint lacks the tensor {name!r}: download it again.")
-        tensor, file = checkpoint.tensors[stored], checkpoint.origin[stored]
+        file = checkpoint.origin.get(stored)
+        if file is None:  # `split_tensors` made its shape and dtype
+            continue
+        tensor = tensors[stored]
         if tensor.shape != expected.shape and not is_new_head(name, model):
             raise ValueError(
                 f"Tensor {stored!r} of {file!r} has the shape {tuple(tensor.shape)}, but the config makes it "
@@ -218,7 +360,7 @@ def check_tensors(checkpoint: PackedCheckpoint, model: nn.Module) -> None:
             raise ValueError(
                 f"Tensor {stored!r} of {file!r} has the dtype {tensor.dtype}, but must be {expected.dtype}."
             )
-        if name in shapes and checkpoint.shapes.get(stored) != shapes[name]:
+        if name in shapes and checkpoint.shapes is not None and checkpoint.shapes.get(stored) != shapes[name]:
             raise ValueError(
                 f"Tensor {stored!r} of {file!r} was packed from the shape {checkpoint.shapes.get(stored)}, but the "
                 f"config makes it {shapes[name]}."
@@ -226,8 +368,8 @@ def check_tensors(checkpoint: PackedCheckpoint, model: nn.Module) -> None:
 
 
 def check_checksums(checkpoint: PackedCheckpoint) -> None:
-    for index, name in enumerate(sorted(checkpoint.tensors)):
-        if checksum(checkpoint.tensors[name]) != checkpoint.checksums[8 * index : 8 * index + 8]:
+    for index, name in enumerate(sorted(checkpoint.stored)):
+        if checksum(checkpoint.stored[name]) != checkpoint.checksums[8 * index : 8 * index + 8]:
             raise ValueError(
                 f"Tensor {name!r} of {checkpoint.origin[name]!r} was changed after saving (its checksum differs): "
                 "download it again."
@@ -355,11 +497,7 @@ class PackableModel(PreTrainedModel):
         elif isinstance(module, BinaryLayer):
             if is_loaded(module.shift) and not is_loaded(module.weight) and not may_mismatch():
                 name = next(name for name, layer in binary_layers(self).items() if layer is module)
-                raise ValueError(
-                    f"Tensor {name + '.packed_weight'!r} is packed, but config.json has no quantization_config: load the "
-                    "config.json that was saved with it. A head on a packed backbone needs the backbone's own config as "
-                    "its backbone_config."
-                )
+                raise ValueError(not_expected(name + ".packed_weight"))
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             init.zeros_(module.shift)
         else:
@@ -501,7 +639,35 @@ class PackableModel(PreTrainedModel):
         """
         expect_packed_layers(self)
         if checkpoint_files is not None:
-            check_packed_files(checkpoint_files, self)
+            self.read_tensors = read_packed_files(checkpoint_files, self)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        """Transformers calls it to load the tensors of the files: here, those that `expect_packed_weights` has read."""
+        read_tensors = model.__dict__.pop("read_tensors", None)
+        if state_dict is None:
+            state_dict = read_tensors
+        elif model.is_packed and any(map(holds_module, state_dict)):
+            prefixes = ("", model.base_model_prefix + ".")
+            state_dict = split_tensors(state_dict, plain_backbone(model), prefixes)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """PyTorch's `load_state_dict` calls it, also with the tensors of a packed file, as the Trainer does to resume."""
+        if self.base_model is self and self.is_packed and any(map(holds_module, state_dict)):
+            try:
+                tensors = split_tensors(state_dict, plain_backbone(self), [prefix])
+            except ValueError as error:
+                error_msgs.append(str(error))
+            else:
+                for name in state_dict.keys() - tensors.keys():
+                    del state_dict[name]
+                state_dict.update(tensors)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @torch.inference_mode(False)  # tensors made in inference mode can be neither trained nor watched by the engine
     def pack_weights(self) -> None:
@@ -537,10 +703,11 @@ class PackableModel(PreTrainedModel):
                 name: tensor.half() if tensor.dtype == torch.float32 and fits_half(name, tensor) else tensor
                 for name, tensor in tensors.items()
             }
+        prefix = "" if self.base_model is self else self.base_model_prefix + "."
+        tensors = join_tensors(tensors, plain_backbone(self), prefix)
         metadata = {
             "binaryvit_format": FORMAT,
             "binaryvit_config": json.dumps(config_fields(self.config)),
-            "binaryvit_shapes": json.dumps(packed_shapes(self)),
             "binaryvit_crc32": "".join(checksum(tensors[name]) for name in sorted(tensors)),
         }
         return tensors, metadata
@@ -700,6 +867,14 @@ def check_quantization_config(quantization_config) -> None:
         raise ValueError(f"quant_method must be {QUANT_METHOD!r} for BinaryViT, not {method!r}.")
 
 
+def not_expected(name: str) -> str:
+    """Message for a packed tensor of a file whose config has no quantization_config."""
+    return (
+        f"Tensor {name!r} is packed, but config.json has no quantization_config: load the config.json that was saved with "
+        "it. A head on a packed backbone needs the backbone's own config as its backbone_config."
+    )
+
+
 def is_loaded(tensor: torch.Tensor) -> bool:
     """Whether transformers has loaded a tensor from a checkpoint, and so does not initialise it."""
     return getattr(tensor, "_is_hf_initialized", False)
@@ -708,8 +883,11 @@ def is_loaded(tensor: torch.Tensor) -> bool:
 def check_loading(model: PackableModel, loading_info: dict) -> None:
     """
     Raises:
-        ValueError: tensors of a packed model are missing.
+        ValueError: tensors of a packed model are missing, or packed tensors are not loaded.
     """
+    packed = [key for key in loading_info["unexpected_keys"] if holds_module(key) and key.endswith(BYTES)]
+    if packed and not model.is_packed:
+        raise ValueError(not_expected(max(packed)))  # the last, a stage's: it has packed weights
     mismatched = {key for key, *_ in loading_info["mismatched_keys"] if not is_new_head(key, model)}
     missing = {*loading_info["missing_keys"], *mismatched}
     if model.is_packed and missing:

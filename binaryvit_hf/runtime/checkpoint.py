@@ -1,9 +1,17 @@
-"""Reads a packed checkpoint (safetensors) into numpy arrays, with all checks that the model classes make."""
+"""
+Reads a packed checkpoint (safetensors) into numpy arrays, with all checks that the model classes make.
+
+`binaryvit_hf/network/quantization_binaryvit.py` describes the files.
+"""
 
 import json
+import math
+import re
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +22,31 @@ from .errors import LoadingError, UnsupportedModelError
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-FORMAT = "1"
+FORMATS = ("1", "2")
+# Modules whose tensors a file stores together, and the names of the two tensors that hold them.
+MODULES = re.compile(r"(embeddings|norm|stages\.\d+\.(?:patch_embeddings|layers\.\d+))\.")
+FLOATS, BYTES = "floats", "bytes"
 PREFIX = "binaryvit."  # of the backbone's tensors in a classifier
 TORCH_NAMES = {"float32": "torch.float32", "float16": "torch.float16", "uint8": "torch.uint8", "int64": "torch.int64"}
 
 
 @dataclass
 class Checkpoint:
-    """Content of the files of one checkpoint. `origin` is the file name of each tensor."""
+    """
+    Content of the files of one checkpoint.
 
-    tensors: dict[str, np.ndarray]
+    Args:
+        stored: tensors as in the files.
+        origin: file name of each tensor.
+        config: the config fields that decide the outputs.
+        shapes: of the weights before packing, by the name of the packed weight; None in format 2.
+        checksums: of the tensors in the order of their names, eight digits each.
+    """
+
+    stored: dict[str, np.ndarray]
     origin: dict[str, str]
     config: dict
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[int]] | None
     checksums: str
 
 
@@ -41,11 +61,12 @@ def load_tensors(files: list[Path], architecture: Architecture, labels: int) -> 
     """
     checkpoint = read_checkpoint(files)
     check_config(checkpoint, architecture)
-    check_tensors(checkpoint, architecture, labels)
+    tensors = split_tensors(checkpoint, architecture)
+    check_tensors(tensors, checkpoint, architecture, labels)
     check_checksums(checkpoint)
     floats = {
         name: tensor.astype(np.float32, copy=False) if tensor.dtype.kind == "f" else tensor
-        for name, tensor in checkpoint.tensors.items()
+        for name, tensor in tensors.items()
     }
     check_finite(floats)
     return floats
@@ -84,31 +105,62 @@ def names_in_index(content: bytes) -> list[str]:
 
 
 def read_checkpoint(files: Iterable[Path]) -> Checkpoint:
-    tensors: dict[str, np.ndarray] = {}
+    stored: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
     for file in files:
         try:
-            with safe_open(file, framework="numpy") as stored:
-                metadata = stored.metadata() or {}
-                dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+            with safe_open(file, framework="numpy") as content:
+                metadata = content.metadata() or {}
+                dtypes = {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
                 check_dtypes(dtypes)
-                found = {name: stored.get_tensor(name) for name in dtypes}
+                found = {name: content.get_tensor(name) for name in dtypes}
         except SafetensorError as error:
             raise LoadingError(f"{describe_damage(file)} ({error}): download it again.") from error
-        tensors |= found
+        stored |= found
         origin |= dict.fromkeys(found, file.name)
-        if metadata.get("binaryvit_format") != FORMAT:
+        if metadata.get("binaryvit_format") not in FORMATS:
             raise LoadingError(
-                f"{file.name!r} has the packed format {metadata.get('binaryvit_format')!r}, not {FORMAT!r}: "
+                f"{file.name!r} has the packed format {metadata.get('binaryvit_format')!r}, not {FORMATS[-1]!r}: "
                 "download it again, or update binaryvit_hf."
             )
     try:
-        config, shapes = json.loads(metadata["binaryvit_config"]), json.loads(metadata["binaryvit_shapes"])
+        has_shapes = metadata["binaryvit_format"] == "1"
+        config = json.loads(metadata["binaryvit_config"])
+        shapes = json.loads(metadata["binaryvit_shapes"]) if has_shapes else {}
         if not isinstance(config, dict) or not isinstance(shapes, dict):
             raise ValueError("binaryvit_config and binaryvit_shapes must be objects")
-        return Checkpoint(tensors, origin, config, shapes, metadata["binaryvit_crc32"])
+        checksums = metadata["binaryvit_crc32"]
     except (KeyError, ValueError, RecursionError) as error:
         raise LoadingError(f"The metadata of {file.name!r} is damaged ({error}): download it again.") from error
+    return Checkpoint(stored, origin, config, shapes if has_shapes else None, checksums)
+
+
+def split_tensors(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, np.ndarray]:
+    """
+    The tensors of a checkpoint by the names that they have in a model. They are views.
+
+    Raises:
+        LoadingError: a tensor does not hold what the config makes.
+    """
+    if checkpoint.shapes is not None:  # format 1
+        return checkpoint.stored
+    tensors = dict(checkpoint.stored)
+    for whole, parts in modules_of_file(architecture).items():
+        if whole not in checkpoint.stored:
+            continue
+        joined, subject = tensors.pop(whole), f"Tensor {whole!r} of {checkpoint.origin[whole]!r}"
+        parts = {name: shape for name, shape in parts.items() if name not in checkpoint.stored}
+        sizes = [math.prod(shape) for shape in parts.values()]
+        kind = "float32" if whole.endswith(FLOATS) else "uint8"
+        if kind == "uint8":
+            sizes = [size * np.dtype(dtype_of(name)).itemsize for size, name in zip(sizes, parts)]
+        if joined.shape != (sum(sizes),):
+            raise LoadingError(f"{subject} has the shape {joined.shape}, but the config makes it {(sum(sizes),)}.")
+        check_dtype(subject, joined, kind)
+        for (name, shape), end, size in zip(parts.items(), accumulate(sizes), sizes):
+            piece = joined[end - size : end]
+            tensors[name] = (piece if kind == "float32" else piece.view(dtype_of(name))).reshape(shape)
+    return tensors
 
 
 def check_dtypes(dtypes: dict[str, str]) -> None:
@@ -145,27 +197,49 @@ def check_config(checkpoint: Checkpoint, architecture: Architecture) -> None:
             )
 
 
-def check_tensors(checkpoint: Checkpoint, architecture: Architecture, labels: int) -> None:
+def modules_of_file(architecture: Architecture) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the backbone's tensors, in order, by the name of the tensor of a file that holds them."""
+    found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, shape in sorted(architecture.tensors().items()):
+        module = MODULES.match(name)
+        if module:
+            whole = FLOATS if dtype_of(name) == "float32" else BYTES
+            found[f"{PREFIX}{module[1]}.{whole}"][PREFIX + name] = shape
+    return found
+
+
+def dtype_of(name: str) -> str:
+    """The dtype that a tensor has in a float32 model."""
+    return {"packed_weight": "uint8", "num_batches_tracked": "int64"}.get(name.rpartition(".")[2], "float32")
+
+
+def check_dtype(subject: str, tensor: np.ndarray, dtype: str) -> None:
+    if tensor.dtype.name != dtype and not (dtype == "float32" and tensor.dtype.kind == "f"):
+        raise LoadingError(f"{subject} has the dtype {tensor.dtype}, but must be {dtype}.")
+
+
+def check_tensors(
+    tensors: dict[str, np.ndarray], checkpoint: Checkpoint, architecture: Architecture, labels: int
+) -> None:
     expected: dict[str, tuple[int, ...]] = {PREFIX + name: shape for name, shape in architecture.tensors().items()}
     expected |= {"classifier.weight": (labels, architecture.hidden_sizes[-1]), "classifier.bias": (labels,)}
     for name, shape in expected.items():
-        if name not in checkpoint.tensors:
+        if name not in tensors:
             raise LoadingError(f"The packed checkpoint lacks the tensor {name!r}: download it again.")
-        tensor, file = checkpoint.tensors[name], checkpoint.origin[name]
+        if name not in checkpoint.origin:  # `split_tensors` made its shape and dtype
+            continue
+        tensor, subject = tensors[name], f"Tensor {name!r} of {checkpoint.origin[name]!r}"
         if tensor.shape != shape:
-            raise LoadingError(
-                f"Tensor {name!r} of {file!r} has the shape {tensor.shape}, but the config makes it {shape}."
-            )
-        kind = {"packed_weight": "uint8", "num_batches_tracked": "int64"}.get(name.rpartition(".")[2], "float32")
-        if tensor.dtype.name != kind and not (kind == "float32" and tensor.dtype.kind == "f"):
-            raise LoadingError(f"Tensor {name!r} of {file!r} has the dtype {tensor.dtype}, but must be {kind}.")
+            raise LoadingError(f"{subject} has the shape {tensor.shape}, but the config makes it {shape}.")
+        check_dtype(subject, tensor, dtype_of(name))
+    shapes = packed_shapes(architecture) if checkpoint.shapes is None else checkpoint.shapes
     for name, before in packed_shapes(architecture).items():
-        if checkpoint.shapes.get(name) != before:
+        if shapes.get(name) != before:
             raise LoadingError(
-                f"Tensor {name!r} of {checkpoint.origin[name]!r} was packed from the shape {checkpoint.shapes.get(name)}, "
-                f"but the config makes it {before}."
+                f"Tensor {name!r} of {checkpoint.origin[name]!r} was packed from the shape {shapes.get(name)}, but the "
+                f"config makes it {before}."
             )
-    unexpected = min(checkpoint.tensors.keys() - expected.keys(), default=None)
+    unexpected = min(tensors.keys() - expected.keys(), default=None)
     if unexpected is not None:
         raise LoadingError(f"the network of the config has no tensor {unexpected!r}.")
 
@@ -183,8 +257,8 @@ def packed_shapes(architecture: Architecture) -> dict[str, list[int]]:
 
 
 def check_checksums(checkpoint: Checkpoint) -> None:
-    for index, name in enumerate(sorted(checkpoint.tensors)):
-        if checksum(checkpoint.tensors[name]) != checkpoint.checksums[8 * index : 8 * index + 8]:
+    for index, name in enumerate(sorted(checkpoint.stored)):
+        if checksum(checkpoint.stored[name]) != checkpoint.checksums[8 * index : 8 * index + 8]:
             raise LoadingError(
                 f"Tensor {name!r} of {checkpoint.origin[name]!r} was changed after saving (its checksum differs): "
                 "download it again."

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from config_changes import BOUNDS, CHANGES, LABELS, NAMES, OF_ANOTHER_TYPE, TINY, UNSUPPORTED
-from damaged_models import JSON_TEXTS, METADATA, PROCESSORS, SHARDS, WEIGHTS, damage_file, rewrite
+from damaged_models import JSON_TEXTS, METADATA, PROCESSORS, SHARDS, WEIGHTS, damage_file, rewrite, take_apart
 from hypothesis import given, settings
 from node import BROWSER, run_node
+from old_layout import write_old_layout
 from packed_model import edit_json, save_packed
 from tiny import tiny_config
 
@@ -122,11 +123,21 @@ def outcomes(shelf, tmp_path_factory) -> dict[str, tuple[dict, dict]]:
     root = tmp_path_factory.mktemp("cases")
     (root / "cases").mkdir()
     cases = Cases(root / "cases")
+    shelves = {"1": write_old_layout(shutil.copytree(shelf, root / "old")), "2": shelf}
+    half = save_packed(root / "half", half=True)
     cases.add("undamaged", shelf)
-    for name, (damage, _) in WEIGHTS.items():
-        cases.add(f"weights: {name}", shelf, lambda folder, damage=damage: rewrite(folder, *damage))
-    for name, changes in METADATA.items():
-        cases.add(f"metadata: {name}", shelf, lambda folder, changes=changes: rewrite(folder, **changes))
+    cases.add("undamaged, format 1", shelves["1"])
+    cases.add("undamaged, one tensor apart", shelf, lambda folder: rewrite(folder, take_apart, True))
+    cases.add("undamaged, half precision", half)
+    cases.add("undamaged, half precision, one tensor apart", half, lambda folder: rewrite(folder, take_apart, True))
+    cases.add("undamaged, format 1, half precision", half, lambda folder: write_old_layout(folder, half=True))
+    for number, source in shelves.items():
+        for name, (damage, _) in WEIGHTS[number].items():
+            cases.add(f"weights of {number}: {name}", source, lambda folder, damage=damage: rewrite(folder, *damage))
+        for name, changes in METADATA[number].items():
+            cases.add(
+                f"metadata of {number}: {name}", source, lambda folder, changes=changes: rewrite(folder, **changes)
+            )
     for changes in PROCESSORS:
         cases.add(
             f"processor: {changes}",
@@ -159,7 +170,8 @@ def outcomes(shelf, tmp_path_factory) -> dict[str, tuple[dict, dict]]:
     for name, damage in HEADERS.items():
         cases.add(f"header: {name}", shelf, lambda folder, damage=damage: edit_header(folder, damage))
     for seed in range(150):
-        cases.add(f"random: {seed}", shelf, lambda folder, seed=seed: damage_file(folder, random.Random(seed)))
+        source = shelves["1" if seed < 50 else "2"]
+        cases.add(f"random: {seed}", source, lambda folder, seed=seed: damage_file(folder, random.Random(seed)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BINARYVIT_ENGINE", "scalar")  # which rounds as WebAssembly
         expected = [by_python(folder) for folder in cases.folders()]
@@ -234,7 +246,10 @@ HEADERS = {
 
 def test_an_undamaged_model_answers_and_damages_are_refused(outcomes):
     python = [expected["verdict"] for expected, _ in outcomes.values()]
-    assert outcomes["undamaged"][1]["verdict"] == ANSWER
+    whole = [outcome for name, outcome in outcomes.items() if name.startswith("undamaged")]
+    assert [javascript["verdict"] for _, javascript in whole] == 6 * [ANSWER]
+    assert whole[0] == whole[1] == whole[2]
+    assert whole[3] == whole[4] == whole[5]
     assert outcomes["shards: undamaged"][1]["verdict"] == ANSWER
     assert python.count(REFUSAL) > 150
     assert python.count(UNSUPPORTED_MODEL) > 15
@@ -263,10 +278,10 @@ def test_messages_are_one_sentence(outcomes):
             assert "    at " not in message, (name, message)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_damaged_weights_are_refused_in_the_words_of_python(name, outcomes):
-    expected, actual = outcomes[f"weights: {name}"]
-    assert WEIGHTS[name][1] in actual["message"]
+@pytest.mark.parametrize("number, name", [(each, name) for each in WEIGHTS for name in WEIGHTS[each]])
+def test_damaged_weights_are_refused_in_the_words_of_python(number, name, outcomes):
+    expected, actual = outcomes[f"weights of {number}: {name}"]
+    assert WEIGHTS[number][name][1] in actual["message"]
     assert actual["message"] == in_words_of_javascript(expected["message"])
 
 

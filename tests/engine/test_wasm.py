@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from tiny import class_token_config, tiny_config, tiny_model
 
 from binaryvit_hf import BinaryViTConfig
 from binaryvit_runtime import engine
-from binaryvit_runtime.architecture import read_architecture
+from binaryvit_runtime.architecture import read_architecture, read_labels
+from binaryvit_runtime.checkpoint import load_tensors
 from binaryvit_runtime.engine.library import Engine, count_differing_bits
 from binaryvit_runtime.engine.preprocessing import Preprocessor
 
@@ -97,13 +97,11 @@ def output_shapes(config) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("name", ["binaryvit-digits", "binaryvit-fashion-mnist"])
 def test_a_shipped_model_gives_the_logits_of_the_scalar_kernels(wasm, name):
     folder = ROOT / "model_cards" / name
-    architecture = read_architecture(json.loads((folder / "config.json").read_text()))
-    checkpoint = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    architecture = read_architecture(config)
+    checkpoint = load_tensors([folder / "model.safetensors"], architecture, len(read_labels(config)))
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in checkpoint.items() if key.startswith(PREFIX)}
-    tensors = {
-        key: tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor for key, tensor in tensors.items()
-    }
-    weight, bias = (checkpoint[f"classifier.{part}"].astype(np.float32) for part in ("weight", "bias"))
+    weight, bias = (checkpoint[f"classifier.{part}"] for part in ("weight", "bias"))
     images = random_images(architecture, batch=4)
     expected = Engine(architecture, tensors, "scalar").classify(images, weight, bias, threads=1)
     model = wasm.create(architecture, tensors)

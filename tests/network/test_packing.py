@@ -10,12 +10,18 @@ import pytest
 import torch
 from golden_data import CONFIGS as CONFIG_FILES
 from huggingface_hub.errors import StrictDataclassError
+from old_layout import write_old_layout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from binaryvit_hf import BinaryViTForImageClassification, BinaryViTModel, BinaryViTQuantizationConfig
+from binaryvit_hf import (
+    BinaryViTBackbone,
+    BinaryViTForImageClassification,
+    BinaryViTModel,
+    BinaryViTQuantizationConfig,
+)
 from binaryvit_hf.network.layers_binaryvit import BinaryLinear, BinaryPatchConv
 from binaryvit_hf.network.packing_binaryvit import (
     PackedLinear,
@@ -136,9 +142,8 @@ def test_packed_outputs_are_bit_identical_before_and_after_saving(config, tmp_pa
     packed = load(tmp_path / "latent", quantization_config=BinaryViTQuantizationConfig())
     assert torch.equal(logits(packed), expected)
     packed.save_pretrained(tmp_path / "packed")
-    tensors = load_file(tmp_path / "packed" / "model.safetensors")
-    assert {tensor.dtype for name, tensor in tensors.items() if name.endswith("packed_weight")} == {torch.uint8}
-    assert not any(name.endswith("linear.weight") for name in tensors)
+    names = load_file(tmp_path / "packed" / "model.safetensors").keys()
+    assert {name.rpartition(".")[2] for name in names if name.startswith("binaryvit.")} == {"bytes", "floats"}
     again = load(tmp_path / "packed")
     assert torch.equal(logits(again), expected)
     assert again.config.quantization_config.quant_method == "binaryvit"
@@ -371,6 +376,7 @@ def test_half_precision_halves_the_floats_and_keeps_those_out_of_its_range(laten
     tensors = load_file(tmp_path / "half" / "model.safetensors")
     wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
     assert wide == {"classifier.bias", "binaryvit.norm.batch_norm.running_var"}
+    assert {tensors[name].dtype for name in tensors if name.endswith("floats")} == {torch.float16}
     again = load(tmp_path / "half")
     assert again.dtype == torch.float32
     assert again.classifier.weight.dtype == torch.float32
@@ -379,11 +385,11 @@ def test_half_precision_halves_the_floats_and_keeps_those_out_of_its_range(laten
     assert_same_checkpoint(tmp_path / "half", tmp_path / "again")
 
 
-def test_binaryvit_small_takes_8_9_megabytes_and_6_in_half_precision(tmp_path):
+def test_binaryvit_small_takes_8_6_megabytes_and_5_6_in_half_precision(tmp_path):
     config = AutoConfig.from_pretrained(CONFIG_FILES / "binaryvit-small-patch4-224")
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
     model = load(tmp_path, quantization_config=BinaryViTQuantizationConfig())
-    for half, megabytes in ((False, 8.9), (True, 6.0)):
+    for half, megabytes in ((False, 8.6), (True, 5.6)):
         model.config.quantization_config.half = half
         model.save_pretrained(tmp_path)
         assert (tmp_path / "model.safetensors").stat().st_size <= megabytes * 1e6
@@ -425,7 +431,7 @@ DISAGREEING_CONFIGS = {  # by message
     "'binaryvyt'": {"quantization_config": {"quant_method": "binaryvyt"}},
     "'halb'": {"quantization_config": {"quant_method": "binaryvit", "halb": True}},
     "half": {"quantization_config": {"quant_method": "binaryvit", "half": "yes"}},
-    r"packed_weight' is packed, but config.json": {"quantization_config": None},
+    r"stages\.1\.patch_embeddings\.bytes' is packed, but config.json": {"quantization_config": None},
     "depths": {"depths": [1, 1]},
     "hidden_sizes": {"hidden_sizes": [8, 32], "intermediate_sizes": [16, 64]},
     "weight_bits": {"weight_bits": 2},
@@ -442,33 +448,142 @@ def test_a_config_that_disagrees_with_the_tensors_is_refused(packed, message, ch
         AutoModelForImageClassification.from_pretrained(packed)
 
 
-NAME = "binaryvit.stages.0.layers.0.mlp.fc1.linear.packed_weight"
+LAYER = "binaryvit.stages.0.layers.0"
+WEIGHT = f"{LAYER}.mlp.fc1.linear.packed_weight"
+CHANGES = {
+    "missing": (lambda tensor: None, "lacks the tensor"),
+    "shape": (lambda tensor: tensor[:-1].clone(), "shape"),
+    "dtype": (lambda tensor: tensor.view(torch.int8), "dtype"),
+    "content": (lambda tensor: tensor ^ 1, "checksum"),
+    "float": (lambda tensor: tensor.float(), "dtype"),
+}
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda tensors: tensors.pop(NAME), "lacks the tensor"),
-        (lambda tensors: tensors.update({NAME: tensors[NAME][:-1].clone()}), "shape"),
-        (lambda tensors: tensors.update({NAME: tensors[NAME].view(torch.int8)}), "dtype"),
-        (lambda tensors: tensors.update({NAME: tensors[NAME] ^ 1}), "checksum"),
-        (lambda tensors: tensors.update({NAME: tensors[NAME].float()}), "dtype"),
-    ],
-    ids=["missing", "shape", "dtype", "content", "float"],
-)
+@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("file_format, name", [("1", WEIGHT), ("2", f"{LAYER}.bytes")])
 @pytest.mark.parametrize("kwargs", [{}, {"ignore_mismatched_sizes": True}], ids=["default", "ignore_mismatched_sizes"])
-def test_a_tensor_that_is_not_what_was_saved_is_named(packed, change, message, kwargs):
-    edit_tensors(packed, change)
+def test_a_tensor_that_is_not_what_was_saved_is_named(packed, change, message, file_format, name, kwargs):
+    if file_format == "1":
+        write_old_layout(packed)
+
+    def apply(tensors) -> None:
+        tensor = change(tensors.pop(name))
+        if tensor is not None:
+            tensors[name] = tensor
+
+    edit_tensors(packed, apply)
     with pytest.raises(ValueError, match=message) as caught:
         AutoModelForImageClassification.from_pretrained(packed, **kwargs)
-    assert NAME in str(caught.value)
+    assert (LAYER if message == "lacks the tensor" else name) in str(caught.value)
 
 
-def test_a_shape_that_only_padding_hides_is_refused(packed):
-    shapes = {NAME: [16, 7]}
-    edit_tensors(packed, lambda tensors: None, {"binaryvit_shapes": json.dumps(shapes)})
+def test_a_shape_that_only_padding_hides_is_refused_in_format_1(packed):
+    shapes = {WEIGHT: [16, 7]}
+    edit_tensors(write_old_layout(packed), lambda tensors: None, {"binaryvit_shapes": json.dumps(shapes)})
     with pytest.raises(ValueError, match="packed from the shape"):
         AutoModelForImageClassification.from_pretrained(packed)
+
+
+@pytest.mark.parametrize("name", ["pyramid", "class token", "4 bits"])
+@pytest.mark.parametrize("kind", [BinaryViTForImageClassification, BinaryViTModel])
+def test_a_file_holds_the_tensors_of_each_module_in_the_order_of_their_names(name, kind, tmp_path):
+    model = tiny_model(copy.deepcopy(CONFIGS[name]))
+    model = model if kind is BinaryViTForImageClassification else model.binaryvit
+    for number, buffer in enumerate(tensor for key, tensor in model.named_buffers() if key.endswith("tracked")):
+        buffer.fill_(2**40 + number)
+    model.pack_weights()
+    model.save_pretrained(tmp_path)
+    stored, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    prefix = "" if kind is BinaryViTModel else "binaryvit."
+    modules = ["embeddings", "norm"]
+    for stage, depth in enumerate(model.config.depths):
+        modules += [f"stages.{stage}.patch_embeddings"] if stage else []
+        modules += [f"stages.{stage}.layers.{layer}" for layer in range(depth)]
+    expected = {name: state[name] for name in state if name.startswith("classifier.")}
+    for module in modules:
+        names = sorted(key for key in state if key.startswith(f"{prefix}{module}."))
+        floats = [key for key in names if state[key].is_floating_point()]
+        content = b"".join(state[key].numpy().tobytes() for key in names if key not in floats)
+        expected[f"{prefix}{module}.floats"] = torch.cat([state[key].flatten() for key in floats])
+        if content:  # a stem without norm has floats alone
+            expected[f"{prefix}{module}.bytes"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[key], tensor) for key, tensor in expected.items())
+    assert_same_state(load(tmp_path, kind=kind), model)
+
+
+def assert_same_state(model, expected) -> None:
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("config", [CONFIGS["pyramid"], CONFIGS["4 bits"]], ids=["1 bit", "4 bits"])
+def test_a_file_of_format_1_loads_bit_identical_and_is_saved_in_format_2(config, half, tmp_path):
+    tiny_model(config).save_pretrained(tmp_path / "latent")
+    packing = BinaryViTQuantizationConfig(half=half)
+    load(tmp_path / "latent", quantization_config=packing).save_pretrained(tmp_path / "new")
+    write_old_layout(shutil.copytree(tmp_path / "new", tmp_path / "old"), half)
+    assert (tmp_path / "old" / "model.safetensors").stat().st_size > (
+        tmp_path / "new" / "model.safetensors"
+    ).stat().st_size
+    for kind in (AutoModelForImageClassification, AutoModel, BinaryViTBackbone):
+        assert_same_state(load(tmp_path / "old", kind=kind), load(tmp_path / "new", kind=kind))
+    load(tmp_path / "old").save_pretrained(tmp_path / "again")
+    assert_same_checkpoint(tmp_path / "again", tmp_path / "new")
+
+
+def test_the_header_of_a_shipped_model_takes_a_hundredth_of_its_file():
+    for file in (CONFIG_FILES.parent / "model_cards").glob("*/model.safetensors"):
+        content = file.read_bytes()
+        assert int.from_bytes(content[:8], "little") < len(content) / 100
+
+
+def test_the_tensors_of_a_file_are_loaded_into_a_packed_model(packed):
+    expected, model = load(packed), load(packed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    tensors = load_file(packed / "model.safetensors")
+    names = list(tensors)
+    model.load_state_dict(tensors)  # strict: no key is missing or unexpected
+    assert list(tensors) == names
+    assert_same_state(model, expected)
+    backbone = load(packed, kind=AutoModel)
+    backbone.load_state_dict({name.removeprefix("binaryvit."): tensors[name] for name in names if name[0] == "b"})
+    assert_same_state(backbone, expected.binaryvit)
+    with pytest.raises(RuntimeError, match=r"Tensor 'binaryvit\.norm\.floats' has the shape \(3,\)"):
+        model.load_state_dict(tensors | {"binaryvit.norm.floats": torch.zeros(3)}, strict=False)
+    given = BinaryViTForImageClassification.from_pretrained(None, config=expected.config, state_dict=tensors)
+    assert_same_state(given, expected)
+
+
+def test_tensors_that_are_not_of_the_network_have_an_entry_of_their_own(packed, tmp_path):
+    expected, model = logits(load(packed)), load(packed)
+    model.binaryvit.stages[0].layers[1].register_buffer("counter", torch.tensor(7))
+    model.binaryvit.norm.register_parameter("probe", torch.nn.Parameter(torch.ones(3)))
+    model.save_pretrained(tmp_path / "more")
+    stored = load_file(tmp_path / "more" / "model.safetensors")
+    assert torch.equal(stored["binaryvit.norm.probe"], torch.ones(3))
+    assert stored.keys() - load_file(packed / "model.safetensors").keys() == {
+        "binaryvit.norm.probe",
+        "binaryvit.stages.0.layers.1.counter",
+    }
+    assert torch.equal(logits(AutoModelForImageClassification.from_pretrained(tmp_path / "more")), expected)
+    model.load_state_dict(stored)
+
+
+def test_a_module_of_mixed_dtypes_is_saved_without_loss(packed, tmp_path):
+    model = load(packed)
+    model.binaryvit.stages[0].layers[0].mlp.double()
+    model.binaryvit.norm.bfloat16()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
 
 
 def test_a_truncated_file_is_named_with_the_tensor_that_is_cut(packed):
@@ -537,7 +652,7 @@ def test_a_trained_model_with_a_flipped_bit_loads_bit_identical_or_raises_one_cl
     file, generator = packed / "model.safetensors", torch.Generator().manual_seed(0)
     good = file.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
-    # Half of the damage is in the header. It is a sixth of the file, but it can be damaged in more ways.
+    # Half of the damage is in the header. It is a small part of the file, but it can be damaged in more ways.
     offsets = torch.cat([torch.randint(end, (100,), generator=generator) for end in (header, len(good))]).tolist()
     refused = 0
     for offset in [*range(8), *offsets]:

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 from command_line import assert_refused
 from damaged_models import (
+    HARMLESS,
     JSON_TEXTS,
     METADATA,
+    NORM,
     PROCESSORS,
     SHARDS,
-    VARIANCE,
     WEIGHTS,
     damage_file,
     rewrite,
     set_value,
 )
+from old_layout import write_old_layout
 from packed_model import edit_json, save_packed
 from PIL import Image
 from tiny import tiny_config
@@ -35,18 +37,30 @@ pytestmark = pytest.mark.skipif(not kernels_here(), reason="the engine was not b
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8))
 
 
+FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
     return save_packed(tmp_path_factory.mktemp("model"), tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}))
 
 
+@pytest.fixture(scope="module")
+def shelves(shelf, tmp_path_factory):
+    """The same model in files of each format."""
+    return {"1": write_old_layout(shutil.copytree(shelf, tmp_path_factory.mktemp("old") / "model")), "2": shelf}
+
+
+def copy_files(shelf, folder):
+    folder.mkdir(exist_ok=True)
+    for name in FILES:
+        shutil.copy(shelf / name, folder)
+    return folder
+
+
 @pytest.fixture
 def folder(shelf, tmp_path):
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
-        shutil.copy(shelf / name, copy)
-    return copy
+    return copy_files(shelf, tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +116,12 @@ def test_the_undamaged_model_answers(folder):
     assert assert_same(folder) is True
 
 
-@pytest.mark.parametrize("damage, word", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("file_format, name", [(each, name) for each in WEIGHTS for name in WEIGHTS[each]])
 def test_damaged_weights_are_refused_by_the_name_of_the_tensor(
-    damage, word, folder, picture_file, capsys, monkeypatch
+    file_format, name, shelves, tmp_path, picture_file, capsys, monkeypatch
 ):
+    folder = copy_files(shelves[file_format], tmp_path / "model")
+    damage, word = WEIGHTS[file_format][name]
     rewrite(folder, *damage)
     with pytest.raises(UserError, match=word) as refusal:
         Classifier.from_pretrained(folder)
@@ -131,16 +147,17 @@ def test_an_image_processor_of_large_images_is_refused_before_it_makes_one(folde
 
 
 def test_variances_below_zero_are_refused_by_their_answers(folder, picture_file, capsys, monkeypatch):
-    rewrite(folder, set_value(VARIANCE, -1.0), True)
+    rewrite(folder, set_value(NORM, -1.0, 40), True)  # of running_var
     for engine in ("", "torch"):
         monkeypatch.setenv("BINARYVIT_ENGINE", engine)
         assert_refused(capsys, ["classify", folder, picture_file], str(folder), "not finite")
 
 
-@pytest.mark.parametrize("changes", METADATA.values(), ids=METADATA)
-def test_metadata_are_read_or_refused_as_pytorch_does(changes, folder):
-    rewrite(folder, **changes)
-    assert assert_same(folder) is ("note" in changes)
+@pytest.mark.parametrize("file_format, name", [(each, name) for each in METADATA for name in METADATA[each]])
+def test_metadata_are_read_or_refused_as_pytorch_does(file_format, name, shelves, tmp_path):
+    folder = copy_files(shelves[file_format], tmp_path / "model")
+    rewrite(folder, **METADATA[file_format][name])
+    assert assert_same(folder) is (name in HARMLESS[file_format])
 
 
 @pytest.mark.parametrize(
@@ -164,8 +181,7 @@ def test_another_number_of_labels_than_the_classifier_has_is_refused(folder):
 def sweep(shelf, folder, seeds) -> list:
     outcomes = []
     for seed in seeds:
-        for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
-            shutil.copy(shelf / name, folder)
+        copy_files(shelf, folder)
         done = damage_file(folder, random.Random(seed))
         try:
             outcomes.append(assert_same(folder))
@@ -174,14 +190,16 @@ def sweep(shelf, folder, seeds) -> list:
     return outcomes
 
 
-def test_random_damage_is_refused_as_pytorch_refuses_it(shelf, folder):
-    outcomes = sweep(shelf, folder, range(40))
-    assert outcomes.count(False) > 20
+@pytest.mark.parametrize("file_format, seeds", [("1", range(20)), ("2", range(20, 50))])
+def test_random_damage_is_refused_as_pytorch_refuses_it(file_format, seeds, shelves, folder):
+    outcomes = sweep(shelves[file_format], folder, seeds)
+    assert outcomes.count(False) > len(seeds) / 2
 
 
 @pytest.mark.slow
-def test_more_random_damage_is_refused_as_pytorch_refuses_it(shelf, folder):
-    assert len(sweep(shelf, folder, range(40, 3000))) == 2960
+@pytest.mark.parametrize("file_format", ["1", "2"])
+def test_more_random_damage_is_refused_as_pytorch_refuses_it(file_format, shelves, folder):
+    assert len(sweep(shelves[file_format], folder, range(50, 2000))) == 1950
 
 
 @pytest.mark.parametrize("damage", SHARDS.values(), ids=SHARDS)

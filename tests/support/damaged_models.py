@@ -29,23 +29,30 @@ def rewrite(folder, change=lambda tensors: None, checksums=None, **changes) -> N
     )
 
 
-WEIGHT = "binaryvit.stages.0.layers.0.mlp.fc1.linear.packed_weight"
+LAYER = "binaryvit.stages.0.layers.0"
+WEIGHT = f"{LAYER}.mlp.fc1.linear.packed_weight"
 VARIANCE = "binaryvit.norm.batch_norm.running_var"
+NORM = "binaryvit.norm.floats"  # bias, running_mean, running_var and weight, of 16 channels each
 
 
-def flip_bit(tensors) -> None:
-    tensors[WEIGHT][0, 0] ^= 1
+def flip_bit(name):
+    def change(tensors) -> None:
+        tensors[name].reshape(-1)[0] ^= 1
+
+    return change
 
 
-def exchange(tensors) -> None:
-    first, second = (f"binaryvit.stages.0.layers.0.attention.{kind}.linear.packed_weight" for kind in ("key", "value"))
-    tensors[first], tensors[second] = tensors[second], tensors[first]
+def exchange(first, second):
+    def change(tensors) -> None:
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    return change
 
 
-def set_value(name, value):
+def set_value(name, value, index=0):
     def change(tensors) -> None:
         tensors[name] = tensors[name].copy()
-        tensors[name].reshape(-1)[0] = value
+        tensors[name].reshape(-1)[index] = value
 
     return change
 
@@ -57,38 +64,82 @@ def replace(name, make):
     return change
 
 
+def remove(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def add(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+def take_apart(tensors) -> None:
+    """No damage: a tensor gets an entry of its own, as one of another dtype has."""
+    joined = tensors[NORM]
+    tensors[NORM], tensors[VARIANCE] = np.append(joined[:32], joined[48:]), joined[32:48].astype(np.float32)
+
+
+# Damages of the weights, and a word of the message, by the format of the file.
 WEIGHTS = {
-    "a flipped bit": ((flip_bit, False), WEIGHT),
-    "exchanged tensors": ((exchange, False), "attention.key.linear.packed_weight"),
-    "no number": ((set_value(VARIANCE, np.nan), True), VARIANCE),
-    "infinity": ((set_value("classifier.bias", -np.inf), True), "classifier.bias"),
-    "a lost tensor": ((lambda tensors: tensors.pop(WEIGHT), True), WEIGHT),
-    "a lost count": ((lambda tensors: tensors.pop("binaryvit.norm.batch_norm.num_batches_tracked"), True), "num_batches_tracked"),
-    "a lost classifier": ((lambda tensors: tensors.pop("classifier.weight"), True), "classifier.weight"),
-    "one tensor more": ((lambda tensors: tensors.update({"note": np.zeros(1, np.float32)}), True), "note"),
-    "another shape": ((replace(WEIGHT, lambda tensor: tensor[:, :0]), True), WEIGHT),
-    "a scalar as a vector": ((replace(VARIANCE, lambda tensor: tensor[None]), True), VARIANCE),
-    "bits as floats": ((replace(WEIGHT, lambda tensor: tensor.astype(np.float32)), True), WEIGHT),
-    "floats as numbers": ((replace(VARIANCE, lambda tensor: tensor.astype(np.int64)), True), VARIANCE),
-    "floats as bytes": ((replace(VARIANCE, lambda tensor: tensor.astype(np.uint8)), True), VARIANCE),
-    "another classifier": ((replace("classifier.weight", lambda tensor: tensor[:2]), True), "classifier.weight"),
+    "1": {
+        "a flipped bit": ((flip_bit(WEIGHT), False), WEIGHT),
+        "exchanged tensors": ((exchange(*(f"{LAYER}.attention.{kind}.linear.packed_weight" for kind in ("key", "value"))), False), "attention.key.linear.packed_weight"),
+        "no number": ((set_value(VARIANCE, np.nan), True), VARIANCE),
+        "a lost tensor": ((remove(WEIGHT), True), WEIGHT),
+        "a lost count": ((remove("binaryvit.norm.batch_norm.num_batches_tracked"), True), "num_batches_tracked"),
+        "another shape": ((replace(WEIGHT, lambda tensor: tensor[:, :0]), True), WEIGHT),
+        "a scalar as a vector": ((replace(VARIANCE, lambda tensor: tensor[None]), True), VARIANCE),
+        "bits as floats": ((replace(WEIGHT, lambda tensor: tensor.astype(np.float32)), True), WEIGHT),
+        "floats as numbers": ((replace(VARIANCE, lambda tensor: tensor.astype(np.int64)), True), VARIANCE),
+        "floats as bytes": ((replace(VARIANCE, lambda tensor: tensor.astype(np.uint8)), True), VARIANCE),
+    },
+    "2": {
+        "infinity": ((set_value("classifier.bias", -np.inf), True), "classifier.bias"),
+        "a lost classifier": ((remove("classifier.weight"), True), "classifier.weight"),
+        "another classifier": ((replace("classifier.weight", lambda tensor: tensor[:2]), True), "classifier.weight"),
+        "one tensor more": ((add("note", np.zeros(1, np.float32)), True), "note"),
+        "a flipped bit": ((flip_bit(f"{LAYER}.bytes"), False), f"{LAYER}.bytes"),
+        "exchanged tensors": ((exchange(f"{LAYER}.bytes", "binaryvit.stages.0.layers.1.bytes"), False), f"{LAYER}.bytes"),
+        "no number": ((set_value(NORM, np.nan, 40), True), VARIANCE),
+        "a lost tensor": ((remove(f"{LAYER}.bytes"), True), LAYER),
+        "a lost count": ((remove("binaryvit.norm.bytes"), True), "num_batches_tracked"),
+        "a float less": ((replace(NORM, lambda tensor: tensor[1:]), True), NORM),
+        "a byte more": ((replace(f"{LAYER}.bytes", lambda tensor: np.append(tensor, tensor[:1])), True), f"{LAYER}.bytes"),
+        "a matrix": ((replace(NORM, lambda tensor: tensor[None]), True), NORM),
+        "bytes as floats": ((replace(f"{LAYER}.bytes", lambda tensor: tensor.astype(np.float32)), True), f"{LAYER}.bytes"),
+        "floats as bytes": ((replace(NORM, lambda tensor: tensor.astype(np.uint8)), True), NORM),
+        "a tensor twice": ((add(VARIANCE, np.ones(16, np.float32)), True), NORM),
+        "a tensor of another shape apart": ((add(VARIANCE, np.ones(15, np.float32)), True), NORM),
+    },
 }  # fmt: skip
 
 
-METADATA = {
-    "no format": {"binaryvit_format": None},
-    "another format": {"binaryvit_format": "2"},
-    "no checksums": {"binaryvit_crc32": None},
-    "wrong checksums": {"binaryvit_crc32": "0" * 8},
+# Changes of the metadata, by the format of the file.
+METADATA_OF_SHAPES = {
+    "a note": {"note": "x" * 10_000},
     "no shapes": {"binaryvit_shapes": None},
     "shapes of nothing": {"binaryvit_shapes": "{}"},
-    "no config": {"binaryvit_config": None},
-    "an empty config": {"binaryvit_config": "{}"},
-    "a list": {"binaryvit_config": "[]"},
-    "nested": {"binaryvit_shapes": "[" * 100_000},
-    "no JSON": {"binaryvit_config": "{"},
-    "a note": {"note": "x" * 10_000},
+    "nested shapes": {"binaryvit_shapes": "[" * 100_000},
+    "the second format": {"binaryvit_format": "2"},
 }
+METADATA = {
+    "1": METADATA_OF_SHAPES,
+    "2": {
+        **METADATA_OF_SHAPES,
+        "no format": {"binaryvit_format": None},
+        "another format": {"binaryvit_format": "3"},
+        "no checksums": {"binaryvit_crc32": None},
+        "wrong checksums": {"binaryvit_crc32": "0" * 8},
+        "no config": {"binaryvit_config": None},
+        "an empty config": {"binaryvit_config": "{}"},
+        "a list": {"binaryvit_config": "[]"},
+        "no JSON": {"binaryvit_config": "{"},
+        "nested": {"binaryvit_config": "[" * 100_000},
+        "the first format": {"binaryvit_format": "1"},
+        "the first format and shapes of nothing": {"binaryvit_format": "1", "binaryvit_shapes": "{}"},
+    },
+}
+# Format 2 has no shapes, and may have an entry for every tensor.
+HARMLESS = {"1": ["a note", "the second format"], "2": list(METADATA_OF_SHAPES)}
 
 
 SHARDS = {

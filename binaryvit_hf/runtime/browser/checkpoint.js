@@ -1,13 +1,19 @@
-/** Reads a packed checkpoint, with all checks of `checkpoint.py`. */
+/** Reads a packed checkpoint, with all checks of `checkpoint.py`. `quantization_binaryvit.py` describes the files. */
 
 import { listTensors } from "./architecture.js";
 import { BinaryViTError, UnsupportedModelError, messageOf, quote } from "./errors.js";
 import { areEqual, isObject, isText, parseJson } from "./json.js";
 import { readSafetensors } from "./safetensors.js";
 
-const FORMAT = "1";
+const FORMATS = ["1", "2"];
+// Modules whose tensors a file stores together, and the names of the two tensors that hold them.
+const MODULES = /^(embeddings|norm|stages\.\d+\.(?:patch_embeddings|layers\.\d+))\./;
+const FLOATS = "floats";
+const BYTES = "bytes";
+const SIZES = { float32: 4, float16: 2, uint8: 1, int64: 8 };
 const TORCH_NAMES = { F32: "torch.float32", F16: "torch.float16", U8: "torch.uint8", I64: "torch.int64" };
 const NUMPY_NAMES = { F32: "float32", F16: "float16", U8: "uint8", I64: "int64" };
+const SAFETENSORS_NAMES = { uint8: "U8", int64: "I64" };
 
 /** Of the backbone's tensors in a classifier. */
 export const PREFIX = "binaryvit.";
@@ -28,10 +34,11 @@ export const WEIGHTS_INDEX = "model.safetensors.index.json";
 export function loadTensors(files, architecture, numLabels) {
   const checkpoint = readCheckpoint(files);
   checkSavedConfig(checkpoint, architecture);
-  checkTensors(checkpoint, architecture, numLabels);
+  const found = splitTensors(checkpoint, architecture);
+  checkTensors(found, checkpoint, architecture, numLabels);
   checkChecksums(checkpoint);
   const tensors = new Map();
-  for (const [name, tensor] of checkpoint.tensors) {
+  for (const [name, tensor] of found) {
     if (tensor.dtype === "I64") continue; // counts, which nothing uses
     tensors.set(name, tensor.dtype === "U8" ? tensor.bytes.slice() : readFloats(tensor));
     if (tensor.dtype !== "U8" && !tensors.get(name).every(Number.isFinite))
@@ -61,31 +68,32 @@ export function namesInIndex(text) {
 const isFileName = (name) => !/[/\\]/.test(name) && !["", ".", ".."].includes(name);
 
 function readCheckpoint(files) {
-  /** @type {Map<string, CheckpointTensor>} */
-  const tensors = new Map();
-  let stored;
+  /** @type {Map<string, CheckpointTensor>} As in the files. */
+  const stored = new Map();
+  let last;
   for (const [file, content] of files) {
-    stored = { file, ...readSafetensors(content, file) };
-    for (const [name, tensor] of stored.tensors) {
+    last = { file, ...readSafetensors(content, file) };
+    for (const [name, tensor] of last.tensors) {
       if (!(tensor.dtype in NUMPY_NAMES))
         throw new UnsupportedModelError(`its tensor '${name}' has the dtype ${tensor.dtype}`);
-      tensors.set(name, { ...tensor, file });
+      stored.set(name, { ...tensor, file });
     }
-    const format = stored.metadata.binaryvit_format;
-    if (format !== FORMAT)
+    const format = last.metadata.binaryvit_format;
+    if (!FORMATS.includes(format))
       throw new BinaryViTError(
-        `'${file}' has the packed format ${quote(format ?? null)}, not '${FORMAT}': ` +
+        `'${file}' has the packed format ${quote(format ?? null)}, not '${FORMATS.at(-1)}': ` +
           "download it again, or update binaryvit_hf.",
       );
   }
-  const { file, metadata } = stored;
+  const { file, metadata } = last;
   try {
+    const hasShapes = metadata.binaryvit_format === "1";
     const config = parseJson(metadata.binaryvit_config ?? "");
-    const shapes = parseJson(metadata.binaryvit_shapes ?? "");
+    const shapes = parseJson(hasShapes ? (metadata.binaryvit_shapes ?? "") : "{}");
     if (!isObject(config) || !isObject(shapes))
       throw new Error("binaryvit_config and binaryvit_shapes must be objects");
     if (!isText(metadata.binaryvit_crc32)) throw new Error("it has no checksums");
-    return { tensors, config, shapes, checksums: metadata.binaryvit_crc32 };
+    return { stored, config, shapes: hasShapes ? shapes : null, checksums: metadata.binaryvit_crc32 };
   } catch (error) {
     throw new BinaryViTError(`The metadata of '${file}' is damaged (${messageOf(error)}): download it again.`);
   }
@@ -102,7 +110,52 @@ function checkSavedConfig(checkpoint, architecture) {
   }
 }
 
-function checkTensors({ tensors, shapes }, architecture, numLabels) {
+/**
+ * The tensors of a checkpoint by the names that they have in a model. They are views.
+ *
+ * @returns {Map<string, CheckpointTensor>} Without `file` if a tensor is a part of a stored one.
+ */
+function splitTensors({ stored, shapes }, architecture) {
+  if (shapes !== null) return stored; // format 1
+  const tensors = new Map(stored);
+  for (const [whole, members] of listModules(architecture)) {
+    const joined = stored.get(whole);
+    if (joined === undefined) continue;
+    tensors.delete(whole);
+    const parts = members.filter(({ name }) => !stored.has(name));
+    const kind = whole.endsWith(FLOATS) ? "float32" : "uint8";
+    const countElements = ({ name, shape }) =>
+      shape.reduce((product, side) => product * side, 1) * (kind === "float32" ? 1 : SIZES[dtypeOf(name)]);
+    checkShape(whole, joined, [parts.reduce((sum, part) => sum + countElements(part), 0)]);
+    checkDtype(whole, joined, kind);
+    let start = 0;
+    for (const part of parts) {
+      const end = start + countElements(part) * SIZES[NUMPY_NAMES[joined.dtype]];
+      const dtype = SAFETENSORS_NAMES[dtypeOf(part.name)] ?? joined.dtype;
+      tensors.set(part.name, { dtype, shape: part.shape, bytes: joined.bytes.subarray(start, end) });
+      start = end;
+    }
+  }
+  return tensors;
+}
+
+/** The backbone's tensors, in the order of their names, by the name of the tensor of a file that holds them. */
+function listModules(architecture) {
+  const modules = new Map();
+  const tensors = listTensors(architecture).sort((a, b) => (a.name < b.name ? -1 : 1));
+  for (const { name, shape } of tensors) {
+    const whole = `${PREFIX}${MODULES.exec(name)?.[1]}.${dtypeOf(name) === "float32" ? FLOATS : BYTES}`;
+    if (!modules.has(whole)) modules.set(whole, []);
+    modules.get(whole).push({ name: PREFIX + name, shape });
+  }
+  return modules;
+}
+
+/** The dtype that a tensor has in a float32 model. */
+const dtypeOf = (name) =>
+  ({ packed_weight: "uint8", num_batches_tracked: "int64" })[name.slice(name.lastIndexOf(".") + 1)] ?? "float32";
+
+function checkTensors(tensors, { shapes }, architecture, numLabels) {
   const ofBackbone = listTensors(architecture);
   const expected = new Map(ofBackbone.map(({ name, shape }) => [PREFIX + name, shape]));
   expected.set("classifier.weight", [numLabels, architecture.hiddenSizes.at(-1)]).set("classifier.bias", [numLabels]);
@@ -110,14 +163,11 @@ function checkTensors({ tensors, shapes }, architecture, numLabels) {
     const tensor = tensors.get(name);
     if (tensor === undefined)
       throw new BinaryViTError(`The packed checkpoint lacks the tensor '${name}': download it again.`);
-    if (!areEqual(tensor.shape, shape))
-      throw new BinaryViTError(
-        `Tensor '${name}' of '${tensor.file}' has the shape ${describeShape(tensor.shape)}, ` +
-          `but the config makes it ${describeShape(shape)}.`,
-      );
-    checkDtype(name, tensor);
+    if (tensor.file === undefined) continue; // `splitTensors` made its shape and dtype
+    checkShape(name, tensor, shape);
+    checkDtype(name, tensor, dtypeOf(name));
   }
-  for (const { name, packedFrom } of ofBackbone) {
+  for (const { name, packedFrom } of shapes === null ? [] : ofBackbone) {
     const stored = shapes[PREFIX + name];
     if (packedFrom !== undefined && !areEqual(stored, packedFrom))
       throw new BinaryViTError(
@@ -129,18 +179,24 @@ function checkTensors({ tensors, shapes }, architecture, numLabels) {
   if (unexpected !== undefined) throw new BinaryViTError(`the network of the config has no tensor '${unexpected}'.`);
 }
 
-function checkDtype(name, { dtype, file }) {
-  const ending = name.slice(name.lastIndexOf(".") + 1);
-  const kind = { packed_weight: "uint8", num_batches_tracked: "int64" }[ending] ?? "float32";
+function checkShape(name, tensor, shape) {
+  if (!areEqual(tensor.shape, shape))
+    throw new BinaryViTError(
+      `Tensor '${name}' of '${tensor.file}' has the shape ${describeShape(tensor.shape)}, ` +
+        `but the config makes it ${describeShape(shape)}.`,
+    );
+}
+
+function checkDtype(name, { dtype, file }, kind) {
   if (NUMPY_NAMES[dtype] !== kind && !(kind === "float32" && dtype === "F16"))
     throw new BinaryViTError(
       `Tensor '${name}' of '${file}' has the dtype ${NUMPY_NAMES[dtype]}, but must be ${kind}.`,
     );
 }
 
-function checkChecksums({ tensors, checksums }) {
-  [...tensors.keys()].sort().forEach((name, index) => {
-    const tensor = tensors.get(name);
+function checkChecksums({ stored, checksums }) {
+  [...stored.keys()].sort().forEach((name, index) => {
+    const tensor = stored.get(name);
     if (checksum(tensor) !== checksums.slice(8 * index, 8 * index + 8))
       throw new BinaryViTError(
         `Tensor '${name}' of '${tensor.file}' was changed after saving (its checksum differs): download it again.`,
