@@ -23,8 +23,10 @@ from .functional_binaryvit import (
     batch_statistics,
     fastest,
     is_distributed,
+    on_row_kernels,
     quantize_input,
     quantize_weight,
+    row_kernels,
     scale_and_shift,
 )
 
@@ -233,7 +235,31 @@ class BinaryProjection(nn.Module):
         self.norm_activation = NormActivation(config, out_features)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training and self.is_plain_square():
+            linear, norm = self.linear, self.norm_activation.norm
+            eps, *parameters = self.norm_activation.arguments()
+            if on_row_kernels([hidden_states, linear.shift, linear.weight, *parameters]):
+                rows, weight = hidden_states.flatten(0, -2), linear.quantized_weight()
+                step = row_kernels.BinaryProjection.apply
+                return step(rows, linear.shift, weight, norm.statistics, eps, *parameters).view(hidden_states.shape)
         return self.norm_activation(self.linear(hidden_states), hidden_states)
+
+    def is_plain_square(self) -> bool:
+        """Whether one step on row kernels may compute this layer: nobody has wrapped its parts or hooks into them."""
+        linear = self.linear
+        return (
+            type(linear) is BinaryLinear  # not a wrapper, such as PEFT's, or a parametrisation
+            and linear.in_features == linear.out_features
+            and (linear.weight_bits, linear.input_bits) == (1, 1)
+            and linear.sign_slope is approx_sign_slope
+            and not any(has_hooks(module) for module in (linear, self.norm_activation))
+        )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module also calls hooks of a user."""
+    hooks = vars(module)
+    return any(hooks[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def binary_mlp_products(

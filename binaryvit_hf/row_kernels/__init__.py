@@ -10,8 +10,8 @@ Row kernels: compiled training steps of a 1-bit network on the CPU, in C++, and 
 Matrix products stay with PyTorch.
 """
 
-from .functions import TWINS
+from .functions import TWINS, BinaryProjection
 from .library import instruction_sets, problem
 
 
-__all__ = ["TWINS", "instruction_sets", "problem"]
+__all__ = ["TWINS", "BinaryProjection", "instruction_sets", "problem"]

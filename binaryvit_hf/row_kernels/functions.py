@@ -295,6 +295,68 @@ class BinaryMLPProducts(Function):
         return grad_x, grad_shift1, grad_weight1, grad_shift2, grad_weight2, None, None, None, *grads
 
 
+class BinaryProjection(Function):
+    """
+    `functional_binaryvit.SignLinear`, then `NormShortcutRPReLU` with the input as the shortcut, in one step.
+
+    x `(rows, channels)`, weight `(channels, channels)`. Only x and the product, as whole numbers, are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, shift, weight, statistics, eps, *parameters):
+        kernels, threads = load_kernels(), torch.get_num_threads()
+        rows, channels = x.shape
+        matrix = SignWeight(weight)
+        counts, block = PackedCounts(weight, matrix.scale, rows), block_rows(rows, channels)
+        products = x.new_empty(block, channels, dtype=torch.int32)
+        for start in range(0, rows, block):
+            part = x[start : start + block]
+            counts.store(matrix.count(sign_bytes(part, shift), out=products[: len(part)]), start)
+        mean, variance, batch_rows = statistics(counts.statistics)
+        packed, unit, output = counts.packed, counts.unit, torch.empty_like(x)
+        kernels.activate_packed(
+            *(packed.data_ptr(), counts.is_wide, unit.data_ptr(), x.data_ptr()),
+            *(norm_activation(eps, mean, variance, *parameters), rows, channels, output.data_ptr(), threads),
+        )
+        ctx.save_for_backward(x, shift, weight, mean, variance, *parameters, packed, unit)
+        ctx.batch_rows, ctx.eps, ctx.is_wide = batch_rows, eps, counts.is_wide
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, shift, weight, mean, variance, *parameters, packed, unit = ctx.saved_tensors
+        kernels, threads = load_kernels(), torch.get_num_threads()
+        grad_output, norm = grad_output.contiguous(), norm_activation(ctx.eps, mean, variance, *parameters)
+        rows, channels = x.shape
+        grad_x, sums = torch.empty_like(x), x.new_zeros(4, channels, dtype=torch.float64)
+        kernels.activate_packed_gradient(
+            *(packed.data_ptr(), ctx.is_wide, unit.data_ptr(), x.data_ptr(), norm, grad_output.data_ptr()),
+            *(rows, channels, grad_x.data_ptr(), sums.data_ptr(), threads),
+        )
+        grads, addresses = empty_gradients(parameters)
+        coefficients = x.new_empty(3, channels)
+        kernels.norm_coefficients(
+            *(sums.data_ptr(), norm, unit.data_ptr(), ctx.batch_rows, channels),
+            *(addresses, None, coefficients.data_ptr()),
+        )
+        grad_shift, grad_weight = torch.zeros_like(shift), torch.zeros_like(weight)
+        block = block_rows(rows, 2 * channels)
+        grad_counts, grad_signs = x.new_empty(2, block, channels)
+        for start in range(0, rows, block):
+            part = slice(start, min(start + block, rows))
+            of_counts, of_signs = grad_counts[: part.stop - start], grad_signs[: part.stop - start]
+            # The gradient of the shortcut is in grad_x already.
+            kernels.count_gradient(
+                *(packed[part].data_ptr(), ctx.is_wide, grad_x[part].data_ptr(), coefficients.data_ptr()),
+                *(len(of_counts), channels, of_counts.data_ptr(), threads),
+            )
+            torch.mm(of_counts, weight, out=of_signs)
+            signs = sign_gradient(x[part], shift, of_signs, grad_x[part], grad_shift, adds=True)
+            grad_weight.addmm_(of_counts.T, signs)
+        return grad_x, grad_shift, grad_weight, None, None, *grads
+
+
 def block_rows(rows: int, channels: int) -> int:
     return min(max(BLOCK_ELEMENTS // channels, 1), max(rows, 1))
 
@@ -448,7 +510,7 @@ class ScaleAndShift(Function):
         return grad_x, grad_scale, grad_shift
 
 
-# By name of the function in functional_binaryvit.
+# By name of the function in functional_binaryvit.py.
 TWINS: dict[str, Any] = {
     "AddAvgPools": AddAvgPools,
     "BinarizeWeight": BinarizeWeight,

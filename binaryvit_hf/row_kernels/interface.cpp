@@ -11,28 +11,30 @@ namespace binaryvit {
 
 namespace {
 constexpr int64_t kSmallestShare = 1 << 14;  // elements; starting a thread takes as long as computing them
-}
+constexpr int64_t kApart = 64;  // numbers between the memories of two threads, so that they share no cache line
+}  // namespace
 
 bool divide_rows(int64_t rows, int64_t channels, int threads, const Needs &needs,
                  void (*work)(const void *context, const Share &share), const void *context) {
     int64_t most = std::min(rows, rows * channels / kSmallestShare + 1);
     int members = int(std::max<int64_t>(1, std::min<int64_t>(threads, most)));
+    int64_t sums_apart = needs.sums + kApart, scratch_apart = needs.scratch + kApart;
     std::vector<double> sums;
     std::vector<float> scratch;
     try {
-        sums.resize(size_t(needs.sums * members));
-        scratch.resize(size_t(needs.scratch * members));
+        sums.resize(size_t(sums_apart * members));
+        scratch.resize(size_t(scratch_apart * members));
     } catch (const std::bad_alloc &) {
         return false;
     }
     auto run = [&](int member) {
-        work(context, {rows * member / members, rows * (member + 1) / members, sums.data() + needs.sums * member,
-                       scratch.data() + needs.scratch * member});
+        work(context, {rows * member / members, rows * (member + 1) / members, sums.data() + sums_apart * member,
+                       scratch.data() + scratch_apart * member});
     };
     if (members == 1 || !run_team(members, run))
         for (int member = 0; member < members; ++member) run(member);
     for (int member = 0; member < members; ++member)
-        for (int64_t i = 0; i < needs.sums; ++i) needs.totals[i] += sums[size_t(needs.sums * member + i)];
+        for (int64_t i = 0; i < needs.sums; ++i) needs.totals[i] += sums[size_t(sums_apart * member + i)];
     return true;
 }
 

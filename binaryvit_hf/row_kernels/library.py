@@ -50,6 +50,10 @@ KERNELS = {
     "norm_activation_gradient": [
         *(Pointer, Pointer, Int64, Norm, Int64, Pointer, Int64, Int64, Pointer, Pointer, Gradients, Int)
     ],
+    "activate_packed": [Pointer, Int, Pointer, Pointer, Norm, Int64, Int64, Pointer, Int],
+    "activate_packed_gradient": [
+        *(Pointer, Int, Pointer, Pointer, Norm, Pointer, Int64, Int64, Pointer, Pointer, Int),
+    ],
     "pack_counts": [Pointer, Int, Int64, Int64, Int64, Pointer, Int, Pointer, Int],
     "count_moments": [Pointer, Pointer, Int64, Int64, Running, Pointer, Pointer],
     "activate_counts": [

@@ -1,5 +1,7 @@
 """Row kernels against the PyTorch functions whose twins they are, on every instruction set of this CPU."""
 
+import copy
+
 import pytest
 import torch
 from tiny import tiny_config, tiny_images, tiny_model
@@ -21,6 +23,7 @@ from binaryvit_hf.network.functional_binaryvit import (
     fastest,
     scale_and_shift,
 )
+from binaryvit_hf.network.layers_binaryvit import BinaryProjection
 from binaryvit_hf.row_kernels import TWINS, functions, library
 
 
@@ -128,6 +131,40 @@ def test_statistics(threads, rows, channels):
     assert norms[1].running_mean._version > version  # the inference engine reads the model again
     with pytest.raises(ValueError, match="more than 1 value"):
         TWINS["batch_statistics"]([x[:1]], norms[1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rows, channels", [(2, 1), (9, 3), (65, 600), (700, 48)])
+def test_a_projection(threads, monkeypatch, rows, channels, training):
+    monkeypatch.setattr(functions, "BLOCK_ELEMENTS", 64 * channels)
+    layer = BinaryProjection(tiny_config(batch_norm_eps=EPS), channels, channels)
+    for weight in layer.parameters():
+        weight.data = torch.randn(weight.shape)
+    layer.norm_activation.norm.train(training)
+    layers, results = [layer, copy.deepcopy(layer)], []
+    x = leaf(1, rows, channels)
+    for engine, copied in zip(("torch", ""), layers):
+        monkeypatch.setenv("BINARYVIT_ENGINE", engine)
+        output = copied(x)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+        results.append((output, torch.autograd.grad(output, [x, *copied.parameters()], weights)))
+    (expected, expected_grads), (found, grads) = results
+    assert "BinaryProjection" in str(found.grad_fn.next_functions) and found.shape == x.shape
+    torch.testing.assert_close(found, expected)
+    assert_close_gradients(grads, expected_grads)
+    torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+
+
+def test_a_projection_calls_hooks_and_wrappers_of_its_parts():
+    layer, called = BinaryProjection(tiny_config(), 4, 4), []
+    for module in (layer.linear, layer.norm_activation):
+        module.register_forward_hook(lambda *arguments: called.append("hook"))
+    layer(leaf(1, 5, 4))
+    layer = BinaryProjection(tiny_config(), 4, 4)
+    layer.linear = nn.Sequential(layer.linear)
+    layer.linear[0].register_forward_pre_hook(lambda *arguments: called.append("wrapper"))
+    layer(leaf(1, 5, 4))
+    assert called == ["hook", "hook", "wrapper"]
 
 
 # 600 inputs need two bytes for a count.
@@ -255,6 +292,7 @@ def test_kernels_compute_training_of_1_bit_by_the_default_gradient_only(monkeypa
     monkeypatch.setattr(layers_binaryvit, "fastest", note)
     monkeypatch.setattr(modeling_binaryvit, "fastest", note)
     monkeypatch.setattr(functional_binaryvit, "fastest", note)
+    monkeypatch.setattr(layers_binaryvit, "on_row_kernels", lambda tensors: False)
 
     def twins_of(train: bool = True, slope=approx_sign_slope, **changes) -> set[str]:
         used.clear()
