@@ -29,6 +29,7 @@ FLOORS = {
     "inspection": 5,
     "training": 6,
     "benchmarks": 6,
+    "comparison": 7,
     "cli": 7,
 }
 # Folders that are installed as packages of their own, so that they need no PyTorch.

@@ -1,9 +1,10 @@
 """Networks in onnxruntime, peers for `inference`: timm's in float32 and in 8 bits, and ours as `binaryvit export` writes it."""
 
+import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import timm
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import nn
 
 from binaryvit_runtime.progress import Progress
 
@@ -26,15 +28,19 @@ NETWORKS = {  # name in timm: whether it also competes in float32
 }
 IMAGE_SHAPE = (3, 224, 224)
 CALIBRATION_IMAGES = 4
+FLOAT32, INT8 = "onnxruntime float32", "onnxruntime int8"
 
 
-class RandomImages(CalibrationDataReader):
-    """Calibration images for the scales of activations. Weights are random, so images may be, too."""
+class CalibrationImages(CalibrationDataReader):
+    """
+    Batches of images for the ranges of activations.
 
-    def __init__(self):
-        generator = np.random.default_rng(0)
-        images = generator.standard_normal((CALIBRATION_IMAGES, 1, *IMAGE_SHAPE), np.float32)
-        self.batches = iter([{"images": image} for image in images])
+    Args:
+        batches: `pixel_values` `(batch, channels, height, width)`, float32.
+    """
+
+    def __init__(self, batches: Iterable[np.ndarray]):
+        self.batches = ({"images": batch} for batch in batches)
 
     def get_next(self) -> dict | None:
         return next(self.batches, None)
@@ -54,35 +60,43 @@ def export_networks(
     """
     networks = NETWORKS if networks is None else networks
     networks = {name: in_float for name, in_float in networks.items() if not (only_int8 and in_float)}
-    logging.disable(logging.WARNING)  # the exporters warn for almost every tensor
-    try:
-        exported = []
+    exported = []
+    with hide_warnings():
         for name, in_float in networks.items():
             # Not logged: logging is off.
             with Progress(f"exporting {name} to ONNX, and quantising it to int8"):
                 exported += export_network(name, in_float, folder)
-        return exported
+    return exported
+
+
+@contextlib.contextmanager
+def hide_warnings() -> Iterator[None]:
+    """Hide what exporters and quantisers log: they warn of almost every tensor."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def export_network(name: str, in_float: bool, folder: Path) -> list[tuple[str, str, Path]]:
-    float32, prepared, int8 = (folder / f"{name}.{kind}.onnx" for kind in ("float32", "prepared", "int8"))
-    export_float32(name, float32)
-    quant_pre_process(float32, prepared, skip_symbolic_shape=True)
-    # The instructions of x86 multiply unsigned activations by signed weights.
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(prepared, int8, RandomImages(), per_channel=True, **types)
-    exported = [(name, "onnxruntime float32", float32), (name, "onnxruntime int8", int8)]
+    float32, int8 = (folder / f"{name}.{kind}.onnx" for kind in ("float32", "int8"))
+    export_float32(timm.create_model(name), IMAGE_SHAPE, float32)
+    # Weights are random, so images may be, too.
+    shape = (CALIBRATION_IMAGES, 1, *IMAGE_SHAPE)
+    quantize(float32, int8, np.random.default_rng(0).standard_normal(shape, np.float32))
+    exported = [(name, FLOAT32, float32), (name, INT8, int8)]
     return exported if in_float else exported[1:]
 
 
-def export_float32(name: str, file: Path) -> None:
+def export_float32(network: nn.Module, image_shape: tuple[int, int, int], file: Path) -> None:
+    """Write a network as ONNX: input `images` `(batch, *image_shape)`, any size of the batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            timm.create_model(name).eval(),
-            (torch.randn(2, *IMAGE_SHAPE),),
+            network.eval(),
+            (torch.randn(2, *image_shape),),
             file,
             input_names=["images"],
             dynamo=True,
@@ -90,6 +104,16 @@ def export_float32(name: str, file: Path) -> None:
             external_data=False,
             verbose=False,
         )
+
+
+def quantize(float32: Path, int8: Path, calibration: Iterable[np.ndarray]) -> None:
+    """Write a network in 8 bits: one scale for each channel of a weight, ranges of activations from the calibration images."""
+    prepared = int8.with_suffix(".prepared.onnx")
+    quant_pre_process(float32, prepared, skip_symbolic_shape=True)
+    # The instructions of x86 multiply unsigned activations by signed weights.
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(prepared, int8, CalibrationImages(calibration), per_channel=True, **types)
+    prepared.unlink()
 
 
 def export_packed(folder: Path) -> Path:
@@ -100,10 +124,15 @@ def export_packed(folder: Path) -> Path:
     return file
 
 
-def load_onnx(file: Path, threads: int) -> Callable[[int], list]:
+def open_session(file: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A network that is ready to run on the CPU. 0 threads are one for each core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def load_onnx(file: Path, threads: int) -> Callable[[int], list]:
+    session = open_session(file, threads)
     (images,) = session.get_inputs()
     generator = np.random.default_rng(0)
     create_images = functools.cache(lambda size: generator.standard_normal((size, *images.shape[1:]), np.float32))

@@ -41,7 +41,7 @@ from .parser import CommandParser, create_parser
 GROUPS = {
     "use a trained model": ("classify", "demo", "page", "export", "push"),
     "prepare a model": ("pack", "convert", "card"),
-    "measure and compare": ("inspect", "ops", "benchmark", "ablation"),
+    "measure and compare": ("inspect", "ops", "benchmark", "compare", "ablation"),
     "this machine": ("doctor",),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)

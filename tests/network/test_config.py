@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from golden_data import CONFIGS, ROWS
+from golden_data import CONFIGS, ROWS, TINY
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny import tiny_config
 from transformers import AutoConfig
@@ -71,7 +71,7 @@ def test_labels_and_dtype_are_checked_before_transformers_uses_them(message, cha
         tiny_config(**changes)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [*ROWS, TINY])
 def test_the_config_of_a_row_sets_every_field_and_no_other(row):
     written = json.loads((CONFIGS / row / "config.json").read_text())
     config = AutoConfig.from_pretrained(CONFIGS / row)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_data import CONFIGS, ROWS
+from golden_data import CONFIGS, ROWS, TINY
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -35,7 +35,7 @@ def test_layers_begin_with_pytorchs_values_and_other_parameters_with_the_papers(
     assert layer.avg_pool_branches[0].layer_scale.scale.eq(0).all()
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith(("react", "binary"))])
+@pytest.mark.parametrize("row", [*(row for row in ROWS if row.startswith(("react", "binary"))), TINY])
 def test_rows_are_built_on_the_meta_device(row):
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(CONFIGS / row))

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs"
-ROWS = list(json.loads((GOLDEN / "parameter_shapes.json").read_text()))
+ROWS = list(json.loads((GOLDEN / "parameter_shapes.json").read_text()))  # of the paper
+TINY = "binaryvit-tiny-patch8-224"  # ours
 
 
 def generator(key: str) -> np.random.Generator:

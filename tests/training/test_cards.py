@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from golden_data import CONFIGS, ROWS
+from golden_data import CONFIGS, ROWS, TINY
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -27,14 +27,14 @@ needs_fashion_mnist = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [*ROWS, TINY])
 def test_the_card_of_a_row_is_up_to_date_with_the_template(row, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     assert main(["card", f"configs/{row}", "--out", str(tmp_path / "card.md")]) == 0
     assert (tmp_path / "card.md").read_text() == (CARDS / f"{row}.md").read_text()
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [*ROWS, TINY])
 def test_the_card_of_a_row_says_that_it_has_no_trained_weights_and_what_it_costs(row):
     card = ModelCard.load(CARDS / f"{row}.md")
     assert "**A configuration with a recipe, without trained weights.**" in card.text

@@ -1,0 +1,363 @@
+"""
+Trained networks beside each other: the accuracy, latency and size of the file that one would ship.
+
+A packed BinaryViT runs on the engine. Any other image classifier of transformers is exported to ONNX and runs in onnxruntime,
+in float32 and in 8 bits: static quantisation, a scale for each channel of a weight, ranges of activations from training images.
+Accuracy is that of exactly what is timed.
+"""
+
+import json
+import logging
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from binaryvit_runtime.classifier import Classifier
+from binaryvit_runtime.errors import LoadingError, UnsupportedModelError, UserError, counted, first_sentence
+from binaryvit_runtime.pixels import read_background
+from binaryvit_runtime.progress import Progress
+from binaryvit_runtime.resources import find_source
+
+from .benchmarks.inference import Competitor, create_responder, load_in_runtime
+from .benchmarks.interleaved import Worker, describe_seconds
+from .benchmarks.onnx_peers import FLOAT32, INT8, export_float32, hide_warnings, load_onnx, open_session, quantize
+from .data.arguments import DataArguments
+from .data.decoding import decode_image
+from .data.image_checks import check_images, evenly_spaced
+from .data.label_names import compare_labels
+from .data.loading import load_images
+from .data.model_inputs import describe_input
+from .data.transforms import TransformedImages, process_image
+from .loading import load_classifier, load_config, load_image_processor
+from .network.quantization_binaryvit import QUANT_METHOD
+from .ops import align_columns, readable
+from .training.confusion import predict_classes, wilson_interval
+from .training.run_folder import RUN_ARGUMENTS, read_json
+
+
+ENGINE = "engine"
+CALIBRATION_IMAGES = 512
+BATCH = 100  # images that are evaluated at once
+TABLE_HEAD = ("network", "runs on", "top-1, %", "95 % interval", "ms", "10-90 %", "file")
+# Arguments of a run that choose its test images, and its held-out ones.
+TEST_IMAGES = (
+    *("dataset_name", "dataset_config_name", "test_split_name", "image_column_name", "label_column_name"),
+    "class_names",
+)
+HELD_OUT_IMAGES = (
+    *TEST_IMAGES,
+    *("train_dir", "validation_dir", "train_files", "validation_files", "train_split_name", "validation_split_name"),
+    *("train_val_split", "max_eval_samples"),
+)
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[np.ndarray], np.ndarray]  # pixel_values -> logits
+
+
+class TrainedRun:
+    """
+    A trained model with the arguments of its run.
+
+    Args:
+        name: the output directory of a run, or the name of a model that comes with the package.
+
+    Raises:
+        UserError: there is no such run, or its files are damaged.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.folder = name, Path(find_source(name))
+        self.recorded = read_json(self.folder / RUN_ARGUMENTS)
+        if not self.recorded:
+            raise UserError(f"{name!r} is no output directory of a run: it has no {RUN_ARGUMENTS}.")
+        if self.recorded.get("streaming"):
+            raise UserError(f"{name!r} was trained on a stream, and a comparison needs images that can be read again.")
+        names = {field.name for field in fields(DataArguments)}
+        self.arguments = DataArguments(**{key: value for key, value in self.recorded.items() if key in names})
+
+    @property
+    def seed(self) -> int:
+        return self.recorded.get("seed", 42)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return self.load(load_config, self.folder)
+
+    @cached_property
+    def processor(self) -> BaseImageProcessor:
+        processor = self.load(load_image_processor, self.folder, self.config)
+        if processor is None:
+            raise UserError(f"{self.name!r} has no image processor (preprocessor_config.json).")
+        return processor
+
+    def load_model(self) -> PreTrainedModel:
+        return self.load(load_classifier, self.folder, dtype=torch.float32)
+
+    def load(self, function: Callable, *arguments, **keywords):
+        try:
+            return function(*arguments, **keywords)
+        except LoadingError as error:
+            raise UserError(f"{self.name!r} cannot be loaded: {error}") from error
+
+    def transform(self, images: Dataset) -> TransformedImages:
+        """The images as the model takes them."""
+        decode = partial(decode_image, background=read_background(self.processor))
+        return TransformedImages(images, decode, partial(process_image, self.processor), seed=0)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A network on a runtime: how it is timed, and how it answers."""
+
+    run: TrainedRun
+    competitor: Competitor
+    forward: Forward
+
+
+def compare_runs(names: list[str], turns: int = 7) -> dict:
+    """
+    Measure the networks of finished runs on the images that they have in common, and on one thread of this machine.
+
+    Args:
+        names: see `TrainedRun`.
+        turns: timed turns of each network, 2 or more. Networks take turns, so a load on the machine slows all of them.
+
+    Returns:
+        - `images`: number of the evaluation images; `split`: "test" if all runs have test images, else "validation",
+        - `data`: the name of the data set or folder,
+        - `cpu`: name of the processor,
+        - `results`: for each network and runtime `network`, `engine`, `accuracy` (0 to 1), `accuracy_interval` (95 %),
+          `file_bytes`, and the seconds of one image, `seconds` (median) and `seconds_10_90`.
+
+    Raises:
+        UserError: a run cannot be compared with the others, or cannot be exported.
+    """
+    runs = [TrainedRun(name) for name in dict.fromkeys(names)]
+    split = "test" if all(run.recorded.get("do_predict") for run in runs) else "validation"
+    images = load_common_images(runs, split)
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = [
+            contestant
+            for index, run in enumerate(runs)
+            for contestant in create_contestants(run, images["train"], Path(folder, str(index)))
+        ]
+        correct = count_correct(contestants, images[split])
+        seconds = take_turns([contestant.competitor for contestant in contestants], turns)
+        return {
+            "data": runs[0].arguments.dataset_name or runs[0].arguments.train_dir,
+            "split": split,
+            "images": len(images[split]),
+            "cpu": cpu_name(),
+            "results": [
+                {
+                    "network": contestant.run.name,
+                    "engine": contestant.competitor.engine,
+                    "accuracy": number / len(images[split]),
+                    "accuracy_interval": list(wilson_interval(number, len(images[split]))),
+                    "file_bytes": contestant.competitor.file.stat().st_size,
+                    **describe_seconds(times, 1),
+                }
+                for contestant, number, times in zip(contestants, correct, seconds)
+            ],
+        }
+
+
+def load_common_images(runs: list[TrainedRun], split: str) -> dict[str, Dataset]:
+    """
+    Calibration images, as `train`, and the evaluation images of all runs.
+
+    Raises:
+        UserError: the runs have different images or classes, or the images cannot be loaded.
+    """
+    first, *others = runs
+    for other in others:
+        for name in TEST_IMAGES if split == "test" else HELD_OUT_IMAGES:
+            before, now = getattr(first.arguments, name), getattr(other.arguments, name)
+            if before != now:
+                raise UserError(
+                    f"{first.name!r} and {other.name!r} have different images ({name} is {before} and {now}): compare runs on "
+                    "the same images."
+                )
+    loaded: dict[str, Any] = load_images(first.arguments, first.seed, None, None, test=split == "test")
+    if "train" not in loaded:
+        raise UserError(f"The images of {first.name!r} have no training images, which quantisation needs.")
+    train = loaded["train"]
+    chosen = train.select(evenly_spaced(range(len(train)), CALIBRATION_IMAGES))
+    skip = any(run.arguments.skip_broken_images for run in runs)
+    images, broken = check_images({"train": chosen, split: loaded[split]}, skip)
+    if broken:
+        logger.warning("Left out %s.", counted(len(broken), "broken image"))
+    for run in runs:
+        compare_labels(run.config, train.features["label"].names, repr(run.name), "compare runs on the same images")
+    return images
+
+
+# ---- Networks and runtimes ----
+
+
+def create_contestants(run: TrainedRun, calibration: Dataset, folder: Path) -> list[Contestant]:
+    """
+    The network of a run on every runtime that computes it. Files of ONNX are written to `folder`.
+
+    Raises:
+        UserError: no runtime computes it.
+    """
+    if run.config.model_type == QUANT_METHOD:
+        return [create_packed(run)]
+    folder.mkdir()
+    float32, int8 = (folder / f"model.{kind}.onnx" for kind in ("float32", "int8"))
+    shape = (3, *describe_input(run.processor, repr(run.name)).size)
+    try:
+        with hide_warnings(), Progress(f"Exporting {run.name} to ONNX"):
+            export_float32(Logits(run.load_model()), shape, float32)
+    except UserError:
+        raise
+    except Exception as error:  # exporters raise any exception
+        raise UserError(f"{run.name!r} cannot be exported to ONNX: {first_sentence(error)}") from error
+    files = {FLOAT32: float32}
+    try:
+        with hide_warnings(), Progress(f"Quantising {run.name} to 8 bits"):
+            quantize(float32, int8, pixel_batches(run, calibration))
+        files[INT8] = int8
+    except UserError:  # of an image
+        raise
+    except Exception as error:  # so do quantisers
+        logger.warning("onnxruntime cannot quantise %r, which stays in float32: %s", run.name, first_sentence(error))
+    return [
+        Contestant(run, Competitor(run.name, engine, file, load_onnx), answer_in_onnxruntime(file))
+        for engine, file in files.items()
+    ]
+
+
+class Logits(nn.Module):
+    """An image classifier as a function of its images alone: `pixel_values -> logits`."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values, return_dict=True).logits
+
+
+def create_packed(run: TrainedRun) -> Contestant:
+    try:
+        classifier = Classifier.from_pretrained(run.folder)
+    except (UnsupportedModelError, UserError) as error:
+        raise UserError(f"{run.name!r} cannot be compared, because the engine does not compute it: {error}") from error
+
+    def forward(images: np.ndarray) -> np.ndarray:
+        return classifier.network.classify(images, *classifier.head, threads=classifier.threads)
+
+    return Contestant(run, Competitor(run.name, ENGINE, run.folder / SAFE_WEIGHTS_NAME, load_in_runtime), forward)
+
+
+def answer_in_onnxruntime(file: Path) -> Forward:
+    session = open_session(file)
+    (images,) = session.get_inputs()
+    return lambda pixel_values: session.run(None, {images.name: pixel_values})[0]
+
+
+# ---- Measurements ----
+
+
+def pixel_batches(run: TrainedRun, images: Dataset) -> Iterator[np.ndarray]:
+    """`pixel_values` of all images, in batches."""
+    transformed = run.transform(images)
+    for start in range(0, len(images), BATCH):
+        indices = range(start, min(start + BATCH, len(images)))
+        yield torch.stack([transformed[index]["pixel_values"] for index in indices]).numpy()
+
+
+def count_correct(contestants: list[Contestant], images: Dataset) -> list[int]:
+    """The number of images that each contestant classifies as labelled. Equal image processors run once."""
+    labels = np.array(images["label"][:])
+    correct = [0] * len(contestants)
+    by_processor: dict[str, list[int]] = {}
+    for index, contestant in enumerate(contestants):
+        described = json.dumps(contestant.run.processor.to_dict(), sort_keys=True, default=str)
+        by_processor.setdefault(described, []).append(index)
+    with Progress("Classifying images", total=len(images) * len(by_processor)) as progress:
+        for indices in by_processor.values():
+            start = 0
+            for pixel_values in pixel_batches(contestants[indices[0]].run, images):
+                wanted = labels[start : start + len(pixel_values)]
+                for index in indices:
+                    answers = predict_classes(contestants[index].forward(pixel_values), wanted)
+                    correct[index] += int((answers == wanted).sum())
+                start += len(pixel_values)
+                progress.update(len(pixel_values))
+    return correct
+
+
+def take_turns(competitors: list[Competitor], turns: int) -> list[list[float]]:
+    """Seconds of forwards of one image on one thread, for each competitor. Each is a process of its own."""
+    workers = [Worker(str(competitor), create_responder, competitor, 1) for competitor in competitors]
+    with Progress("Loading the networks"):
+        for message in ("ready", 1):  # load all, then one turn to warm up
+            for worker in workers:
+                worker.request(message)
+    seconds: list[list[float]] = [[] for _ in workers]
+    for _ in range(turns):
+        for times, worker in zip(seconds, workers):
+            times += worker.request(1)
+    for worker in workers:
+        worker.stop()
+    return seconds
+
+
+def cpu_name() -> str:
+    """The name of the processor, as far as the system tells it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ---- Output ----
+
+
+def describe_table(measured: dict) -> str:
+    images = counted(measured["images"], f"{measured['split']} image")
+    return (
+        f"Accuracy on {images} of {measured['data']}, with its 95 % confidence interval. Milliseconds of a forward of one "
+        f"image on one thread ({measured['cpu']}): median, and first to last decile. All networks took turns in one run."
+    )
+
+
+def table_rows(measured: dict) -> list[tuple[str, ...]]:
+    return [
+        (
+            result["network"],
+            result["engine"],
+            f"{100 * result['accuracy']:.2f}",
+            " to ".join(f"{100 * bound:.2f}" for bound in result["accuracy_interval"]),
+            f"{1000 * result['seconds']:.3g}",
+            " to ".join(f"{1000 * seconds:.3g}" for seconds in result["seconds_10_90"]),
+            readable(result["file_bytes"], "B"),
+        )
+        for result in measured["results"]
+    ]
+
+
+def format_text(measured: dict) -> str:
+    """The measurements of `compare_runs` for the terminal."""
+    return f"{align_columns([TABLE_HEAD, *table_rows(measured)])}\n\n{describe_table(measured)}"
+
+
+def format_markdown(measured: dict) -> str:
+    """The measurements of `compare_runs` as a table of Markdown."""
+    lines = [" | ".join(cells) for cells in (TABLE_HEAD, ("---",) * len(TABLE_HEAD), *table_rows(measured))]
+    return "\n".join([*(f"| {line} |" for line in lines), "", describe_table(measured), ""])

@@ -1,0 +1,175 @@
+"""`binaryvit compare`: a packed run and two of full precision, on scikit-learn's digits."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from command_line import assert_refused, run
+from tiny import tiny_config
+from transformers import ResNetConfig
+
+from binaryvit_hf import comparison
+from binaryvit_hf.benchmarks.inference import Competitor
+from binaryvit_hf.training.run import main as train
+from binaryvit_hf.training.run_folder import RUN_ARGUMENTS
+
+
+ARGUMENTS = ["--dataset_name=sklearn-digits", "--do_train", "--do_eval", "--max_steps=2", "--use_cpu"]
+ARGUMENTS += ["--report_to=none", "--disable_tqdm=true", "--max_train_samples=64", "--max_eval_samples=48"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Output directories of a binary run and of a ResNet."""
+    folder = tmp_path_factory.mktemp("runs")
+    configs = {
+        "binary": tiny_config(image_size=16),
+        "resnet": ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", image_size=16, num_labels=10
+        ),
+    }
+    for name, config in configs.items():
+        config.save_pretrained(folder / "configs" / name)
+        places = ["--config_name", str(folder / "configs" / name), "--output_dir", str(folder / name)]
+        assert train([*ARGUMENTS, *places]) == 0
+    return {name: folder / name for name in configs}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No processes: two forwards of each competitor, which take 1 ms, 2 ms, …"""
+    monkeypatch.setattr(
+        comparison,
+        "take_turns",
+        lambda competitors, turns: [[number / 1000] * 2 for number, _ in enumerate(competitors, start=1)],
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory) -> list[comparison.Contestant]:
+    """The ResNet in onnxruntime, in float32 and in 8 bits. An export takes seconds."""
+    trained = comparison.TrainedRun(str(runs["resnet"]))
+    images = comparison.load_common_images([trained], "validation")
+    return comparison.create_contestants(trained, images["train"], tmp_path_factory.mktemp("exported") / "onnx")
+
+
+@pytest.fixture
+def export_once(exported, monkeypatch):
+    """An export copies the files that are exported already."""
+    float32, int8 = (contestant.competitor.file for contestant in exported)
+    monkeypatch.setattr(comparison, "export_float32", lambda network, shape, file: shutil.copy(float32, file))
+    monkeypatch.setattr(comparison, "quantize", lambda source, file, calibration: shutil.copy(int8, file))
+
+
+def test_every_network_is_measured_on_the_runtime_that_one_would_ship_it_with(
+    runs, quick, export_once, capsys, tmp_path
+):
+    out = tmp_path / "table.md"
+    measured = json.loads(run(capsys, "compare", *runs.values(), "--out", out, "--json"))
+    rows = {(row["network"], row["engine"]): row for row in measured["results"]}
+    packed, resnet = map(str, runs.values())
+    assert list(rows) == [(packed, "engine"), (resnet, "onnxruntime float32"), (resnet, "onnxruntime int8")]
+    assert (measured["split"], measured["images"]) == ("validation", 48)
+    for name, engine in ((packed, "engine"), (resnet, "onnxruntime float32")):
+        evaluated = json.loads(Path(name, "all_results.json").read_text())
+        assert rows[name, engine]["accuracy"] == evaluated["eval_accuracy"]
+        low, high = rows[name, engine]["accuracy_interval"]
+        assert (low, high) == (evaluated["eval_accuracy_low"], evaluated["eval_accuracy_high"])
+    assert rows[packed, "engine"]["file_bytes"] == Path(packed, "model.safetensors").stat().st_size
+    assert rows[resnet, "onnxruntime int8"]["file_bytes"] < rows[resnet, "onnxruntime float32"]["file_bytes"]
+    head, _, *lines = out.read_text().splitlines()
+    assert head.startswith("| network | runs on | top-1, %")
+    assert lines[0].startswith(f"| {packed} | engine | {100 * rows[packed, 'engine']['accuracy']:.2f} |")
+    assert "Accuracy on 48 validation images of sklearn-digits" in lines[-1]
+
+
+def test_a_quantised_network_has_weights_of_8_bits_and_the_ranges_of_the_images(exported):
+    floats, integers = exported
+    weights = {tensor.data_type for tensor in onnx.load(integers.competitor.file).graph.initializer}
+    assert onnx.TensorProto.INT8 in weights
+    trained = floats.run
+    images = comparison.load_common_images([trained], "validation")["validation"]
+    pixel_values = next(comparison.pixel_batches(trained, images))
+    with torch.inference_mode():
+        expected = trained.load_model().eval()(torch.from_numpy(pixel_values)).logits.numpy()
+    np.testing.assert_allclose(floats.forward(pixel_values), expected, atol=1e-4)
+    np.testing.assert_allclose(integers.forward(pixel_values), expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_what_cannot_be_quantised_is_named_and_stays_in_float32(runs, quick, export_once, capsys, caplog, monkeypatch):
+    def fail(*_):
+        raise ValueError("There is no such operator.\nMore lines.")
+
+    monkeypatch.setattr(comparison, "quantize", fail)
+    measured = json.loads(run(capsys, "compare", runs["resnet"], "--json"))
+    assert [row["engine"] for row in measured["results"]] == ["onnxruntime float32"]
+    assert (
+        f"onnxruntime cannot quantise {str(runs['resnet'])!r}, which stays in float32: There is no such" in caplog.text
+    )
+
+
+class InThisProcess:
+    """In place of a worker, which takes seconds to start."""
+
+    requests: list[tuple[str, object]] = []
+
+    def __init__(self, name: str, create, *arguments):
+        self.name, self.respond = name, create(*arguments)
+
+    def request(self, message):
+        self.requests.append((self.name, message))
+        return self.respond(message)
+
+    def stop(self):
+        pass
+
+
+def test_networks_take_turns_of_one_image_after_all_are_loaded(runs, monkeypatch):
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)  # workers change it
+    monkeypatch.setattr(comparison, "Worker", InThisProcess)
+    file = runs["binary"] / "model.safetensors"
+    competitors = [Competitor(name, "engine", file, comparison.load_in_runtime) for name in ("one", "two")]
+    seconds = comparison.take_turns(competitors, turns=2)
+    assert [message for _, message in InThisProcess.requests] == ["ready", "ready", 1, 1, 1, 1, 1, 1]
+    assert [name for name, _ in InThisProcess.requests] == 4 * ["one on engine", "two on engine"]
+    assert all(len(times) >= 2 and min(times) > 0 for times in seconds)
+
+
+def test_runs_without_common_images_are_refused(runs, capsys, tmp_path):
+    def changed(name: str, **values) -> Path:
+        """A copy of the run's files with other recorded arguments."""
+        copy = tmp_path / name
+        copy.mkdir()
+        for file in runs["binary"].glob("*.*"):
+            (copy / file.name).write_bytes(file.read_bytes())
+        recorded = json.loads((copy / RUN_ARGUMENTS).read_text())
+        (copy / RUN_ARGUMENTS).write_text(json.dumps(recorded | values))
+        return copy
+
+    other = changed("other", train_val_split=0.25)
+    words = ("different images (train_val_split is None and 0.25)", "compare runs on the same images")
+    assert_refused(capsys, ["compare", runs["binary"], other], *words)
+    assert_refused(capsys, ["compare", changed("stream", streaming=True)], "was trained on a stream")
+    assert_refused(capsys, ["compare", tmp_path / "none"], "is no output directory of a run")
+    assert_refused(capsys, ["compare", runs["binary"], "--steps", "1"], "--steps is 2 or more")
+
+
+def test_a_latent_run_is_refused_before_anything_is_measured(runs, capsys, tmp_path):
+    latent = tmp_path / "latent"
+    latent.mkdir()
+    for file in (*(runs["binary"] / "latent").iterdir(), runs["binary"] / RUN_ARGUMENTS):
+        (latent / file.name).write_bytes(file.read_bytes())
+    assert_refused(capsys, ["compare", latent], "cannot be compared, because the engine does not compute it")
+
+
+def test_a_missing_library_is_named_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert_refused(
+        capsys, ["compare", "none"], "Comparisons need 'onnxruntime': pip install 'binaryvit_hf[benchmark]'."
+    )
