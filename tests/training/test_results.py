@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from scipy.stats import binomtest
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
 from binaryvit_cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
@@ -178,7 +178,7 @@ def test_the_closing_commands_put_transparent_pictures_on_the_runs_background(tm
         write_background(processor, background)
         processor.save_pretrained(tmp_path / "out")
         arguments = SimpleNamespace(output_dir=str(tmp_path / "out"))
-        inputs = SimpleNamespace(images={"validation": images}, background=background)
+        inputs = SimpleNamespace(images={"validation": images}, background=background, config=tiny_config())
         classify, load, _ = map(shlex.split, next_steps(SimpleNamespace(training=arguments), inputs)[-3:])
         assert not [word for word in classify if "background" in word]
         assert main([*classify[1:], "--json"]) == 0
@@ -210,7 +210,9 @@ def test_the_closing_commands_of_images_that_are_no_files_work_too(streaming, tm
         model=SimpleNamespace(cache_dir=str(tmp_path / "cache")),
     )
     embedded = dataset.cast_column("image", ImageFeature(decode=False))
-    lines = next_steps(run, SimpleNamespace(images={"validation": embedded}, background="#ffffff"))
+    lines = next_steps(
+        run, SimpleNamespace(images={"validation": embedded}, background="#ffffff", config=tiny_config())
+    )
     assert not any("IMAGE" in line or "classify " in line for line in lines)
     load, publish = map(shlex.split, lines[-2:])
     exec(load[-1], {})
