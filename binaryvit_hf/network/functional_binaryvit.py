@@ -54,22 +54,20 @@ def fastest(function: Any, tensors: Sequence[torch.Tensor], has_twin: bool = Tru
         has_twin: whether there are kernels for its other arguments: for training, weights of 1 bit, and the default
             gradient of signs.
     """
-    return row_kernels.TWINS[function.__name__] if has_twin and on_row_kernels(tensors) else function
+    # The package may be another version than code that came with a checkpoint.
+    return row_kernels.TWINS.get(function.__name__, function) if has_twin and on_row_kernels(tensors) else function
 
 
 def on_row_kernels(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether row kernels compute a function of these tensors."""
+    for tensor in tensors:  # a small network spends several percent of a step here
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.dtype is not torch.float32:
+            return False
+        if not tensor.is_cpu or not tensor.is_contiguous() or not tensor.numel():
+            return False
     return (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
-        and all(
-            type(tensor) in (torch.Tensor, nn.Parameter)
-            and tensor.device.type == "cpu"
-            and tensor.dtype == torch.float32
-            and tensor.is_contiguous()
-            and tensor.numel() > 0
-            for tensor in tensors
-        )
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not torch.is_autocast_enabled("cpu")

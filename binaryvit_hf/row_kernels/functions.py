@@ -40,18 +40,17 @@ class SignWeight:
             weight.data_ptr(), *weight.shape, self.signs.data_ptr(), self.scale.data_ptr(), torch.get_num_threads()
         )
 
-    def count(self, signs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Product with the signs alone: int8 `(rows, in)` -> int32 `(rows, out)`."""
-        if out is None:
-            out = signs.new_empty(len(signs), len(self.signs), dtype=torch.int32)
+    def count(self, signs: torch.Tensor, counts: torch.Tensor) -> None:
+        """Write the product with the signs alone: int8 `(rows, in)` -> int32 `(rows, out)`."""
         if HAS_BYTE_PRODUCTS and signs.shape[1] > 1:  # https://github.com/pytorch/pytorch/issues/195066
-            return torch._int_mm(signs, self.signs.T, out=out)
-        return out.copy_(signs.float() @ self.signs.float().T)
+            torch._int_mm(signs, self.signs.T, out=counts)
+        else:
+            counts.copy_(signs.float() @ self.signs.float().T)
 
-    def scaled(self, counts: torch.Tensor) -> torch.Tensor:
-        """Product with the weight, from the product with its signs, whose memory it takes."""
-        load_kernels().scale_counts(counts.data_ptr(), self.scale.data_ptr(), *counts.shape, torch.get_num_threads())
-        return counts.view(torch.float32)
+    def scale_(self, product: torch.Tensor) -> torch.Tensor:
+        """Product with the weight, in place of the memory to which `count` wrote."""
+        load_kernels().scale_counts(product.data_ptr(), self.scale.data_ptr(), *product.shape, torch.get_num_threads())
+        return product
 
 
 def sign_bytes(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -85,7 +84,9 @@ class SignLinear(Function):
     def forward(ctx, x, shift, weight, weight_bits, slope=None):
         ctx.save_for_backward(x, shift, weight)
         matrix = SignWeight(weight)
-        return matrix.scaled(matrix.count(sign_bytes(x, shift)))
+        product = x.new_empty(len(x), len(weight))
+        matrix.count(sign_bytes(x, shift), product.view(torch.int32))
+        return matrix.scale_(product)
 
     @staticmethod
     @once_differentiable
@@ -232,14 +233,15 @@ class BinaryMLPProducts(Function):
         products = x.new_empty(block, inner, dtype=torch.int32)
         for start in range(0, rows, block):
             part = signs[start : start + block]
-            counts.store(first.count(part, out=products[: len(part)]), start)
+            first.count(part, products[: len(part)])
+            counts.store(products[: len(part)], start)
         mean, variance, batch_rows = statistics(counts.statistics)
         packed, unit = counts.packed, counts.unit
         ctx.save_for_backward(x, shift1, weight1, shift2, weight2, mean, variance, *parameters, packed, unit)
         ctx.batch_rows, ctx.eps, ctx.is_wide = batch_rows, eps, counts.is_wide
 
         norm = norm_activation(eps, mean, variance, *parameters)
-        product, pooled = x.new_empty(x.shape, dtype=torch.int32), torch.empty_like(x)
+        product, pooled = torch.empty_like(x), torch.empty_like(x)
         inner_signs = x.new_empty(block, inner, dtype=torch.int8)
         for start in range(0, rows, block):
             part = slice(start, min(start + block, rows))
@@ -249,8 +251,8 @@ class BinaryMLPProducts(Function):
                 *(shift2.data_ptr(), len(signs), inner, x.shape[1], signs.data_ptr()),
                 *(pooled[part].data_ptr(), threads),
             )
-            second.count(signs, out=product[part])
-        return second.scaled(product), pooled
+            second.count(signs, product[part].view(torch.int32))
+        return second.scale_(product), pooled
 
     @staticmethod
     @once_differentiable
@@ -311,7 +313,8 @@ class BinaryProjection(Function):
         products = x.new_empty(block, channels, dtype=torch.int32)
         for start in range(0, rows, block):
             part = x[start : start + block]
-            counts.store(matrix.count(sign_bytes(part, shift), out=products[: len(part)]), start)
+            matrix.count(sign_bytes(part, shift), products[: len(part)])
+            counts.store(products[: len(part)], start)
         mean, variance, batch_rows = statistics(counts.statistics)
         packed, unit, output = counts.packed, counts.unit, torch.empty_like(x)
         kernels.activate_packed(
@@ -369,8 +372,9 @@ class BinaryAttentionProducts(Function):
         inputs, shifts = (query, key, value), (query_shift, key_shift, value_shift)
         query_sign, key_sign, value_sign = (sign_heads(x, shift, num_heads) for x, shift in zip(inputs, shifts))
         scores = query_sign @ key_sign.transpose(1, 2)
-        probabilities, scale = torch.empty_like(scores), query_sign.shape[-1] ** -0.5
-        keys = scores.shape[-1]
+        queries, keys = scores.shape[1:]
+        # Results are no views: those of a Function cannot be changed in place.
+        probabilities, scale = scores.new_empty(len(query), num_heads, queries, keys), query_sign.shape[-1] ** -0.5
         load_kernels().attend(
             *(scores.data_ptr(), scale, step.data_ptr(), scores.numel() // keys, keys),
             *(probabilities.data_ptr(), torch.get_num_threads()),
@@ -378,8 +382,10 @@ class BinaryAttentionProducts(Function):
         ctx.save_for_backward(*inputs, *shifts, step, scores)  # now their softmax
         ctx.num_heads, ctx.scale = num_heads, scale
         ctx.set_materialize_grads(False)
-        context = (probabilities @ value_sign).unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
-        return context, probabilities.unflatten(0, (-1, num_heads))
+        context = torch.empty_like(query)
+        by_heads = context.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        by_heads.copy_((probabilities.flatten(0, 1) @ value_sign).view(by_heads.shape))
+        return context, probabilities
 
     @staticmethod
     @once_differentiable

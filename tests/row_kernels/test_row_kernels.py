@@ -101,6 +101,11 @@ def test_sign_linear(kernels, rows, inputs, outputs):
     assert_twins(SignLinear, leaf(rows, inputs), leaf(inputs), binarized(outputs, inputs), 1)
 
 
+def test_a_cpu_without_byte_products(monkeypatch):
+    monkeypatch.setattr(functions, "HAS_BYTE_PRODUCTS", False)
+    assert_twins(SignLinear, leaf(65, 16), leaf(16), binarized(33, 16), 1)
+
+
 @pytest.mark.parametrize("batch_rows", [0, "batch"])
 @pytest.mark.parametrize("rows, channels", [(2, 1), (7, 3), (65, 24), (700, 48)])
 @pytest.mark.parametrize("ratio", [1 / 3, 1, 2, 8, 12])
@@ -346,6 +351,17 @@ def test_gradients_can_be_computed_twice_but_not_differentiated(product):
     (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_outputs_can_be_changed_in_place(product):
+    x, output = product
+    output.mul_(2)
+    torch.autograd.grad(output.sum(), x)
+    heads = TWINS["BinaryAttentionProducts"].apply(
+        *(leaf(2, 3, 4) for _ in range(3)), *(leaf(4) for _ in range(3)), torch.tensor(0.1), 1, approx_sign_slope
+    )
+    for output in heads:
+        output.mul_(2)
 
 
 def test_a_saved_tensor_changed_in_place_is_an_error(product):
