@@ -109,11 +109,23 @@ class TransformedImages(torch.utils.data.Dataset):
         Raises:
             UserError: the image cannot be decoded.
         """
-        if isinstance(item, StreamedSample):
-            key, row = item
-        else:
-            key = item if isinstance(item, SampleKey) else SampleKey(epoch=0, image_index=item, repeat=0)
-            row = self.images[key.image_index]  # type: ignore[index]  # a stream gets only StreamedSamples
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[int | SampleKey | StreamedSample]) -> list[dict]:
+        """The items of a batch, which a `DataLoader` requests at once: one reading of a table takes as long as for one."""
+        return [self.transform_row(key, row) for key, row in self.read_samples(items)]
+
+    def read_samples(self, items: Sequence[int | SampleKey | StreamedSample]) -> Sequence[tuple[SampleKey, dict]]:
+        if self.stream is not None:
+            return items  # type: ignore[return-value]  # a stream gets only StreamedSamples
+        keys = [item if isinstance(item, SampleKey) else SampleKey(0, item, 0) for item in items]
+        indices = [key.image_index for key in keys]
+        if not isinstance(self.images, Dataset):
+            return [(key, self.images[index]) for key, index in zip(keys, indices)]
+        columns = self.images[indices]
+        return [(key, dict(zip(columns, row))) for key, row in zip(keys, zip(*columns.values()))]
+
+    def transform_row(self, key: SampleKey, row: dict) -> dict:
         with seeded_rng(self.seed, *key):
             try:
                 decoded = self.decode(row["image"])

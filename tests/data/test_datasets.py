@@ -21,7 +21,7 @@ from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.augmentation import AugmentationArguments, create_train_transform
 from binaryvit_hf.data.decoding import CroppingDecoder, decode_image
 from binaryvit_hf.data.loading import load_images, relabel
-from binaryvit_hf.data.sampling import create_train_sampler
+from binaryvit_hf.data.sampling import SampleKey, create_train_sampler
 from binaryvit_hf.data.transforms import TransformedImages, collate_images
 from binaryvit_hf.training.arguments import ModelArguments
 from binaryvit_hf.training.models import create_head
@@ -445,3 +445,20 @@ def test_workers_that_are_not_forked_decode_folders_and_streams(photos, tmp_path
     tell_numbers(tmp_path / "archives", {"train": [2, 3], "validation": [1]})
     dataset = transformed(DataArguments(dataset_name=str(tmp_path / "archives"), streaming=True))
     assert decoded(dataset, context) == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_has_the_images_of_single_requests_and_reads_the_table_once(tmp_path, monkeypatch):
+    for name in ("a/0.png", "a/1.png", "b/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PILImage.effect_noise((32, 32), 80).save(tmp_path / name)
+    dataset = transformed(DataArguments(train_dir=str(tmp_path), validation_dir=str(tmp_path)))
+    keys = [SampleKey(1, 3, 0), SampleKey(1, 0, 0), SampleKey(1, 3, 1)]
+    single = [dataset[key] for key in keys]
+    assert not torch.equal(single[0]["pixel_values"], single[2]["pixel_values"])
+
+    readings, read = [], Dataset.__getitem__
+    monkeypatch.setattr(Dataset, "__getitem__", lambda self, key: readings.append(key) or read(self, key))
+    (batch,) = DataLoader(dataset, 3, sampler=keys, collate_fn=collate_images)
+    assert readings == [[3, 0, 3]]
+    assert torch.equal(batch["pixel_values"], torch.stack([item["pixel_values"] for item in single]))
+    assert batch["labels"].tolist() == [item["labels"] for item in single] == [1, 0, 1]
