@@ -63,7 +63,8 @@ def close_names(name: object, known: Iterable[object]) -> list[str]:
     """
     import difflib  # only misspelt names need it
 
-    wanted, names = str(name), list(dict.fromkeys(map(str, known)))
+    wanted = str(name)
+    names = [other for other in dict.fromkeys(map(str, known)) if other != wanted]  # a name does not correct itself
     ends = tuple(f"{sign}{wanted}" for sign in "_-/")
     if len(wanted) > 2 and (longer := [other for other in names if other.endswith(ends)]):
         return longer[:SUGGESTIONS]

@@ -111,8 +111,8 @@ def list_images(names: list[str]) -> tuple[list[ImageFile], list[str]]:
         else:
             matches = sorted(map(Path, find_matches(name)))
             listed = [ImageFile(str(match)) for match in matches if os.path.isfile(match)]
-        if not listed and not glob.has_magic(name) and (close := close_paths(name)):
-            fault += f" (did you mean {close[0]!r}?)"
+            if not listed and not glob.has_magic(name) and (close := close_paths(name)):
+                fault += f" (did you mean {close[0]!r}?)"
         files += listed or [ImageFile(name, fault)]
     if all(listed.fault for listed in files):
         raise UserError(f"{files[0].name!r} {files[0].fault}.")

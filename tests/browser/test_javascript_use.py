@@ -97,7 +97,7 @@ def test_a_model_is_loaded_from_memory_as_from_its_folder():
     print(answers);
     """
     first, *others = run(script, DIGITS)
-    assert first[1:] == [[str(i) for i in range(10)], [3, 32, 32], {"weights": 358_688, "engine": None}, 4]
+    assert first[1:] == [[str(i) for i in range(10)], [3, 32, 32], {"weights": 294_944, "engine": None}, 4]
     assert others == [first] * 5
 
 

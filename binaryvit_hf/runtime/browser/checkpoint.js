@@ -8,9 +8,9 @@ import { readSafetensors } from "./safetensors.js";
 const FORMATS = ["1", "2"];
 // Modules whose tensors a file stores together, and the names of the two tensors that hold them.
 const MODULES = /^(embeddings|norm|stages\.\d+\.(?:patch_embeddings|layers\.\d+))\./;
-const FLOATS = "floats";
-const BYTES = "bytes";
-const SIZES = { float32: 4, float16: 2, uint8: 1, int64: 8 };
+const JOINED_FLOATS = "floats";
+const JOINED_BYTES = "bytes";
+const BYTES_OF = { float32: 4, float16: 2, uint8: 1, int64: 8 };
 const TORCH_NAMES = { F32: "torch.float32", F16: "torch.float16", U8: "torch.uint8", I64: "torch.int64" };
 const NUMPY_NAMES = { F32: "float32", F16: "float16", U8: "uint8", I64: "int64" };
 const SAFETENSORS_NAMES = { uint8: "U8", int64: "I64" };
@@ -123,14 +123,14 @@ function splitTensors({ stored, shapes }, architecture) {
     if (joined === undefined) continue;
     tensors.delete(whole);
     const parts = members.filter(({ name }) => !stored.has(name));
-    const kind = whole.endsWith(FLOATS) ? "float32" : "uint8";
+    const kind = whole.endsWith(JOINED_FLOATS) ? "float32" : "uint8";
     const countElements = ({ name, shape }) =>
-      shape.reduce((product, side) => product * side, 1) * (kind === "float32" ? 1 : SIZES[dtypeOf(name)]);
+      shape.reduce((product, side) => product * side, 1) * (kind === "float32" ? 1 : BYTES_OF[dtypeOf(name)]);
     checkShape(whole, joined, [parts.reduce((sum, part) => sum + countElements(part), 0)]);
     checkDtype(whole, joined, kind);
     let start = 0;
     for (const part of parts) {
-      const end = start + countElements(part) * SIZES[NUMPY_NAMES[joined.dtype]];
+      const end = start + countElements(part) * BYTES_OF[NUMPY_NAMES[joined.dtype]];
       const dtype = SAFETENSORS_NAMES[dtypeOf(part.name)] ?? joined.dtype;
       tensors.set(part.name, { dtype, shape: part.shape, bytes: joined.bytes.subarray(start, end) });
       start = end;
@@ -144,7 +144,7 @@ function listModules(architecture) {
   const modules = new Map();
   const tensors = listTensors(architecture).sort((a, b) => (a.name < b.name ? -1 : 1));
   for (const { name, shape } of tensors) {
-    const whole = `${PREFIX}${MODULES.exec(name)?.[1]}.${dtypeOf(name) === "float32" ? FLOATS : BYTES}`;
+    const whole = `${PREFIX}${MODULES.exec(name)?.[1]}.${dtypeOf(name) === "float32" ? JOINED_FLOATS : JOINED_BYTES}`;
     if (!modules.has(whole)) modules.set(whole, []);
     modules.get(whole).push({ name: PREFIX + name, shape });
   }
