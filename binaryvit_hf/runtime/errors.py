@@ -63,8 +63,7 @@ def close_names(name: object, known: Iterable[object]) -> list[str]:
     """
     import difflib  # only misspelt names need it
 
-    wanted = str(name)
-    names = [other for other in dict.fromkeys(map(str, known)) if other != wanted]  # a name does not correct itself
+    wanted, names = str(name), list(dict.fromkeys(map(str, known)))
     ends = tuple(f"{sign}{wanted}" for sign in "_-/")
     if len(wanted) > 2 and (longer := [other for other in names if other.endswith(ends)]):
         return longer[:SUGGESTIONS]
