@@ -116,9 +116,9 @@ class TransformedImages(torch.utils.data.Dataset):
         return [self.transform_row(key, row) for key, row in self.read_samples(items)]
 
     def read_samples(self, items: Sequence[int | SampleKey | StreamedSample]) -> Sequence[tuple[SampleKey, dict]]:
-        if self.stream is not None:
-            return items  # type: ignore[return-value]  # a stream gets only StreamedSamples
-        keys = [item if isinstance(item, SampleKey) else SampleKey(0, item, 0) for item in items]
+        if isinstance(self.images, ImageStream):
+            return items  # type: ignore[return-value]  # a stream gets only StreamedSamples, and nothing else gets any
+        keys = [item if isinstance(item, SampleKey) else SampleKey(0, item, 0) for item in items]  # type: ignore[arg-type]
         indices = [key.image_index for key in keys]
         if not isinstance(self.images, Dataset):
             return [(key, self.images[index]) for key, index in zip(keys, indices)]

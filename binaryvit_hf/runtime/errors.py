@@ -73,7 +73,11 @@ def close_names(name: object, known: Iterable[object]) -> list[str]:
 
 def did_you_mean(name: object, known: Iterable[object], otherwise: str = ".") -> str:
     """The end of a sentence about an unknown name: `; did you mean 'digits'?`, or `otherwise` if no known name is close."""
-    close = close_names(name, known)
+    return suggest(close_names(name, known), otherwise)
+
+
+def suggest(close: list[str], otherwise: str = ".") -> str:
+    """The end of a sentence that names what a user may have meant: `; did you mean 'a' or 'b'?`, or `otherwise`."""
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 

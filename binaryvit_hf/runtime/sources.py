@@ -12,6 +12,7 @@ from .errors import (
     UserError,
     close_names,
     first_sentence,
+    suggest,
 )
 from .resources import find_source, shipped_models
 
@@ -187,8 +188,7 @@ def did_you_mean_path(
     path: str | Path, matches: Callable[[Path], bool] = Path.exists, known: Iterable[str] = (), otherwise: str = "."
 ) -> str:
     """The end of a sentence about a missing file or folder, as `did_you_mean`. `known` are other names."""
-    close = close_paths(path, matches) or close_names(str(path), known)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
+    return suggest(close_paths(path, matches) or close_names(str(path), known), otherwise)
 
 
 def list_names(names: Iterable[str]) -> str:
