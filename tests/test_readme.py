@@ -1,6 +1,7 @@
 """The Python and the commands for own images in README.md run as they are."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from binaryvit_hf.training import run as script
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.unused_arguments import find_unused
 from binaryvit_runtime.engine import kernels_here
+
+
+SCRIPT = README.parent / ".ci" / "update_readme.py"
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +99,7 @@ def test_the_commands_for_own_images_run_one_after_the_other(tmp_path, monkeypat
             assert script.main([str(README.parent / arguments[1]), *arguments[2:], *short]) == 0
     sizes = [AutoConfig.from_pretrained(Path("outputs") / name).image_size for name in ("photos", "tuned", "larger")]
     assert sizes == [64, 24, 128]
+
+
+def test_the_results_and_the_picture_are_those_of_the_measurements():
+    assert not runpy.run_path(str(SCRIPT))["find_stale"](), f"run `python {SCRIPT.relative_to(README.parent)}`"

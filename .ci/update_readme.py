@@ -1,0 +1,242 @@
+"""
+Writes the table of results in README.md, and the picture above it, from measurements and configs of this repository:
+
+    python .ci/update_readme.py            # after a new measurement, model or config
+    python .ci/update_readme.py --check    # fails unless README.md and its pictures are what they give
+
+The measurements are what these commands print:
+
+    binaryvit benchmark --threads 1 2 --batch-size 1 8 --json > docs/measurements/forwards.json
+    binaryvit compare binaryvit-digits --json > docs/measurements/compare-digits.json
+    binaryvit compare binaryvit-fashion-mnist RUN... --json > docs/measurements/compare-fashion-mnist.json
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from html import escape
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
+
+from binaryvit_hf.loading import load_config
+from binaryvit_hf.network.layers_binaryvit import BinaryLayer
+from binaryvit_hf.ops import build_on_meta, count_operations, readable, total
+from binaryvit_runtime.resources import shipped_configs, shipped_models
+
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+MEASUREMENTS = ROOT / "docs" / "measurements"
+PICTURES = ROOT / "docs" / "pictures"
+TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
+TABLE_HEAD = ("network", "images", "top-1 accuracy, %", "file", "ms, 1 thread", "ms, 2 threads", "OPs")
+NONE = "-"
+DATA = {"sklearn-digits": "digits, 32 x 32", "fashion-mnist": "Fashion-MNIST, 24 x 24"}
+NETWORK = "binaryvit-small-patch4-224"
+# Networks for images of 224 x 224, in `forwards.json`: model, engine, name in the table.
+FORWARDS = (
+    (NETWORK, "avx512", f"**{NETWORK}**, 1 bit"),
+    ("deit-small-patch16-224", "PyTorch float32", "DeiT-S, float32"),
+    ("deit_small_patch16_224", "onnxruntime int8", "DeiT-S, int8"),
+    ("resnet18", "onnxruntime int8", "ResNet-18, int8"),
+    ("mobilenetv2_100", "onnxruntime int8", "MobileNetV2, int8"),
+)
+
+
+# ---- The table ----
+
+
+def make_table() -> str:
+    rows = [TABLE_HEAD, ("---",) * len(TABLE_HEAD)]
+    for name in ("digits", "fashion-mnist"):
+        measured = read(f"compare-{name}")
+        rows += [trained_row(measured["data"], result) for result in measured["results"]]
+    for model, engine, name in FORWARDS:
+        one, two = (measurement(model, engine, threads) for threads in (1, 2))
+        times = (milliseconds(one), milliseconds(two))
+        images = "random weights, 224 x 224"
+        rows.append((name, images, NONE, readable(one["file_bytes"], "B"), *times, operations(model)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def trained_row(data: str, result: dict) -> tuple[str, ...]:
+    name, kind = Path(result["network"]).name, result["engine"].removeprefix("onnxruntime ")
+    low, high = (f"{100 * bound:.1f}" for bound in result["accuracy_interval"])
+    return (
+        f"**{name}**, 1 bit" if kind == "engine" else f"{name}, {kind}",
+        DATA[data],
+        f"{100 * result['accuracy']:.1f} ({low} to {high})",
+        readable(result["file_bytes"], "B"),
+        milliseconds(result),
+        NONE,
+        operations(result["network"]),
+    )
+
+
+def read(name: str) -> dict:
+    return json.loads((MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def measurement(model: str, engine: str, threads: int) -> dict:
+    wanted = {"model": model, "engine": engine, "threads": threads, "batch_size": 1}
+    [found] = [result for result in read("forwards")["results"] if wanted.items() <= result.items()]
+    return found
+
+
+def milliseconds(result: dict) -> str:
+    return f"{1000 * result['seconds']:.2g}" if result["seconds"] < 0.01 else f"{1000 * result['seconds']:.3g}"
+
+
+@functools.cache
+def operations(network: str) -> str:
+    """OPs of a network: as `binaryvit ops` counts them, for timm's networks the multiply-accumulates that PyTorch counts."""
+    config = find_config(network)
+    if config is not None:
+        return readable(total(count_operations(config)).ops)
+    if not timm.is_model(network):
+        return NONE
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        timm.create_model(network).eval()(torch.empty(1, 3, 224, 224))
+    return readable(counter.get_total_flops() / 2)
+
+
+def find_config(network: str) -> PreTrainedConfig | None:
+    """The config of a shipped model or row, if `binaryvit ops` counts its operations."""
+    folders = {**shipped_configs(), **shipped_models()}
+    config = load_config(folders[network]) if network in folders else None
+    return config if config is not None and config.model_type in ("binaryvit", "vit") else None
+
+
+# ---- The picture ----
+
+THEMES = {
+    "light": {"text": "#1f2328", "soft": "#59636e", "line": "#d1d9e0", "bit": "#0969da", "float": "#818b98"},
+    "dark": {"text": "#f0f6fc", "soft": "#9198a1", "line": "#3d444d", "bit": "#4493f8", "float": "#656c76"},
+}
+WIDTH, HEIGHT = 960, 330
+SIGNS = (0b1011001110001011, 0b1110001010001101)  # of inputs and weights in the example of a product
+
+
+def draw(theme: str) -> str:
+    colours = THEMES[theme]
+    parts = [*draw_product(), *draw_shares(), *draw_bars(), f'<path class="line" d="M470 20V{HEIGHT - 20}"/>']
+    body = "\n".join(parts)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">
+<title>What is binary, how small and how fast</title>
+<style>
+text {{ font: 14px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: {colours["text"]} }}
+.head {{ font-size: 17px; font-weight: 600 }}
+.soft {{ fill: {colours["soft"]} }}
+.small {{ font-size: 12px }}
+.strong {{ font-weight: 600 }}
+.end {{ text-anchor: end }}
+.bit {{ fill: {colours["bit"]}; stroke: {colours["bit"]} }}
+.float {{ fill: {colours["float"]} }}
+.empty {{ fill: none; stroke: {colours["soft"]} }}
+.line {{ fill: none; stroke: {colours["line"]} }}
+</style>
+{body}
+</svg>
+"""
+
+
+def text(x: float, y: float, words: str, kind: str = "") -> str:
+    return f'<text x="{x}" y="{y}" class="{kind}">{escape(words)}</text>'
+
+
+def bar(x: float, y: float, width: float, kind: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="18" rx="2" class="{kind}"/>'
+
+
+def draw_product() -> list[str]:
+    """A product of 16 signs: exclusive or, and a count."""
+    inputs, weights = SIGNS
+    differing = inputs ^ weights
+    parts = [text(20, 36, "What is binary", "head")]
+    for y, name, bits in ((60, "16 inputs", inputs), (84, "16 weights", weights), (118, "XOR", differing)):
+        parts.append(text(20, y + 13, name, "soft"))
+        for index in range(16):
+            kind = "bit" if bits >> (15 - index) & 1 else "empty"
+            parts.append(f'<rect x="{110 + 20 * index}" y="{y}" width="16" height="16" rx="3" class="{kind}"/>')
+    count = differing.bit_count()
+    parts.append('<path class="line" d="M110 109H426"/>')
+    parts.append(text(20, 160, "Inputs and weights are +1 or -1, a bit each.", "soft"))
+    parts.append(text(20, 180, f"Dot product = 16 - 2 · popcount = 16 - 2 · {count} = {16 - 2 * count}"))
+    return parts
+
+
+@functools.cache
+def draw_shares() -> list[str]:
+    """Bars of the shares of bits among the multiply-accumulates and the weights of binaryvit-small."""
+    config = load_config(shipped_configs()[NETWORK])
+    cost = total(count_operations(config))
+    layers = [module for module in build_on_meta(config).modules() if isinstance(module, BinaryLayer)]
+    weights = sum(layer.weight.numel() for layer in layers if layer.weight_bits == layer.input_bits == 1)
+    shares = {
+        "of the multiply-accumulates take two bits": cost.bops / (cost.bops + cost.flops),
+        "of the parameters are 1-bit weights": weights / cost.parameters,
+    }
+    parts = [text(20, 218, "In binaryvit-small:", "soft")]
+    for y, (name, share) in zip((230, 278), shares.items()):
+        parts += [bar(20, y, 406 * share, "bit"), bar(20 + 406 * share, y, 406 * (1 - share), "float")]
+        parts.append(text(20, y + 34, f"{100 * share:.1f} % {name}", "small"))
+    return parts
+
+
+def draw_bars() -> list[str]:
+    """For each network a bar of the size of its file and one of its time."""
+    parts = [text(490, 36, "How small, how fast", "head")]
+    parts += [text(620, 62, "file", "soft small"), text(785, 62, "one image, one thread", "soft small")]
+    measured = [(name, measurement(model, engine, 1)) for model, engine, name in FORWARDS]
+    most_bytes = max(result["file_bytes"] for _, result in measured)
+    most_seconds = max(result["seconds"] for _, result in measured)
+    for index, (name, result) in enumerate(measured):
+        y = 76 + 44 * index
+        kind, strong = ("bit", " strong") if result["model"] == NETWORK else ("float", "")
+        label, _, bits = name.replace("**", "").replace("-patch4-224", "").partition(", ")
+        parts += [text(490, y + 12, label, strong), text(490, y + 28, bits, "soft small")]
+        for x, share, words in (
+            (620, result["file_bytes"] / most_bytes, readable(result["file_bytes"], "B")),
+            (785, result["seconds"] / most_seconds, f"{milliseconds(result)} ms"),
+        ):
+            parts += [bar(x, y + 2, 85 * share, kind), text(x + 85 * share + 6, y + 16, words, strong)]
+    parts.append(text(490, 312, "Images of 224 x 224 on an Intel Xeon with AVX-512, all in one run", "soft small"))
+    return parts
+
+
+# ---- Files ----
+
+
+def make_files() -> dict[Path, str]:
+    """The files of the repository that this script writes, with their contents."""
+    readme, found = TABLE.subn(lambda _: make_table(), README.read_text(encoding="utf-8"))
+    assert found == 1, "README.md has not one table between <!-- results --> and <!-- end of results -->"
+    return {README: readme, **{PICTURES / f"overview-{theme}.svg": draw(theme) for theme in THEMES}}
+
+
+def find_stale() -> dict[Path, str]:
+    """The files that would change, with their new contents."""
+    files = make_files().items()
+    return {file: new for file, new in files if not file.is_file() or file.read_text(encoding="utf-8") != new}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file would change")
+    check = parser.parse_args().check
+    stale = find_stale()
+    if check and stale:
+        names = ", ".join(str(file.relative_to(ROOT)) for file in stale)
+        sys.exit(f"Older than the measurements: {names}. Run `python .ci/update_readme.py`.")
+    for file, content in stale.items():
+        file.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
