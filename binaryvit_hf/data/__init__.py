@@ -13,7 +13,7 @@ The files, in the order in which an image passes them:
    a trained model's.
 4. `sampling` determines the order of training and the random numbers of each augmentation.
 5. `transforms` decodes (`decoding`) and augments (`augmentation`) an image when a worker reads it. Evaluation uses the image
-   processor instead.
+   processor instead. `batch_crops` augments small images of one size, a batch at once.
 6. `model_inputs` creates and measures image processors, and converts a student's batch for its teacher.
 
 These files know the size, mean and standard deviation of a network's input. They know neither weights nor the training loop.

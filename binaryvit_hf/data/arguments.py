@@ -66,6 +66,11 @@ class DataArguments(AugmentationArguments):
         "Decode every image once, before training. Training images are kept at the smallest size that random crops "
         "need, evaluation images as the network's input. Use it for a few thousand large photos.",
     )
+    crop_in_batches: bool = argument(
+        False,
+        "Crop, resize and mirror the training images of a batch at once: several times as fast for small images of one size, "
+        "such as CIFAR's. It keeps all images in memory, and draws other random numbers.",
+    )
     background: str | None = argument(
         None,
         "Colour behind transparent pixels, such as white or #ffcc00. It is saved with the model. Default: the colour of the "
@@ -88,8 +93,11 @@ class DataArguments(AugmentationArguments):
             raise ValueError(
                 "--streaming needs a --dataset_name of the Hub or a local path; image folders are never copied."
             )
-        for name in ("skip_broken_images", "train_val_split", "keep_images_in_memory"):
+        for name in ("skip_broken_images", "train_val_split", "keep_images_in_memory", "crop_in_batches"):
             if self.streaming and getattr(self, name):
                 raise ValueError(
                     f"--{name} needs all images before training, but --streaming reads them during training: leave one out."
                 )
+        for name in ("rand_augment", "color_jitter"):
+            if self.crop_in_batches and getattr(self, name):
+                raise ValueError(f"--crop_in_batches cannot change colours: leave it out, or --{name}.")

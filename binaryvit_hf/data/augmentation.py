@@ -67,16 +67,20 @@ def create_train_transform(
         distort.append(v2.ColorJitter(*[arguments.color_jitter] * 3))  # brightness, contrast and saturation
     if distort:
         distort = [v2.ToPILImage(), *distort, v2.PILToTensor()]
-    erase = []
-    if arguments.random_erasing_prob > 0:
-        erase.append(v2.RandomErasing(arguments.random_erasing_prob, ERASED_AREA, ERASED_ASPECT, value="random"))
-    return v2.Compose(
-        [v2.RandomHorizontalFlip(arguments.horizontal_flip_prob), *distort, Normalize(mean, std), *erase]
-    )
+    steps = [v2.RandomHorizontalFlip(arguments.horizontal_flip_prob), *distort, Normalize(mean, std)]
+    erase = create_erasing(arguments)
+    return v2.Compose(steps if erase is None else [*steps, erase])
+
+
+def create_erasing(arguments: AugmentationArguments) -> v2.RandomErasing | None:
+    """Random erasing (Zhong et al., AAAI 2020) of a normalised image; `None` if it is off."""
+    if arguments.random_erasing_prob == 0:
+        return None
+    return v2.RandomErasing(arguments.random_erasing_prob, ERASED_AREA, ERASED_ASPECT, value="random")
 
 
 class Normalize:
-    """`(pixels / 255 - mean) / std` of `uint8 (3, height, width)`: two passes over memory, torchvision needs four."""
+    """`(pixels / 255 - mean) / std` of pixels from 0 to 255, `(…, 3, height, width)`: two passes over memory, torchvision needs four."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         offset, deviation = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)

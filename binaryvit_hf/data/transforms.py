@@ -1,9 +1,11 @@
 """The datasets that a `DataLoader` reads: encoded images are decoded and transformed one at a time."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from datasets import Dataset
 from PIL.Image import Image, Resampling
@@ -16,6 +18,7 @@ from binaryvit_runtime.pixels import read_background, to_rgb
 from ..host_memory import available_memory
 from .arguments import DataArguments
 from .augmentation import create_train_transform
+from .batch_crops import BatchCrops
 from .decoding import CroppingDecoder, decode_image, open_encoded
 from .image_checks import describe_fault, evenly_spaced, inspect_images, lock_if_large
 from .model_inputs import RGB, describe_input
@@ -37,17 +40,19 @@ class ImagesInMemory(torch.utils.data.Dataset):
         images: columns `image` (encoded) and `label`.
         convert: function of an encoded image. Threads call it.
 
+        argument: name of the argument that asks for it, for messages.
+
     Raises:
         UserError: an image cannot be decoded, or the memory is too small.
     """
 
-    def __init__(self, images: Dataset, convert: Callable):
+    def __init__(self, images: Dataset, convert: Callable, argument: str = "keep_images_in_memory"):
         self.labels = images["label"][:]
         some = self.read(images, evenly_spaced(range(len(images)), SAMPLED_IMAGES), convert)
         need, free = len(images) * sum(image.nbytes for image in some) / len(some), available_memory()
         if free is not None and need > free:
             raise UserError(
-                f"--keep_images_in_memory needs {need / 1e9:.1f} GB for {counted(len(images), 'image')}, and {free / 1e9:.1f} GB are "
+                f"--{argument} needs {need / 1e9:.1f} GB for {counted(len(images), 'image')}, and {free / 1e9:.1f} GB are "
                 "free: leave it out, or limit the images with --max_train_samples."
             )
         self.converted = self.read(images, range(len(images)), convert)
@@ -118,7 +123,7 @@ class TransformedImages(torch.utils.data.Dataset):
     def read_samples(self, items: Sequence[int | SampleKey | StreamedSample]) -> Sequence[tuple[SampleKey, dict]]:
         if isinstance(self.images, ImageStream):
             return items  # type: ignore[return-value]  # a stream gets only StreamedSamples, and nothing else gets any
-        keys = [item if isinstance(item, SampleKey) else SampleKey(0, item, 0) for item in items]  # type: ignore[arg-type]
+        keys = [as_key(item) for item in items]  # type: ignore[arg-type]
         indices = [key.image_index for key in keys]
         if not isinstance(self.images, Dataset):
             return [(key, self.images[index]) for key, index in zip(keys, indices)]
@@ -134,6 +139,23 @@ class TransformedImages(torch.utils.data.Dataset):
             return {"pixel_values": self.transform(decoded), "labels": row["label"]}
 
 
+class BatchCroppedImages(TransformedImages):
+    """`TransformedImages` that are all in memory, and are cropped a batch at once."""
+
+    def __init__(self, images: ImagesInMemory, crop: BatchCrops, seed: int):
+        super().__init__(images, identity, identity, seed)
+        self.crop = crop
+
+    def __getitems__(self, items: Sequence[int | SampleKey | StreamedSample]) -> list[dict]:
+        keys = [as_key(item) for item in items]  # type: ignore[arg-type]  # a StreamedSample is of a stream
+        labels = [self.images.labels[key.image_index] for key in keys]  # type: ignore[union-attr]
+        return [{"pixel_values": crop, "labels": label} for crop, label in zip(self.crop(keys), labels)]
+
+
+def as_key(item: int | SampleKey) -> SampleKey:
+    return item if isinstance(item, SampleKey) else SampleKey(0, item, 0)
+
+
 def add_transforms(
     images: ImageSplits, processor: BaseImageProcessor, arguments: DataArguments, seed: int, keep: bool = False
 ) -> dict[str, TransformedImages]:
@@ -143,7 +165,7 @@ def add_transforms(
     Args:
         processor: its field `background` is the colour behind transparent pixels.
         keep: read the training and validation images now, and keep them in memory. Evaluation sees the same values as
-            without, training crops are from images that may be reduced.
+            without. Training crops are from images that may be reduced; with `--crop_in_batches` from whole ones.
     """
     wanted, background = describe_input(processor, "The model"), read_background(processor)
     crop = CroppingDecoder(wanted.size, arguments.random_resized_crop_min_scale, background)
@@ -158,13 +180,37 @@ def add_transforms(
         for split, dataset in images.items()
     }
     if keep:
-        reduced = ImagesInMemory(images["train"], crop.reduce)
-        processed = ImagesInMemory(images["validation"], partial(process_encoded, process, background))
-        transformed["train"] = TransformedImages(reduced, crop, augment, seed)
+        argument = "crop_in_batches" if arguments.crop_in_batches else "keep_images_in_memory"
+        convert = partial(decode_array, background=background) if arguments.crop_in_batches else crop.reduce
+        kept = ImagesInMemory(images["train"], convert, argument)
+        if arguments.crop_in_batches:
+            crops = BatchCrops(stack_images(kept), arguments, wanted, seed)
+            transformed["train"] = BatchCroppedImages(kept, crops, seed)
+        else:
+            transformed["train"] = TransformedImages(kept, crop, augment, seed)
+        processed = ImagesInMemory(images["validation"], partial(process_encoded, process, background), argument)
         transformed["validation"] = TransformedImages(processed, identity, identity, seed)
-        count, size = len(reduced) + len(processed), (reduced.nbytes + processed.nbytes) / 1e6
+        count, size = len(kept) + len(processed), (kept.nbytes + processed.nbytes) / 1e6
         logger.info("Keeping %s in memory: %.0f MB.", counted(count, "image"), size)
     return transformed
+
+
+def stack_images(images: ImagesInMemory) -> np.ndarray:
+    """
+    The pixels of all images, `uint8 (images, height, width, 3)`. The images become views of it.
+
+    Raises:
+        UserError: the images have several sizes.
+    """
+    sizes = Counter(image.shape[1::-1] for image in images.converted)
+    if len(sizes) > 1:
+        some = " and ".join(f"{width} x {height}" for (width, height), _ in sizes.most_common(2))
+        raise UserError(
+            f"--crop_in_batches needs images of one size, and these have {len(sizes)}, such as {some} pixels."
+        )
+    pixels = np.stack(images.converted)
+    images.converted = list(pixels)
+    return pixels
 
 
 def describe_sizes(processor: BaseImageProcessor, arguments: DataArguments, training: bool) -> str:
@@ -197,6 +243,11 @@ def describe_sizes(processor: BaseImageProcessor, arguments: DataArguments, trai
 
 def identity(value):
     return value
+
+
+def decode_array(encoded: dict | None, background: str | None) -> np.ndarray:
+    """The pixels of the whole image, `uint8 (height, width, 3)`."""
+    return np.array(decode_image(encoded, background))
 
 
 def process_encoded(process: Callable, background: str | None, encoded: dict | None) -> torch.Tensor:

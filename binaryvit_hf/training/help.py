@@ -61,7 +61,7 @@ GROUPS = {
     ),
     "The images, from either": (
         *("train_val_split", "max_train_samples", "max_eval_samples", "skip_broken_images", "keep_images_in_memory"),
-        *("background", "crop_pct", "balance_classes"),
+        *("crop_in_batches", "background", "crop_pct", "balance_classes"),
     ),
     "Augmentation of training images": (
         *("random_resized_crop_min_scale", "horizontal_flip_prob", "rand_augment", "color_jitter"),

@@ -69,7 +69,7 @@ class TrainingRun:
         write_background(self.processor, inputs.background)
         self.check_inputs_of_models(teacher_processor)
         trains = arguments.training.do_train and not inputs.finished
-        keep = arguments.data.keep_images_in_memory and trains
+        keep = trains and (arguments.data.keep_images_in_memory or arguments.data.crop_in_batches)
         self.datasets = add_transforms(inputs.images, self.processor, arguments.data, arguments.training.seed, keep)
         logger.info("%s", describe_sizes(self.processor, arguments.data, trains))
         self.trainer = self.create_trainer(self.student, self.teacher)
