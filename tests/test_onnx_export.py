@@ -10,8 +10,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from PIL import Image
-from readme import OF_ONNX, SNIPPETS
 from sklearn.datasets import load_digits
+from snippets import OF_ONNX, snippets_in
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import (
     CLIPImageProcessor,
@@ -184,13 +184,13 @@ def test_the_description_says_what_the_network_is_and_how_to_prepare_its_input(e
     assert onnxruntime.InferenceSession(file).get_modelmeta().description == expected
 
 
-def test_the_snippet_of_the_readme_runs(exported, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("snippet", [each for each in snippets_in("python") if OF_ONNX in each.text], ids=str)
+def test_the_snippets_of_the_pages_run(snippet, exported, tmp_path, monkeypatch, capsys):
     model, file, _ = exported
     Image.new("RGB", (40, 30), "red").save(tmp_path / "shirt.png")
     shutil.copy(file, tmp_path / "clothes.onnx")
     monkeypatch.chdir(tmp_path)
-    [snippet] = [text for text in SNIPPETS if OF_ONNX in text]
-    exec(snippet, {})
+    exec(snippet.text, {})
     assert capsys.readouterr().out.strip() in model.config.id2label.values()
 
 

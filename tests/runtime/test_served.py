@@ -1,4 +1,4 @@
-"""The servers of README.md: FastAPI on uvicorn, and gunicorn, whose workers are forked after a forward. Neither has PyTorch."""
+"""The servers of the guide: FastAPI on uvicorn, and gunicorn, whose workers are forked after a forward. Neither has PyTorch."""
 
 import http.client
 import io
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from readme import snippet_with
+from snippets import snippet_with
 
 from binaryvit_runtime import Classifier
 from binaryvit_runtime.engine import kernels_here
@@ -66,7 +66,7 @@ BROKEN = {
 
 
 class Server:
-    """A server in a process of its own, which has the folder `outputs/photos` of the README."""
+    """A server in a process of its own, which has the folder `outputs/photos` of the guide."""
 
     def __init__(self, name: str, folder: Path):
         self.name = name

@@ -1,0 +1,312 @@
+"""
+The code in README.md and in the pages of `docs` runs, from top to bottom of each page.
+
+- Python and `binaryvit` run in a folder with `photos` and `outputs/photos`. What names `me/photos` runs beside a Hub on
+  loopback.
+- Commands that take minutes, a GPU or a download are parsed, and every argument of training must have an effect.
+- `tests/browser` runs the JavaScript, `tests/runtime/test_served.py` the servers, `tests/test_onnx_export.py` the ONNX.
+"""
+
+import runpy
+import shutil
+from collections.abc import Callable
+from configparser import ConfigParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import ALICE
+from old_layout import write_old_layout
+from packed_model import save_packed
+from pictures import write_pictures
+from PIL import Image
+from snippets import OF_ONNX, OF_THE_HUB, ROOT, SNIPPETS, Snippet, snippet_with, split_commands
+from tiny import class_token_config, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForImageClassification
+from warm_python import WITHOUT_PACKAGE
+
+from binaryvit_cli import COMMANDS, create_command_parser
+from binaryvit_cli import main as binaryvit
+from binaryvit_hf.data.model_inputs import create_image_processor
+from binaryvit_hf.network.packing_binaryvit import packed_layers
+from binaryvit_hf.network.quantization_binaryvit import ShippedModel
+from binaryvit_hf.training import run as training
+from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.unused_arguments import find_unused
+from binaryvit_runtime.engine import kernels_here
+from binaryvit_runtime.resources import shipped_models
+
+
+LANGUAGES = {"bash", "js", "math", "mermaid", "python", "text"}
+ABOUT_PHOTOS = "docs/pages/guides/photos.md"
+SCRIPT, TRAINING_MODULE = "run_image_classification.py", "binaryvit_hf.training"
+# Commands of `binaryvit` that only the tests of their own run: they take minutes, or serve until they are stopped.
+LONG = {"ablation", "benchmark", "compare", "demo", "export"}
+SHORT_RUN = ["--max_steps=1", "--per_device_train_batch_size=2", "--use_cpu", "--disable_tqdm=True"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """What the pages speak of: `photos`, the run `outputs/photos` of a tiny network, and folders of the repository."""
+    root = tmp_path_factory.mktemp("pages")
+    for picture in ("photos/ant/1.jpg", "photos/bee/2.jpg", "shirt.png"):
+        (root / picture).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 70), "green").save(root / picture)
+    labels = {"id2label": {0: "ant", 1: "bee"}, "num_labels": 2}
+    config = tiny_config(image_size=64, sequence_reduction_ratios=[8, 4], **labels)
+    run = root / "outputs" / "photos"
+    ShippedModel(tiny_model(config)).save_pretrained(run)
+    for folder in (run, run / "latent"):
+        create_image_processor(config, crop_pct=0.875).save_pretrained(folder)
+    for name in ("configs", "model_cards", SCRIPT):
+        (root / name).symlink_to(ROOT / name)
+    return root
+
+
+@pytest.fixture
+def world(made, tmp_path, monkeypatch) -> Path:
+    """A copy of `made`, which is the current folder."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "world", symlinks=True))
+    return tmp_path / "world"
+
+
+# ---- Running a page ----
+
+
+def execute(snippet: Snippet) -> dict:
+    """Run Python in this process. Returns its names."""
+    names: dict = {"__name__": "__main__"}
+    source = "\n" * (snippet.line - 1) + snippet.text  # a traceback names the line of the page
+    exec(compile(source, snippet.page, "exec"), names)
+    return names
+
+
+def python_with(words: str) -> dict:
+    return execute(Snippet("a page", 1, "python", snippet_with(words)))
+
+
+def run_beside_hub(world: Path, request, *arguments: str) -> None:
+    """Run Python as a user of the Hub, with a home of its own."""
+    server, client = (request.getfixturevalue(name) for name in ("server", "client"))
+    assert server is not None
+    as_alice = [argument.replace("me/photos", "alice/photos") for argument in arguments]
+    done = client.run(*as_alice, folder=world, variables=client.variables | {"HF_TOKEN": ALICE})
+    assert done.returncode == 0, done.stderr
+
+
+def run_binaryvit(words: list[str]) -> None:
+    options = create_command_parser().parse_args(words)
+    if words[0] not in LONG:
+        assert binaryvit(words) == 0, words
+    else:
+        assert options.run
+
+
+def parse_training(arguments: list[str]) -> None:
+    """Parse a training run, whose every argument must have an effect."""
+    for run in parse_runs([*arguments, "--use_cpu"]):
+        assert find_unused(run) == []
+
+
+def parse_script(words: list[str]) -> None:
+    script, *arguments = words
+    assert (ROOT / script).is_file(), script
+    if script == SCRIPT:
+        parse_training(arguments)
+
+
+def parse_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(words)
+    parse_script([options.training_script, *options.training_script_args])
+
+
+def parse_pip(words: list[str]) -> None:
+    """Extras and files must exist."""
+    assert words[0] == "install"
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for word in words[1:]:
+        if word.startswith("."):
+            extras = word.removeprefix(".").strip("[]").split(",") if word != "." else []
+            assert all(setup.has_option("options.extras_require", extra) for extra in extras), word
+
+
+def parse_pytest(words: list[str]) -> None:
+    assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
+
+
+def parse_gunicorn(words: list[str]) -> None:
+    from gunicorn.config import Config
+
+    assert Config().parser().parse_args(words).args == ["served:application"]
+
+
+def parse_uvicorn(words: list[str]) -> None:
+    from uvicorn.main import main
+
+    assert main.make_context("uvicorn", list(words)).params["app"] == "served:app"
+
+
+def parse_curl(words: list[str]) -> None:
+    [picture] = [word.partition("@")[2] for word in words if "@" in word]
+    assert Path(picture).is_file() and words[-1].startswith("http://127.0.0.1:")
+
+
+def of_a_shell(words: list[str]) -> None:
+    """A command that changes the shell, or needs a service that tests must not use."""
+
+
+# By the words that a command begins with.
+PROGRAMS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
+    ("binaryvit",): run_binaryvit,
+    ("python", "-m", TRAINING_MODULE): parse_training,
+    ("python", "-m", "venv"): of_a_shell,
+    ("python",): parse_script,
+    ("torchrun",): parse_torchrun,
+    ("pip",): parse_pip,
+    ("pytest",): parse_pytest,
+    ("gunicorn",): parse_gunicorn,
+    ("uvicorn",): parse_uvicorn,
+    ("curl",): parse_curl,
+    **dict.fromkeys([("cd",), ("git", "clone"), ("hf", "auth", "login"), ("npm", "install"), ("source",)], of_a_shell),
+}
+
+
+def run_command(words: list[str], world: Path, request) -> None:
+    if any(OF_THE_HUB in word for word in words):
+        assert words[0] == "binaryvit"
+        return run_beside_hub(world, request, "-m", "binaryvit_cli", *words[1:])
+    program = next((begin for begin in PROGRAMS if tuple(words[: len(begin)]) == begin), None)
+    assert program is not None, f"no test knows how to run {' '.join(words)!r}: add its program to PROGRAMS"
+    return PROGRAMS[program](words[len(program) :])
+
+
+def run_snippet(snippet: Snippet, world: Path, request) -> None:
+    if snippet.language == "bash":
+        for words in split_commands(snippet.text):
+            run_command(words, world, request)
+    elif snippet.language == "python" and OF_THE_HUB in snippet.text:
+        run_beside_hub(world, request, "-c", WITHOUT_PACKAGE + snippet.text)
+    elif snippet.language == "python" and OF_ONNX not in snippet.text and can_run(snippet):
+        execute(snippet)
+
+
+def can_run(snippet: Snippet) -> bool:
+    """The runtime needs the engine."""
+    return "binaryvit_runtime" not in snippet.text or bool(kernels_here())
+
+
+@pytest.mark.parametrize("page", [page for page, snippets in SNIPPETS.items() if snippets], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, world, request):
+    for snippet in SNIPPETS[page]:
+        try:
+            run_snippet(snippet, world, request)
+        except BaseException as error:  # a command of the page may also exit
+            raise AssertionError(f"{snippet} does not run") from error
+
+
+def test_every_block_of_code_has_a_language_that_tests_run():
+    unknown = [str(each) for snippets in SNIPPETS.values() for each in snippets if each.language not in LANGUAGES]
+    assert unknown == []
+
+
+def test_a_command_that_no_test_runs_is_found(world, request):
+    with pytest.raises(AssertionError, match="no test knows how to run 'make all'"):
+        run_snippet(Snippet("a page", 1, "bash", "make all"), world, request)
+    with pytest.raises(AssertionError):  # an argument without effect
+        run_snippet(Snippet("a page", 1, "bash", f"python {SCRIPT} --do_train --test_split_name x"), world, request)
+
+
+# ---- What single pages say ----
+
+
+def test_model_and_image_processor_are_loaded_at_the_same_size(world):
+    names = python_with("AutoImageProcessor")
+    assert names["pixel_values"].shape == (1, 3, 128, 128)
+    of_training = create_image_processor(tiny_config(image_size=128), 0.875)
+    assert names["processor"].size["shortest_edge"] == of_training.size["shortest_edge"]
+
+
+def test_the_detector_keeps_the_packed_backbone(world, tmp_path):
+    names = python_with("backbone_config")
+    names["detector"].save_pretrained(tmp_path)
+    loaded = type(names["detector"]).from_pretrained(tmp_path).model.backbone.model
+    assert loaded.is_packed
+    assert loaded.engine == names["backbone"].engine
+
+
+PACKED = {
+    "format 2": lambda folder: save_packed(folder),
+    "format 1": lambda folder: write_old_layout(save_packed(folder)),
+    "half precision": lambda folder: save_packed(folder, half=True),
+    "class token, no branches": lambda folder: save_packed(folder, class_token_config()),
+    "some full precision": lambda folder: save_packed(folder, tiny_config(binarize_patch_embeddings=False)),
+    "a shipped model": lambda folder: shipped_models()["binaryvit-digits"],
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_the_reader_of_the_page_on_packed_files_reads_what_the_package_reads(kind, world, tmp_path):
+    """The page's reader knows no code of this project."""
+    folder = PACKED[kind](tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    tensors, config = python_with("def read_packed")["read_packed"](folder / "model.safetensors")
+    weights = {f"{name}.weight": layer.unpack() for name, layer in packed_layers(model).items()}
+    expected = {name: tensor.numpy() for name, tensor in (model.state_dict() | weights).items()}
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].shape == tensor.shape, name
+        np.testing.assert_array_equal(tensors[name], tensor, err_msg=name)
+    assert config["hidden_sizes"] == list(model.config.hidden_sizes)
+
+
+@pytest.fixture(scope="module")
+def hooks() -> dict:
+    """The functions of `docs/hooks.py`, which MkDocs calls."""
+    return runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+
+
+def test_the_command_reference_has_the_help_of_every_command(hooks, monkeypatch):
+    monkeypatch.setenv("COLUMNS", hooks["HELP_WIDTH"])
+    reference = hooks["command_reference"]()
+    parser = create_command_parser()
+    for name in COMMANDS:
+        assert f"### {name}\n" in reference
+        assert f"usage: {parser.prog} {name} " in reference
+    assert "--do_train" in hooks["training_reference"]()
+
+
+def test_formulas_become_mathml_outside_of_code(hooks):
+    pytest.importorskip("latex2mathml")
+    page = "`$HOME` and $x^2$\n\n```math\na + b\n```\n\n```bash\necho $HOME $PATH\n```\n"
+    made = hooks["replace_formulas"](page)
+    assert "`$HOME` and <math" in made
+    assert made.count("<math") == 2
+    assert "echo $HOME $PATH" in made
+
+
+# ---- Training ----
+
+
+def commands_for_photos() -> list[list[str]]:
+    """The words of the commands of the guide that train or classify."""
+    [page] = [page for page in SNIPPETS if page.as_posix().endswith(ABOUT_PHOTOS)]
+    words = [each for snippet in SNIPPETS[page] if snippet.language == "bash" for each in split_commands(snippet.text)]
+    return [command for command in words if command[:2] == ["python", SCRIPT] or command[0] == "binaryvit"]
+
+
+@pytest.mark.slow
+def test_the_commands_for_photos_run_one_after_the_other(tmp_path, monkeypatch):
+    """One step each, on two classes of four small pictures. The teacher of the Hub is not available here."""
+    write_pictures(tmp_path / "photos", ("ant", "bee"), 4)
+    monkeypatch.chdir(tmp_path)
+    for program, *arguments in commands_for_photos():
+        if program == "binaryvit":
+            files = ["photos" if "*" in word else word for word in arguments]  # these pictures are no JPEG
+            assert binaryvit(files) == 0
+        elif "google/vit-base-patch16-224" not in arguments:
+            assert training.main([str(ROOT / arguments[1]), *arguments[2:], *SHORT_RUN]) == 0
+    sizes = [AutoConfig.from_pretrained(Path("outputs") / name).image_size for name in ("photos", "tuned", "larger")]
+    assert sizes == [64, 24, 128]
