@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from binaryvit_hf.loading import load_config
 from binaryvit_hf.network.layers_binaryvit import BinaryLayer
-from binaryvit_hf.ops import build_on_meta, count_operations, readable, total
+from binaryvit_hf.ops import LayerCost, build_on_meta, count_operations, readable, total
 from binaryvit_runtime.resources import shipped_configs, shipped_models
 
 
@@ -35,9 +35,10 @@ README = ROOT / "README.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PICTURES = ROOT / "docs" / "pictures"
 TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
-TABLE_HEAD = ("network", "images", "top-1 accuracy, %", "file", "ms, 1 thread", "ms, 2 threads", "OPs")
+TABLE_HEAD = ("network", "trained on", "top-1, %", "file", "1 thread, ms", "2 threads, ms", "OPs")
 NONE = "-"
-DATA = {"sklearn-digits": "digits, 32 x 32", "fashion-mnist": "Fashion-MNIST, 24 x 24"}
+UNIT = re.compile(r"(?<=\d) (?=[kMG])")  # a line must not break between a number and its unit
+DATA = {"sklearn-digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 NETWORK = "binaryvit-small-patch4-224"
 # Networks for images of 224 x 224, in `forwards.json`: model, engine, name in the table.
 FORWARDS = (
@@ -60,9 +61,9 @@ def make_table() -> str:
     for model, engine, name in FORWARDS:
         one, two = (measurement(model, engine, threads) for threads in (1, 2))
         times = (milliseconds(one), milliseconds(two))
-        images = "random weights, 224 x 224"
-        rows.append((name, images, NONE, readable(one["file_bytes"], "B"), *times, operations(model)))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        rows.append((name, "random weights", NONE, readable(one["file_bytes"], "B"), *times, operations(model)))
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    return UNIT.sub("&nbsp;", "".join(lines))
 
 
 def trained_row(data: str, result: dict) -> tuple[str, ...]:
@@ -71,7 +72,7 @@ def trained_row(data: str, result: dict) -> tuple[str, ...]:
     return (
         f"**{name}**, 1 bit" if kind == "engine" else f"{name}, {kind}",
         DATA[data],
-        f"{100 * result['accuracy']:.1f} ({low} to {high})",
+        f"{100 * result['accuracy']:.1f} ({low}-{high})",
         readable(result["file_bytes"], "B"),
         milliseconds(result),
         NONE,
@@ -93,17 +94,21 @@ def milliseconds(result: dict) -> str:
     return f"{1000 * result['seconds']:.2g}" if result["seconds"] < 0.01 else f"{1000 * result['seconds']:.3g}"
 
 
-@functools.cache
 def operations(network: str) -> str:
     """OPs of a network: as `binaryvit ops` counts them, for timm's networks the multiply-accumulates that PyTorch counts."""
     config = find_config(network)
     if config is not None:
-        return readable(total(count_operations(config)).ops)
+        return readable(count_cost(network).ops)
     if not timm.is_model(network):
         return NONE
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         timm.create_model(network).eval()(torch.empty(1, 3, 224, 224))
     return readable(counter.get_total_flops() / 2)
+
+
+@functools.cache
+def count_cost(network: str) -> LayerCost:
+    return total(count_operations(find_config(network)))
 
 
 def find_config(network: str) -> PreTrainedConfig | None:
@@ -174,9 +179,8 @@ def draw_product() -> list[str]:
 @functools.cache
 def draw_shares() -> list[str]:
     """Bars of the shares of bits among the multiply-accumulates and the weights of binaryvit-small."""
-    config = load_config(shipped_configs()[NETWORK])
-    cost = total(count_operations(config))
-    layers = [module for module in build_on_meta(config).modules() if isinstance(module, BinaryLayer)]
+    cost = count_cost(NETWORK)
+    layers = [module for module in build_on_meta(find_config(NETWORK)).modules() if isinstance(module, BinaryLayer)]
     weights = sum(layer.weight.numel() for layer in layers if layer.weight_bits == layer.input_bits == 1)
     shares = {
         "of the multiply-accumulates take two bits": cost.bops / (cost.bops + cost.flops),

@@ -37,7 +37,7 @@ from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.resources import shipped_models
 
 
-LANGUAGES = {"bash", "js", "math", "mermaid", "python", "text"}
+LANGUAGES = {"bash", "bibtex", "js", "math", "mermaid", "python", "text"}
 ABOUT_PHOTOS = "docs/pages/guides/photos.md"
 SCRIPT, TRAINING_MODULE = "run_image_classification.py", "binaryvit_hf.training"
 # Commands of `binaryvit` that only the tests of their own run: they take minutes, or serve until they are stopped.

@@ -1,18 +1,54 @@
 """README.md. `test_docs.py` runs its code, with that of all other pages."""
 
+import re
 import runpy
 
+import pytest
 from snippets import README, ROOT
+
+from binaryvit_hf.ops import readable
+from binaryvit_runtime.browser.page import ENGINE
 
 
 SCRIPT = ROOT / ".ci" / "update_readme.py"
+TEXT = README.read_text(encoding="utf-8")
+SIZE_WITHOUT_PYTORCH = "83 MB"  # `.ci/check_package.py` measures it
+MOST_LINES = 250
 
 
-def test_the_results_and_the_picture_are_those_of_the_measurements():
-    assert not runpy.run_path(str(SCRIPT))["find_stale"](), f"run `python {SCRIPT.relative_to(ROOT)}`"
+@pytest.fixture(scope="module")
+def script() -> dict:
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_the_results_and_the_picture_are_those_of_the_measurements(script):
+    assert not script["find_stale"](), f"run `python {SCRIPT.relative_to(ROOT)}`"
+
+
+def test_times_and_sizes_in_the_text_are_those_of_the_table(script):
+    [table] = script["TABLE"].findall(TEXT)
+    known = set(re.findall(r"[\d.]+(?=&nbsp;[kM]B)|(?<=\| )[\d.]+(?= \|)", table))
+    known |= {SIZE_WITHOUT_PYTORCH.partition(" ")[0], readable(ENGINE.stat().st_size, "B").partition(" ")[0]}
+    stated = set(re.findall(r"[\d.]+(?=\s(?:ms|kB|MB)\b)", script["TABLE"].sub("", TEXT)))
+    assert "6.5" in stated
+    assert stated - known == set()
+
+
+def test_the_readme_is_short():
+    assert len(TEXT.splitlines()) <= MOST_LINES
+
+
+def test_links_of_the_readme_lead_to_files_and_headings():
+    links = re.findall(r"\]\(([^)]+)\)|(?:src|srcset)=\"([^\"]+)\"", TEXT)
+    local = {link for pair in links for link in pair if link and not link.startswith(("http", "../../actions/"))}
+    anchors = {
+        re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", TEXT, re.M)
+    }
+    assert {link[1:] for link in local if link[0] == "#"} <= anchors
+    assert [link for link in local if link[0] != "#" and not (ROOT / link.partition("#")[0]).exists()] == []
 
 
 def test_continuous_integration_runs_the_tests_as_the_readme_says():
     [line] = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("command=")]
     command = line.partition("'")[2].partition("'")[0]
-    assert README.read_text(encoding="utf-8").splitlines().count(command) == 1
+    assert TEXT.splitlines().count(command) == 1
