@@ -229,6 +229,16 @@ class DistillationTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """With persistent workers the Trainer gives every dataset the images of the first one that it evaluated."""
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        kept = vars(self).pop("_eval_dataloaders", {})
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self._eval_dataloaders = kept
+
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         shuffled = self.args.train_sampling_strategy == "random" and has_length(dataset)

@@ -141,6 +141,16 @@ def test_only_training_drops_incomplete_batches(tmp_path, drop_last, steps):
     assert trainer.args.dataloader_drop_last == drop_last
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_each_dataset_is_evaluated_on_its_own_images(persistent, tmp_path):
+    trainer = tiny_trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=persistent)
+    others = trainer.eval_dataset[:3]
+    for _ in range(2):
+        assert trainer.get_eval_dataloader(others).dataset is others
+        assert trainer.get_eval_dataloader().dataset is trainer.eval_dataset
+    assert (trainer.get_eval_dataloader() is trainer.get_eval_dataloader()) == persistent
+
+
 def test_metric_counts_first_and_first_five():
     logits = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0]] * 4).numpy()
     results = TopKAccuracy().compute(predictions=logits, references=[0, 1, 4, 5])
