@@ -1,5 +1,6 @@
 """
-Writes the table of results in README.md, and the picture above it, from measurements and configs of this repository:
+Writes the table of results in README.md, the picture above it, and the table of forwards in `docs/pages/results/speed.md` from
+measurements and configs of this repository:
 
     python .ci/update_readme.py            # after a new measurement, model or config
     python .ci/update_readme.py --check    # fails unless README.md and its pictures are what they give
@@ -31,7 +32,7 @@ from binaryvit_runtime.resources import shipped_configs, shipped_models
 
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, SPEED = ROOT / "README.md", ROOT / "docs" / "pages" / "results" / "speed.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PICTURES = ROOT / "docs" / "pictures"
 TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
@@ -78,6 +79,30 @@ def trained_row(data: str, result: dict) -> tuple[str, ...]:
         NONE,
         operations(result["network"]),
     )
+
+
+def make_forwards_table() -> str:
+    """Milliseconds per image of all networks and engines, a column for each number of threads and size of batches."""
+    results = read("forwards")["results"]
+    settings = sorted({(result["batch_size"], result["threads"]) for result in results})
+    head = [
+        f"{threads} thread{'s' * (threads > 1)}" + f", batches of {size}" * (size > 1) for size, threads in settings
+    ]
+    rows = [("network", "engine", *head, "file"), ("---",) * (len(head) + 3)]
+    for model, engine in dict.fromkeys((result["model"], result["engine"]) for result in results):
+        found = {
+            (result["batch_size"], result["threads"]): result
+            for result in results
+            if (result["model"], result["engine"]) == (model, engine)
+        }
+        times = [milliseconds_per_image(found[setting]) if setting in found else NONE for setting in settings]
+        rows.append((f"`{model}`", engine, *times, readable(next(iter(found.values()))["file_bytes"], "B")))
+    return UNIT.sub("&nbsp;", "".join(f"| {' | '.join(row)} |\n" for row in rows))
+
+
+def milliseconds_per_image(result: dict) -> str:
+    milliseconds = 1000 * result["seconds"] / result["batch_size"]
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
 
 
 def read(name: str) -> dict:
@@ -219,9 +244,15 @@ def draw_bars() -> list[str]:
 
 def make_files() -> dict[Path, str]:
     """The files of the repository that this script writes, with their contents."""
-    readme, found = TABLE.subn(lambda _: make_table(), README.read_text(encoding="utf-8"))
-    assert found == 1, "README.md has not one table between <!-- results --> and <!-- end of results -->"
-    return {README: readme, **{PICTURES / f"overview-{theme}.svg": draw(theme) for theme in THEMES}}
+    tables = {README: make_table, SPEED: make_forwards_table}
+    pages = {page: replace_table(page, make()) for page, make in tables.items()}
+    return pages | {PICTURES / f"overview-{theme}.svg": draw(theme) for theme in THEMES}
+
+
+def replace_table(page: Path, table: str) -> str:
+    content, found = TABLE.subn(lambda _: table, page.read_text(encoding="utf-8"))
+    assert found == 1, f"{page.name} has not one table between <!-- results --> and <!-- end of results -->"
+    return content
 
 
 def find_stale() -> dict[Path, str]:

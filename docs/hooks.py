@@ -1,27 +1,30 @@
 """
-What MkDocs writes into the pages: the command reference, results of this repository, pictures and formulas.
+What MkDocs adds to the pages: the command reference, results of this repository, pictures and formulas.
 
-- `reference/commands.md` and `reference/training.md` are the text of `--help`.
+- `<!-- commands -->` and `<!-- training -->` become the text of `--help`.
 - Each `configs/NAME/*.md` with its pictures becomes a page of results, with the command that makes it.
-- `<!-- forwards -->` becomes the table of `docs/measurements/forwards.json`.
+- A `<picture>` of `docs/pictures` for a light and a dark page follows the switch of the site. On GitHub it stands as it is.
 - `$x$` and blocks of the language `math` (LaTeX) become MathML, which browsers show without a library.
 """
 
 import argparse
 import html
 import importlib.util
-import json
 import os
 import re
-from collections import defaultdict
+import textwrap
 from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-MEASUREMENTS, PICTURES = ROOT / "docs" / "measurements", ROOT / "docs" / "pictures"
-FORWARDS = "<!-- forwards -->"
+PICTURES = ROOT / "docs" / "pictures"
 HELP_WIDTH = "96"  # characters
+COMMANDS, ARGUMENTS = "<!-- commands -->", "<!-- training -->"
+PICTURE = re.compile(
+    r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*'
+    r'<img src="(?P<light>[^"]+)" width="(?P<width>\d+)" alt="(?P<text>[^"]+)">\s*</picture>'
+)
 TRAINING = "binaryvit_hf.training"
 FORMULA_BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # A formula in a line of text. Code may have dollars: `$HOME`.
@@ -36,12 +39,9 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Adds the pages that are made of help texts and results."""
+    """Adds the pages of results, and pictures."""
     from mkdocs.structure.files import File
 
-    os.environ["COLUMNS"] = HELP_WIDTH
-    files.append(File.generated(config, "reference/commands.md", content=command_reference()))
-    files.append(File.generated(config, "reference/training.md", content=training_reference()))
     for page, source in (result_pages() | pictures()).items():
         files.append(File.generated(config, page, abs_src_path=str(source)))
     return files
@@ -51,7 +51,10 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri in result_pages():
         page.meta["hide"] = ["toc"]  # the tables are wide
         markdown += how_to_repeat(result_pages()[page.file.src_uri])
-    return replace_formulas(markdown.replace(FORWARDS, forwards_table()))
+    for mark, make in {COMMANDS: command_reference, ARGUMENTS: training_reference}.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    return replace_formulas(PICTURE.sub(as_two_pictures, markdown))
 
 
 # ---- Pages ----
@@ -77,40 +80,22 @@ def pictures() -> dict[str, Path]:
     return {f"pictures/{file.name}": file for file in sorted(PICTURES.iterdir())}
 
 
-def forwards_table() -> str:
-    """Milliseconds per image of all networks and engines, a column for each number of threads and size of batches."""
-    results = json.loads((MEASUREMENTS / "forwards.json").read_text(encoding="utf-8"))["results"]
-    settings = sorted({(result["batch_size"], result["threads"]) for result in results})
-    rows: dict[tuple[str, str], dict[tuple[int, int], dict]] = defaultdict(dict)
-    for result in results:
-        rows[result["model"], result["engine"]][result["batch_size"], result["threads"]] = result
-    head = [f"{threads} thread{'s' * (threads > 1)}, {images_at_once(batch)}" for batch, threads in settings]
-    lines = [["network", "engine", *head, "file"], ["---"] * (len(settings) + 3)]
-    for (model, engine), times in rows.items():
-        cells = [milliseconds_per_image(times[setting]) if setting in times else "" for setting in settings]
-        size = next(iter(times.values()))["file_bytes"]
-        lines.append([f"`{model}`", engine, *cells, f"{size / 1e6:.3g} MB" if size else ""])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def milliseconds_per_image(result: dict) -> str:
-    milliseconds = 1000 * result["seconds"] / result["batch_size"]
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
-
-
-def images_at_once(batch: int) -> str:
-    return "one image" if batch == 1 else f"batches of {batch}"
+def as_two_pictures(picture: re.Match) -> str:
+    """Markdown of a `<picture>`: the theme shows one of the two. The site has the pictures one folder higher."""
+    shown = []
+    for theme in ("light", "dark"):
+        place = picture[theme].replace("../pictures/", "pictures/", 1)
+        shown.append(f"![{picture['text']}]({place}#only-{theme}){{ width={picture['width']} }}")
+    return "\n".join(shown)
 
 
 def command_reference() -> str:
     from binaryvit_cli import GROUPS, create_command_parser
 
+    os.environ["COLUMNS"] = HELP_WIDTH
     parser = create_command_parser()
     [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    sections = [
-        "# The command line\n\nThis page is the text of `binaryvit --help` and of `binaryvit COMMAND --help`.",
-        as_block(parser.format_help()),
-    ]
+    sections = [as_block(parser.format_help())]
     for title, names in GROUPS.items():
         sections.append(f"## {title[0].upper()}{title[1:]}")
         sections += [f"### {name}\n\n{as_block(commands.choices[name].format_help())}" for name in names]
@@ -118,13 +103,18 @@ def command_reference() -> str:
 
 
 def training_reference() -> str:
-    head = "# Training\n\nThis page is the text of `python -m binaryvit_hf.training --help`."
     if importlib.util.find_spec("torch") is None:  # transformers' own arguments are part of the help
-        return f"{head} It needs PyTorch, which was not installed when this page was made.\n"
+        return "It needs PyTorch, which was not installed when this page was made."
     from binaryvit_hf.training import help as training_help
 
+    os.environ["COLUMNS"] = HELP_WIDTH
     training_help.program = lambda: f"python -m {TRAINING}"  # else the program that builds the site
-    return f"{head}\n\n{as_block(training_help.full_help())}\n"
+    sections = []
+    for section in training_help.full_help().split("\n\n"):
+        title, _, body = section.partition(":\n")
+        is_group = title in training_help.GROUPS
+        sections.append(f"## {title}\n\n{as_block(textwrap.dedent(body))}" if is_group else as_block(section))
+    return "\n\n".join(sections)
 
 
 def as_block(text: str) -> str:
