@@ -22,7 +22,7 @@ ROWS = {
     "reactdeit-small-patch16-224-avg-pool-multi-branch-ls": (4.52e9, 58.2e6, 129e6),
     "binaryvit-small-patch4-224": (3.82e9, 10.1e6, 70e6),
     "binaryvit-small-patch4-224-some-fp": (3.75e9, 87.2e6, 146e6),
-    "binaryvit-tiny-patch8-224": (2.18e9, 19.8e6, 53.8e6),
+    "binaryvit-tiny-patch8-224": (2.00e9, 19.8e6, 51.1e6),
 }
 TINY_VIT = ViTConfig(
     image_size=(16, 32),

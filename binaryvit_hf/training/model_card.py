@@ -21,6 +21,10 @@ from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArgu
 from .run_folder import RUN_ARGUMENTS, arguments_to_json
 
 
+# Defaults of earlier versions, which their runs recorded: nobody chose them.
+EARLIER_DEFAULTS = [("logging_nan_inf_filter", True)]
+
+
 def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> None:
     """
     Write the card of a model, with metadata in the Hub's format, from the files in its folder.
@@ -149,5 +153,5 @@ def chosen_arguments(arguments: dict) -> dict:
     return {
         name: value
         for name, value in arguments.items()
-        if name in always or (value != defaults.get(name) and name != unused)
+        if name in always or (value != defaults.get(name) and (name, value) not in EARLIER_DEFAULTS and name != unused)
     }

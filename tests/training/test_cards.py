@@ -75,6 +75,13 @@ def test_the_card_lists_the_length_batch_and_learning_rate_of_a_run_also_by_defa
     assert chosen == defaults | length
 
 
+def test_the_card_lists_only_what_the_user_set_also_for_runs_of_earlier_versions():
+    run = arguments_to_json(parse({"output_dir": "out", "use_cpu": True, "warmup_steps": 3}, []))
+    earlier = run | {"logging_nan_inf_filter": True}
+    assert chosen_arguments(earlier) == chosen_arguments(run)
+    assert chosen_arguments(run)["warmup_steps"] == 3
+
+
 def predict(folder, images) -> torch.Tensor:
     model = AutoModelForImageClassification.from_pretrained(folder)
     with torch.no_grad():
