@@ -19,6 +19,7 @@ INSTALLED = (
     *(f"binaryvit_hf/*.{kind}" for kind in ("py", "wasm", "js", "mjs", "d.ts", "html", "css")),
     "configs/*.json",
     "model_cards/*",
+    ":(exclude)model_cards/*/latent/*",
 )  # the patterns of git, whose * takes folders too
 
 

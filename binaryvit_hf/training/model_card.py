@@ -18,7 +18,7 @@ from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, readable, total
 from ..run_history import finite_numbers, named_metrics, read_json
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
-from .run_folder import RUN_ARGUMENTS, arguments_to_json
+from .run_folder import RUN_ARGUMENTS, arguments_to_json, has_held_out_images
 
 
 # Defaults of earlier versions, which their runs recorded: nobody chose them.
@@ -54,7 +54,8 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
     teacher = text(given, "teacher_model_name_or_path")
     dataset = text(given, "dataset_name") or text(given, "train_dir") or text(given, "validation_dir")
     dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
-    metrics, test_metrics = named_metrics(results, "eval"), named_metrics(results, "test")
+    metrics = named_metrics(results, "eval")
+    test_metrics = named_metrics(results, "test") if has_held_out_images(folder) else {}
     name, binary = Path(model_id).name, config.model_type == "binaryvit"
     base_model = teacher if "teacher_revision" in recorded or not arguments else None  # a teacher on the Hub
     license = text(arguments, "license") or DEFAULT_LICENSE

@@ -16,7 +16,7 @@ from binaryvit_cli import main
 from binaryvit_hf.benchmarks import trained
 from binaryvit_hf.training.ablation.results import mean_and_deviation
 from binaryvit_hf.training.ablation.runs import Ablation, describe_left, in_use, is_tested, next_run
-from binaryvit_hf.training.ablation.table import check_run
+from binaryvit_hf.training.ablation.table import check_run, read_table
 from binaryvit_hf.training.run_folder import (
     RUN_ARGUMENTS,
     TEST_PREDICTIONS,
@@ -324,15 +324,23 @@ def test_the_runs_and_time_that_are_left_are_told(folder, tmp_path):
     assert describe_left(ablation, runs[3:], {}, slower, 2) == "2 of 5 runs left, about 11 minutes"
 
 
+def test_a_row_has_a_network_of_another_folder(folder, tmp_path):
+    change_table(folder, rows={"other": {"name": "another folder", "config": "../recipes/binary"}})
+    run = Ablation(folder, tmp_path, (1,)).runs()[tmp_path / "other-seed1"]
+    assert run.arguments.model.config_name == str(folder / "binary")
+    check_run(read_table(folder), run.row, run.line)
+
+
 def test_two_ablations_do_not_train_in_one_folder(folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with in_use(tmp_path / "out"):
         assert_refused(capsys, ["ablation", folder, tmp_path / "out"], "Another ablation trains in")
 
 
-@pytest.mark.parametrize("name", ["table.json", "recipes.json"])
-def test_the_tables_of_fashion_mnist_have_runs_without_a_fault(name, tmp_path):
-    ablation = Ablation(ROOT / "configs" / "fashion-mnist", tmp_path, (1,), name)
+@pytest.mark.parametrize("table", ["fashion-mnist/table.json", "fashion-mnist/recipes.json", "digits/table.json"])
+def test_the_tables_of_the_repository_have_runs_without_a_fault(table, tmp_path):
+    folder, name = table.split("/")
+    ablation = Ablation(ROOT / "configs" / folder, tmp_path, (1,), name)
     for run in ablation.runs().values():
         check_run(ablation.table, run.row, run.line)
 

@@ -12,7 +12,7 @@ from binaryvit_runtime.writing import write_file
 from ...loading import load_config
 from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
 from ..model_card import weight_bytes
-from ..run_folder import read_json, read_test_predictions
+from ..run_folder import has_held_out_images, read_json, read_test_predictions
 from .estimates import Estimate, SeedVariance, correct_for_several, estimate_accuracy, estimate_difference
 from .pictures import Bar, Point, plot_accuracy, plot_differences
 from .table import DEFAULT_TABLE, Row, Table
@@ -34,7 +34,7 @@ class RowResults:
     Args:
         correct: whether each answer to a test image is right, `(seeds, images)`.
         labels: of the test images `(images,)`.
-        held_out: accuracies in percent, one per seed.
+        held_out: accuracies in percent, one per seed; none if the runs were evaluated on the test images.
         folders: of the runs.
         cost: of one image; `None` for a network whose operations are not counted.
     """
@@ -143,7 +143,11 @@ def collect_results(row: Row, folders: list[Path]) -> RowResults:
         row,
         np.array([labels == predicted for labels, predicted in answers]),
         answers[0][0],
-        [100 * read_json(folder / "all_results.json")["eval_accuracy"] for folder in folders],
+        [
+            100 * read_json(folder / "all_results.json")["eval_accuracy"]
+            for folder in folders
+            if has_held_out_images(folder)
+        ],
         folders,
         total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None,
     )
@@ -269,7 +273,8 @@ def columns_of(
         columns["p"] = ["" if comparison is None else readable_p_cell(comparison.p) for comparison in found]
     if teacher is not None:
         columns["to the teacher"] = [f"{row.mean - teacher.mean:+.2f}" for row in results]
-    columns["held-out top-1, %"] = [mean_and_deviation(row.held_out) for row in results]
+    if any(row.held_out for row in results):
+        columns["held-out top-1, %"] = [mean_and_deviation(row.held_out) if row.held_out else "" for row in results]
     if table.has_one_network:
         return columns
     columns["weights on disk"] = [readable(row.weight_bytes, "B") for row in results]

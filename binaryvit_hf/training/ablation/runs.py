@@ -108,7 +108,7 @@ class Ablation:
         Args:
             arguments: override the row's.
         """
-        given = {"config_name": str(self.folder / row.config), "output_dir": str(folder)}
+        given = {"config_name": os.path.normpath(self.folder / row.config), "output_dir": str(folder)}
         return [str(self.folder / row.recipe), *to_flags(row.arguments | arguments | given)]
 
     def runs_of(self, row: Row, seed: int) -> list[Run]:

@@ -43,7 +43,7 @@ class Row:
     Args:
         key: the row's key in the table. The folders of its runs begin with it.
         name: the row's name in `results.md`.
-        config: the folder of its `config.json`, in the folder of the table.
+        config: the folder of its `config.json`, relative to the folder of the table.
         recipe: its file of arguments, in the folder of the table.
         arguments: arguments of the script that override the recipe.
         first_stage: arguments that override these in a run before, whose weights initialise the row's run; `None` for
