@@ -7,7 +7,9 @@ The code in README.md and in the pages of `docs` runs, from top to bottom of eac
 - `tests/browser` runs the JavaScript, `tests/runtime/test_served.py` the servers, `tests/test_onnx_export.py` the ONNX.
 """
 
+import argparse
 import runpy
+import shlex
 import shutil
 from collections.abc import Callable
 from configparser import ConfigParser
@@ -20,7 +22,7 @@ from old_layout import write_old_layout
 from packed_model import save_packed
 from pictures import write_pictures
 from PIL import Image
-from snippets import OF_ONNX, OF_THE_HUB, ROOT, SNIPPETS, Snippet, snippet_with, split_commands
+from snippets import OF_ONNX, OF_THE_HUB, ROOT, SNIPPETS, Snippet, code_in_sentences, snippet_with, split_commands
 from tiny import class_token_config, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForImageClassification
 from warm_python import WITHOUT_PACKAGE
@@ -32,6 +34,7 @@ from binaryvit_hf.network.packing_binaryvit import packed_layers
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as training
 from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.help import known_arguments
 from binaryvit_hf.training.unused_arguments import find_unused
 from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.resources import shipped_models
@@ -42,6 +45,8 @@ ABOUT_PHOTOS = "docs/pages/guides/photos.md"
 SCRIPT, TRAINING_MODULE = "run_image_classification.py", "binaryvit_hf.training"
 # Commands of `binaryvit` that only the tests of their own run: they take minutes, or serve until they are stopped.
 LONG = {"ablation", "benchmark", "compare", "demo", "export"}
+# In sentences: placeholders, and an argument of gunicorn.
+OTHER_ARGUMENTS = {"--NAME", "--teacher", "--help", "--preload"}
 SHORT_RUN = ["--max_steps=1", "--per_device_train_batch_size=2", "--use_cpu", "--disable_tqdm=True"]
 
 
@@ -199,12 +204,27 @@ def can_run(snippet: Snippet) -> bool:
 
 
 @pytest.mark.parametrize("page", [page for page, snippets in SNIPPETS.items() if snippets], ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, world, request):
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, world, request, capsys):
+    printed = ""
     for snippet in SNIPPETS[page]:
         try:
+            if snippet.is_output:
+                check_output(snippet.text, printed)
             run_snippet(snippet, world, request)
         except BaseException as error:  # a command of the page may also exit
             raise AssertionError(f"{snippet} does not run") from error
+        printed = capsys.readouterr().out
+
+
+def check_output(expected: str, printed: str) -> None:
+    """A page shows the first lines, or all. Numbers may differ by rounding, which differs from CPU to CPU."""
+    expected_words, words = expected.split(), printed.split()
+    assert len(words) >= len(expected_words), printed
+    for word, expected_word in zip(words, expected_words):
+        if "." in word and word.replace(".", "").isdigit():
+            assert float(word) == pytest.approx(float(expected_word), abs=0.5), printed
+        else:
+            assert word == expected_word, printed
 
 
 def test_every_block_of_code_has_a_language_that_tests_run():
@@ -217,6 +237,46 @@ def test_a_command_that_no_test_runs_is_found(world, request):
         run_snippet(Snippet("a page", 1, "bash", "make all"), world, request)
     with pytest.raises(AssertionError):  # an argument without effect
         run_snippet(Snippet("a page", 1, "bash", f"python {SCRIPT} --do_train --test_split_name x"), world, request)
+
+
+def test_an_output_that_a_command_does_not_print_is_found():
+    check_output("98.97 %  0\n", " 98.90 %  0\n 1.00 %  8")
+    for printed in ("90.00 %  0", "98.97 %  1", ""):
+        with pytest.raises(AssertionError):
+            check_output("98.97 %  0\n", printed)
+
+
+# ---- Code in sentences ----
+
+
+@pytest.fixture(scope="module")
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of `binaryvit`."""
+    actions = create_command_parser()._actions
+    [found] = [action for action in actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found.choices)
+
+
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.stem)
+def test_commands_in_sentences_have_arguments_that_exist(page, commands):
+    for code in code_in_sentences(page):
+        program, *words = code.split()
+        if program == "binaryvit" and words and words[0] not in ("COMMAND", "--help"):
+            name, *arguments = words
+            options = [word for word in arguments if word.startswith("--")]
+            assert name in commands, code
+            assert commands[name]._option_string_actions.keys() >= set(options), code
+            if len(options) < len(arguments) and options[:1] != arguments[:1]:
+                commands[name].parse_args(shlex.split(code)[2:])
+
+
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.stem)
+def test_arguments_in_sentences_exist(page, commands):
+    known = {f"--{name}" for name in known_arguments()} | OTHER_ARGUMENTS
+    known |= {option for command in commands.values() for option in command._option_string_actions}
+    for code in code_in_sentences(page):
+        name = code.split()[0].replace("--teacher.", "--")
+        assert not name.startswith("--") or name in known, code
 
 
 # ---- What single pages say ----

@@ -12,6 +12,7 @@ README, PAGES = ROOT / "README.md", ROOT / "docs" / "pages"
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
 )
+IN_SENTENCE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 OF_THE_HUB = "me/photos"
 OF_ONNX = "onnxruntime"
 IN_NODE = "./site/"  # in JavaScript
@@ -25,12 +26,14 @@ class Snippet:
     Args:
         page: the file, from the root of the repository.
         line: of its first line of code.
+        is_output: whether it stands right below a block, whose output it is.
     """
 
     page: str
     line: int
     language: str
     text: str
+    is_output: bool = False
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -38,12 +41,18 @@ class Snippet:
 
 def read_snippets(file: Path) -> list[Snippet]:
     content, page = file.read_text(encoding="utf-8"), file.relative_to(ROOT).as_posix()
-    return [
-        Snippet(
-            page, content.count("\n", 0, found.start("text")) + 1, found["language"], textwrap.dedent(found["text"])
-        )
-        for found in FENCE.finditer(content)
-    ]
+    snippets, end = [], 0
+    for found in FENCE.finditer(content):
+        line = content.count("\n", 0, found.start("text")) + 1
+        is_output = bool(snippets) and found["language"] == "text" and not content[end : found.start()].strip()
+        snippets.append(Snippet(page, line, found["language"], textwrap.dedent(found["text"]), is_output))
+        end = found.end()
+    return snippets
+
+
+def code_in_sentences(file: Path) -> list[str]:
+    """The code between single backticks."""
+    return IN_SENTENCE.findall(FENCE.sub("", file.read_text(encoding="utf-8")))
 
 
 # By page, in the order of the page.
