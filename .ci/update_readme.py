@@ -25,6 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
+from binaryvit_hf.benchmarks.onnx_peers import FLOAT32, INT8
 from binaryvit_hf.loading import load_config
 from binaryvit_hf.network.layers_binaryvit import BinaryLayer
 from binaryvit_hf.ops import LayerCost, build_on_meta, count_operations, readable, total
@@ -45,9 +46,9 @@ NETWORK = "binaryvit-small-patch4-224"
 FORWARDS = (
     (NETWORK, "avx512", f"**{NETWORK}**, 1 bit"),
     ("deit-small-patch16-224", "PyTorch float32", "DeiT-S, float32"),
-    ("deit_small_patch16_224", "onnxruntime int8", "DeiT-S, int8"),
-    ("resnet18", "onnxruntime int8", "ResNet-18, int8"),
-    ("mobilenetv2_100", "onnxruntime int8", "MobileNetV2, int8"),
+    ("deit_small_patch16_224", INT8, "DeiT-S, int8"),
+    ("resnet18", INT8, "ResNet-18, int8"),
+    ("mobilenetv2_100", INT8, "MobileNetV2, int8"),
 )
 
 
@@ -57,14 +58,21 @@ FORWARDS = (
 def make_table() -> str:
     rows = [TABLE_HEAD, ("---",) * len(TABLE_HEAD)]
     for name in ("digits", "fashion-mnist"):
-        measured = read(f"compare-{name}")
-        rows += [trained_row(measured["data"], result) for result in measured["results"]]
+        rows += trained_rows(read(f"compare-{name}"))
     for model, engine, name in FORWARDS:
         one, two = (measurement(model, engine, threads) for threads in (1, 2))
         times = (milliseconds(one), milliseconds(two))
         rows.append((name, "random weights", NONE, readable(one["file_bytes"], "B"), *times, operations(model)))
     lines = [f"| {' | '.join(row)} |\n" for row in rows]
     return UNIT.sub("&nbsp;", "".join(lines))
+
+
+def trained_rows(measured: dict) -> list[tuple[str, ...]]:
+    """The rows of a comparison. A network that runs in 8 bits is not shown in float32 too."""
+    results = measured["results"]
+    in_8_bits = {result["network"] for result in results if result["engine"] == INT8}
+    shown = [result for result in results if result["engine"] != FLOAT32 or result["network"] not in in_8_bits]
+    return [trained_row(measured["data"], result) for result in shown]
 
 
 def trained_row(data: str, result: dict) -> tuple[str, ...]:

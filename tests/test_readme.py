@@ -25,6 +25,15 @@ def test_the_results_and_the_picture_are_those_of_the_measurements(script):
     assert not script["find_stale"](), f"run `python {SCRIPT.relative_to(ROOT)}`"
 
 
+def test_a_trained_peer_is_in_the_table_with_the_bits_that_one_would_ship(script):
+    peer = {"accuracy": 0.9, "accuracy_interval": [0.89, 0.91], "file_bytes": 400_000, "seconds": 1e-4}
+    engines = {"outputs/a": ["onnxruntime float32", "onnxruntime int8"], "outputs/b": ["onnxruntime float32"]}
+    results = [{"network": name, "engine": engine, **peer} for name in engines for engine in engines[name]]
+    rows = script["trained_rows"]({"data": "fashion-mnist", "results": results})
+    assert [row[0] for row in rows] == ["a, int8", "b, float32"]
+    assert rows[0][2:5] == ("90.0 (89.0-91.0)", "400 kB", "0.1")
+
+
 def test_times_and_sizes_in_the_text_are_those_of_the_table(script):
     [table] = script["TABLE"].findall(TEXT)
     known = set(re.findall(r"[\d.]+(?=&nbsp;[kM]B)|(?<=\| )[\d.]+(?= \|)", table))
@@ -46,6 +55,12 @@ def test_links_of_the_readme_lead_to_files_and_headings():
     }
     assert {link[1:] for link in local if link[0] == "#"} <= anchors
     assert [link for link in local if link[0] != "#" and not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def test_the_citation_has_the_version_of_the_package():
+    files = [(ROOT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "setup.cfg")]
+    in_citation, in_setup = (re.findall(r"^version[ =:]+(\S+)", text, re.MULTILINE) for text in files)
+    assert in_citation == in_setup
 
 
 def test_continuous_integration_runs_the_tests_as_the_readme_says():
