@@ -5,7 +5,7 @@ measurements and configs of this repository:
     python .ci/update_readme.py            # after a new measurement, model or config
     python .ci/update_readme.py --check    # fails unless README.md and its pictures are what they give
 
-The measurements are what these commands print:
+It needs `pip install -e ".[test]"`. The measurements are what these commands print:
 
     binaryvit benchmark --threads 1 2 --batch-size 1 8 --json > docs/measurements/forwards.json
     binaryvit compare binaryvit-digits --json > docs/measurements/compare-digits.json
@@ -129,9 +129,9 @@ def milliseconds(result: dict) -> str:
 
 def operations(network: str) -> str:
     """OPs of a network: as `binaryvit ops` counts them, for timm's networks the multiply-accumulates that PyTorch counts."""
-    config = find_config(network)
-    if config is not None:
-        return readable(count_cost(network).ops)
+    row = network.replace("_", "-")  # of a network of timm that is a row, too
+    if find_config(row) is not None:
+        return readable(count_cost(row).ops)
     if not timm.is_model(network):
         return NONE
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
