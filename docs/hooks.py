@@ -2,7 +2,7 @@
 What MkDocs adds to the pages: the command reference, results of this repository, pictures and formulas.
 
 - `<!-- commands -->` and `<!-- training -->` become the text of `--help`.
-- Each `configs/NAME/*.md` with its pictures becomes a page of results, with the command that makes it.
+- Each `configs/NAME/*.md` becomes a page of results, with the command that makes it, and so does each card of a trained model.
 - A `<picture>` of `docs/pictures` for a light and a dark page follows the switch of the site. On GitHub it stands as it is.
 - `$x$` and blocks of the language `math` (LaTeX) become MathML, which browsers show without a library.
 """
@@ -17,7 +17,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs"
+CONFIGS, CARDS = ROOT / "configs", ROOT / "model_cards"
+CURVES = "learning_curves.png"
 PICTURES = ROOT / "docs" / "pictures"
 HELP_WIDTH = "96"  # characters
 COMMANDS, ARGUMENTS = "<!-- commands -->", "<!-- training -->"
@@ -50,7 +51,10 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri in result_pages():
         page.meta["hide"] = ["toc"]  # the tables are wide
-        markdown += how_to_repeat(result_pages()[page.file.src_uri])
+        source = result_pages()[page.file.src_uri]
+        if source.is_relative_to(CONFIGS):
+            markdown += how_to_repeat(source)
+        markdown = markdown.replace("<details>", '<details markdown="1">')
     for mark, make in {COMMANDS: command_reference, ARGUMENTS: training_reference}.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make())
@@ -61,15 +65,21 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def result_pages() -> dict[str, Path]:
-    """The files of results and their pictures, by their place in the site."""
+    """Tables of `configs`, cards of trained models, and the pictures of both, by their place in the site."""
     found = [file for kind in ("*.md", "*.png") for file in sorted(CONFIGS.glob(f"*/{kind}"))]
-    return {f"results/{file.relative_to(CONFIGS).as_posix()}": file for file in found}
+    pages = {f"results/{file.relative_to(CONFIGS).as_posix()}": file for file in found}
+    for card in sorted(CARDS.glob("*/README.md")):
+        pages[f"results/{card.parent.name}/card.md"] = card
+        pages[f"results/{card.parent.name}/{CURVES}"] = card.with_name(CURVES)
+    return pages
 
 
 def how_to_repeat(results: Path) -> str:
-    """The command that wrote a page of results."""
-    name = results.parent.name
-    table = "" if results.stem == "results" else f" --table {results.stem}.json"
+    """The command that wrote a page of results, if an ablation did."""
+    name, table_file = results.parent.name, results.with_suffix(".json")
+    if results.stem != "results" and not table_file.is_file():
+        return ""
+    table = "" if results.stem == "results" else f" --table {table_file.name}"
     command = f"binaryvit ablation configs/{name} outputs/{name}{table}"
     return (
         f"\n\n## How to repeat it\n\n```bash\n{command}\n```\n\n[The guide](../../guides/ablation.md) explains it.\n"

@@ -8,6 +8,7 @@ The code in README.md and in the pages of `docs` runs, from top to bottom of eac
 """
 
 import argparse
+import re
 import runpy
 import shlex
 import shutil
@@ -336,6 +337,17 @@ def test_the_command_reference_has_the_help_of_every_command(hooks, monkeypatch)
         assert f"### {name}\n" in reference
         assert f"usage: {parser.prog} {name} " in reference
     assert "--do_train" in hooks["training_reference"]()
+
+
+def test_pages_of_results_have_the_command_that_made_them(hooks, commands):
+    pages = hooks["result_pages"]()
+    assert {"results/fashion-mnist/results.md", "results/binaryvit-digits/card.md"} <= pages.keys()
+    folder = ROOT / "configs" / "fashion-mnist"
+    for name, arguments in {"results.md": [], "recipes.md": ["--table", "recipes.json"]}.items():
+        command = re.search(r"^binaryvit ablation (.*)$", hooks["how_to_repeat"](folder / name), re.MULTILINE)[1]
+        assert command.split()[2:] == arguments
+        commands["ablation"].parse_args(command.split())
+    assert hooks["how_to_repeat"](folder / "other.md") == ""
 
 
 def test_formulas_become_mathml_outside_of_code(hooks):
