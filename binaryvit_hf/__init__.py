@@ -21,9 +21,11 @@ The modules beside the folders are shared by the upper ones:
 """
 
 try:
-    import binaryvit_runtime  # noqa: F401
+    from binaryvit_runtime.cpus import limit_spinning
 except ModuleNotFoundError as error:
     raise ImportError("binaryvit_hf has new parts since it was installed: run `pip install -e .` again.") from error
+else:
+    limit_spinning()  # before PyTorch is imported
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 

@@ -42,8 +42,9 @@ from .data.transforms import TransformedImages, process_image
 from .loading import load_classifier, load_config, load_image_processor
 from .network.quantization_binaryvit import QUANT_METHOD
 from .ops import align_columns, readable
+from .training.ablation.estimates import SeedVariance, estimate_accuracy
 from .training.confusion import predict_classes, wilson_interval
-from .training.run_folder import RUN_ARGUMENTS, read_json
+from .training.run_folder import NOT_RECORDED, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_WEIGHTS, read_json
 
 
 ENGINE = "engine"
@@ -91,6 +92,20 @@ class TrainedRun:
     def seed(self) -> int:
         return self.recorded.get("seed", 42)
 
+    def differs_by_seed(self, other: "TrainedRun") -> bool:
+        """Whether the seed is all that makes this run another than `other`: same network, data and recipe."""
+        return self.seed != other.seed and self.described == other.described
+
+    @cached_property
+    def described(self) -> str:
+        """What equal runs of other seeds have in common, with a teacher that was trained in the same command."""
+        left_out = {"seed", "data_seed", "output_dir"} | NOT_RECORDED | WITHOUT_EFFECT_ON_WEIGHTS
+        arguments = {name: value for name, value in self.recorded.items() if name not in left_out}
+        if arguments.get("teacher_model_name_or_path") == f"{self.recorded.get('output_dir')}-teacher":
+            arguments["teacher_model_name_or_path"] = "its own"
+        config = self.config.to_dict() | {"_name_or_path": None}
+        return json.dumps([arguments, config], sort_keys=True, default=str)
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         return self.load(load_config, self.folder)
@@ -126,6 +141,21 @@ class Contestant:
     forward: Forward
 
 
+def group_by_network(contestants: list[Contestant]) -> list[list[Contestant]]:
+    """Contestants that differ by the seed of their run alone are one network on one runtime."""
+    groups: list[list[Contestant]] = []
+    for contestant in contestants:
+        for group in groups:
+            if contestant.competitor.engine == group[0].competitor.engine and all(
+                contestant.run.differs_by_seed(other.run) for other in group
+            ):
+                group.append(contestant)
+                break
+        else:
+            groups.append([contestant])
+    return groups
+
+
 def compare_runs(names: list[str], turns: int = 7) -> dict:
     """
     Measure the networks of finished runs on the images that they have in common, and on one thread of this machine.
@@ -138,8 +168,9 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
         - `images`: number of the evaluation images; `split`: "test" if all runs have test images, else "validation",
         - `data`: the name of the data set or folder,
         - `cpu`: name of the processor,
-        - `results`: for each network and runtime `network`, `engine`, `accuracy` (0 to 1), `accuracy_interval` (95 %),
-          `file_bytes`, and the seconds of one image, `seconds` (median) and `seconds_10_90`.
+        - `results`: for each network and runtime `network`, `engine`, `seeds`, `accuracy` (0 to 1), `accuracy_interval` (95 %),
+          `file_bytes`, and the seconds of one image, `seconds` (median) and `seconds_10_90`. Runs that differ by their seed
+          alone are one network: `network`, size and time are those of the first, and `accuracy` is the mean.
 
     Raises:
         UserError: a run cannot be compared with the others, or cannot be exported.
@@ -153,8 +184,11 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
             for index, run in enumerate(runs)
             for contestant in create_contestants(run, images["train"], Path(folder, str(index)))
         ]
-        correct = count_correct(contestants, images[split])
-        seconds = take_turns([contestant.competitor for contestant in contestants], turns)
+        groups = group_by_network(contestants)
+        answers = dict(zip(contestants, find_correct(contestants, images[split])))
+        correct = [np.stack([answers[contestant] for contestant in group]) for group in groups]
+        between_seeds = SeedVariance.of_rows(correct)
+        seconds = take_turns([first.competitor for first, *_ in groups], turns)
         return {
             "data": runs[0].arguments.dataset_name or runs[0].arguments.train_dir,
             "split": split,
@@ -162,16 +196,31 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
             "cpu": cpu_name(),
             "results": [
                 {
-                    "network": contestant.run.name,
-                    "engine": contestant.competitor.engine,
-                    "accuracy": number / len(images[split]),
-                    "accuracy_interval": list(wilson_interval(number, len(images[split]))),
-                    "file_bytes": contestant.competitor.file.stat().st_size,
+                    "network": group[0].run.name,
+                    "engine": group[0].competitor.engine,
+                    "seeds": [contestant.run.seed for contestant in group],
+                    "accuracy": float(of_group.mean()),
+                    "accuracy_interval": accuracy_interval(of_group, between_seeds),
+                    "file_bytes": group[0].competitor.file.stat().st_size,
                     **describe_seconds(times, 1),
                 }
-                for contestant, number, times in zip(contestants, correct, seconds)
+                for group, of_group, times in zip(groups, correct, seconds)
             ],
         }
+
+
+def accuracy_interval(correct: np.ndarray, between_seeds: SeedVariance | None) -> list[float]:
+    """
+    The 95 % confidence interval of a network's accuracy.
+
+    Args:
+        correct: whether each answer is right, `(seeds, images)`. One seed has Wilson's interval, which counts images alone.
+        between_seeds: of all networks that are compared.
+    """
+    estimate = estimate_accuracy(correct, between_seeds)
+    if estimate is None:
+        return list(wilson_interval(int(correct.sum()), correct.size))
+    return [max(0.0, estimate.low), min(1.0, estimate.high)]
 
 
 def load_common_images(runs: list[TrainedRun], split: str) -> dict[str, Dataset]:
@@ -281,10 +330,10 @@ def pixel_batches(run: TrainedRun, images: Dataset) -> Iterator[np.ndarray]:
         yield torch.stack([transformed[index]["pixel_values"] for index in indices]).numpy()
 
 
-def count_correct(contestants: list[Contestant], images: Dataset) -> list[int]:
-    """The number of images that each contestant classifies as labelled. Equal image processors run once."""
+def find_correct(contestants: list[Contestant], images: Dataset) -> list[np.ndarray]:
+    """Whether each contestant classifies each image as labelled, `(images,)`. Equal image processors run once."""
     labels = np.array(images["label"][:])
-    correct = [0] * len(contestants)
+    correct = [np.zeros(len(labels), bool) for _ in contestants]
     by_processor: dict[str, list[int]] = {}
     for index, contestant in enumerate(contestants):
         described = json.dumps(contestant.run.processor.to_dict(), sort_keys=True, default=str)
@@ -293,11 +342,12 @@ def count_correct(contestants: list[Contestant], images: Dataset) -> list[int]:
         for indices in by_processor.values():
             start = 0
             for pixel_values in pixel_batches(contestants[indices[0]].run, images):
-                wanted = labels[start : start + len(pixel_values)]
+                of_batch = slice(start, start + len(pixel_values))
+                wanted = labels[of_batch]
                 for index in indices:
                     answers = predict_classes(contestants[index].forward(pixel_values), wanted)
-                    correct[index] += int((answers == wanted).sum())
-                start += len(pixel_values)
+                    correct[index][of_batch] = answers == wanted
+                start = of_batch.stop
                 progress.update(len(pixel_values))
     return correct
 
@@ -331,16 +381,26 @@ def cpu_name() -> str:
 
 def describe_table(measured: dict) -> str:
     images = counted(measured["images"], f"{measured['split']} image")
+    seeds = (
+        " Runs that differ by their seed alone are one line: the mean of their accuracies, with an interval for other seeds and "
+        "images, and the time and size of the first."
+    )
+    has_seeds = any(len(result["seeds"]) > 1 for result in measured["results"])
     return (
-        f"Accuracy on {images} of {measured['data']}, with its 95 % confidence interval. Milliseconds of a forward of one "
+        f"Accuracy on {images} of {measured['data']}, with its 95 % confidence interval.{seeds if has_seeds else ''} Milliseconds of a forward of one "
         f"image on one thread ({measured['cpu']}): median, and first to last decile. All networks took turns in one run."
     )
+
+
+def name_with_seeds(result: dict) -> str:
+    seeds = result["seeds"]
+    return result["network"] if len(seeds) == 1 else f"{result['network']} (seeds {', '.join(map(str, seeds))})"
 
 
 def table_rows(measured: dict) -> list[tuple[str, ...]]:
     return [
         (
-            result["network"],
+            name_with_seeds(result),
             result["engine"],
             f"{100 * result['accuracy']:.2f}",
             " to ".join(f"{100 * bound:.2f}" for bound in result["accuracy_interval"]),

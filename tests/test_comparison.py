@@ -16,6 +16,8 @@ from transformers import ResNetConfig
 
 from binaryvit_hf import comparison
 from binaryvit_hf.benchmarks.inference import Competitor
+from binaryvit_hf.training.ablation.estimates import SeedVariance, estimate_accuracy
+from binaryvit_hf.training.confusion import wilson_interval
 from binaryvit_hf.training.run import main as train
 from binaryvit_hf.training.run_folder import RUN_ARGUMENTS
 
@@ -141,17 +143,51 @@ def test_networks_take_turns_of_one_image_after_all_are_loaded(runs, monkeypatch
     assert all(len(times) >= 2 and min(times) > 0 for times in seconds)
 
 
-def test_runs_without_common_images_are_refused(runs, capsys, tmp_path):
-    def changed(name: str, **values) -> Path:
-        """A copy of the run's files with other recorded arguments."""
+@pytest.fixture
+def changed(runs, tmp_path):
+    """A copy of the binary run's files with other recorded arguments: `changed(name, **arguments)`."""
+
+    def copy_run(name: str, **values) -> Path:
         copy = tmp_path / name
         copy.mkdir()
         for file in runs["binary"].glob("*.*"):
             (copy / file.name).write_bytes(file.read_bytes())
         recorded = json.loads((copy / RUN_ARGUMENTS).read_text())
-        (copy / RUN_ARGUMENTS).write_text(json.dumps(recorded | values))
+        (copy / RUN_ARGUMENTS).write_text(json.dumps(recorded | {"output_dir": str(copy)} | values))
         return copy
 
+    return copy_run
+
+
+def test_runs_that_differ_by_their_seed_are_one_line_with_their_mean(changed, quick, capsys, tmp_path, monkeypatch):
+    def run_of(name: str, **values) -> Path:
+        return changed(name, teacher_model_name_or_path=f"{tmp_path / name}-teacher", **values)
+
+    seeds = [run_of(f"seed-{seed}", seed=seed) for seed in (1, 2, 3)]
+    again, other = run_of("again", seed=1), run_of("other", seed=4, learning_rate=1.0)
+    answers = {path: np.arange(48) % number == 0 for number, path in enumerate(map(str, [*seeds, again, other]), 2)}
+    monkeypatch.setattr(
+        comparison, "find_correct", lambda contestants, images: [answers[each.run.name] for each in contestants]
+    )
+    out = tmp_path / "table.md"
+    measured = json.loads(run(capsys, "compare", *answers, "--out", out, "--json"))
+    assert [(row["network"], row["seeds"]) for row in measured["results"]] == [
+        (str(seeds[0]), [1, 2, 3]),
+        (str(again), [1]),
+        (str(other), [4]),
+    ]
+    correct = np.stack([answers[str(path)] for path in seeds])
+    row, single, _ = measured["results"]
+    assert row["accuracy"] == correct.mean()
+    expected = estimate_accuracy(correct, SeedVariance.of_rows([correct]))
+    assert row["accuracy_interval"] == [max(0, expected.low), expected.high]
+    assert single["accuracy_interval"] == list(wilson_interval(10, 48))
+    assert [row["seconds"] for row in measured["results"]] == [0.001, 0.002, 0.003]  # measured once
+    assert f"| {seeds[0]} (seeds 1, 2, 3) | engine |" in out.read_text()
+    assert "Runs that differ by their seed alone are one line" in out.read_text()
+
+
+def test_runs_without_common_images_are_refused(runs, changed, capsys, tmp_path):
     other = changed("other", train_val_split=0.25)
     words = ("different images (train_val_split is None and 0.25)", "compare runs on the same images")
     assert_refused(capsys, ["compare", runs["binary"], other], *words)

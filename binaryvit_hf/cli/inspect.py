@@ -62,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         check_replaceable(options.out)
-    given, notes = list_images(options.images) if options.images else ([], [])
     source, config = find_model(options.model, options.token, shipped_models())
     if config.model_type != QUANT_METHOD:
         raise UserError(f"{options.model!r} is a {config.model_type!r}; only binary networks can be inspected.")
+    given, notes = list_images(options.images) if options.images else ([], [])
     model, processor = load_model(options.model, source, options.token)
     if given and processor is None:
         raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json), which --images needs.")

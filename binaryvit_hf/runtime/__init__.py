@@ -11,7 +11,7 @@ From top to bottom:
   `engine.preprocessing` preprocessor_config.json.
 - `engine` computes: C++ behind a C interface.
 - `pixels` and `image_files` read and find pictures; `sources`, `hub` and `resources` find models.
-- `cpus` counts CPUs; `errors` and `writing` serve the whole package.
+- `cpus` counts CPUs and limits spinning threads; `errors` and `writing` serve the whole package.
 """
 
 from .errors import UnsupportedModelError, UserError

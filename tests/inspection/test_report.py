@@ -219,7 +219,9 @@ def test_wrong_input_is_one_sentence(photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.html").write_text("<p>mine</p>")
     assert_refused(capsys, ["inspect", tmp_path / "vit"], "is a 'vit'; only binary networks")
-    assert_refused(capsys, ["inspect", tmp_path / "missing"], "missing", "no such folder")
+    assert_refused(
+        capsys, ["inspect", tmp_path / "missing", "--images", tmp_path / "none.png"], "missing", "no such folder"
+    )
     assert_refused(
         capsys, ["inspect", folder, "--images", tmp_path / "empty"], "has no files with an image's extension"
     )

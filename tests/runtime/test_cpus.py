@@ -1,6 +1,10 @@
-"""The number of CPUs that a process may use: control groups as Linux shows them to a container."""
+"""The number of CPUs that a process may use, from control groups as Linux shows them to a container; spinning threads."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +58,31 @@ def test_a_limit_below_the_affinity_counts_and_a_share_of_a_cpu_is_one(groups, m
 
 def test_systems_without_control_groups_have_no_limit(tmp_path):
     assert cpus.container_cpus(tmp_path / "missing", tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, {"GOMP_SPINCOUNT": cpus.SPINS}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ],
+)
+def test_spinning_is_limited_unless_the_user_says_how_threads_wait(given, expected):
+    cpus.limit_spinning(given)
+    assert given == expected
+
+
+def test_the_package_limits_spinning_before_it_imports_pytorch(tmp_path):
+    # Stands for the first heavy library that is imported, whichever it is.
+    for library in ("torch", "transformers", "huggingface_hub", "safetensors", "numpy"):
+        (tmp_path / f"{library}.py").write_text("import os; raise SystemExit(os.environ['GOMP_SPINCOUNT'])")
+    variables = {name: value for name, value in os.environ.items() if name not in cpus.WAIT_VARIABLES}
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", "import binaryvit_hf"],
+        env=variables | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.strip() == cpus.SPINS

@@ -310,6 +310,5 @@ def start(run: Run, at_once: int) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # only this process gets Ctrl-C, and ends the others by SIGTERM
-            # With more threads than cores, a thread that waits by spinning blocks the one that it waits for.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
