@@ -81,8 +81,8 @@ def norm_activation_forward(self: NormActivation, hidden_states: torch.Tensor, s
 def avg_pools_forward(
     self: AvgPoolBranches, hidden_states: torch.Tensor, pooled: torch.Tensor, grid_size: tuple[int, int]
 ) -> torch.Tensor:
-    token_map = pooled.unflatten(1, grid_size).permute(0, 3, 1, 2)
-    for branch in self:
+    for branch in self:  # none, if a class token makes the tokens more than a map
+        token_map = pooled.unflatten(1, grid_size).permute(0, 3, 1, 2)
         padding = tuple(size // 2 for size in branch.kernel_size)
         mean = nn.functional.avg_pool2d(token_map, branch.kernel_size, stride=1, padding=padding)
         hidden_states = hidden_states + branch.layer_scale(mean.permute(0, 2, 3, 1).flatten(1, 2))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import assert_refused, run
 from PIL import Image
-from tiny import tiny_config, tiny_images, tiny_model
+from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from torch._dynamo.utils import counters
 
 from binaryvit_hf import engine, onnx_export
@@ -24,9 +24,12 @@ from binaryvit_hf.compiled_layers import CACHE_VARIABLE, CompiledLayers
 from binaryvit_runtime.errors import UserError
 
 
-@pytest.mark.parametrize("changes", [{}, {"sequence_reduction_ratios": [1, 1], "use_layer_scale": False}])
-def test_simulation_has_the_networks_outputs_and_gradients(changes):
-    config = tiny_config(**changes)
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(), tiny_config(sequence_reduction_ratios=[1, 1], use_layer_scale=False), class_token_config()],
+    ids=["pyramid", "without reduction", "class token"],
+)
+def test_simulation_has_the_networks_outputs_and_gradients(config):
     results = []
     for prepare in (lambda model: model, simulate):
         model = prepare(tiny_model(config).double()).train()
