@@ -62,7 +62,7 @@ def test_a_packed_model_is_fine_tuned_and_packed_again(packed, pictures, tmp_pat
     before = bits_of(packed)
     with caplog.at_level(logging.INFO):
         assert train(packed, pictures, tmp_path / "tuned", "--max_steps=2", "--learning_rate=0.1") == 0
-    assert f"{packed} is packed and has no folder 'latent'. Training starts from latent weights" in caplog.text
+    assert f"{packed} is packed and has no folder 'latent'. Training starts from latent weights made" in caplog.text
     after = bits_of(tmp_path / "tuned")
     assert after.keys() == before.keys()
     assert not all(torch.equal(after[name], bits) for name, bits in before.items())
@@ -84,11 +84,11 @@ def test_the_latent_weights_of_a_packed_model_are_taken_if_it_has_them(packed, c
 
 
 def test_a_shipped_model_learns_the_classes_of_own_pictures(pictures, tmp_path, caplog, capsys):
-    """Nothing is downloaded: the name is the shipped model's, which has neither latent weights nor these labels."""
+    """Nothing is downloaded: the name is the shipped model's, which has latent weights for other labels."""
     flags = ["--max_steps=2", "--ignore_mismatched_sizes"]
     with caplog.at_level(logging.INFO):
         assert train("binaryvit-digits", pictures, tmp_path / "own", *flags) == 0
-    assert "made from its bits" in caplog.text
+    assert "Training starts from its latent weights in the folder 'latent'" in caplog.text
     assert "gets a new head for the 2 classes" in caplog.text
     assert "LOAD REPORT" not in capsys.readouterr().err
     config = json.loads((tmp_path / "own" / "config.json").read_text())
