@@ -1,5 +1,7 @@
 """The page and the text of `binaryvit inspect`, for models of every kind and with hostile names."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -86,13 +88,22 @@ def photos(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures") / "photos", ("ant", "bee"), 2)
 
 
+@pytest.fixture(scope="module")
+def whole(trained, photos, tmp_path_factory) -> tuple[str, str]:
+    """What the report of `trained` with all its parts prints, and its page."""
+    out = tmp_path_factory.mktemp("whole") / "report.html"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["inspect", str(trained), "--out", str(out), "--images", str(photos)]) == 0
+    return printed.getvalue(), out.read_text(encoding="utf-8")
+
+
 def report(capsys, folder, out, *arguments) -> tuple[str, Parsed]:
     printed = run(capsys, "inspect", folder, "--out", out, *arguments)
     return printed, Parsed(out.read_text(encoding="utf-8"))
 
 
-def test_a_report_of_a_run_shows_everything(trained, photos, tmp_path, capsys):
-    printed, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+def test_a_report_of_a_run_shows_everything(whole):
+    printed, page = whole[0], Parsed(whole[1])
     in_all = total(count_operations(tiny_config()))
     for fact in ("81.25 %", "1,234 held-out images", readable(in_all.ops), readable(in_all.bops)):
         assert fact in page.text
@@ -109,8 +120,8 @@ def test_a_report_of_a_run_shows_everything(trained, photos, tmp_path, capsys):
     assert max(map(len, printed.splitlines())) <= 119
 
 
-def test_names_and_labels_are_text_on_the_page_and_in_the_terminal(trained, photos, tmp_path, capsys):
-    printed, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+def test_names_and_labels_are_text_on_the_page_and_in_the_terminal(whole):
+    printed, page = whole[0], Parsed(whole[1])
     assert "a <b>run<b>" in page.text
     assert "<i>flowers</i>" in page.text
     assert HOSTILE[0] in page.text
@@ -119,20 +130,20 @@ def test_names_and_labels_are_text_on_the_page_and_in_the_terminal(trained, phot
     assert "\x1b" not in page.text
 
 
-def test_a_report_needs_no_script_and_nothing_from_elsewhere(trained, photos, tmp_path, capsys):
-    _, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+def test_a_report_needs_no_script_and_nothing_from_elsewhere(whole):
+    page = Parsed(whole[1])
     addresses = [
         value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")
     ]
     assert all(address.startswith("data:") for address in addresses)
-    assert "url(" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "url(" not in whole[1]
     (policy,) = [meta["content"] for meta in page.named("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none'")
     assert "script" not in policy
 
 
-def test_every_figure_has_a_table_or_is_one(trained, photos, tmp_path, capsys):
-    _, page = report(capsys, trained, tmp_path / "report.html", "--images", photos)
+def test_every_figure_has_a_table_or_is_one(whole):
+    page = Parsed(whole[1])
     drawings = page.named("svg")
     assert all(drawing.get("aria-hidden") == "true" or drawing.get("aria-label") for drawing in drawings)
     tables = {table["aria-label"] for table in page.named("table")}
@@ -257,12 +268,11 @@ def test_a_picture_that_cannot_be_read_is_an_error_and_the_others_count(trained,
     assert "measured on 4 pictures" in printed.out
 
 
-def test_an_earlier_report_is_replaced_whole(trained, photos, tmp_path, capsys):
+def test_an_earlier_report_is_replaced_whole(whole, trained, photos, tmp_path, capsys):
     out = tmp_path / "report.html"
+    out.write_text(whole[1] + "<p>the end of a longer page</p>", encoding="utf-8")
     report(capsys, trained, out, "--images", photos)
-    first = out.read_text(encoding="utf-8")
-    report(capsys, trained, out, "--images", photos)
-    assert out.read_text(encoding="utf-8") == first
+    assert out.read_text(encoding="utf-8") == whole[1]
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
