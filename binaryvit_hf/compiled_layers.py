@@ -75,13 +75,35 @@ class CompiledLayers:
             The seconds it took.
         """
         start = time.perf_counter()
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        with self.active():
+            self.gradients(images)
+        return time.perf_counter() - start
+
+    def check(self, images: torch.Tensor) -> None:
+        """
+        Compare the gradients of compiled and eager layers: a compiler that loses some trains a useless network without a word.
+
+        Raises:
+            RuntimeError: a weight gets a gradient from the eager layers alone.
+        """
+        eager = self.gradients(images)
+        with self.active():
+            compiled = self.gradients(images)
+        lost = [name for name, gradient in eager.items() if gradient.any() and not compiled[name].any()]
+        if lost:
+            raise RuntimeError(
+                f"the compiler of PyTorch {torch.__version__} loses the gradients of {len(lost)} of {len(eager)} weights, such as {lost[0]}"
+            )
+
+    def gradients(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The gradient of some loss to each weight, by its name."""
+        weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         generators = torch.random.fork_rng([images.device] if images.device.type == "cuda" else [])
-        with generators, frozen_statistics(self.model), self.active():
+        with generators, frozen_statistics(self.model):
             loss = self.model(pixel_values=images).logits.float().square().mean()
             # Not backward(): it would add to the weights' gradients.
-            torch.autograd.grad(loss, weights, allow_unused=True)
-        return time.perf_counter() - start
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(weights, gradients))
 
 
 def of_contiguous(call: Callable) -> Callable:

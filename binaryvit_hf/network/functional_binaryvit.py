@@ -86,6 +86,17 @@ def row_kernels_obstacle() -> str | None:
     return row_kernels.problem()
 
 
+# ---- Results ----
+
+
+def not_written_in_place(result: torch.Tensor) -> torch.Tensor:
+    """
+    The result of a Function, whose last operation may be in place. Under a compiler a copy, which costs nothing there: PyTorch
+    2.11 compiles a Function to one without gradients if an operation in place has written its result.
+    """
+    return result.clone() if torch.compiler.is_compiling() else result
+
+
 # ---- Signs ----
 
 
@@ -119,7 +130,7 @@ class ApproxSign(Function):
     def forward(ctx, x, shift, slope=approx_sign_slope):
         ctx.save_for_backward(x, shift)
         ctx.slope = slope
-        return binary_sign_(x + shift)
+        return not_written_in_place(binary_sign_(x + shift))
 
     @staticmethod
     @once_differentiable
@@ -270,7 +281,7 @@ class QuantizeProbability(Function):
     def forward(ctx, probabilities, step, levels):
         ctx.save_for_backward(probabilities, step)
         ctx.levels = levels
-        return probability_levels(probabilities, step, levels)
+        return not_written_in_place(probability_levels(probabilities, step, levels))
 
     @staticmethod
     @once_differentiable
@@ -454,7 +465,8 @@ class NormShortcutRPReLU(Function):
     def forward(ctx, x, shortcut, mean, variance, batch_rows, eps, *parameters):
         ctx.save_for_backward(x, shortcut, mean, variance, *parameters)
         ctx.batch_rows, ctx.eps = batch_rows, eps
-        return map_rows(NormRPReLU(mean, variance, eps, *parameters).forward, x, shortcut)
+        rows = map_rows(NormRPReLU(mean, variance, eps, *parameters).forward, x, shortcut)
+        return not_written_in_place(rows)
 
     @staticmethod
     @once_differentiable
@@ -508,7 +520,7 @@ class BinaryMLPProducts(Function):
             activated = norm.forward(counts.unpack(inner_part), x_part)
             products.append(second.product(activated))
             pooled_part.copy_(activated.unflatten(-1, (x.shape[-1], -1)).mean(-1))
-        return torch.cat(products), pooled
+        return torch.cat(products), not_written_in_place(pooled)
 
     @staticmethod
     @once_differentiable

@@ -166,6 +166,7 @@ class StepCompiler:
         keep_compiled_code()
         try:
             seconds = layers.warm_up(images)
+            layers.check(images)
         except torch.OutOfMemoryError:  # --auto_find_batch_size tries a smaller batch
             raise
         except Exception as error:  # a compiler fails with any kind of error

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from binaryvit_hf import compiled_layers, row_kernels
 from binaryvit_hf.compiled_layers import CompiledLayers, count_kinds
+from binaryvit_hf.network import functional_binaryvit
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, binary_activation_modules
 from binaryvit_hf.training.compilation import StepCompiler
@@ -186,6 +187,7 @@ def test_auto_compiles_when_that_saves_more_time_than_it_takes(steps, compiled, 
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     clock = Clock(monkeypatch, eager=1.0, compiled=compiled)
     monkeypatch.setattr(CompiledLayers, "warm_up", lambda *arguments: 1.0)
+    monkeypatch.setattr(CompiledLayers, "check", lambda *arguments: None)
     compiler = StepCompiler(tiny_model(small_config()), "auto", torch.device("cpu"))
     compiler.begin(None)
     with caplog.at_level(logging.INFO):
@@ -261,6 +263,44 @@ def test_a_failed_compilation_leaves_auto_eager_and_ends_a_run_that_asked_for_it
     compiler = StepCompiler(tiny_model(small_config()), True, torch.device("cpu"))
     with pytest.raises(UserError, match=r"^--torch_compile: compilation failed: There is no header\.$"):
         Clock(monkeypatch, eager=1.0, compiled=0.1).train(compiler, 1)
+
+
+def test_no_operation_in_place_has_written_the_result_of_a_function_under_a_compiler(monkeypatch):
+    # PyTorch 2.11 would give such a result no gradient.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    seen = set()
+
+    def watch(function, forward):
+        def watched(ctx, *arguments):
+            results = forward(ctx, *arguments)
+            seen.add(function.__name__)
+            assert all(result._version == 0 for result in (results if isinstance(results, tuple) else (results,)))
+            return results
+
+        monkeypatch.setattr(function, "forward", staticmethod(watched))
+
+    functions = [value for value in vars(functional_binaryvit).values() if is_function(value)]
+    for function in functions:
+        watch(function, function.forward)
+    for config in (tiny_config(), small_config(input_bits=2), small_config(weight_bits=4)):
+        for output_attentions in (False, True):
+            tiny_model(config).train()(tiny_images(), output_attentions=output_attentions)
+    assert seen == {function.__name__ for function in functions} - {"SyncedBatchNorm"}  # of several processes
+
+
+def is_function(value) -> bool:
+    return (
+        isinstance(value, type) and issubclass(value, torch.autograd.Function) and value is not torch.autograd.Function
+    )
+
+
+def test_a_compiler_that_loses_gradients_is_found_before_training():
+    layers = CompiledLayers(tiny_model(small_config()).train(), "eager")
+    layers.check(tiny_images())
+    last = list(layers.calls)[-1]
+    layers.calls[last] = lambda *arguments, **kwargs: type(last).forward(last, *arguments, **kwargs).detach()
+    with pytest.raises(RuntimeError, match=r"loses the gradients of \d+ of \d+ weights, such as binaryvit\."):
+        layers.check(tiny_images())
 
 
 @pytest.mark.parametrize(
