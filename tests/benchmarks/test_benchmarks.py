@@ -44,7 +44,7 @@ def test_only_networks_of_1_bit_are_simulated():
         simulate(tiny_model(tiny_config(weight_bits=2)))
 
 
-def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys, monkeypatch):
+def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys, monkeypatch, forked_contestants):
     monkeypatch.setenv("CXX", "no-such-compiler")  # compiling would take a minute
     arguments = ("benchmark", "--train", "--model", "binaryvit-digits", "--batch-size", 2, "--steps", 2)
     measured = json.loads(run(capsys, *arguments, "--json"))
