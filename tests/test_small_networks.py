@@ -25,6 +25,7 @@ CONFIG = {
     "architecture": "resnet_for_small_images",
     "model_args": {"hidden_sizes": [8, 16], "depths": [1, 1], "stem_stride": 2},
     "image_size": 8,
+    "num_channels": 3,
     "num_classes": 10,
 }
 
@@ -88,6 +89,18 @@ def test_a_run_of_other_classes_is_refused(trained, capsys):
 def test_the_closing_command_registers_the_network(trained, capsys):
     assert main(arguments(trained.parent)) == 0
     assert "import binaryvit_hf.small_networks; from transformers" in capsys.readouterr().out
+
+
+def test_a_benchmark_loads_the_network_in_a_process_of_its_own(trained, tmp_path, warm_python):
+    program = """
+import sys
+from pathlib import Path
+from binaryvit_hf.benchmarks.inference import load_in_pytorch
+print(*load_in_pytorch(Path(sys.argv[1]), 1)(2).shape)
+"""
+    result = warm_python.run("-c", program, trained / "model.safetensors", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["2", "10"]
 
 
 def test_the_card_names_the_architecture(trained, tmp_path):

@@ -30,6 +30,7 @@ from binaryvit_runtime.resources import shipped_configs
 from .. import engine
 from ..data.model_inputs import create_image_processor
 from ..host_memory import measure_growth
+from ..loading import load_classifier
 from ..network.configuration_binaryvit import as_pair
 from ..network.engine_binaryvit import ENGINE_VARIABLE
 from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
@@ -285,7 +286,7 @@ def load_in_pytorch(
     if kernels:
         os.environ[ENGINE_VARIABLE] = kernels
     torch.set_num_threads(threads)
-    model = AutoModelForImageClassification.from_pretrained(file.parent, dtype=dtype).eval()
+    model = load_classifier(file.parent, dtype=dtype).eval()
     shape = (model.config.num_channels, *as_pair(model.config.image_size))
     create_images = functools.cache(lambda batch_size: torch.randn(batch_size, *shape, dtype=dtype))
     forward = change(model) if change else model

@@ -16,7 +16,7 @@ from binaryvit_hf.training.ablation.estimates import (
     estimate_difference,
 )
 from binaryvit_hf.training.ablation.pictures import Point, place_labels, plot_accuracy
-from binaryvit_hf.training.ablation.results import RowResults, compare_rows, readable_p
+from binaryvit_hf.training.ablation.results import RowResults, compare_rows, readable_interval, readable_p
 from binaryvit_hf.training.ablation.table import Row
 from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, has_held_out_images
 
@@ -134,6 +134,12 @@ def test_words_say_why_a_row_is_not_tested():
 
 def test_p_is_readable():
     assert [readable_p(p) for p in (0.0001, 0.0123, 0.456)] == ["p < 0.001", "p = 0.012", "p = 0.46"]
+
+
+def test_an_interval_of_accuracies_ends_at_100_percent():
+    assert readable_interval(Estimate(99.2, 1.1, 0.0), ".2f", most=100.0) == "[98.10, 100.00]"
+    assert readable_interval(Estimate(90.0, 1.1, 0.0), ".2f", most=100.0) == "[88.90, 91.10]"
+    assert readable_interval(Estimate(-0.5, 1.0, 0.3), "+.2f") == "[-1.50, +0.50]"
 
 
 def test_labels_lie_on_no_point_interval_or_other_label(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The table of results of an ablation, from the files of its finished runs."""
 
+import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -265,7 +266,7 @@ def columns_of(
         "row": [row.name for row in results],
         "test top-1, %": [mean_and_deviation(row.test) for row in results],
         "seeds": [str(len(row.test)) for row in results],
-        "95 % interval": [readable_interval(interval, ".2f") for interval in intervals.values()],
+        "95 % interval": [readable_interval(interval, ".2f", most=100.0) for interval in intervals.values()],
     }
     if comparisons:
         found = [comparisons.get(key) for key in rows]
@@ -308,8 +309,9 @@ def describe_columns(
     return " ".join(sentences)
 
 
-def readable_interval(estimate: Estimate | None, form: str) -> str:
-    return "" if estimate is None else f"[{estimate.low:{form}}, {estimate.high:{form}}]"
+def readable_interval(estimate: Estimate | None, form: str, most: float = math.inf) -> str:
+    """The interval as text, cut at `most`: a t interval of accuracies near 100 % ends above it."""
+    return "" if estimate is None else f"[{estimate.low:{form}}, {min(most, estimate.high):{form}}]"
 
 
 def readable_p_cell(p: float | None) -> str:
