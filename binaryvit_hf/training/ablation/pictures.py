@@ -73,7 +73,9 @@ def plot_accuracy(points: list[Point], title: str, cost: str, path: Path) -> Non
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     for point in points:
-        axes.errorbar(point.cost, point.accuracy, point.reach, fmt="o", markersize=MARKER / 1.5, capsize=4)
+        # A t interval of accuracies near 100 % ends above it.
+        reach = point.reach and [[point.reach], [min(point.reach, 100 - point.accuracy)]]
+        axes.errorbar(point.cost, point.accuracy, reach, fmt="o", markersize=MARKER / 1.5, capsize=4)
     axes.set(title=title, xlabel=cost, ylabel="test top-1 accuracy, %", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: readable(value) if value >= 1000 else f"{value:g}")
