@@ -13,6 +13,8 @@ from .sampling import seeded_rng
 
 ASPECT = (3 / 4, 4 / 3)  # of a crop, width by height; values of torchvision
 ATTEMPTS = 10  # to draw a box that lies within the image
+MOST_NUMBERS = 2**25  # of the pixels and matrices that are computed at once, 4 or 8 bytes each
+MATRIX_COPIES = 8  # of a resizing matrix while it is computed
 SHARPNESS = -0.5  # of the bicubic kernel (Keys, 1981), as in Pillow and in torch with antialias
 
 
@@ -32,7 +34,8 @@ class BatchCrops:
     """
 
     def __init__(self, images: np.ndarray, arguments: AugmentationArguments, wanted: ModelInput, seed: int):
-        self.images, self.size, self.channels, self.seed = torch.from_numpy(images), wanted.size, wanted.channels, seed
+        # Not a tensor: a worker that is spawned would get it through /dev/shm, which has 64 MB in a container.
+        self.images, self.size, self.channels, self.seed = images, wanted.size, wanted.channels, seed
         self.min_scale, self.flip_prob = arguments.random_resized_crop_min_scale, arguments.horizontal_flip_prob
         self.normalize, self.erase = Normalize(wanted.mean, wanted.std), create_erasing(arguments)
 
@@ -44,6 +47,22 @@ class BatchCrops:
         Returns:
             `pixel_values (batch, 3, height, width)`.
         """
+        at_once = self.images_at_once()
+        return torch.cat([self.crop(keys[start : start + at_once]) for start in range(0, len(keys), at_once)])
+
+    @property
+    def matrix_size(self) -> int:
+        """Numbers in the two resizing matrices of an image."""
+        (height, width), (rows, columns) = self.images.shape[1:3], self.size
+        return rows * height + columns * width
+
+    def images_at_once(self) -> int:
+        """How many images can be cropped together in little memory: all of a batch of small ones."""
+        (height, width), (rows, columns) = self.images.shape[1:3], self.size
+        pixels = 3 * (height * width + rows * width + rows * columns)
+        return max(1, MOST_NUMBERS // (pixels + MATRIX_COPIES * self.matrix_size))
+
+    def crop(self, keys: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         generators = [np.random.default_rng([self.seed, *key]) for key in keys]
         numbers = np.array([generator.random(1 + 4 * ATTEMPTS) for generator in generators])
         height, width = self.images.shape[1:3]
@@ -53,7 +72,7 @@ class BatchCrops:
         mirrored = numbers[:, 0] < self.flip_prob
         columns[mirrored] = columns[mirrored, ::-1]
 
-        pixels = self.images[[key[1] for key in keys]].float()
+        pixels = torch.from_numpy(self.images[[key[1] for key in keys]]).float()
         resized = torch.from_numpy(rows) @ pixels.flatten(2)  # (batch, crop's height, width * 3)
         resized = resized.view(len(keys), self.size[0], width, 3).transpose(2, 3).flatten(1, 2)
         resized = resized @ torch.from_numpy(columns).transpose(1, 2)  # (batch, crop's height * 3, crop's width)

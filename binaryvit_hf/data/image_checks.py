@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -188,6 +188,13 @@ def inspect_images(
     Args:
         progress: what is done, for the lines that tell how far it is if it takes long.
     """
+    return list(iterate_inspected(dataset, indices, inspect, progress))
+
+
+def iterate_inspected(
+    dataset: Dataset, indices: Sequence[int], inspect: Callable[[dict | None], Any], progress: str
+) -> Iterator[Any]:
+    """The results of `inspect_images` one after the other."""
 
     def inspect_some(indices: Sequence[int]) -> list[Any]:
         return [attempt(inspect, encoded) for encoded in dataset[indices]["image"]]
@@ -196,11 +203,9 @@ def inspect_images(
     with ThreadPoolExecutor() as pool:
         results = pool.map(inspect_some, (indices[start : start + IMAGES_PER_READ] for start in starts))
         with Progress(progress, len(indices), logger.info) as lines:
-            found = []
             for some in results:
-                found += some
+                yield from some
                 lines.update(len(some))
-        return found
 
 
 def attempt(inspect: Callable[[dict | None], Any], encoded: dict | None) -> Any:

@@ -1,9 +1,9 @@
 """The datasets that a `DataLoader` reads: encoded images are decoded and transformed one at a time."""
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from .arguments import DataArguments
 from .augmentation import create_train_transform
 from .batch_crops import BatchCrops
 from .decoding import CroppingDecoder, decode_image, open_encoded
-from .image_checks import describe_fault, evenly_spaced, inspect_images, lock_if_large
+from .image_checks import describe_fault, evenly_spaced, image_name, iterate_inspected, lock_if_large
 from .model_inputs import RGB, describe_input
 from .sampling import SampleKey, StreamedSample, seeded_rng
 from .streaming import ImageSplits, ImageStream
 
 
 SAMPLED_IMAGES = 32  # to estimate the memory of all images
+# The name of a split's images, and the argument that limits their number.
+LIMITS = {"train": ("training image", "--max_train_samples"), "validation": ("held-out image", "--max_eval_samples")}
+MAX_MATRIX_SIZE = 2 * 10_000  # above it, crops are made faster one image at a time
 PROCESSED_ALONE = 2**22  # pixels; larger images are processed one at a time
 
 logger = logging.getLogger(__name__)
@@ -39,31 +42,37 @@ class ImagesInMemory(torch.utils.data.Dataset):
     Args:
         images: columns `image` (encoded) and `label`.
         convert: function of an encoded image. Threads call it.
-
+        split: "train" or "validation", for messages.
         argument: name of the argument that asks for it, for messages.
 
     Raises:
         UserError: an image cannot be decoded, or the memory is too small.
     """
 
-    def __init__(self, images: Dataset, convert: Callable, argument: str = "keep_images_in_memory"):
+    converted: Any
+
+    def __init__(self, images: Dataset, convert: Callable, split: str, argument: str = "keep_images_in_memory"):
         self.labels = images["label"][:]
-        some = self.read(images, evenly_spaced(range(len(images)), SAMPLED_IMAGES), convert)
+        some = list(self.read(images, evenly_spaced(range(len(images)), SAMPLED_IMAGES), convert))
         need, free = len(images) * sum(image.nbytes for image in some) / len(some), available_memory()
         if free is not None and need > free:
+            images_name, limit = LIMITS[split]
             raise UserError(
-                f"--{argument} needs {need / 1e9:.1f} GB for {counted(len(images), 'image')}, and {free / 1e9:.1f} GB are "
-                "free: leave it out, or limit the images with --max_train_samples."
+                f"--{argument} needs {need / 1e9:.1f} GB for {counted(len(images), images_name)}, and {free / 1e9:.1f} GB are "
+                f"free: leave it out, or limit the images with {limit}."
             )
-        self.converted = self.read(images, range(len(images)), convert)
+        self.converted = self.gather(images, self.read(images, range(len(images)), convert))
+
+    def gather(self, images: Dataset, converted: Iterator) -> Sequence:
+        return list(converted)
 
     @staticmethod
-    def read(images: Dataset, indices: Sequence[int], convert: Callable) -> list:
-        results = inspect_images(images, indices, convert, "Reading images")
+    def read(images: Dataset, indices: Sequence[int], convert: Callable) -> Iterator:
+        results = iterate_inspected(images, indices, convert, "Reading images")
         for index, result in zip(indices, results):
             if isinstance(result, Exception):
                 raise UserError(describe_fault(images[index]["image"], index, result)) from result
-        return results
+            yield result
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +83,32 @@ class ImagesInMemory(torch.utils.data.Dataset):
     @property
     def nbytes(self) -> int:
         return sum(image.nbytes for image in self.converted)
+
+
+class ImagesOfOneSize(ImagesInMemory):
+    """
+    Images in memory that are one array, `converted`: `uint8 (images, height, width, 3)`.
+
+    Raises:
+        UserError: the images have several sizes.
+    """
+
+    def gather(self, images: Dataset, converted: Iterator[np.ndarray]) -> np.ndarray:
+        # Not np.stack: it would need the memory twice.
+        pixels = np.empty(0, np.uint8)
+        for index, image in enumerate(converted):
+            if index == 0:
+                pixels = np.empty((len(images), *image.shape), image.dtype)
+            if image.shape != pixels.shape[1:]:
+                first, other = (
+                    f"{image_name(images[number]['image'], number)!r} has {shape[1]} x {shape[0]}"
+                    for number, shape in ((0, pixels.shape[1:]), (index, image.shape))
+                )
+                raise UserError(
+                    f"--crop_in_batches needs images of one size, but {first} pixels and {other}: leave it out."
+                )
+            pixels[index] = image
+        return pixels
 
 
 class TransformedImages(torch.utils.data.Dataset):
@@ -181,36 +216,27 @@ def add_transforms(
     }
     if keep:
         argument = "crop_in_batches" if arguments.crop_in_batches else "keep_images_in_memory"
-        convert = partial(decode_array, background=background) if arguments.crop_in_batches else crop.reduce
-        kept = ImagesInMemory(images["train"], convert, argument)
+        kept: ImagesInMemory
         if arguments.crop_in_batches:
-            crops = BatchCrops(stack_images(kept), arguments, wanted, seed)
+            kept = ImagesOfOneSize(images["train"], partial(decode_array, background=background), "train", argument)
+            crops = BatchCrops(kept.converted, arguments, wanted, seed)
+            if crops.matrix_size > MAX_MATRIX_SIZE:
+                (height, width), (crop_height, crop_width) = kept.converted.shape[1:3], wanted.size
+                logger.warning(
+                    "--crop_in_batches is for small images: crops of %d x %d pixels, from images of %d x %d, are made faster "
+                    "without it.",
+                    *(crop_width, crop_height, width, height),
+                )
             transformed["train"] = BatchCroppedImages(kept, crops, seed)
         else:
+            kept = ImagesInMemory(images["train"], crop.reduce, "train", argument)
             transformed["train"] = TransformedImages(kept, crop, augment, seed)
-        processed = ImagesInMemory(images["validation"], partial(process_encoded, process, background), argument)
+        process_kept = partial(process_encoded, process, background)
+        processed = ImagesInMemory(images["validation"], process_kept, "validation", argument)
         transformed["validation"] = TransformedImages(processed, identity, identity, seed)
         count, size = len(kept) + len(processed), (kept.nbytes + processed.nbytes) / 1e6
         logger.info("Keeping %s in memory: %.0f MB.", counted(count, "image"), size)
     return transformed
-
-
-def stack_images(images: ImagesInMemory) -> np.ndarray:
-    """
-    The pixels of all images, `uint8 (images, height, width, 3)`. The images become views of it.
-
-    Raises:
-        UserError: the images have several sizes.
-    """
-    sizes = Counter(image.shape[1::-1] for image in images.converted)
-    if len(sizes) > 1:
-        some = " and ".join(f"{width} x {height}" for (width, height), _ in sizes.most_common(2))
-        raise UserError(
-            f"--crop_in_batches needs images of one size, and these have {len(sizes)}, such as {some} pixels."
-        )
-    pixels = np.stack(images.converted)
-    images.converted = list(pixels)
-    return pixels
 
 
 def describe_sizes(processor: BaseImageProcessor, arguments: DataArguments, training: bool) -> str:

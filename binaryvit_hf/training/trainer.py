@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -67,6 +68,7 @@ class DistillationTrainer(Trainer):
         self.label_smoother = None  # compute_loss smooths labels itself, in training alone
         self.mix = mix
         self.train_sampler = None
+        self.evaluated: dict[str, Any] = {}  # the trainer's own datasets that have an evaluation loader, by name
         self.termination = SaveOnTermination()
         method_callbacks = self.args.create_callbacks()
         for callback in (SetEpoch(self), self.termination, PositiveClips(self.plain_model), *method_callbacks):
@@ -220,24 +222,36 @@ class DistillationTrainer(Trainer):
 
     # Data
 
-    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
-        """Apply `--dataloader_drop_last` to training only: evaluation counts every image."""
-        drop_last = self.args.dataloader_drop_last
+    def _get_dataloader(self, *args, is_training: bool = False, dataloader_key: str | None = None, **kwargs):
+        """
+        Apply `--dataloader_drop_last` to training only: evaluation counts every image. Workers persist for images that are
+        read again: accelerate holds each loader, and so its workers, until the run ends.
+        """
+        drop_last, persistent = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
         self.args.dataloader_drop_last = drop_last and is_training
+        self.args.dataloader_persistent_workers = persistent and (is_training or dataloader_key is not None)
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(*args, is_training=is_training, dataloader_key=dataloader_key, **kwargs)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = drop_last, persistent
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """With persistent workers the Trainer gives every dataset the images of the first one that it evaluated."""
-        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
-            return super().get_eval_dataloader(eval_dataset)
-        kept = vars(self).pop("_eval_dataloaders", {})
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self._eval_dataloaders = kept
+        """
+        The Trainer finds persistent workers by the name of a dataset. Here a dataset that is not the trainer's own has none,
+        and one that replaces another has new ones.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            return super().get_eval_dataloader()  # raises an error
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        own = self.eval_dataset[name] if isinstance(eval_dataset, str) else self.eval_dataset
+        if not isinstance(eval_dataset, str) and eval_dataset is not None and eval_dataset is not own:
+            return self.get_test_dataloader(eval_dataset)
+        if self.evaluated.get(name) is not own:
+            self.evaluated[name] = own
+            replaced = vars(self).get("_eval_dataloaders", {}).pop(name, None)
+            held = self.accelerator._dataloaders
+            self.accelerator._dataloaders = [loader for loader in held if loader is not replaced]  # its workers end
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset

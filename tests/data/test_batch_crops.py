@@ -1,10 +1,13 @@
 """`--crop_in_batches` gives the crops of `CroppingDecoder`, with other random numbers."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from binaryvit_hf.data import batch_crops, transforms
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.batch_crops import ATTEMPTS, BatchCrops, draw_boxes
 from binaryvit_hf.data.decoding import CroppingDecoder
@@ -75,6 +78,18 @@ def test_an_image_depends_on_its_key_alone(noise):
     assert 8 < changed.sum() < 32  # half of them are erased
 
 
+def test_large_images_are_cropped_a_few_at_a_time_with_the_same_values(noise, monkeypatch):
+    crop = BatchCrops(noise, DataArguments(), PIXELS, seed=7)
+    assert crop.images_at_once() > 512
+    together, batches = crop(keys_of(COUNT)), []
+    monkeypatch.setattr(batch_crops, "MOST_NUMBERS", 100_000)
+    monkeypatch.setattr(crop, "crop", lambda keys, crop=crop.crop: batches.append(len(keys)) or crop(keys))
+    assert torch.equal(crop(keys_of(COUNT)), together)
+    assert sum(batches) == COUNT and len(batches) > 5
+    monkeypatch.setattr(batch_crops, "MOST_NUMBERS", 1)
+    assert crop.images_at_once() == 1
+
+
 def test_channels_are_in_the_models_order(noise):
     wanted = ModelInput((24, 20), mean=(0, 0, 0), std=(1 / 255,) * 3, channels=(2, 1, 0))
     plain, reordered = (BatchCrops(noise, DataArguments(), model, 0)(keys_of(4)) for model in (PIXELS, wanted))
@@ -108,8 +123,31 @@ def test_a_folder_of_icons_is_read_and_cropped(icons):
 def test_images_of_several_sizes_are_refused(icons):
     Image.new("RGB", (31, 28), "red").save(icons / "ant" / "9.png")
     with pytest.raises(
-        UserError, match=r"--crop_in_batches needs images of one size, .* 2, such as 30 x 28 and 31 x 28"
+        UserError,
+        match=r"--crop_in_batches needs images of one size, but '.*0.png' has 30 x 28 pixels and '.*9.png' has 31 x 28: ",
     ):
+        load(icons)
+
+
+def test_images_are_in_memory_once_and_a_spawned_worker_gets_them_once(icons):
+    images = load(icons)["train"]
+    assert images.crop.images is images.images.converted
+    assert len(pickle.dumps(images)) < 1.5 * images.images.converted.nbytes + 3000  # what a spawned worker gets
+
+
+def test_a_warning_says_that_large_images_load_faster_otherwise(icons, caplog, monkeypatch):
+    load(icons)
+    assert not caplog.records
+    monkeypatch.setattr(transforms, "MAX_MATRIX_SIZE", 32 * (30 + 28) - 1)
+    load(icons)
+    assert "crops of 32 x 32 pixels, from images of 30 x 28, are made faster without it" in caplog.text
+
+
+@pytest.mark.parametrize("split, limit", [("train", "max_train_samples"), ("validation", "max_eval_samples")])
+def test_too_little_memory_names_the_images_and_the_argument_that_limits_them(split, limit, icons, monkeypatch):
+    free = iter([1] if split == "train" else [None, 1])
+    monkeypatch.setattr(transforms, "available_memory", lambda: next(free))
+    with pytest.raises(UserError, match=f"--crop_in_batches needs .* for 6 .* images, .* --{limit}"):
         load(icons)
 
 

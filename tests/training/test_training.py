@@ -1,5 +1,7 @@
 """The distillation loss, and the training, evaluation and checkpoints of the trainer."""
 
+import multiprocessing
+
 import pytest
 import torch
 from tiny import tiny_config, tiny_images, tiny_model
@@ -149,6 +151,25 @@ def test_each_dataset_is_evaluated_on_its_own_images(persistent, tmp_path):
         assert trainer.get_eval_dataloader(others).dataset is others
         assert trainer.get_eval_dataloader().dataset is trainer.eval_dataset
     assert (trainer.get_eval_dataloader() is trainer.get_eval_dataloader()) == persistent
+    trainer.eval_dataset = others
+    assert trainer.get_eval_dataloader().dataset is others
+    for named in ({"a": others, "b": others[:2]}, {"a": others[:2], "b": others}):
+        trainer.eval_dataset = named
+        for name, images in named.items():
+            assert trainer.get_eval_dataloader(name).dataset is images
+            assert (trainer.get_eval_dataloader(name) is trainer.get_eval_dataloader(name)) == persistent
+
+
+def test_workers_end_after_the_evaluation_of_images_that_are_not_the_trainers(tmp_path):
+    trainer = tiny_trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    before = len(multiprocessing.active_children())
+    others = trainer.eval_dataset[:3]
+    list(trainer.get_eval_dataloader(others)), list(trainer.get_test_dataloader(others))
+    assert len(multiprocessing.active_children()) == before
+    for images in (trainer.eval_dataset, others):  # the second replaces the first
+        trainer.eval_dataset = images
+        list(trainer.get_eval_dataloader())
+        assert len(multiprocessing.active_children()) == before + 1
 
 
 def test_metric_counts_first_and_first_five():
