@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tiny import tiny_config
 from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data import image_checks
 from binaryvit_hf.data.arguments import DataArguments
-from binaryvit_hf.data.image_checks import check_images, evenly_spaced
+from binaryvit_hf.data.image_checks import check_images, evenly_spaced, iterate_inspected
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.streaming import ImageStream
 from binaryvit_hf.training.run import main
@@ -209,3 +210,12 @@ def test_the_script_and_classify_agree_on_turned_transparent_and_16_bit_pictures
     evaluate = ["--model_name_or_path", tmp_path / "out", "--do_eval", "--output_dir", tmp_path / "again"]
     assert main([str(argument) for argument in (*common, *evaluate, "--background=none")]) == 0
     assert "Transparent in places: 6 of 18 validation images" in caplog.text
+
+
+def test_a_reader_that_stops_early_does_not_wait_for_all_images():
+    dataset = Dataset.from_dict({"image": range(5000)})
+    seen = []
+    results = iterate_inspected(dataset, range(5000), lambda image: time.sleep(0.001) or seen.append(image), "Reading")
+    next(results)
+    results.close()
+    assert len(seen) < 2500
