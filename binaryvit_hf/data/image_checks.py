@@ -202,11 +202,13 @@ def iterate_inspected(
     starts = range(0, len(indices), IMAGES_PER_READ)
     with ThreadPoolExecutor() as pool:
         results = pool.map(inspect_some, (indices[start : start + IMAGES_PER_READ] for start in starts))
-        # Closing cancels what no thread has begun, if the reader stops early.
-        with contextlib.closing(results), Progress(progress, len(indices), logger.info) as lines:
-            for some in results:
-                yield from some
-                lines.update(len(some))
+        try:
+            with Progress(progress, len(indices), logger.info) as lines:
+                for some in results:
+                    yield from some
+                    lines.update(len(some))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # the reader may stop early
 
 
 def attempt(inspect: Callable[[dict | None], Any], encoded: dict | None) -> Any:

@@ -1,5 +1,6 @@
 """Compiled training steps compute what eager ones do, whatever else the run does, and are chosen if they pay."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -300,6 +301,35 @@ def test_a_compiler_that_loses_gradients_is_found_before_training():
     last = list(layers.calls)[-1]
     layers.calls[last] = lambda *arguments, **kwargs: type(last).forward(last, *arguments, **kwargs).detach()
     with pytest.raises(RuntimeError, match=r"loses the gradients of \d+ of \d+ weights, such as binaryvit\."):
+        layers.check(tiny_images())
+
+
+@pytest.mark.parametrize("share, is_lost", [(0.4, False), (0.0, True)])
+def test_gradients_of_layers_that_compiled_code_drops_at_random_are_not_lost(share, is_lost, monkeypatch):
+    layers = CompiledLayers(tiny_model(small_config()), "eager")
+    monkeypatch.setattr(layers, "gradients", lambda images: {"a": torch.ones(2), "b": torch.ones(2)})
+    drawn = []
+
+    def draw(images):
+        drawn.append(torch.rand(()) < share)
+        return {"a": torch.ones(2), "b": drawn[-1] * torch.ones(2)}
+
+    monkeypatch.setattr(layers, "draw_gradients", draw)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="1 of 2 weights, such as b") if is_lost else contextlib.nullcontext():
+        layers.check(tiny_images())
+    assert drawn == [False] * 10 if is_lost else drawn == [False, False, True]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size, is_lost", [(1e-8, False), (1e-3, True)])
+def test_rounding_errors_of_zeros_are_not_gradients(size, is_lost, monkeypatch):
+    layers = CompiledLayers(tiny_model(small_config()), "eager")
+    gradients = {"a": torch.ones(2), "b": size * torch.ones(2)}
+    monkeypatch.setattr(layers, "gradients", lambda images: gradients)
+    monkeypatch.setattr(layers, "draw_gradients", lambda images: gradients | {"b": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match="1 of 2 weights, such as b") if is_lost else contextlib.nullcontext():
         layers.check(tiny_images())
 
 
