@@ -304,8 +304,10 @@ class Logits(nn.Module):
 def create_packed(run: TrainedRun) -> Contestant:
     try:
         classifier = Classifier.from_pretrained(run.folder)
-    except (UnsupportedModelError, UserError) as error:
+    except UnsupportedModelError as error:
         raise UserError(f"{run.name!r} cannot be compared, because the engine does not compute it: {error}") from error
+    except UserError as error:
+        raise UserError(f"{run.name!r} cannot be compared: {error}") from error
 
     def forward(images: np.ndarray) -> np.ndarray:
         return classifier.network.classify(images, *classifier.head, threads=classifier.threads)

@@ -204,6 +204,12 @@ def test_a_latent_run_is_refused_before_anything_is_measured(runs, capsys, tmp_p
     assert_refused(capsys, ["compare", latent], "cannot be compared, because the engine does not compute it")
 
 
+def test_a_run_without_weights_is_not_said_to_be_beyond_the_engine(runs, tmp_path, capsys):
+    unfinished = shutil.copytree(runs["binary"], tmp_path / "unfinished")
+    (unfinished / "model.safetensors").unlink()
+    assert_refused(capsys, ["compare", unfinished], "cannot be compared: The weights", "there is no model.safetensors")
+
+
 def test_a_missing_library_is_named_before_anything_is_loaded(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert_refused(
