@@ -156,7 +156,10 @@ def test_a_failure_leaves_the_earlier_page(tiny, tmp_path, monkeypatch):
 
 def test_a_model_of_the_hub_keeps_its_examples_and_its_kind_of_drawing(server, client, tmp_path):
     model = shipped_models()[DIGITS]
-    server.publish("alice/digits", {file.name: file.read_bytes() for file in model.iterdir() if file.suffix != ".md"})
+    server.publish(
+        "alice/digits",
+        {file.name: file.read_bytes() for file in model.iterdir() if file.is_file() and file.suffix != ".md"},
+    )
     done = client.run("-m", "binaryvit_cli", "page", "alice/digits", "page", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     html = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
