@@ -137,7 +137,7 @@ def test_images_are_in_memory_once_and_a_spawned_worker_gets_them_once(icons):
 
 def test_a_warning_says_that_large_images_load_faster_otherwise(icons, caplog, monkeypatch):
     load(icons)
-    assert not caplog.records
+    assert "faster" not in caplog.text
     monkeypatch.setattr(transforms, "MAX_MATRIX_SIZE", 32 * (30 + 28) - 1)
     load(icons)
     assert "crops of 32 x 32 pixels, from images of 30 x 28, are made faster without it" in caplog.text
