@@ -124,7 +124,7 @@ def measurement(model: str, engine: str, threads: int) -> dict:
 
 
 def milliseconds(result: dict) -> str:
-    return f"{1000 * result['seconds']:.2g}" if result["seconds"] < 0.01 else f"{1000 * result['seconds']:.3g}"
+    return f"{1000 * result['seconds']:#.2g}" if result["seconds"] < 0.01 else f"{1000 * result['seconds']:.3g}"
 
 
 def operations(network: str) -> str:
