@@ -31,7 +31,7 @@ def test_a_trained_peer_is_in_the_table_with_the_bits_that_one_would_ship(script
     results = [{"network": name, "engine": engine, **peer} for name in engines for engine in engines[name]]
     rows = script["trained_rows"]({"data": "fashion-mnist", "results": results})
     assert [row[0] for row in rows] == ["a, int8", "b, float32"]
-    assert rows[0][2:5] == ("90.0 (89.0-91.0)", "400 kB", "0.1")
+    assert rows[0][2:5] == ("90.0 (89.0-91.0)", "400 kB", "0.10")
 
 
 def test_times_and_sizes_in_the_text_are_those_of_the_table(script):
@@ -39,7 +39,7 @@ def test_times_and_sizes_in_the_text_are_those_of_the_table(script):
     known = set(re.findall(r"[\d.]+(?=&nbsp;[kM]B)|(?<=\| )[\d.]+(?= \|)", table))
     known |= {SIZE_WITHOUT_PYTORCH.partition(" ")[0], readable(ENGINE.stat().st_size, "B").partition(" ")[0]}
     stated = set(re.findall(r"[\d.]+(?=\s(?:ms|kB|MB)\b)", script["TABLE"].sub("", TEXT)))
-    assert "6.5" in stated
+    assert len(stated) > 3
     assert stated - known == set()
 
 
