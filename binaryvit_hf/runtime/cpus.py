@@ -30,7 +30,7 @@ def limit_spinning(variables: MutableMapping[str, str] = os.environ) -> None:
     A spinning thread takes the CPU from the one that it waits for, if another process uses the other CPUs.
     """
     # Training steps of configs/fashion-mnist/binaryvit, two threads on two CPUs, in turns. Default, 20000 spins, OMP_WAIT_POLICY=PASSIVE:
-    # 259, 254 and 380 ms on a quiet machine; 8.2, 1.3 and 0.9 s beside three other processes.
+    # 259, 254 and 380 ms on a quiet machine; about 8.2, 1.3 and 0.9 s on a loaded one.
     if not any(name in variables for name in WAIT_VARIABLES):
         variables["GOMP_SPINCOUNT"] = SPINS
 
