@@ -77,7 +77,14 @@ GROUPS = {
         *("ema_decay", "batch_norm_reestimation_batches", "oscillation_freezing_threshold"),
         *("weight_regularization", "sign_gradient"),
     ),
-    "Speed": ("torch_compile", "bf16", "use_cpu", "dataloader_num_workers", "per_device_eval_batch_size"),
+    "Speed": (
+        "cuda_graphs",
+        "torch_compile",
+        "bf16",
+        "use_cpu",
+        "dataloader_num_workers",
+        "per_device_eval_batch_size",
+    ),
     "Progress and checkpoints": (
         *("eval_strategy", "logging_strategy", "logging_steps", "save_strategy", "save_steps", "save_total_limit"),
         *("report_to", "disable_tqdm"),

@@ -47,6 +47,8 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
     "save_total_limit",
     # Compiled steps differ from eager ones by rounding alone.
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    # The kernels of a graph are those of eager steps.
+    "cuda_graphs",
     # How long processes wait for each other.
     "ddp_timeout",
 }

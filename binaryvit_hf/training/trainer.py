@@ -35,6 +35,7 @@ from .callbacks.positive_clips import PositiveClips
 from .callbacks.termination import SaveOnTermination
 from .checkpoints import flush_to_disk
 from .compilation import StepCompiler
+from .cuda_graphs import StepGraph
 from .losses import FiniteLosses, distance_from_one, distillation_loss
 
 
@@ -85,6 +86,8 @@ class DistillationTrainer(Trainer):
             self.args.torch_compile_mode,
             is_float32=not (self.args.bf16 or self.args.fp16),
         )
+        self.graph = StepGraph(self.plain_model, self.batch_loss, self.args.wants_graphs(), self.args.device)
+        self.is_full_batch = False  # whether the present batch has as many images as most batches
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -128,6 +131,13 @@ class DistillationTrainer(Trainer):
         images, labels = inputs["pixel_values"], inputs["labels"]
         if self.mix is not None:
             images, labels = self.mix(images, labels)
+        if self.is_full_batch and not return_outputs:
+            return self.graph.loss(model, images, labels, self.compiler.layers)
+        loss, outputs = self.batch_loss(model, images, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def batch_loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The training loss of a batch, and the outputs of the model."""
         outputs = model(pixel_values=images)
         smoothing = self.args.label_smoothing_factor
         if self.teacher is None:
@@ -142,7 +152,7 @@ class DistillationTrainer(Trainer):
             layers = binary_layers(self.plain_model).values()
             latent_weights = [layer.weight for layer in layers if layer.weight_bits == 1]
             loss = loss + self.args.weight_regularization * distance_from_one(latent_weights)
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def train(self, *args, **kwargs):
         self.args.check_network(self.plain_model.config)
@@ -157,6 +167,7 @@ class DistillationTrainer(Trainer):
             self.check_losses(wait=True)
         finally:
             self.termination.restore()
+            self.graph.forget()
         # A run that resumes after its last step has no losses to average.
         if self.state.global_step == self._initial_global_step:
             output.metrics.pop("train_loss", None)
@@ -175,8 +186,8 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         images, steps_left = inputs["pixel_values"], self.state.max_steps - self.state.global_step
         processes = self.args.world_size if self.accelerator.split_batches else 1
-        is_full = len(images) == self._train_batch_size // processes
-        with self.compiler.step(images, is_full, steps_left * self.args.gradient_accumulation_steps):
+        self.is_full_batch = len(images) == self._train_batch_size // processes
+        with self.compiler.step(images, self.is_full_batch, steps_left * self.args.gradient_accumulation_steps):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self.losses.add(loss.detach(), self.state.global_step + 1)
         self.check_losses()  # before the optimiser spreads it over every weight

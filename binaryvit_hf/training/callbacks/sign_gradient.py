@@ -24,12 +24,19 @@ class TanhSlope:
     `k * t * (1 - tanh(t * x)**2)`, the slope of `k * tanh(t * x)`, with `t = 0.1 * 100**progress` and `k = max(1 / t, 1)`.
     It begins near 1 for every x and ends nearly as steep as a sign (IR-Net, Qin et al., CVPR 2020, error decay estimator).
 
-    t and k * t are tensors: a compiler treats Python numbers as constants and would compile again at every step.
+    t and k * t are tensors: a compiler treats Python numbers as constants and would compile again at every step. A CUDA graph
+    treats tensors of the CPU as constants too.
     """
 
     def __init__(self):
         self.steepness, self.height = torch.tensor(0.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
         self.set_progress(0.0)
+
+    def to(self, device: torch.device) -> None:
+        """Compute on a device."""
+        if device.type != "cpu":
+            # Not every device has float64.
+            self.steepness, self.height = (value.to(device, torch.float32) for value in (self.steepness, self.height))
 
     def set_progress(self, progress: float) -> None:
         """Set the share of training that is over, from 0 to 1."""
@@ -48,6 +55,8 @@ class SignGradient(TrainerCallback):
         self.slope = {"polynomial": approx_sign_slope, "clip": clip_slope, "tanh": TanhSlope()}[name]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if isinstance(self.slope, TanhSlope):
+            self.slope.to(args.device)
         for module in binary_activation_modules(model):
             module.sign_slope = self.slope
 
