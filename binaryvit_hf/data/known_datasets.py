@@ -79,5 +79,5 @@ def encode_images(pixels: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
 
 def encode_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, format="PNG")
+    PILImage.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
