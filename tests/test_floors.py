@@ -19,6 +19,7 @@ FLOORS = {
     "argument_checks": 4,
     "compiled_layers": 4,
     "convert": 4,
+    "cuda_graphs": 5,
     "loading": 4,
     "onnx_export": 4,
     "ops": 4,

@@ -1,6 +1,6 @@
 """
-Time and peak memory of training steps of a network, eager and compiled, beside a full-precision DeiT and the plain
-simulation.
+Time and peak memory of training steps of a network, eager, compiled and as CUDA graphs, beside a full-precision DeiT and
+the plain simulation.
 
 The competitors take turns, step by step. Each is a process of its own, so its peak of memory is its own.
 """
@@ -24,6 +24,7 @@ from binaryvit_runtime.progress import with_progress
 from binaryvit_runtime.resources import shipped_configs
 
 from ..compiled_layers import CACHE_VARIABLE, CompiledLayers, missing_compiler
+from ..cuda_graphs import RecordedLoss
 from ..host_memory import forget_peak, keep_freed_memory, peak_of_process
 from ..loading import load_config
 from ..network.configuration_binaryvit import as_pair
@@ -33,6 +34,7 @@ from .simulation import simulate
 
 
 PEER = "deit-small-patch16-224"
+EAGER, COMPILED, GRAPH, COMPILED_GRAPH = MODES = ("eager", "compiled", "CUDA graph", "compiled, CUDA graph")
 WARM_UP_TURNS = 1  # after the first step: the allocator grows
 TABLE_HEAD = ("network", "first step, s", "ms a step, median", "10-90 %", "images/s", "peak memory", "steps of DeiT")
 
@@ -41,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Competitor:
-    """A row of configs/ and how it is trained: "eager", "compiled" or "simulated"."""
+    """A row of configs/ and how it is trained: one of `MODES`, or "simulated"."""
 
     network: str
-    mode: str = "eager"
+    mode: str = EAGER
 
     def __str__(self) -> str:
-        return self.network if self.mode == "eager" else f"{self.network}, {self.mode}"
+        return self.network if self.mode == EAGER else f"{self.network}, {self.mode}"
 
 
 def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict:
@@ -55,7 +57,7 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
     Time training steps of a row of configs/, of its simulation and of DeiT: forward, cross-entropy, backward, AdamW.
 
     The CPU trains in float32, a GPU under autocast to bfloat16. The row and DeiT also run compiled, as `--torch_compile`
-    does, with no code from earlier runs; not where there is no compiler.
+    does, with no code from earlier runs, and as CUDA graphs (`--cuda_graphs`); not where there is no compiler or NVIDIA GPU.
 
     Args:
         network: name of the row.
@@ -80,7 +82,9 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
     missing = missing_compiler(torch.device(device))
     if missing:
         logger.info("left out: compiled steps, because this machine lacks %s.", missing)
-    modes = ("eager",) if missing else ("eager", "compiled")
+    modes = [mode for mode in MODES if not (missing and mode in (COMPILED, COMPILED_GRAPH))]
+    if device != "cuda":
+        modes = [mode for mode in modes if mode not in (GRAPH, COMPILED_GRAPH)]
     competitors = [Competitor(name, mode) for name in (peer_of(network), network) for mode in modes]
     competitors.append(Competitor(network, "simulated"))
     first_seconds, seconds, peaks = take_turns(competitors, batch_size, steps, device)
@@ -165,17 +169,24 @@ def create_responder(competitor: Competitor, batch_size: int, device: str, threa
     config = load_config(shipped_configs()[competitor.network])
     model = AutoModelForImageClassification.from_config(config)
     model = (simulate(model) if competitor.mode == "simulated" else model).to(device).train()
-    layers = CompiledLayers(model) if competitor.mode == "compiled" else None
+    layers = CompiledLayers(model) if competitor.mode in (COMPILED, COMPILED_GRAPH) else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)  # the Trainer's own
     images = torch.randn(batch_size, config.num_channels, *as_pair(config.image_size), device=device)
     labels = torch.randint(config.num_labels, (batch_size,), device=device)
 
+    def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return nn.functional.cross_entropy(model(images).logits, labels)
+
+    recorded: RecordedLoss | None = None
+
     def timed_step() -> float:
+        nonlocal recorded
         start = time.perf_counter()
         with layers.active() if layers else contextlib.nullcontext():
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = nn.functional.cross_entropy(model(images).logits, labels)
-            loss.backward()
+            if recorded is None and competitor.mode in (GRAPH, COMPILED_GRAPH):
+                recorded = RecordedLoss(model, loss_of, images, labels)
+            (recorded or loss_of)(images, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":

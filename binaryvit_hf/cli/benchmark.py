@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--train",
         action="store_true",
-        help="measure training steps, eager and compiled, and compare with DeiT and the plain simulation",
+        help="measure training steps, eager, compiled and as CUDA graphs, and compare with DeiT and the plain simulation",
     )
     kinds.add_argument(
         "--loader",

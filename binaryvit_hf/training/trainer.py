@@ -35,8 +35,8 @@ from .callbacks.positive_clips import PositiveClips
 from .callbacks.termination import SaveOnTermination
 from .checkpoints import flush_to_disk
 from .compilation import StepCompiler
-from .cuda_graphs import StepGraph
 from .losses import FiniteLosses, distance_from_one, distillation_loss
+from .step_graph import StepGraph
 
 
 STAGING = "_writing"  # folder of unfinished checkpoints; the underscore keeps it out of uploads
@@ -86,7 +86,7 @@ class DistillationTrainer(Trainer):
             self.args.torch_compile_mode,
             is_float32=not (self.args.bf16 or self.args.fp16),
         )
-        self.graph = StepGraph(self.plain_model, self.batch_loss, self.args.wants_graphs(), self.args.device)
+        self.graph = StepGraph(self.plain_model, self.batch_loss, self.args.wants_graphs())
         self.is_full_batch = False  # whether the present batch has as many images as most batches
         self.teacher = teacher
         if teacher is not None:

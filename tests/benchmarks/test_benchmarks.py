@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from torch._dynamo.utils import counters
 
-from binaryvit_hf import engine, onnx_export
+from binaryvit_hf import cuda_graphs, engine, onnx_export
 from binaryvit_hf.benchmarks import inference, onnx_peers, trained, training
 from binaryvit_hf.benchmarks.simulation import simulate
 from binaryvit_hf.benchmarks.training import Competitor
@@ -69,6 +69,18 @@ def test_the_first_step_of_a_compiled_competitor_compiles_and_its_peak_is_forgot
     assert respond("step") > 0
     assert counters["stats"]["unique_graphs"] == graphs
     assert respond("peak") > 10**8
+
+
+def test_a_competitor_with_a_cuda_graph_records_in_its_first_step(monkeypatch):
+    passes = []
+    monkeypatch.setattr(cuda_graphs, "record", lambda function: lambda: passes.append(function()))
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: None)
+    respond = training.create_responder(Competitor("fashion-mnist/reactdeit", "CUDA graph"), 2, "cpu", 1)
+    assert respond("first") > 0
+    assert len(passes) == 1
+    assert respond("step") > 0
+    assert len(passes) == 3  # one refills the caches
 
 
 def test_a_row_of_an_ablation_is_compared_with_its_teacher():

@@ -4,21 +4,18 @@ Training steps as CUDA graphs: the same weights as without, whatever else the ru
 Without a GPU a recording runs its step again each time, on the same static images and labels.
 """
 
+import contextlib
+
 import pytest
 import torch
-from tiny import tiny_config, tiny_images, tiny_model
+from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
 
-from binaryvit_hf.training import cuda_graphs
+from binaryvit_hf import cuda_graphs
+from binaryvit_hf.compiled_layers import CompiledLayers
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
-from binaryvit_hf.training.cuda_graphs import StepGraph
+from binaryvit_hf.training.step_graph import StepGraph
 from binaryvit_runtime.errors import UserError
-
-
-def record(step):
-    for _ in range(cuda_graphs.WARM_UPS):
-        step()
-    return step
 
 
 @pytest.fixture
@@ -28,7 +25,9 @@ def recordings(monkeypatch):
 
     def record_on_cpu(step):
         made.append(step)
-        return record(step)
+        for _ in range(cuda_graphs.WARM_UPS):
+            step()
+        return step
 
     monkeypatch.setattr(cuda_graphs, "record", record_on_cpu)
     return made
@@ -54,7 +53,6 @@ def train(folder, with_graphs, wanted=True, **arguments):
         {"sign_gradient": "tanh"},
         {"batch_norm_reestimation_batches": 2, "eval_strategy": "steps", "eval_steps": 1},
         {"weight_regularization": 0.1, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
         {"bf16": True, "use_cpu": True},
     ],
     ids=lambda options: next(iter(options)),
@@ -69,7 +67,7 @@ def test_a_run_with_graphs_ends_with_the_weights_of_one_without(options, recordi
     for one, other in zip(plain.checkpointed, graphs.checkpointed):
         assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
     assert plain.state.log_history[-1]["train_loss"] == graphs.state.log_history[-1]["train_loss"]
-    assert graphs.graph.recording is None  # its memory is free
+    assert graphs.graph.recorded is None  # its memory is free
 
 
 def test_smaller_batches_run_without_the_graph(recordings, tmp_path):
@@ -81,14 +79,27 @@ def test_smaller_batches_run_without_the_graph(recordings, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_compiled_layers_are_recorded_too(recordings, tmp_path):
+    """Once eagerly, then compiled: the run begins with eager steps that it times."""
+    trainer = tiny_trainer(tmp_path, tiny_model(class_token_config(depths=[1])), max_steps=2)
+    trainer.graph.wanted = True
+    layers = CompiledLayers(trainer.plain_model, "eager")
+    images, labels = tiny_images(), torch.tensor([0, 1])[: len(tiny_images())]
+    trainer.plain_model.train()
+    losses = []
+    for compiled in (None, layers):
+        with compiled.active() if compiled else contextlib.nullcontext():
+            losses.append(trainer.graph.loss(trainer.plain_model, images, labels, compiled))
+    assert len(recordings) == 2
+    torch.testing.assert_close(*losses)
+
+
 def class_loss(model, images, labels):
     return torch.nn.functional.cross_entropy(model(images).logits, labels), None
 
 
 def step_graph(model, wanted: bool | str = True):
-    graph = StepGraph(model, class_loss, False, torch.device("cpu"))
-    graph.wanted = wanted
-    return graph
+    return StepGraph(model, class_loss, wanted)
 
 
 def test_a_graph_is_recorded_again_for_other_batches_and_moved_weights(recordings):
