@@ -58,6 +58,7 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
 
     The CPU trains in float32, a GPU under autocast to bfloat16. The row and DeiT also run compiled, as `--torch_compile`
     does, with no code from earlier runs, and as CUDA graphs (`--cuda_graphs`); not where there is no compiler or NVIDIA GPU.
+    Compiled CUDA graphs record the code that the compiled competitor before them has made.
 
     Args:
         network: name of the row.
@@ -142,11 +143,12 @@ def take_turns(
         For each competitor the seconds of the first step, those of each timed step, and the peak memory in bytes (of the
         GPU, else of the process).
     """
-    arguments = (batch_size, device, torch.get_num_threads())
-    workers = [Worker(str(competitor), create_responder, competitor, *arguments) for competitor in competitors]
-    first_seconds = [
-        worker.request("first") for worker in with_progress(workers, "first steps, with compilation", len(workers))
-    ]
+    with tempfile.TemporaryDirectory() as compiled_code:
+        arguments = (batch_size, device, torch.get_num_threads(), compiled_code)
+        workers = [Worker(str(competitor), create_responder, competitor, *arguments) for competitor in competitors]
+        first_seconds = [
+            worker.request("first") for worker in with_progress(workers, "first steps, with compilation", len(workers))
+        ]
     turns = WARM_UP_TURNS + steps
     rounds = [
         [worker.request("step") for worker in workers]
@@ -155,14 +157,20 @@ def take_turns(
     return first_seconds, list(zip(*rounds[WARM_UP_TURNS:])), [worker.request("peak") for worker in workers]
 
 
-def create_responder(competitor: Competitor, batch_size: int, device: str, threads: int) -> Callable:
+def create_responder(
+    competitor: Competitor, batch_size: int, device: str, threads: int, compiled_code: str
+) -> Callable:
     """
     Prepare training in the competitor's worker process.
+
+    Args:
+        compiled_code: folder of the code that torch.compile makes at the first step.
 
     Returns:
         The function that answers "first" with the seconds of the first training step, "step" with those of a later one,
         and "peak" with the peak memory in bytes since the first step.
     """
+    os.environ[CACHE_VARIABLE] = compiled_code
     keep_freed_memory()  # as training does
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -197,9 +205,7 @@ def create_responder(competitor: Competitor, batch_size: int, device: str, threa
         if message == "peak":
             return torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
         if message == "first":
-            with tempfile.TemporaryDirectory() as folder:
-                os.environ[CACHE_VARIABLE] = folder
-                seconds = timed_step()
+            seconds = timed_step()
             forget_peak()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -57,12 +57,12 @@ def test_training_benchmark_compares_with_the_peer_of_the_same_run(capsys, monke
     assert all(result["first_seconds"] > 0 for result in measured["results"])
 
 
-def test_the_first_step_of_a_compiled_competitor_compiles_and_its_peak_is_forgotten(monkeypatch):
+def test_the_first_step_of_a_compiled_competitor_compiles_and_its_peak_is_forgotten(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "CompiledLayers", functools.partial(CompiledLayers, backend="eager"))
     monkeypatch.setenv(CACHE_VARIABLE, "")
     monkeypatch.setattr(training, "keep_freed_memory", lambda: None)
     counters.clear()
-    respond = training.create_responder(Competitor("fashion-mnist/reactdeit", "compiled"), 2, "cpu", 1)
+    respond = training.create_responder(Competitor("fashion-mnist/reactdeit", "compiled"), 2, "cpu", 1, str(tmp_path))
     assert respond("first") > 0
     graphs = counters["stats"]["unique_graphs"]
     assert graphs >= 1
@@ -71,12 +71,14 @@ def test_the_first_step_of_a_compiled_competitor_compiles_and_its_peak_is_forgot
     assert respond("peak") > 10**8
 
 
-def test_a_competitor_with_a_cuda_graph_records_in_its_first_step(monkeypatch):
+def test_a_competitor_with_a_cuda_graph_records_in_its_first_step(monkeypatch, tmp_path):
     passes = []
     monkeypatch.setattr(cuda_graphs, "record", lambda function: lambda: passes.append(function()))
     monkeypatch.setenv(CACHE_VARIABLE, "")
     monkeypatch.setattr(training, "keep_freed_memory", lambda: None)
-    respond = training.create_responder(Competitor("fashion-mnist/reactdeit", "CUDA graph"), 2, "cpu", 1)
+    respond = training.create_responder(
+        Competitor("fashion-mnist/reactdeit", "CUDA graph"), 2, "cpu", 1, str(tmp_path)
+    )
     assert respond("first") > 0
     assert len(passes) == 1
     assert respond("step") > 0
