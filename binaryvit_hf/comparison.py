@@ -36,12 +36,13 @@ from .data.arguments import DataArguments
 from .data.decoding import decode_image
 from .data.image_checks import check_images, evenly_spaced
 from .data.label_names import compare_labels
-from .data.loading import load_images
+from .data.loading import load_described_images
 from .data.model_inputs import describe_input
 from .data.transforms import TransformedImages, process_image
 from .loading import load_classifier, load_config, load_image_processor
 from .network.quantization_binaryvit import QUANT_METHOD
 from .ops import align_columns, readable
+from .run_history import TEST
 from .training.ablation.estimates import SeedVariance, estimate_accuracy
 from .training.confusion import predict_classes, wilson_interval
 from .training.run_folder import NOT_RECORDED, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_WEIGHTS, read_json
@@ -165,7 +166,8 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
         turns: timed turns of each network, 2 or more. Networks take turns, so a load on the machine slows all of them.
 
     Returns:
-        - `images`: number of the evaluation images; `split`: "test" if all runs have test images, else "validation",
+        - `images`: number of the evaluation images; `split`: "test" if all runs have test images, else "validation";
+          `evaluation_images`: what they are (`run_history.EVALUATION_KINDS`),
         - `data`: the name of the data set or folder,
         - `cpu`: name of the processor,
         - `results`: for each network and runtime `network`, `engine`, `seeds`, `accuracy` (0 to 1), `accuracy_interval` (95 %),
@@ -177,7 +179,7 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
     """
     runs = [TrainedRun(name) for name in dict.fromkeys(names)]
     split = "test" if all(run.recorded.get("do_predict") for run in runs) else "validation"
-    images = load_common_images(runs, split)
+    images, kind = load_common_images(runs, split)
     with tempfile.TemporaryDirectory() as folder:
         contestants = [
             contestant
@@ -193,6 +195,7 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
             "data": runs[0].arguments.dataset_name or runs[0].arguments.train_dir,
             "split": split,
             "images": len(images[split]),
+            "evaluation_images": kind,
             "cpu": cpu_name(),
             "results": [
                 {
@@ -223,9 +226,9 @@ def accuracy_interval(correct: np.ndarray, between_seeds: SeedVariance | None) -
     return [max(0.0, estimate.low), min(1.0, estimate.high)]
 
 
-def load_common_images(runs: list[TrainedRun], split: str) -> dict[str, Dataset]:
+def load_common_images(runs: list[TrainedRun], split: str) -> tuple[dict[str, Dataset], str]:
     """
-    Calibration images, as `train`, and the evaluation images of all runs.
+    Calibration images, as `train`, and the evaluation images of all runs, with the kind of these.
 
     Raises:
         UserError: the runs have different images or classes, or the images cannot be loaded.
@@ -239,7 +242,8 @@ def load_common_images(runs: list[TrainedRun], split: str) -> dict[str, Dataset]
                     f"{first.name!r} and {other.name!r} have different images ({name} is {before} and {now}): compare runs on "
                     "the same images."
                 )
-    loaded: dict[str, Any] = load_images(first.arguments, first.seed, None, None, test=split == "test")
+    loaded: dict[str, Any]
+    loaded, kind = load_described_images(first.arguments, first.seed, None, None, test=split == "test")
     if "train" not in loaded:
         raise UserError(f"The images of {first.name!r} have no training images, which quantisation needs.")
     train = loaded["train"]
@@ -250,7 +254,7 @@ def load_common_images(runs: list[TrainedRun], split: str) -> dict[str, Dataset]
         logger.warning("Left out %s.", counted(len(broken), "broken image"))
     for run in runs:
         compare_labels(run.config, train.features["label"].names, repr(run.name), "compare runs on the same images")
-    return images
+    return images, TEST if split == "test" else kind
 
 
 # ---- Networks and runtimes ----
@@ -382,7 +386,7 @@ def cpu_name() -> str:
 
 
 def describe_table(measured: dict) -> str:
-    images = counted(measured["images"], f"{measured['split']} image")
+    images = counted(measured["images"], f"{measured['evaluation_images']} image")
     seeds = (
         " Runs that differ by their seed alone are one line: the mean of their accuracies, with an interval for other seeds and "
         "images, and the time and size of the first."

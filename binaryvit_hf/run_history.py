@@ -1,6 +1,8 @@
 """Reads the records of a training run in its output directory: results, and metrics over the epochs."""
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +13,23 @@ from binaryvit_runtime.sources import RUN_ARGUMENTS
 
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but takes a second to import
 ALL_RESULTS = "all_results.json"
+EVALUATION_IMAGES = "eval_images"  # the key of their kind in the results
+HELD_OUT, TEST, TRAINING, UNKNOWN = EVALUATION_KINDS = ("held-out", "test", "training", "evaluation")
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}
+SAME_IMAGES = ("samples", "accuracy", "loss")  # a model has equal values of these on equal images
 
 
 class TrainingHistory(NamedTuple):
-    """The metrics that a run logged, and whether it minimised the distillation loss instead of the label loss."""
+    """
+    Args:
+        entries: the metrics that a run logged.
+        is_distilled: whether it minimised the distillation loss instead of the label loss.
+        evaluation_images: see `evaluation_images`.
+    """
 
     entries: list[dict[str, float]]
     is_distilled: bool
+    evaluation_images: str = UNKNOWN
 
 
 def read_training_history(output_dir: Path) -> TrainingHistory:
@@ -30,7 +41,47 @@ def read_training_history(output_dir: Path) -> TrainingHistory:
     entries = [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
     entries.append(read_json(output_dir / ALL_RESULTS))
     is_distilled = bool(read_json(output_dir / RUN_ARGUMENTS).get("teacher_model_name_or_path"))
-    return TrainingHistory([finite_numbers(entry) for entry in entries], is_distilled)
+    return TrainingHistory([finite_numbers(entry) for entry in entries], is_distilled, evaluation_images(output_dir))
+
+
+def evaluation_images(output_dir: Path) -> str:
+    """
+    The kind of images that a run was evaluated on: `"held-out"`, `"test"`, `"training"`, or `"evaluation"` if the folder
+    does not tell.
+    """
+    results = read_json(output_dir / ALL_RESULTS)
+    recorded = results.get(EVALUATION_IMAGES)
+    if recorded in EVALUATION_KINDS:
+        return recorded
+    return infer_evaluation_images(read_json(output_dir / RUN_ARGUMENTS), results)
+
+
+def infer_evaluation_images(arguments: dict, results: dict) -> str:
+    """`evaluation_images` of a run that did not record it, as those of 0.1.0."""
+    train, validation = (text_value(arguments, f"{name}_dir") for name in ("train", "validation"))
+    if train and validation and os.path.abspath(train) == os.path.abspath(validation):
+        return TRAINING
+    if train or arguments.get("train_val_split") is not None:
+        return HELD_OUT
+    train_split, split, test_split = (
+        text_value(arguments, f"{name}_split_name") for name in ("train", "validation", "test")
+    )
+    if not split and test_split == "validation":
+        split = "validation"  # it is the default of evaluation, too
+    if split:
+        return TRAINING if split == train_split else TEST if split == test_split else HELD_OUT
+    evaluation, test = (
+        finite_numbers({key: results.get(f"{prefix}_{key}") for key in SAME_IMAGES}) for prefix in ("eval", "test")
+    )
+    if arguments.get("max_eval_samples") is not None or not evaluation.keys() == test.keys() == set(SAME_IMAGES):
+        return UNKNOWN
+    is_same = all(math.isclose(evaluation[key], test[key], rel_tol=1e-5) for key in SAME_IMAGES)
+    return TEST if is_same else HELD_OUT
+
+
+def text_value(content: dict, name: str) -> str | None:
+    value = content.get(name)
+    return value if isinstance(value, str) else None
 
 
 def find_values(history: TrainingHistory, key: str) -> list[tuple[float, float]]:

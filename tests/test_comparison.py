@@ -57,7 +57,7 @@ def quick(monkeypatch):
 def exported(runs, tmp_path_factory) -> list[comparison.Contestant]:
     """The ResNet in onnxruntime, in float32 and in 8 bits. An export takes seconds."""
     trained = comparison.TrainedRun(str(runs["resnet"]))
-    images = comparison.load_common_images([trained], "validation")
+    images = comparison.load_common_images([trained], "validation")[0]
     return comparison.create_contestants(trained, images["train"], tmp_path_factory.mktemp("exported") / "onnx")
 
 
@@ -88,7 +88,7 @@ def test_every_network_is_measured_on_the_runtime_that_one_would_ship_it_with(
     head, _, *lines = out.read_text().splitlines()
     assert head.startswith("| network | runs on | top-1, %")
     assert lines[0].startswith(f"| {packed} | engine | {100 * rows[packed, 'engine']['accuracy']:.2f} |")
-    assert "Accuracy on 48 validation images of sklearn-digits" in lines[-1]
+    assert "Accuracy on 48 held-out images of sklearn-digits" in lines[-1]
 
 
 def test_a_quantised_network_has_weights_of_8_bits_and_the_ranges_of_the_images(exported):
@@ -96,7 +96,7 @@ def test_a_quantised_network_has_weights_of_8_bits_and_the_ranges_of_the_images(
     weights = {tensor.data_type for tensor in onnx.load(integers.competitor.file).graph.initializer}
     assert onnx.TensorProto.INT8 in weights
     trained = floats.run
-    images = comparison.load_common_images([trained], "validation")["validation"]
+    images = comparison.load_common_images([trained], "validation")[0]["validation"]
     pixel_values = next(comparison.pixel_batches(trained, images))
     with torch.inference_mode():
         expected = trained.load_model().eval()(torch.from_numpy(pixel_values)).logits.numpy()

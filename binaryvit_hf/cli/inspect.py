@@ -17,7 +17,7 @@ from .common import add_token_argument, print_error
 if TYPE_CHECKING:
     from binaryvit_hf.inspection.pictures import Pictures
 
-HELD_OUT_PICTURES = 64
+EVALUATION_PICTURES = 64
 EXAMPLE = "binaryvit inspect binaryvit-digits --out report.html"
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         nargs="+",
         help="image files, folders or patterns to measure activations and attention on, at most 256 of them (default: the "
-        "model's example picture, or held-out images of its run)",
+        "model's example picture, or images that its run was evaluated on)",
     )
     add_token_argument(parser)
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     if given:
         pictures = Pictures(choose_evenly(given), len(given), "picture")
     else:
-        pictures = example_pictures(folder) or held_out_pictures(records_folder(folder))
+        pictures = example_pictures(folder) or evaluation_pictures(records_folder(folder))
     latent = load_latent(model, source, options.token)
     learning_rates = [*records.learning_rates.values()]
     with Progress("Measuring the network"):
@@ -111,17 +111,17 @@ def name_of(model: str) -> str:
     return f"{folder.parent.name}/{folder.name}" if is_part else folder.name
 
 
-def held_out_pictures(folder: Path) -> "Pictures | None":
+def evaluation_pictures(folder: Path) -> "Pictures | None":
     """Pictures that the run in a folder was evaluated on. None if it is no folder of a run, or they cannot be loaded."""
     from binaryvit_hf.inspection.pictures import Pictures
 
     if not (folder / RUN_ARGUMENTS).is_file():
         return None
     try:
-        from binaryvit_hf.training.example_image import held_out_images
+        from binaryvit_hf.training.example_image import evaluation_images
 
-        images = held_out_images(folder, HELD_OUT_PICTURES)
+        images = evaluation_images(folder, EVALUATION_PICTURES)
     except Exception as error:  # datasets fail in many ways, and a report without pictures is still a report
-        print(one_line(f"The held-out images of the run cannot be loaded: {first_sentence(error)}"), file=sys.stderr)
+        print(one_line(f"The evaluation images of the run cannot be loaded: {first_sentence(error)}"), file=sys.stderr)
         return None
-    return Pictures(images, len(images), "held-out picture")
+    return Pictures(images, len(images), "evaluation picture")

@@ -1,6 +1,7 @@
 """The splits of a run: loaded from folders, files, the Hub or this machine, and divided into training and evaluation."""
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
 from binaryvit_runtime.hub import explain_hub_error
 from binaryvit_runtime.sources import did_you_mean_path
 
+from ..run_history import HELD_OUT, TEST, TRAINING
 from .arguments import DataArguments
 from .held_out import hold_out
 from .image_folders import load_folder_splits
@@ -31,12 +33,21 @@ def load_images(
     Raises:
         UserError: the arguments name no images, or a split, column or label is missing or unfit.
     """
+    return load_described_images(arguments, seed, cache_dir, token, test)[0]
+
+
+def load_described_images(
+    arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None, test: bool = False
+) -> tuple[ImageSplits, str]:
+    """The splits as `load_images` loads them, and the kind of those to evaluate on: "held-out", "test" or "training"."""
     if arguments.dataset_name and (arguments.train_dir or arguments.validation_dir):
         raise UserError("Give either --dataset_name or --train_dir and --validation_dir, not both.")
     if arguments.dataset_name:
-        splits = load_named_splits(arguments, cache_dir, token, test)
+        splits, sources = load_named_splits(arguments, cache_dir, token, test)
     elif arguments.train_dir or arguments.validation_dir:
         splits = load_folder_splits(arguments)
+        folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
+        sources = {split: os.path.realpath(folder) for split, folder in folders.items() if folder}
     else:
         raise UserError("No images are given: pass --dataset_name, or --train_dir with one sub-folder per class.")
 
@@ -46,14 +57,31 @@ def load_images(
     if test and "test" not in splits:
         raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")
     if arguments.streaming:
-        return stream_splits(splits, arguments, seed)
+        return stream_splits(splits, arguments, seed), name_evaluation_images(sources, arguments)
     if "validation" not in splits or arguments.train_val_split is not None:
         splits |= hold_out(splits, arguments.train_val_split)
+        sources.pop("validation", None)
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in splits and limit < len(splits[split]):
             # Image folders are sorted by class, so shuffle first.
             splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
-    return splits
+    return splits, name_evaluation_images(sources, arguments)
+
+
+def name_evaluation_images(sources: dict[str, str], arguments: DataArguments) -> str:
+    """
+    The kind of images to evaluate on.
+
+    Args:
+        sources: where the images of `train`, `validation` and `test` are from: the name of a split, or a folder. Without
+            `validation`, training images are held out.
+    """
+    source = sources.get("validation")
+    if source is None:
+        return HELD_OUT
+    if source == sources.get("train"):
+        return TRAINING
+    return TEST if source in (sources.get("test"), arguments.test_split_name) else HELD_OUT
 
 
 def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, seed: int) -> dict[str, ImageStream]:
@@ -79,10 +107,11 @@ def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, 
 
 def load_named_splits(
     arguments: DataArguments, cache_dir: str | None, token: str | bool | None, test: bool
-) -> dict[str, Dataset | IterableDataset]:
+) -> tuple[dict[str, Dataset | IterableDataset], dict[str, str]]:
     """
-    The splits of `--dataset_name`. The default evaluation split is `validation`, or else `test`. Without streaming, a
-    default split that has no labels is skipped, because training images can be held out instead.
+    The splits of `--dataset_name`, and the dataset's own name of each. The default evaluation split is `validation`, or
+    else `test`. Without streaming, a default split that has no labels is skipped, because training images can be held out
+    instead.
 
     Raises:
         UserError: the dataset cannot be loaded, or lacks a split or column that the arguments name.
@@ -97,7 +126,7 @@ def load_named_splits(
     if test:
         candidates["test"] = [arguments.test_split_name]
     required = {"train": arguments.train_val_split is not None, "validation": bool(arguments.validation_split_name)}
-    splits = {}
+    splits, sources = {}, {}
     for split, names in candidates.items():
         may_skip = len(names) > 1 and "train" in splits and not arguments.streaming
         for found in (candidate for candidate in names if candidate in loaded):
@@ -106,14 +135,14 @@ def load_named_splits(
             if may_skip and is_unlabelled(dataset):
                 logger.warning("The split %r has no labels, so it is not used for evaluation.", found)
                 continue
-            splits[split] = dataset
+            splits[split], sources[split] = dataset, found
             break
         if split not in splits and (required.get(split, True) or (split == "validation" and not splits)):
             raise UserError(
                 f"--dataset_name {name!r} has no split {names[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Name one with --{split}_split_name{did_you_mean(names[0], loaded)}"
             )
-    return standardize_labels(splits, read_class_names(arguments.class_names, name))
+    return standardize_labels(splits, read_class_names(arguments.class_names, name)), sources
 
 
 def load_named_dataset(

@@ -28,7 +28,7 @@ from .streaming import ImageSplits, ImageStream
 
 SAMPLED_IMAGES = 32  # to estimate the memory of all images
 # The name of a split's images, and the argument that limits their number.
-LIMITS = {"train": ("training image", "--max_train_samples"), "validation": ("held-out image", "--max_eval_samples")}
+LIMITS = {"train": ("training image", "--max_train_samples"), "validation": ("evaluation image", "--max_eval_samples")}
 MAX_MATRIX_SIZE = 2 * 10_000  # above it, crops are made faster one image at a time
 PROCESSED_ALONE = 2**22  # pixels; larger images are processed one at a time
 

@@ -129,7 +129,7 @@ def legend(entries: Sequence[tuple[str, str]]) -> Raw:
 
 
 class Series(NamedTuple):
-    """A curve: its name, points from left to right, and the class of its colour. `dashed` for held-out images."""
+    """A curve: its name, points from left to right, and the class of its colour. `dashed` for evaluation images."""
 
     name: str
     points: list[tuple[float, float]]

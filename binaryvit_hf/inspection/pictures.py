@@ -24,12 +24,12 @@ class Pictures(NamedTuple):
     Args:
         pictures: to measure on.
         found: number of pictures that they were chosen from.
-        kind: what they are: pictures that the user gave, the model's examples, or held-out pictures of its run.
+        kind: what they are: pictures that the user gave, the model's examples, or pictures that its run was evaluated on.
     """
 
     pictures: Sequence[Picture]
     found: int
-    kind: Literal["picture", "example picture", "held-out picture"]
+    kind: Literal["picture", "example picture", "evaluation picture"]
 
 
 def choose_evenly(pictures: Sequence[Picture], most: int = MOST_PICTURES) -> list[Picture]:

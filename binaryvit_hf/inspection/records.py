@@ -10,6 +10,7 @@ from ..run_history import (
     ALL_RESULTS,
     TRAINER_STATE,
     TrainingHistory,
+    evaluation_images,
     find_values,
     finite_numbers,
     named_metrics,
@@ -43,7 +44,7 @@ class RunRecords(NamedTuple):
 
     def accuracy(self) -> tuple[dict[str, float], str]:
         """The accuracies by name and the images they are of: the test images if there are any. Empty if not recorded."""
-        for prefix, images in (("test", "test images"), ("eval", "held-out images")):
+        for prefix, images in (("test", "test images"), ("eval", f"{self.history.evaluation_images} images")):
             if found := named_metrics(self.results, prefix):
                 number = self.results.get(f"{prefix}_samples")
                 return found, images if number is None else f"{number:,.0f} {images}"
@@ -65,6 +66,7 @@ def read_records(folder: Path) -> RunRecords:
     """
     history = read_training_history(folder)
     of_run = folder.parent if folder.name.startswith(CHECKPOINT_PREFIX) else folder
+    history = history._replace(evaluation_images=evaluation_images(of_run))
     arguments = read_json(of_run / RUN_ARGUMENTS)
     dataset = next((arguments[name] for name in ("dataset_name", "train_dir") if arguments.get(name)), None)
     rates = [rate for _, rate in find_values(history, "learning_rate") if rate > 0]

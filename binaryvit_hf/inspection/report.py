@@ -165,7 +165,9 @@ def facts(report: Report) -> Raw:
         if teacher is not None:
             own = report.records.results.get("eval_accuracy")
             beside = "" if own is None else f", where this model has {100 * own:.2f} %"
-            entries.append(("Its teacher", f"{100 * teacher:.2f} %", f"held-out images{beside}"))
+            entries.append(
+                ("Its teacher", f"{100 * teacher:.2f} %", f"{report.records.history.evaluation_images} images{beside}")
+            )
     else:
         entries.append(("Accuracy", "unknown", "not recorded beside the model"))
     kind = "packed" if report.measurements.is_packed else "latent weights"

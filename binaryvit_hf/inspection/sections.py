@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from binaryvit_runtime.errors import counted
 
 from ..ops import readable
-from ..run_history import find_values
+from ..run_history import TRAINING, UNKNOWN, find_values
 from .figures import MINUS, TIMES, Cell, Raw, Series, bar, columns, curves, details, join, legend, table, tag, text
 from .findings import percent, size
 from .measurements import Measurements, PictureMeasurements
@@ -154,7 +154,7 @@ def bar_cell(number: str, share: str, parts: Sequence[tuple[str, float]]) -> Raw
 def origin(pictures: Pictures, measured: int) -> Raw:
     """One sentence about the pictures of a measurement."""
     chosen = f", chosen evenly from {pictures.found:,}" if pictures.found > len(pictures.pictures) else ""
-    of = {"picture": "", "example picture": " of the model", "held-out picture": " of the run"}[pictures.kind]
+    of = {"picture": "", "example picture": " of the model", "evaluation picture": " of the run"}[pictures.kind]
     sentence = f"Measured on {counted(measured, pictures.kind)}{of}{chosen}."
     if pictures.kind == "example picture":
         return join([f"{sentence} For numbers of your data, run again with ", tag("code", "--images FOLDER"), "."])
@@ -404,17 +404,19 @@ def stage_of(part: str) -> str:
 
 def learning_curves(records: RunRecords) -> Raw:
     title = "Learning curves"
-    history = records.history
+    history, kind = records.history, records.history.evaluation_images
+    if kind == TRAINING:
+        kind = UNKNOWN  # the training loss has a name of its own
     loss = find_values(history, "loss") or find_values(history, "train_loss")
     metrics = {
         "training loss": loss,
-        "held-out loss": find_values(history, "eval_loss"),
-        "held-out accuracy": [(epoch, 100 * value) for epoch, value in find_values(history, "eval_accuracy")],
+        f"{kind} loss": find_values(history, "eval_loss"),
+        f"{kind} accuracy": [(epoch, 100 * value) for epoch, value in find_values(history, "eval_accuracy")],
         "learning rate": find_values(history, "learning_rate"),
     }
     # The results at the end of a run are one point; they are no curve.
     if max(len(points) for points in metrics.values()) > 1:
-        return section("curves", title, *drawn_curves(metrics, history.is_distilled))
+        return section("curves", title, *drawn_curves(metrics, kind, history.is_distilled))
     if records.curves_picture is not None:
         source = f"data:image/png;base64,{base64.b64encode(records.curves_picture).decode()}"
         return section(
@@ -426,16 +428,16 @@ def learning_curves(records: RunRecords) -> Raw:
     return section("curves", title, missing("Not recorded: the model has no trainer_state.json beside it."))
 
 
-def drawn_curves(metrics: Mapping[str, list[tuple[float, float]]], is_distilled: bool) -> list[Raw]:
-    training, held_out = metrics["training loss"], metrics["held-out loss"]
+def drawn_curves(metrics: Mapping[str, list[tuple[float, float]]], kind: str, is_distilled: bool) -> list[Raw]:
+    training, evaluated = metrics["training loss"], Series(f"{kind} images", metrics[f"{kind} loss"], "second")
     panels = []
     if is_distilled:
         panels.append(("Distillation loss", "cross-entropy with the teacher", [Series("training images", training)]))
-        panels.append(("Label loss", "cross-entropy with the labels", [Series("held-out images", held_out, "second")]))
+        panels.append(("Label loss", "cross-entropy with the labels", [evaluated]))
     else:
-        both = [Series("training images", training), Series("held-out images", held_out, "second")]
+        both = [Series("training images", training), evaluated]
         panels.append(("Label loss", "cross-entropy with the labels", both))
-    panels.append(("Top-1 accuracy, %", "%", [Series("held-out images", metrics["held-out accuracy"], "second")]))
+    panels.append(("Top-1 accuracy, %", "%", [evaluated._replace(points=metrics[f"{kind} accuracy"])]))
     panels.append(("Learning rate", "of the weights", [Series("learning rate", metrics["learning rate"])]))
     figures = []
     for name, unit, series in panels:
@@ -460,7 +462,7 @@ def drawn_curves(metrics: Mapping[str, list[tuple[float, float]]], is_distilled:
     return [
         tag(
             "p",
-            "Accuracy that still rises at the end asks for more epochs. A held-out curve that jumps is often due to signs that flip "
+            "Accuracy that still rises at the end asks for more epochs. An evaluation curve that jumps is often due to signs that flip "
             "back and forth.",
         ),
         tag("div", *figures, class_="panels"),

@@ -24,7 +24,7 @@ The files, in the order in which a run uses them:
     compilation.py   compiled training steps, and whether they pay; step_graph.py: steps as CUDA graphs
     run_folder.py    records a run's arguments and compares them before a run resumes
     metrics.py, confusion.py, learning_curves.py, model_card.py
-    example_image.py a held-out image for the commands at the end
+    example_image.py an evaluation image for the commands at the end
 
 `process_errors.py` shows an error once for several processes. `ablation/` starts the runs of a whole table.
 

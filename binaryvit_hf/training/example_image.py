@@ -17,7 +17,7 @@ from ..data.streaming import ImageStream
 from .run_folder import RUN_ARGUMENTS, read_json
 
 
-def held_out_image(output_dir: str | Path, cache_dir: str | None = None) -> Image:
+def evaluation_image(output_dir: str | Path, cache_dir: str | None = None) -> Image:
     """
     The first image that a run was evaluated on, in RGB, on the model's background.
 
@@ -30,11 +30,11 @@ def held_out_image(output_dir: str | Path, cache_dir: str | None = None) -> Imag
     Raises:
         UserError: the folder holds no arguments of a run, or its images cannot be loaded any more.
     """
-    return held_out_images(output_dir, 1, cache_dir)[0]
+    return evaluation_images(output_dir, 1, cache_dir)[0]
 
 
-def held_out_images(output_dir: str | Path, most: int, cache_dir: str | None = None) -> list[Image]:
-    """At most `most` images as `held_out_image` gives one, spaced evenly; of a stream the first ones."""
+def evaluation_images(output_dir: str | Path, most: int, cache_dir: str | None = None) -> list[Image]:
+    """At most `most` images as `evaluation_image` gives one, spaced evenly; of a stream the first ones."""
     recorded = read_json(Path(output_dir) / RUN_ARGUMENTS)
     if not recorded:
         raise UserError(f"{str(output_dir)!r} is no output directory of a run: it has no {RUN_ARGUMENTS}.")
@@ -47,3 +47,6 @@ def held_out_images(output_dir: str | Path, most: int, cache_dir: str | None = N
     else:
         rows = (images[index * len(images) // most] for index in range(most)) if len(images) > most else iter(images)
     return [decode_image(row["image"], background) for row in rows]
+
+
+held_out_image = evaluation_image  # the name in the commands that earlier versions printed

@@ -33,20 +33,28 @@ def plot_learning_curves(histories: dict[str, TrainingHistory], path: Path) -> N
         path: the picture to write.
     """
     distillation, label, accuracy = [], [], []
+    evaluated = [history for history in histories.values() if find_values(history, "eval_accuracy")]
+    kinds = {history.evaluation_images for history in evaluated}
     for (name, history), color in zip(histories.items(), COLORS):
         training = distillation if history.is_distilled else label
         # A run shorter than --logging_steps logs only the mean over the whole run.
         loss = find_values(history, "loss") or find_values(history, "train_loss")
         training.append(Curve(f"{name}, training images", color, *split_points(loss)))
         label.append(
-            Curve(f"{name}, held-out images", color, *split_points(find_values(history, "eval_loss")), style="--")
+            Curve(
+                f"{name}, {history.evaluation_images} images",
+                color,
+                *split_points(find_values(history, "eval_loss")),
+                style="--",
+            )
         )
         points = [(epoch, 100 * value) for epoch, value in find_values(history, "eval_accuracy")]
-        accuracy.append(Curve(name, color, *split_points(points)))
+        of_which = f", {history.evaluation_images} images" if len(kinds) > 1 else ""
+        accuracy.append(Curve(name + of_which, color, *split_points(points)))
     panels = [
         ("Distillation loss", "cross-entropy with the teacher's probabilities", distillation),
         ("Label loss", "cross-entropy with the labels", label),
-        ("Top-1 accuracy on held-out images", "%", accuracy),
+        (f"Top-1 accuracy on {kinds.pop()} images" if len(kinds) == 1 else "Top-1 accuracy", "%", accuracy),
     ]
     drawn = [(title, unit, curves) for title, unit, curves in panels if any(curve.epochs for curve in curves)]
     if not drawn:

@@ -16,9 +16,9 @@ from ..data.known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
 from ..loading import load_config
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, readable, total
-from ..run_history import finite_numbers, named_metrics, read_json
+from ..run_history import TEST, TRAINING, evaluation_images, finite_numbers, named_metrics, read_json, text_value
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
-from .run_folder import RUN_ARGUMENTS, arguments_to_json, has_held_out_images
+from .run_folder import RUN_ARGUMENTS, arguments_to_json
 
 
 # Defaults of earlier versions, which their runs recorded: nobody chose them.
@@ -51,16 +51,21 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
     except UserError as error:
         raise UserError(f"{str(processor)!r} is damaged: {error}") from error
     given = arguments or recipe
-    teacher = text(given, "teacher_model_name_or_path")
-    dataset = text(given, "dataset_name") or text(given, "train_dir") or text(given, "validation_dir")
+    teacher = text_value(given, "teacher_model_name_or_path")
+    dataset = (
+        text_value(given, "dataset_name") or text_value(given, "train_dir") or text_value(given, "validation_dir")
+    )
     dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
     metrics = named_metrics(results, "eval")
-    test_metrics = named_metrics(results, "test") if has_held_out_images(folder) else {}
+    images, test_metrics = evaluation_images(folder), named_metrics(results, "test")
+    if images == TEST and results.get("eval_samples") == results.get("test_samples"):
+        test_metrics = {}
+    published = test_metrics or ({} if images == TRAINING else metrics)
     name, binary = Path(model_id).name, config.model_type == "binaryvit"
     base_model = teacher if "teacher_revision" in recorded or not arguments else None  # a teacher on the Hub
-    license = text(arguments, "license") or DEFAULT_LICENSE
+    license = text_value(arguments, "license") or DEFAULT_LICENSE
     card = ModelCard.from_template(
-        card_metadata(name, binary, dataset, license, base_model, test_metrics or metrics),
+        card_metadata(name, binary, dataset, license, base_model, published),
         template_path=str(shipped_folder("model_cards") / "template.md"),
         model_id=model_id,
         name=name,
@@ -72,6 +77,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         background=background,
         results=results,
         metrics=metrics,
+        evaluation_images=images,
         test_metrics=test_metrics,
         teacher=teacher,
         teacher_metrics=named_metrics(results, "teacher"),
@@ -118,11 +124,6 @@ def card_metadata(
     )
 
 
-def text(content: dict, name: str) -> str | None:
-    value = content.get(name)
-    return value if isinstance(value, str) else None
-
-
 def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:
     """Bytes of the model's weights, its latent weights and its teacher's weights, without zeros."""
     packed = bool(read_json(folder / "config.json").get("quantization_config"))
@@ -144,7 +145,7 @@ def chosen_arguments(arguments: dict) -> dict:
         return {}
     # The defaults depend on the device, so create them for the run's: this machine may have another.
     training_arguments = DistillationTrainingArguments(
-        text(arguments, "output_dir") or "output", use_cpu=arguments.get("use_cpu") is True
+        text_value(arguments, "output_dir") or "output", use_cpu=arguments.get("use_cpu") is True
     )
     defaults = arguments_to_json(RunArguments(ModelArguments(), DataArguments(), training_arguments))
     steps = arguments.get("max_steps")

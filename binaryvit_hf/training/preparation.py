@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
@@ -18,8 +19,9 @@ from ..data.arguments import DataArguments
 from ..data.augmentation import AugmentationArguments
 from ..data.image_checks import check_images
 from ..data.label_names import compare_labels, match_labels
-from ..data.loading import load_images, relabel
+from ..data.loading import load_described_images, relabel
 from ..data.streaming import ImageSplits
+from ..run_history import TEST, TRAINING, UNKNOWN
 from .arguments import DistillationTrainingArguments, ModelArguments, RunArguments
 from .batch_checks import check_batches
 from .checkpoints import describe_damage, last_whole_checkpoint
@@ -27,9 +29,15 @@ from .models import background_of_teacher, build_meta_network, load_config, load
 from .run_folder import compare_training_images, compare_with_recorded, is_finished, read_json
 
 
-CheckedImages = tuple[ImageSplits, list[str]]  # the images, and the files that --skip_broken_images left out
-
 logger = logging.getLogger(__name__)
+
+
+class CheckedImages(NamedTuple):
+    """Images that are loaded and checked."""
+
+    images: ImageSplits
+    broken: list[str]  # files that --skip_broken_images left out
+    evaluation_images: str  # their kind (`run_history.EVALUATION_KINDS`)
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Inputs:
 
     images: ImageSplits
     broken: list[str]  # files that --skip_broken_images left out
+    evaluation_images: str  # their kind (`run_history.EVALUATION_KINDS`)
     config: PreTrainedConfig
     checkpoint: str | None  # folder to resume from
     finished: bool  # whether the output directory holds this run, trained to its end
@@ -90,6 +99,11 @@ def check_arguments(arguments: RunArguments) -> None:
         raise UserError(
             "--config_name is a network without weights: add --do_train, or evaluate a --model_name_or_path."
         )
+    test_split = data_arguments.test_split_name
+    if training_arguments.do_train and training_arguments.do_predict and test_split == data_arguments.train_split_name:
+        raise UserError(
+            f"--test_split_name {test_split!r} is the split to train on: name another one, or leave out --do_predict."
+        )
     if training_arguments.balance_classes and data_arguments.streaming:
         raise UserError(
             "--balance_classes needs all labels before training, but --streaming reads them during training."
@@ -126,7 +140,7 @@ def prepare(
     source, loaded = describe_source(arguments, background), {} if loaded is None else loaded
     if source not in loaded:
         loaded[source] = load_checked_images(arguments, background)
-    images, broken = loaded[source]
+    images, broken, evaluation_images = loaded[source]
     labels = images["validation"].features["label"].names
     if training_arguments.do_train:
         new_head = adopt_labels(config, labels, model_arguments)
@@ -145,7 +159,9 @@ def prepare(
     first_weights = None
     if model_arguments.init_from and not (checkpoint or finished):
         first_weights = load_first_weights(model_arguments, config, labels)
-    return Inputs(images, broken, config, checkpoint, finished, processor, background, first_weights, new_head)
+    return Inputs(
+        images, broken, evaluation_images, config, checkpoint, finished, processor, background, first_weights, new_head
+    )
 
 
 def find_background(given: str | None, processor: BaseImageProcessor | None, of_teacher: str | None) -> str | None:
@@ -185,12 +201,12 @@ def describe_source(arguments: RunArguments, background: str | None) -> str:
 
 
 def load_checked_images(arguments: RunArguments, background: str | None) -> CheckedImages:
-    """The images of every split, and the broken files that were left out."""
+    """The images of every split, the broken files that were left out, and what the images to evaluate on are."""
     model_arguments, data_arguments, training_arguments = arguments
     source = data_arguments.dataset_name or data_arguments.train_dir or data_arguments.validation_dir
     if source:
         logger.info("Reading and checking the images of %s.", source)
-    images = load_images(
+    images, evaluation_images = load_described_images(
         data_arguments,
         training_arguments.seed,
         model_arguments.cache_dir,
@@ -206,7 +222,11 @@ def load_checked_images(arguments: RunArguments, background: str | None) -> Chec
             batch_size = training_arguments.effective_batch_size
             images["train"] = images["train"].for_training(training_arguments.max_steps, batch_size)
         images |= {split: images[split].for_evaluation() for split in ("validation", "test") if split in images}
-    return check_images(images, data_arguments.skip_broken_images, background)
+    if not training_arguments.do_train and evaluation_images != TEST:
+        evaluation_images = UNKNOWN  # the model may have been trained on any images
+    if evaluation_images == TRAINING:
+        logger.warning("The run is evaluated on its training images, which says nothing about other images.")
+    return CheckedImages(*check_images(images, data_arguments.skip_broken_images, background), evaluation_images)
 
 
 def adopt_labels(config: PreTrainedConfig, labels: list[str], arguments: ModelArguments) -> bool:

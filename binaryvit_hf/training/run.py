@@ -173,9 +173,9 @@ def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
     package = "binaryvit_hf.small_networks" if inputs.config.model_type == "timm_wrapper" else "binaryvit_hf"
     imports = f"import {package}; from transformers import pipeline"
     if image is None:
-        imports += "; from binaryvit_hf.training.example_image import held_out_image"
+        imports += "; from binaryvit_hf.training.example_image import evaluation_image"
         cache = f", {json.dumps(run.model.cache_dir)}" if run.model.cache_dir else ""
-        picture = f"held_out_image({json.dumps(str(folder))}{cache})"
+        picture = f"evaluation_image({json.dumps(str(folder))}{cache})"
     elif background is not None:  # a pipeline drops transparency
         imports += "; from binaryvit_hf.pixels import to_rgb; from PIL import Image"
         picture = f"to_rgb(Image.open({json.dumps(image)}), {json.dumps(background)})"
@@ -195,7 +195,7 @@ def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
         "",
         "Classify images, load the model in Python, or publish it:"
         if image is not None
-        else "Classify one of the held-out images in Python, or publish the model:",
+        else f"Classify one of the {inputs.evaluation_images} images in Python, or publish the model:",
         *map(join, commands),
     ]
 

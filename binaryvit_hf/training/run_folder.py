@@ -58,13 +58,6 @@ PATH_ARGUMENTS = {
 }
 
 
-def has_held_out_images(folder: Path) -> bool:
-    """Whether the run in a folder was evaluated on other images than its test images."""
-    recorded = read_json(folder / RUN_ARGUMENTS)
-    split = recorded.get("validation_split_name") or "validation"
-    return recorded.get("train_val_split") is not None or split != recorded.get("test_split_name", "test")
-
-
 def write_test_predictions(output_dir: Path, labels: np.ndarray, predicted: np.ndarray) -> None:
     """Write the class indices `(images,)` of labels and answers, a line for each test image in the order of the split."""
     lines = [f"{label},{answer}" for label, answer in zip(labels.tolist(), predicted.tolist())]

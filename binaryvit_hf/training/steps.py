@@ -23,7 +23,7 @@ from ..data.model_inputs import (
 from ..data.transforms import add_transforms, collate_images, describe_sizes
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, total
-from ..run_history import read_json, read_training_history
+from ..run_history import EVALUATION_IMAGES, read_json, read_training_history
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe, predict_classes
@@ -115,7 +115,8 @@ class TrainingRun:
             PrinterCallback,
         ):  # with --disable_tqdm the second, which prints dictionaries
             trainer.remove_callback(printer)
-        trainer.add_callback(NamedProgress(self.name, bars=not self.arguments.training.disable_tqdm))
+        bars = not self.arguments.training.disable_tqdm
+        trainer.add_callback(NamedProgress(self.name, bars, self.inputs.evaluation_images))
         return trainer
 
     def announce(self, text: str, *values) -> None:
@@ -156,14 +157,16 @@ class TrainingRun:
         metrics = {**result.metrics, "train_samples": len(self.inputs.images["train"])}
         if "train_loss" not in metrics:  # training resumed after its last step
             metrics = earlier_metrics or metrics
-        trainer.save_metrics("train", metrics)
+        trainer.save_metrics("train", metrics | {EVALUATION_IMAGES: self.inputs.evaluation_images})
 
     def evaluate(self) -> None:
         """Evaluate student and teacher on the validation images."""
-        self.announce("Evaluating on %s.", counted(len(self.inputs.images["validation"]), "held-out image"))
+        kind = self.inputs.evaluation_images
+        self.announce("Evaluating on %s.", counted(len(self.inputs.images["validation"]), f"{kind} image"))
         metrics = self.trainer.evaluate()
+        metrics[EVALUATION_IMAGES] = kind
         metrics["eval_samples"] = len(self.inputs.images["validation"])
-        metrics |= self.describe_confusion("eval", "held-out")
+        metrics |= self.describe_confusion("eval", kind)
         if "eval_top5_accuracy" in metrics:
             share = f"{metrics['eval_top5_accuracy']:.1%}"
             self.summary.insert(1, f"top 5:     {share} have their label among the five most likely classes")

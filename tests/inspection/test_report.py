@@ -75,7 +75,7 @@ def trained(tmp_path_factory):
     config = tiny_config(id2label=dict(enumerate(HOSTILE)))
     ShippedModel(tiny_model(config)).save_pretrained(folder)
     create_image_processor(config, crop_pct=1.0).save_pretrained(folder)
-    results = {"eval_accuracy": 0.8125, "eval_samples": 1234, "teacher_accuracy": 0.9}
+    results = {"eval_accuracy": 0.8125, "eval_samples": 1234, "eval_images": "held-out", "teacher_accuracy": 0.9}
     (folder / "all_results.json").write_text(json.dumps(results))
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
     arguments = {"optim": "adamw_torch", "dataset_name": "<i>flowers</i>", "teacher_model_name_or_path": "teacher"}
@@ -204,16 +204,16 @@ def test_a_shipped_model_is_reported_with_its_example(name, tmp_path, capsys):
     assert len(printed.splitlines()) <= 24
 
 
-def test_a_run_is_measured_on_its_held_out_images(trained, tmp_path, capsys):
+def test_a_run_is_measured_on_its_evaluation_images(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     edit_json(tmp_path / "run" / "run_arguments.json", dataset_name="sklearn-digits")
     _, page = report(capsys, tmp_path / "run", tmp_path / "report.html")
-    assert page.text.count("Measured on 64 held-out pictures of the run.") == 2
+    assert page.text.count("Measured on 64 evaluation pictures of the run.") == 2
 
 
 def test_a_report_without_the_runs_dataset_says_so(trained, tmp_path, capsys):
     assert main(["inspect", str(trained), "--out", str(tmp_path / "report.html")]) == 0
-    assert "The held-out images of the run cannot be loaded: " in capsys.readouterr().err
+    assert "The evaluation images of the run cannot be loaded: " in capsys.readouterr().err
     assert "no picture of the model's data" in (tmp_path / "report.html").read_text(encoding="utf-8").replace(
         "&#x27;", "'"
     )

@@ -1,7 +1,5 @@
 """Intervals, tests, words and pictures of an ablation, from the answers of its runs."""
 
-import json
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -18,7 +16,6 @@ from binaryvit_hf.training.ablation.estimates import (
 from binaryvit_hf.training.ablation.pictures import Point, place_labels, plot_accuracy
 from binaryvit_hf.training.ablation.results import RowResults, compare_rows, readable_interval, readable_p
 from binaryvit_hf.training.ablation.table import Row
-from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, has_held_out_images
 
 
 def draw_table(rng: np.random.Generator, quality: list[float], seeds: int, images: int) -> list[np.ndarray]:
@@ -166,18 +163,3 @@ def test_labels_lie_on_no_point_interval_or_other_label(tmp_path, monkeypatch):
     for number, box in enumerate(boxes):
         assert box.count_overlaps([*boxes[:number], *boxes[number + 1 :], *of_points]) == 0
         assert pictures.contains(axes.bbox, box)
-
-
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({}, True),
-        ({"test_split_name": "validation"}, False),
-        ({"test_split_name": "validation", "train_val_split": 0.5}, True),
-        ({"validation_split_name": "test"}, False),
-    ],
-)
-def test_a_run_that_was_evaluated_on_its_test_images_has_no_held_out_accuracy(changes, expected, tmp_path):
-    recorded = {"train_val_split": None, "validation_split_name": None, "test_split_name": "test"} | changes
-    (tmp_path / RUN_ARGUMENTS).write_text(json.dumps(recorded))
-    assert has_held_out_images(tmp_path) == expected

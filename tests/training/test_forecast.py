@@ -18,7 +18,7 @@ from tiny_training import tiny_teacher, tiny_trainer
 from binaryvit_hf.training import forecast
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.callbacks import progress
-from binaryvit_hf.training.callbacks.progress import NamedProgress, describe_metrics
+from binaryvit_hf.training.callbacks.progress import NamedProgress, describe_metrics, name_images
 from binaryvit_hf.training.forecast import describe_images, log_forecast, run_seconds, steps_left
 from binaryvit_runtime.progress import format_time
 
@@ -219,12 +219,12 @@ def test_a_log_file_gets_a_line_after_a_minute_of_silence(output, silence, tmp_p
 )
 def test_metrics_are_sentences(logs, sentence):
     state = SimpleNamespace(epoch=3.0, num_train_epochs=15, global_step=1200, max_steps=6000)
-    assert describe_metrics(logs, state, held_out=5000) == sentence
+    assert describe_metrics(logs, state, name_images("held-out", 5000)) == sentence
 
 
 def test_a_stream_of_unknown_length_has_no_number_of_epochs():
     state = SimpleNamespace(epoch=0.5, num_train_epochs=sys.maxsize, global_step=5, max_steps=10)
-    assert describe_metrics({"loss": 2.0}, state) == "Training loss: 2 (epoch 0.5, step 5 of 10)"
+    assert describe_metrics({"loss": 2.0}, state, "images") == "Training loss: 2 (epoch 0.5, step 5 of 10)"
 
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])

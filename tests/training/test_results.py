@@ -20,7 +20,7 @@ from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.run_history import read_training_history
 from binaryvit_hf.training import confusion, learning_curves
 from binaryvit_hf.training.confusion import ConfusionMatrix, describe, predict_classes, wilson_interval
-from binaryvit_hf.training.example_image import held_out_image
+from binaryvit_hf.training.example_image import evaluation_image
 from binaryvit_hf.training.learning_curves import plot_learning_curves
 from binaryvit_hf.training.metrics import TopKAccuracy
 from binaryvit_hf.training.run import next_steps
@@ -129,7 +129,7 @@ def test_distillation_loss_and_label_loss_have_panels_of_their_own(figures, tmp_
     write_run(
         tmp_path / "teacher",
         [{"epoch": 1, "loss": 2.0}, {"epoch": 1, "eval_loss": 1.5, "eval_accuracy": 0.5}, {"epoch": 2, "loss": 1.0}],
-        {"epoch": 2, "train_loss": 1.5, "eval_loss": 1.2, "eval_accuracy": 0.75},
+        {"epoch": 2, "train_loss": 1.5, "eval_loss": 1.2, "eval_accuracy": 0.75, "eval_images": "held-out"},
     )
     write_run(tmp_path / "student", [{"epoch": 1, "loss": 3.0}], {"epoch": 1}, teacher_model_name_or_path="teacher")
     histories = {name: read_training_history(tmp_path / name) for name in ("student", "teacher")}
@@ -147,8 +147,18 @@ def test_distillation_loss_and_label_loss_have_panels_of_their_own(figures, tmp_
     assert units == ["cross-entropy with the teacher's probabilities", "cross-entropy with the labels", "%"]
 
 
+def test_accuracies_on_other_kinds_of_images_are_named_apart(figures, tmp_path):
+    for name, kind in (("student", "test"), ("teacher", "held-out")):
+        write_run(tmp_path / name, [], {"epoch": 1, "eval_accuracy": 0.5, "eval_images": kind})
+    histories = {name: read_training_history(tmp_path / name) for name in ("student", "teacher")}
+    plot_learning_curves(histories, tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert axes.get_title() == "Top-1 accuracy"
+    assert [line.get_label() for line in axes.lines] == ["student, test images", "teacher, held-out images"]
+
+
 def test_a_run_too_short_to_log_still_has_a_picture(figures, tmp_path):
-    write_run(tmp_path / "run", [], {"epoch": 0.1, "train_loss": 1.5, "eval_accuracy": 0.5})
+    write_run(tmp_path / "run", [], {"epoch": 0.1, "train_loss": 1.5, "eval_accuracy": 0.5}, train_val_split=9)
     plot_learning_curves({"model": read_training_history(tmp_path / "run")}, tmp_path / "a.png")
     assert [axes.get_title() for axes in figures[0].axes] == ["Label loss", "Top-1 accuracy on held-out images"]
     assert all(line.get_marker() == "." for axes in figures[0].axes for line in axes.lines)
@@ -211,7 +221,13 @@ def test_the_closing_commands_of_images_that_are_no_files_work_too(streaming, tm
     )
     embedded = dataset.cast_column("image", ImageFeature(decode=False))
     lines = next_steps(
-        run, SimpleNamespace(images={"validation": embedded}, background="#ffffff", config=tiny_config())
+        run,
+        SimpleNamespace(
+            images={"validation": embedded},
+            evaluation_images="held-out",
+            background="#ffffff",
+            config=tiny_config(),
+        ),
     )
     assert not any("IMAGE" in line or "classify " in line for line in lines)
     load, publish = map(shlex.split, lines[-2:])
@@ -223,6 +239,6 @@ def test_the_closing_commands_of_images_that_are_no_files_work_too(streaming, tm
     assert publish[:2] == ["binaryvit", "push"]
 
 
-def test_a_folder_without_a_run_has_no_held_out_image(tmp_path):
+def test_a_folder_without_a_run_has_no_evaluation_image(tmp_path):
     with pytest.raises(UserError, match="no output directory of a run"):
-        held_out_image(tmp_path)
+        evaluation_image(tmp_path)

@@ -12,8 +12,9 @@ from binaryvit_runtime.writing import write_file
 
 from ...loading import load_config
 from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
+from ...run_history import HELD_OUT, evaluation_images
 from ..model_card import weight_bytes
-from ..run_folder import has_held_out_images, read_json, read_test_predictions
+from ..run_folder import read_json, read_test_predictions
 from .estimates import Estimate, SeedVariance, correct_for_several, estimate_accuracy, estimate_difference
 from .pictures import Bar, Point, plot_accuracy, plot_differences
 from .table import DEFAULT_TABLE, Row, Table
@@ -35,7 +36,7 @@ class RowResults:
     Args:
         correct: whether each answer to a test image is right, `(seeds, images)`.
         labels: of the test images `(images,)`.
-        held_out: accuracies in percent, one per seed; none if the runs were evaluated on the test images.
+        held_out: accuracies in percent, one per seed; none of runs that were evaluated on other images.
         folders: of the runs.
         cost: of one image; `None` for a network whose operations are not counted.
     """
@@ -147,7 +148,7 @@ def collect_results(row: Row, folders: list[Path]) -> RowResults:
         [
             100 * read_json(folder / "all_results.json")["eval_accuracy"]
             for folder in folders
-            if has_held_out_images(folder)
+            if evaluation_images(folder) == HELD_OUT
         ],
         folders,
         total(count_operations(config)) if config.model_type in CONFIG_CLASSES else None,

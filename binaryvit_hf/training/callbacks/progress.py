@@ -9,6 +9,8 @@ from transformers.trainer_utils import has_length
 
 from binaryvit_runtime.progress import describe_time_left, format_time
 
+from ...run_history import UNKNOWN
+
 
 MAX_SILENCE = 60  # seconds without a line where there is no bar
 MAX_EPOCHS = 2**31  # the Trainer's number of epochs for a stream of unknown length is above
@@ -25,13 +27,15 @@ class NamedProgress(ProgressCallback):
     Args:
         name: such as "teacher (1 of 2)"; it may be empty.
         bars: whether to show bars on a terminal.
+        evaluation_images: the kind of images to evaluate on.
     """
 
-    def __init__(self, name: str = "", bars: bool = True):
+    def __init__(self, name: str = "", bars: bool = True, evaluation_images: str = UNKNOWN):
         super().__init__()
         self.name, self.start, self.first_step = name, 0.0, 0
         self.last_line, self.evaluated, self.evaluation_start = time.monotonic(), 0, 0.0
-        self.held_out: int | None = None  # images of the last evaluation
+        self.kind = evaluation_images
+        self.evaluation_images = name_images(self.kind)  # of the last evaluation
         self.prefix = f"{name}: " if name else ""
         self.disable = None if bars else True  # None: shown on a terminal alone
 
@@ -63,7 +67,7 @@ class NamedProgress(ProgressCallback):
             )
             self.evaluated, self.evaluation_start = 0, time.monotonic()
             dataset = getattr(eval_dataloader, "dataset", None)
-            self.held_out = len(dataset) if has_length(dataset) else None
+            self.evaluation_images = name_images(self.kind, len(dataset) if has_length(dataset) else None)
         self.prediction_bar.update(1)
         self.evaluated += 1  # a hidden bar does not count
         if self.is_silent(self.prediction_bar):
@@ -73,7 +77,11 @@ class NamedProgress(ProgressCallback):
             self.write_line(f"Evaluation: batch {self.evaluated} of {batches}{left}.")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not logs or not (sentence := describe_metrics(logs, state, self.held_out)):
+        if (
+            self.training_bar is None
+            or not logs
+            or not (sentence := describe_metrics(logs, state, self.evaluation_images))
+        ):
             return
         if not self.training_bar.disable:
             self.training_bar.write(f"{self.prefix}{sentence}.")
@@ -104,19 +112,21 @@ def describe_step(state: TrainerState) -> str:
     return f"{describe_epoch(state)}, step {state.global_step:,} of {state.max_steps:,}"
 
 
-def describe_metrics(logs: dict[str, float], state: TrainerState, held_out: int | None = None) -> str | None:
+def name_images(kind: str, number: int | None = None) -> str:
+    """`5,000 held-out images`; `held-out images` if their number is unknown."""
+    return f"{kind} images" if number is None else f"{number:,} {kind} {'image' if number == 1 else 'images'}"
+
+
+def describe_metrics(logs: dict[str, float], state: TrainerState, images: str) -> str | None:
     """
     A sentence, without its full stop, about what the Trainer logs: the training loss, an evaluation, or the end. `None` for
     other values.
 
     Args:
-        held_out: the number of images of the evaluation, if it is known.
+        images: the name of the evaluation's images, such as "5,000 held-out images".
     """
     if "train_runtime" in logs:
         return f"Trained in {format_time(logs['train_runtime'])}"
-    images = (
-        "held-out images" if held_out is None else f"{held_out:,} held-out {'image' if held_out == 1 else 'images'}"
-    )
     if "eval_accuracy" in logs:
         loss = f", loss {logs['eval_loss']:.3g}" if "eval_loss" in logs else ""
         return f"Accuracy on {images}: {100 * logs['eval_accuracy']:.1f} % ({describe_epoch(state)}){loss}"
