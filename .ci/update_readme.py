@@ -1,13 +1,16 @@
 """
-Writes the table of results in README.md, the picture above it, and the table of forwards in `docs/pages/results/speed.md` from
-measurements and configs of this repository:
+Writes the table of results in README.md, the picture above it, and the tables of `docs/pages/results/speed.md` from measurements
+and configs of this repository:
 
     python .ci/update_readme.py            # after a new measurement, model or config
-    python .ci/update_readme.py --check    # fails unless README.md and its pictures are what they give
+    python .ci/update_readme.py --check    # fails unless the pages and the pictures are what they give
 
-It needs `pip install -e ".[test]"`. The measurements are what these commands print:
+It needs `pip install -e ".[test]"`. A page has a table between `<!-- NAME -->` and `<!-- end of NAME -->`. The measurements are
+what these commands print:
 
     binaryvit benchmark --threads 1 2 --batch-size 1 8 --json > docs/measurements/forwards.json
+    binaryvit benchmark --pipeline --steps 2 --json > docs/measurements/pipeline.json
+    binaryvit benchmark --browser --json > docs/measurements/browser.json
     binaryvit compare binaryvit-digits --json > docs/measurements/compare-digits.json
     binaryvit compare binaryvit-fashion-mnist RUN... --json > docs/measurements/compare-fashion-mnist.json
 """
@@ -17,6 +20,7 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -25,7 +29,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
+from binaryvit_hf.benchmarks.inference import PEER, PEER_ENGINE, RUNTIME
 from binaryvit_hf.benchmarks.onnx_peers import FLOAT32, INT8
+from binaryvit_hf.benchmarks.photographs import HEIGHT, WIDTH
 from binaryvit_hf.loading import load_config
 from binaryvit_hf.network.layers_binaryvit import BinaryLayer
 from binaryvit_hf.ops import LayerCost, build_on_meta, count_operations, readable, total
@@ -36,7 +42,6 @@ ROOT = Path(__file__).parents[1]
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "pages" / "results" / "speed.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PICTURES = ROOT / "docs" / "pictures"
-TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
 TABLE_HEAD = ("network", "trained on", "top-1, %", "file", "1 thread, ms", "2 threads, ms", "OPs")
 NONE = "-"
 UNIT = re.compile(r"(?<=\d) (?=[kMG])")  # a line must not break between a number and its unit
@@ -52,19 +57,18 @@ FORWARDS = (
 )
 
 
-# ---- The table ----
+# ---- The table of README.md ----
 
 
 def make_table() -> str:
-    rows = [TABLE_HEAD, ("---",) * len(TABLE_HEAD)]
+    rows = []
     for name in ("digits", "fashion-mnist"):
         rows += trained_rows(read(f"compare-{name}"))
     for model, engine, name in FORWARDS:
         one, two = (measurement(model, engine, threads) for threads in (1, 2))
         times = (milliseconds(one), milliseconds(two))
         rows.append((name, "random weights", NONE, readable(one["file_bytes"], "B"), *times, operations(model)))
-    lines = [f"| {' | '.join(row)} |\n" for row in rows]
-    return UNIT.sub("&nbsp;", "".join(lines))
+    return format_table(TABLE_HEAD, rows)
 
 
 def trained_rows(measured: dict) -> list[tuple[str, ...]]:
@@ -77,11 +81,11 @@ def trained_rows(measured: dict) -> list[tuple[str, ...]]:
 
 def trained_row(data: str, result: dict) -> tuple[str, ...]:
     name, kind = Path(result["network"]).name, result["engine"].removeprefix("onnxruntime ")
-    interval = "-".join(f"{100 * bound:.1f}" for bound in result["accuracy_interval"] or ())
+    low, high = (f"{100 * bound:.1f}" for bound in result["accuracy_interval"])
     return (
         f"**{name}**, 1 bit" if kind == "engine" else f"{name}, {kind}",
         DATA[data],
-        f"{100 * result['accuracy']:.1f}" + (f" ({interval})" if interval else ""),
+        f"{100 * result['accuracy']:.1f} ({low}-{high})",
         readable(result["file_bytes"], "B"),
         milliseconds(result),
         NONE,
@@ -89,28 +93,9 @@ def trained_row(data: str, result: dict) -> tuple[str, ...]:
     )
 
 
-def make_forwards_table() -> str:
-    """Milliseconds per image of all networks and engines, a column for each number of threads and size of batches."""
-    results = read("forwards")["results"]
-    settings = sorted({(result["batch_size"], result["threads"]) for result in results})
-    head = [
-        f"{threads} thread{'s' * (threads > 1)}" + f", batches of {size}" * (size > 1) for size, threads in settings
-    ]
-    rows = [("network", "engine", *head, "file"), ("---",) * (len(head) + 3)]
-    for model, engine in dict.fromkeys((result["model"], result["engine"]) for result in results):
-        found = {
-            (result["batch_size"], result["threads"]): result
-            for result in results
-            if (result["model"], result["engine"]) == (model, engine)
-        }
-        times = [milliseconds_per_image(found[setting]) if setting in found else NONE for setting in settings]
-        rows.append((f"`{model}`", engine, *times, readable(next(iter(found.values()))["file_bytes"], "B")))
-    return UNIT.sub("&nbsp;", "".join(f"| {' | '.join(row)} |\n" for row in rows))
-
-
-def milliseconds_per_image(result: dict) -> str:
-    milliseconds = 1000 * result["seconds"] / result["batch_size"]
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows)]
+    return UNIT.sub("&nbsp;", "".join(lines))
 
 
 def read(name: str) -> dict:
@@ -151,21 +136,100 @@ def find_config(network: str) -> PreTrainedConfig | None:
     return config if config is not None and config.model_type in ("binaryvit", "vit") else None
 
 
+# ---- The tables of `speed.md` ----
+
+
+def make_forwards_table() -> str:
+    """Milliseconds per image of all networks and engines, a column for each number of threads and size of batches."""
+    results = read("forwards")["results"]
+    settings = sorted({(result["batch_size"], result["threads"]) for result in results})
+    head = [count_threads(threads) + f", batches of {size}" * (size > 1) for size, threads in settings]
+    rows = []
+    for model, engine in dict.fromkeys((result["model"], result["engine"]) for result in results):
+        found = {
+            (result["batch_size"], result["threads"]): result
+            for result in results
+            if (result["model"], result["engine"]) == (model, engine)
+        }
+        times = [milliseconds_per_image(found[setting]) if setting in found else NONE for setting in settings]
+        rows.append((f"`{model}`", engine, *times, readable(next(iter(found.values()))["file_bytes"], "B")))
+    ratio = measurement(PEER, PEER_ENGINE, 1)["seconds"] / measurement(NETWORK, RUNTIME, 1)["seconds"]
+    sentence = f"One image on one thread: `{PEER}` in float32 takes {ratio:.1f} times as long as `{NETWORK}` in the runtime.\n"
+    return f"{format_table(('network', 'engine', *head, 'file'), rows)}\n{sentence}"
+
+
+def make_pipeline_table() -> str:
+    """Milliseconds from a file to its labels."""
+    measured = read("pipeline")
+    [threads] = {result["threads"] for result in measured["results"]}
+    sentence = (
+        f"{measured['pictures']} JPEGs of {WIDTH} x {HEIGHT} and {readable(measured['picture_bytes'], 'B')}, "
+        f"{count_threads(threads)}:\n"
+    )
+    rows = [
+        (
+            f"`{result['model']}`",
+            result["library"],
+            str(result["batch_size"]),
+            milliseconds_per_image(result | {"batch_size": 1}),  # the seconds are those of a picture
+        )
+        for result in measured["results"]
+    ]
+    return f"{sentence}\n{format_table(('network', 'by', 'pictures in a batch', 'ms per picture'), rows)}"
+
+
+def make_processes_table() -> str:
+    """CPU time and peak memory of whole processes."""
+    rows = [
+        (process["process"], f"{process['cpu_seconds']:.2f}", readable(process["peak_bytes"], "B"))
+        for process in read("pipeline")["processes"]
+    ]
+    return format_table(("process", "CPU seconds", "peak memory"), rows)
+
+
+def make_browser_table() -> str:
+    """CPU time of a forward in WebAssembly, and the time of loading."""
+    measured = read("browser")
+    sentence = f"One thread of node {measured['node']}, beside onnxruntime-web {measured['onnxruntime_web']}:\n"
+    rows = [
+        (
+            f"`{result['model']}`",
+            result["library"],
+            " x ".join(map(str, result["image_shape"][1:])),
+            milliseconds(result | {"seconds": result["cpu_seconds"]}),
+            f"{1000 * result['loading_seconds']:.0f}",
+            *(readable(result[f"{kind}_bytes"], "B") for kind in ("engine", "file")),
+        )
+        for result in measured["results"]
+    ]
+    head = ("network", "by", "image", "CPU ms per image", "loading, ms", "engine", "file")
+    return f"{sentence}\n{format_table(head, rows)}"
+
+
+def count_threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def milliseconds_per_image(result: dict) -> str:
+    milliseconds = 1000 * result["seconds"] / result["batch_size"]
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
+
+
 # ---- The picture ----
 
 THEMES = {
     "light": {"text": "#1f2328", "soft": "#59636e", "line": "#d1d9e0", "bit": "#0969da", "float": "#818b98"},
     "dark": {"text": "#f0f6fc", "soft": "#9198a1", "line": "#3d444d", "bit": "#4493f8", "float": "#656c76"},
 }
-WIDTH, HEIGHT = 960, 330
+PICTURE_WIDTH, PICTURE_HEIGHT = 960, 330
 SIGNS = (0b1011001110001011, 0b1110001010001101)  # of inputs and weights in the example of a product
 
 
 def draw(theme: str) -> str:
     colours = THEMES[theme]
-    parts = [*draw_product(), *draw_shares(), *draw_bars(), f'<path class="line" d="M470 20V{HEIGHT - 20}"/>']
+    parts = [*draw_product(), *draw_shares(), *draw_bars(), f'<path class="line" d="M470 20V{PICTURE_HEIGHT - 20}"/>']
     body = "\n".join(parts)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PICTURE_WIDTH} {PICTURE_HEIGHT}" role="img">
 <title>What is binary, how small and how fast</title>
 <style>
 text {{ font: 14px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: {colours["text"]} }}
@@ -250,17 +314,35 @@ def draw_bars() -> list[str]:
 # ---- Files ----
 
 
+# The tables of each page, by the name in their marks.
+TABLES = {
+    README: {"results": make_table},
+    SPEED: {
+        "forwards": make_forwards_table,
+        "pipeline": make_pipeline_table,
+        "processes": make_processes_table,
+        "browser": make_browser_table,
+    },
+}
+
+
 def make_files() -> dict[Path, str]:
     """The files of the repository that this script writes, with their contents."""
-    tables = {README: make_table, SPEED: make_forwards_table}
-    pages = {page: replace_table(page, make()) for page, make in tables.items()}
+    pages = {page: replace_tables(page.read_text(encoding="utf-8"), page) for page in TABLES}
     return pages | {PICTURES / f"overview-{theme}.svg": draw(theme) for theme in THEMES}
 
 
-def replace_table(page: Path, table: str) -> str:
-    content, found = TABLE.subn(lambda _: table, page.read_text(encoding="utf-8"))
-    assert found == 1, f"{page.name} has not one table between <!-- results --> and <!-- end of results -->"
+def replace_tables(content: str, page: Path) -> str:
+    """The content of a page with the tables that the measurements give."""
+    for name, make in TABLES[page].items():
+        parts = between_marks(name).split(content)
+        assert len(parts) == 2, f"{page.name} has not one table between <!-- {name} --> and <!-- end of {name} -->"
+        content = make().join(parts)
     return content
+
+
+def between_marks(name: str) -> re.Pattern:
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
 
 
 def find_stale() -> dict[Path, str]:

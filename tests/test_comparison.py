@@ -13,6 +13,7 @@ import torch
 from command_line import assert_refused, run
 from tiny import tiny_config
 from transformers import ResNetConfig
+from workers import InThisProcess
 
 from binaryvit_hf import comparison
 from binaryvit_hf.benchmarks.inference import Competitor
@@ -116,25 +117,10 @@ def test_what_cannot_be_quantised_is_named_and_stays_in_float32(runs, quick, exp
     )
 
 
-class InThisProcess:
-    """In place of a worker, which takes seconds to start."""
-
-    requests: list[tuple[str, object]] = []
-
-    def __init__(self, name: str, create, *arguments):
-        self.name, self.respond = name, create(*arguments)
-
-    def request(self, message):
-        self.requests.append((self.name, message))
-        return self.respond(message)
-
-    def stop(self):
-        pass
-
-
 def test_networks_take_turns_of_one_image_after_all_are_loaded(runs, monkeypatch):
     monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)  # workers change it
     monkeypatch.setattr(comparison, "Worker", InThisProcess)
+    monkeypatch.setattr(InThisProcess, "requests", [])
     file = runs["binary"] / "model.safetensors"
     competitors = [Competitor(name, "engine", file, comparison.load_in_runtime) for name in ("one", "two")]
     seconds = comparison.take_turns(competitors, turns=2)
@@ -185,28 +171,6 @@ def test_runs_that_differ_by_their_seed_are_one_line_with_their_mean(changed, qu
     assert [row["seconds"] for row in measured["results"]] == [0.001, 0.002, 0.003]  # measured once
     assert f"| {seeds[0]} (seeds 1, 2, 3) | engine |" in out.read_text()
     assert "Runs that differ by their seed alone are one line" in out.read_text()
-
-
-def test_a_run_under_several_names_is_measured_once(changed, tmp_path, monkeypatch):
-    run_folder = changed("run")
-    (tmp_path / "link").symlink_to(run_folder)
-    monkeypatch.chdir(tmp_path)
-    names = ["run", "run/", "./run", str(run_folder), "link", "link/../run"]
-    assert [trained.name for trained in comparison.load_runs(names)] == ["run"]
-    other = changed("other")
-    assert [trained.name for trained in comparison.load_runs(["link", str(other), "run"])] == ["link", str(other)]
-
-
-def test_two_seeds_that_differ_have_no_interval(changed, quick, capsys, tmp_path, monkeypatch):
-    seeds = {str(changed(f"seed-{seed}", seed=seed)): np.arange(48) < 20 * seed for seed in (1, 2)}
-    monkeypatch.setattr(
-        comparison, "find_correct", lambda contestants, images: [seeds[each.run.name] for each in contestants]
-    )
-    out = tmp_path / "table.md"
-    (row,) = json.loads(run(capsys, "compare", *seeds, "--out", out, "--json"))["results"]
-    assert row["accuracy_interval"] is None
-    assert "| engine | 62.50 |  | 1 |" in out.read_text()
-    assert "Where the interval is missing, the seeds are too few for how much they differ." in out.read_text()
 
 
 def test_runs_without_common_images_are_refused(runs, changed, capsys, tmp_path):

@@ -3,18 +3,27 @@ The code in README.md and in the pages of `docs` runs, from top to bottom of eac
 
 - Python and `binaryvit` run in a folder with `photos` and `outputs/photos`. What names `me/photos` runs beside a Hub on
   loopback.
-- Commands that take minutes, a GPU or a download are parsed, and every argument of training must have an effect.
-- `tests/browser` runs the JavaScript, `tests/runtime/test_served.py` the servers, `tests/test_onnx_export.py` the ONNX.
+- Commands of training are parsed, and every argument must have an effect.
+- `compare`, `demo` and `export` run with small networks. `ablation` checks all runs and trains none. `benchmark` prints the
+  recorded measurements, or counts: `tests/benchmarks` measures.
+- `tests/browser` runs the JavaScript, `tests/runtime/test_served.py` the servers.
 """
 
+import _thread
 import argparse
+import functools
+import json
+import logging
 import re
 import runpy
 import shlex
 import shutil
+import threading
+import webbrowser
 from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -23,17 +32,21 @@ from old_layout import write_old_layout
 from packed_model import save_packed
 from pictures import write_pictures
 from PIL import Image
-from snippets import OF_ONNX, OF_THE_HUB, ROOT, SNIPPETS, Snippet, code_in_sentences, snippet_with, split_commands
+from snippets import OF_THE_HUB, ROOT, SNIPPETS, Snippet, code_in_sentences, snippet_with, split_commands
 from tiny import class_token_config, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForImageClassification
 from warm_python import WITHOUT_PACKAGE
+from workers import InThisProcess
 
 from binaryvit_cli import COMMANDS, create_command_parser
 from binaryvit_cli import main as binaryvit
+from binaryvit_hf import comparison
+from binaryvit_hf.benchmarks import browser, inference, loader, pipeline
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.network.packing_binaryvit import packed_layers
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as training
+from binaryvit_hf.training.ablation import runs as ablation_runs
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.help import known_arguments
 from binaryvit_hf.training.unused_arguments import find_unused
@@ -44,8 +57,14 @@ from binaryvit_runtime.resources import shipped_models
 LANGUAGES = {"bash", "bibtex", "js", "math", "mermaid", "python", "text"}
 ABOUT_PHOTOS = "docs/pages/guides/photos.md"
 SCRIPT, TRAINING_MODULE = "run_image_classification.py", "binaryvit_hf.training"
-# Commands of `binaryvit` that only the tests of their own run: they take minutes, or serve until they are stopped.
-LONG = {"ablation", "benchmark", "compare", "demo", "export"}
+SHIPPED = "binaryvit-fashion-mnist"
+MEASUREMENTS = ROOT / "docs" / "measurements"
+# Functions that measure, and the names of their records.
+RECORDED = [
+    (inference, "benchmark_inference", "forwards"),
+    (pipeline, "benchmark_pipeline", "pipeline"),
+    (browser, "benchmark_browser", "browser"),
+]
 # In sentences: placeholders, and an argument of gunicorn.
 OTHER_ARGUMENTS = {"--NAME", "--teacher", "--help", "--preload"}
 SHORT_RUN = ["--max_steps=1", "--per_device_train_batch_size=2", "--use_cpu", "--disable_tqdm=True"]
@@ -60,10 +79,13 @@ def made(tmp_path_factory) -> Path:
         Image.new("RGB", (80, 70), "green").save(root / picture)
     labels = {"id2label": {0: "ant", 1: "bee"}, "num_labels": 2}
     config = tiny_config(image_size=64, sequence_reduction_ratios=[8, 4], **labels)
-    run = root / "outputs" / "photos"
+    run, small = root / "outputs" / "photos", root / "outputs" / "one-layer"
     ShippedModel(tiny_model(config)).save_pretrained(run)
-    for folder in (run, run / "latent"):
-        create_image_processor(config, crop_pct=0.875).save_pretrained(folder)
+    one_layer = class_token_config(image_size=16, depths=[1], **labels)
+    ShippedModel(tiny_model(one_layer)).save_pretrained(small)
+    for folder, network in ((run, config), (run / "latent", config), (small, one_layer)):
+        create_image_processor(network, crop_pct=0.875).save_pretrained(folder)
+    (root / "outputs" / "resnet").symlink_to(shipped_models()["binaryvit-digits"])
     for name in ("configs", "model_cards", SCRIPT):
         (root / name).symlink_to(ROOT / name)
     return root
@@ -101,11 +123,59 @@ def run_beside_hub(world: Path, request, *arguments: str) -> None:
 
 
 def run_binaryvit(words: list[str]) -> None:
-    options = create_command_parser().parse_args(words)
-    if words[0] not in LONG:
-        assert binaryvit(words) == 0, words
-    else:
-        assert options.run
+    assert binaryvit(words) == 0, words
+
+
+def run_ablation(words: list[str]) -> None:
+    """Check all runs of the table, but train none: an ablation takes hours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation_runs, "train", lambda ablation, runs, jobs: None)
+        run_binaryvit(["ablation", *words])
+    assert list(Path(words[1]).glob("*.md"))
+
+
+def run_benchmark(words: list[str]) -> None:
+    """Load four pictures, or print what `docs/measurements` has. Workers of `--train` take 5 s each to start: it is parsed."""
+    options = create_command_parser().parse_args(["benchmark", *words])
+    with pytest.MonkeyPatch.context() as patch:
+        few = functools.partial(loader.benchmark_loader, num_images=4, batch_size=2, rounds=2)
+        patch.setattr(loader, "benchmark_loader", few)
+        for module, function, name in RECORDED:
+            measured = json.loads((MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))
+            patch.setattr(module, function, lambda *_, measured=measured: measured)
+        if not options.train:
+            run_binaryvit(["benchmark", *words])
+
+
+def run_compare(words: list[str]) -> None:
+    """Compare networks of scikit-learn's digits, in this process. `outputs/resnet` of `made` is one of them."""
+    digits = ["binaryvit-digits" if word == SHIPPED else word for word in words]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.root.manager, "disable", logging.root.manager.disable)  # workers change it
+        patch.setattr(comparison, "Worker", InThisProcess)
+        run_binaryvit(["compare", *digits, "--steps=2"])
+
+
+def run_demo(words: list[str]) -> None:
+    """Ask for the page once in place of a browser, then end the command as Ctrl-C does."""
+    answers = []
+
+    def visit(address: str) -> None:
+        try:
+            with urlopen(address) as answer:
+                answers.append(answer.read())
+        finally:
+            _thread.interrupt_main()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webbrowser, "open", lambda address: threading.Thread(target=visit, args=[address]).start())
+        run_binaryvit(["demo", *words, "--port=0"])
+    assert [b"<title>" in answer for answer in answers] == [True]
+
+
+def run_export(words: list[str]) -> None:
+    """Export a network of one layer: tracing takes a second for each."""
+    run_binaryvit(["export", *("outputs/one-layer" if word == SHIPPED else word for word in words)])
 
 
 def parse_training(arguments: list[str]) -> None:
@@ -143,6 +213,10 @@ def parse_pytest(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
 
 
+def parse_mkdocs(words: list[str]) -> None:
+    assert words[:2] == ["serve", "--config-file"] and (ROOT / words[2]).is_file()
+
+
 def parse_gunicorn(words: list[str]) -> None:
     from gunicorn.config import Config
 
@@ -164,8 +238,13 @@ def of_a_shell(words: list[str]) -> None:
     """A command that changes the shell, or needs a service that tests must not use."""
 
 
-# By the words that a command begins with.
+# By the words that a command begins with; the first entry that fits counts.
 PROGRAMS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
+    ("binaryvit", "ablation"): run_ablation,
+    ("binaryvit", "benchmark"): run_benchmark,
+    ("binaryvit", "compare"): run_compare,
+    ("binaryvit", "demo"): run_demo,
+    ("binaryvit", "export"): run_export,
     ("binaryvit",): run_binaryvit,
     ("python", "-m", TRAINING_MODULE): parse_training,
     ("python", "-m", "venv"): of_a_shell,
@@ -173,6 +252,7 @@ PROGRAMS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("torchrun",): parse_torchrun,
     ("pip",): parse_pip,
     ("pytest",): parse_pytest,
+    ("mkdocs",): parse_mkdocs,
     ("gunicorn",): parse_gunicorn,
     ("uvicorn",): parse_uvicorn,
     ("curl",): parse_curl,
@@ -195,7 +275,7 @@ def run_snippet(snippet: Snippet, world: Path, request) -> None:
             run_command(words, world, request)
     elif snippet.language == "python" and OF_THE_HUB in snippet.text:
         run_beside_hub(world, request, "-c", WITHOUT_PACKAGE + snippet.text)
-    elif snippet.language == "python" and OF_ONNX not in snippet.text and can_run(snippet):
+    elif snippet.language == "python" and can_run(snippet):
         execute(snippet)
 
 
@@ -284,7 +364,7 @@ def test_arguments_in_sentences_exist(page, commands):
 
 
 def test_model_and_image_processor_are_loaded_at_the_same_size(world):
-    names = python_with("AutoImageProcessor")
+    names = python_with("image_size=128")
     assert names["pixel_values"].shape == (1, 3, 128, 128)
     of_training = create_image_processor(tiny_config(image_size=128), 0.875)
     assert names["processor"].size["shortest_edge"] == of_training.size["shortest_edge"]

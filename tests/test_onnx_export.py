@@ -1,7 +1,6 @@
 """ONNX files against PyTorch: logits, stored weights, preprocessing, other runtimes."""
 
 import json
-import shutil
 
 import numpy as np
 import onnx
@@ -11,7 +10,6 @@ import torch
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_digits
-from snippets import OF_ONNX, snippets_in
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import (
     CLIPImageProcessor,
@@ -182,16 +180,6 @@ def test_the_description_says_what_the_network_is_and_how_to_prepare_its_input(e
         "rescale_factor, mean, std, in this order."
     )
     assert onnxruntime.InferenceSession(file).get_modelmeta().description == expected
-
-
-@pytest.mark.parametrize("snippet", [each for each in snippets_in("python") if OF_ONNX in each.text], ids=str)
-def test_the_snippets_of_the_pages_run(snippet, exported, tmp_path, monkeypatch, capsys):
-    model, file, _ = exported
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "shirt.png")
-    shutil.copy(file, tmp_path / "clothes.onnx")
-    monkeypatch.chdir(tmp_path)
-    exec(snippet.text, {})
-    assert capsys.readouterr().out.strip() in model.config.id2label.values()
 
 
 @pytest.mark.parametrize("background", [None, "#ffcc00"])

@@ -21,8 +21,26 @@ def script() -> dict:
     return runpy.run_path(str(SCRIPT))
 
 
-def test_the_results_and_the_picture_are_those_of_the_measurements(script):
+def test_the_tables_and_the_picture_are_those_of_the_measurements(script):
     assert not script["find_stale"](), f"run `python {SCRIPT.relative_to(ROOT)}`"
+
+
+def test_a_changed_figure_of_a_table_is_found(script):
+    """In each table, one by one: the script would write the figure of the measurement again."""
+    for page, tables in script["TABLES"].items():
+        content = page.read_text(encoding="utf-8")
+        for name in tables:
+            [table] = script["between_marks"](name).findall(content)
+            changed = content.replace(table, re.sub(r"\d(?=[^\d]*$)", "#", table))
+            assert changed != content
+            assert script["replace_tables"](changed, page) == content, name
+
+
+def test_the_text_of_the_page_on_speed_has_no_times_or_sizes_of_its_own(script):
+    text = script["SPEED"].read_text(encoding="utf-8")
+    for name in script["TABLES"][script["SPEED"]]:
+        text = script["between_marks"](name).sub("", text)
+    assert re.findall(r"\d[\d.,]* ?(?:ms|seconds?|[kMG]?B|times|points|%)(?!\w)", text) == []
 
 
 def test_a_trained_peer_is_in_the_table_with_the_bits_that_one_would_ship(script):
@@ -35,10 +53,10 @@ def test_a_trained_peer_is_in_the_table_with_the_bits_that_one_would_ship(script
 
 
 def test_times_and_sizes_in_the_text_are_those_of_the_table(script):
-    [table] = script["TABLE"].findall(TEXT)
+    [table] = script["between_marks"]("results").findall(TEXT)
     known = set(re.findall(r"[\d.]+(?=&nbsp;[kM]B)|(?<=\| )[\d.]+(?= \|)", table))
     known |= {SIZE_WITHOUT_PYTORCH.partition(" ")[0], readable(ENGINE.stat().st_size, "B").partition(" ")[0]}
-    stated = set(re.findall(r"[\d.]+(?=\s(?:ms|kB|MB)\b)", script["TABLE"].sub("", TEXT)))
+    stated = set(re.findall(r"[\d.]+(?=\s(?:ms|kB|MB)\b)", TEXT.replace(table, "")))
     ours = script["measurement"](script["NETWORK"], "avx512", 1)
     assert script["milliseconds"](ours) in stated
     assert stated - known == set()

@@ -14,7 +14,6 @@ FENCE = re.compile(
 )
 IN_SENTENCE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 OF_THE_HUB = "me/photos"
-OF_ONNX = "onnxruntime"
 IN_NODE = "./site/"  # in JavaScript
 
 
