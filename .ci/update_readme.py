@@ -81,11 +81,11 @@ def trained_rows(measured: dict) -> list[tuple[str, ...]]:
 
 def trained_row(data: str, result: dict) -> tuple[str, ...]:
     name, kind = Path(result["network"]).name, result["engine"].removeprefix("onnxruntime ")
-    low, high = (f"{100 * bound:.1f}" for bound in result["accuracy_interval"])
+    interval = "-".join(f"{100 * bound:.1f}" for bound in result["accuracy_interval"] or ())
     return (
         f"**{name}**, 1 bit" if kind == "engine" else f"{name}, {kind}",
         DATA[data],
-        f"{100 * result['accuracy']:.1f} ({low}-{high})",
+        f"{100 * result['accuracy']:.1f}" + (f" ({interval})" if interval else ""),
         readable(result["file_bytes"], "B"),
         milliseconds(result),
         NONE,

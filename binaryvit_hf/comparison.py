@@ -43,7 +43,7 @@ from .loading import load_classifier, load_config, load_image_processor
 from .network.quantization_binaryvit import QUANT_METHOD
 from .ops import align_columns, readable
 from .run_history import TEST
-from .training.ablation.estimates import SeedVariance, estimate_accuracy
+from .training.ablation.estimates import NO_INTERVAL, SeedVariance, estimate_accuracy
 from .training.confusion import predict_classes, wilson_interval
 from .training.run_folder import NOT_RECORDED, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_WEIGHTS, read_json
 
@@ -170,14 +170,15 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
           `evaluation_images`: what they are (`run_history.EVALUATION_KINDS`),
         - `data`: the name of the data set or folder,
         - `cpu`: name of the processor,
-        - `results`: for each network and runtime `network`, `engine`, `seeds`, `accuracy` (0 to 1), `accuracy_interval` (95 %),
+        - `results`: for each network and runtime `network`, `engine`, `seeds`, `accuracy` (0 to 1), `accuracy_interval` (95 %;
+          `None` if the seeds are too few for how much they differ),
           `file_bytes`, and the seconds of one image, `seconds` (median) and `seconds_10_90`. Runs that differ by their seed
           alone are one network: `network`, size and time are those of the first, and `accuracy` is the mean.
 
     Raises:
         UserError: a run cannot be compared with the others, or cannot be exported.
     """
-    runs = [TrainedRun(name) for name in dict.fromkeys(names)]
+    runs = load_runs(names)
     split = "test" if all(run.recorded.get("do_predict") for run in runs) else "validation"
     images, kind = load_common_images(runs, split)
     with tempfile.TemporaryDirectory() as folder:
@@ -212,17 +213,27 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
         }
 
 
-def accuracy_interval(correct: np.ndarray, between_seeds: SeedVariance | None) -> list[float]:
+def load_runs(names: list[str]) -> list[TrainedRun]:
+    """The runs, each folder once: `out/a`, `out/a/`, its absolute path and a link to it are one run."""
+    by_folder: dict[Path, TrainedRun] = {}
+    for run in map(TrainedRun, dict.fromkeys(names)):
+        by_folder.setdefault(run.folder.resolve(), run)
+    return [*by_folder.values()]
+
+
+def accuracy_interval(correct: np.ndarray, between_seeds: SeedVariance | None) -> list[float] | None:
     """
-    The 95 % confidence interval of a network's accuracy.
+    The 95 % confidence interval of a network's accuracy; `None` if its seeds are too few for one.
 
     Args:
         correct: whether each answer is right, `(seeds, images)`. One seed has Wilson's interval, which counts images alone.
         between_seeds: of all networks that are compared.
     """
+    if len(correct) == 1:
+        return list(wilson_interval(int(correct.sum()), correct.size))
     estimate = estimate_accuracy(correct, between_seeds)
     if estimate is None:
-        return list(wilson_interval(int(correct.sum()), correct.size))
+        return None
     return [max(0.0, estimate.low), min(1.0, estimate.high)]
 
 
@@ -392,6 +403,8 @@ def describe_table(measured: dict) -> str:
         "images, and the time and size of the first."
     )
     has_seeds = any(len(result["seeds"]) > 1 for result in measured["results"])
+    if any(result["accuracy_interval"] is None for result in measured["results"]):
+        seeds += f" {NO_INTERVAL}"
     return (
         f"Accuracy on {images} of {measured['data']}, with its 95 % confidence interval.{seeds if has_seeds else ''} Milliseconds of a forward of one "
         f"image on one thread ({measured['cpu']}): median, and first to last decile. All networks took turns in one run."
@@ -409,7 +422,7 @@ def table_rows(measured: dict) -> list[tuple[str, ...]]:
             name_with_seeds(result),
             result["engine"],
             f"{100 * result['accuracy']:.2f}",
-            " to ".join(f"{100 * bound:.2f}" for bound in result["accuracy_interval"]),
+            " to ".join(f"{100 * bound:.2f}" for bound in result["accuracy_interval"] or ()),
             f"{1000 * result['seconds']:.3g}",
             " to ".join(f"{1000 * seconds:.3g}" for seconds in result["seconds_10_90"]),
             readable(result["file_bytes"], "B"),

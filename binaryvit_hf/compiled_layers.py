@@ -25,6 +25,7 @@ from .network.modeling_binaryvit import frozen_statistics
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 ROUNDING = 1e-6  # gradients below this share of the largest one may be rounding errors of zeros
+FILLED_STD = 0.1
 TRIES = 10  # to find gradients in compiled layers that drop some
 MAX_VERSIONS = 64  # of one layer class; PyTorch's limit of 8 is below the kinds of layers that a pyramid can have
 
@@ -88,6 +89,10 @@ class CompiledLayers:
         Raises:
             RuntimeError: a weight gets a gradient from the eager layers alone.
         """
+        with nonzero_weights(self.model, images.device):
+            self.compare_gradients(images)
+
+    def compare_gradients(self, images: torch.Tensor) -> None:
         eager = self.gradients(images)
         largest = max((gradient.abs().max() for gradient in eager.values()), default=0)
         lost = [name for name, gradient in eager.items() if gradient.abs().max() > ROUNDING * largest]
@@ -113,6 +118,24 @@ class CompiledLayers:
         # Not backward(): it would add to the weights' gradients.
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(weights, gradients))
+
+
+@contextlib.contextmanager
+def nonzero_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """
+    Fill weights of zeros with random numbers in this context. A new classifier, or the scale of a residual branch, is often zero,
+    and no gradient gets through it. No random number of the run changes.
+    """
+    zeros = {weight: weight.detach().clone() for weight in model.parameters() if not weight.any()}
+    with torch.no_grad(), fork_random(device):
+        for weight in zeros:
+            weight.normal_(std=FILLED_STD)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zeros.items():
+                weight.copy_(value)
 
 
 def fork_random(device: torch.device) -> contextlib.AbstractContextManager:

@@ -173,6 +173,28 @@ def test_runs_that_differ_by_their_seed_are_one_line_with_their_mean(changed, qu
     assert "Runs that differ by their seed alone are one line" in out.read_text()
 
 
+def test_a_run_under_several_names_is_measured_once(changed, tmp_path, monkeypatch):
+    run_folder = changed("run")
+    (tmp_path / "link").symlink_to(run_folder)
+    monkeypatch.chdir(tmp_path)
+    names = ["run", "run/", "./run", str(run_folder), "link", "link/../run"]
+    assert [trained.name for trained in comparison.load_runs(names)] == ["run"]
+    other = changed("other")
+    assert [trained.name for trained in comparison.load_runs(["link", str(other), "run"])] == ["link", str(other)]
+
+
+def test_two_seeds_that_differ_have_no_interval(changed, quick, capsys, tmp_path, monkeypatch):
+    seeds = {str(changed(f"seed-{seed}", seed=seed)): np.arange(48) < 20 * seed for seed in (1, 2)}
+    monkeypatch.setattr(
+        comparison, "find_correct", lambda contestants, images: [seeds[each.run.name] for each in contestants]
+    )
+    out = tmp_path / "table.md"
+    (row,) = json.loads(run(capsys, "compare", *seeds, "--out", out, "--json"))["results"]
+    assert row["accuracy_interval"] is None
+    assert "| engine | 62.50 |  | 1 |" in out.read_text()
+    assert "Where the interval is missing, the seeds are too few for how much they differ." in out.read_text()
+
+
 def test_runs_without_common_images_are_refused(runs, changed, capsys, tmp_path):
     other = changed("other", train_val_split=0.25)
     words = ("different images (train_val_split is None and 0.25)", "compare runs on the same images")

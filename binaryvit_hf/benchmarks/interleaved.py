@@ -6,6 +6,7 @@ A load from elsewhere on the machine then slows all competitors alike.
 
 import contextlib
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from binaryvit_runtime.errors import UserError, first_sentence
 
 
 MAX_IDLE_WAIT = 2.0  # seconds
+MAX_END_WAIT = 5.0  # seconds
 
 
 class Worker:
@@ -40,17 +42,28 @@ class Worker:
         Send a message and wait for the answer.
 
         Raises:
-            UserError: the worker raised an exception, or ran out of memory.
+            UserError: the worker raised an exception, or its process ended.
         """
         with contextlib.suppress(ConnectionError):  # the worker has ended; its error may be in the pipe
             self.pipe.send(message)
         try:
             answer = self.pipe.recv()
-        except (EOFError, ConnectionError) as error:  # the pipe has no error, so the system killed it for its memory
-            raise UserError(f"{self.name} ran out of memory; try a smaller --batch-size.") from error
+        except (EOFError, ConnectionError) as error:  # the process ended without an exception
+            raise UserError(f"{self.name} failed: {self.describe_end()}") from error
         if isinstance(answer, UserError):
             raise UserError(f"{self.name} failed: {answer}")
         return answer
+
+    def describe_end(self) -> str:
+        """How the process of this worker ended: by a signal or with an exit code."""
+        self.process.join(MAX_END_WAIT)
+        code = self.process.exitcode
+        if code is None or code >= 0:
+            return "its process " + ("closed its pipe." if code is None else f"ended with exit code {code}.")
+        name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
+        if name == "SIGKILL":
+            return "its process was killed (SIGKILL), as Linux does when memory runs out; free memory or measure less at once."
+        return f"its process was ended by {name}."
 
     def stop(self) -> None:
         self.pipe.close()

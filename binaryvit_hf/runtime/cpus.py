@@ -27,7 +27,8 @@ def limit_spinning(variables: MutableMapping[str, str] = os.environ) -> None:
     Let threads of PyTorch sleep when they have waited for 1 ms, unless a variable of the user says otherwise.
 
     Call it before PyTorch is imported: its OpenMP (libgomp) reads the variable then, and spins 15 times as long by default.
-    A spinning thread takes the CPU from the one that it waits for, if another process uses the other CPUs.
+    A spinning thread takes the CPU from the one that it waits for, if another process uses the other CPUs. Child processes
+    inherit the variable. Workers of a data loader need that: they import PyTorch first.
     """
     # Training steps of configs/fashion-mnist/binaryvit, two threads on two CPUs, in turns. Default, 20000 spins, OMP_WAIT_POLICY=PASSIVE:
     # 259, 254 and 380 ms on a quiet machine; about 8.2, 1.3 and 0.9 s on a loaded one.

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from binaryvit_runtime.errors import LoadingError, UserError
+from binaryvit_runtime.errors import LoadingError, UserError, first_sentence
 from binaryvit_runtime.pixels import read_background
 from binaryvit_runtime.resources import shipped_folder
 from binaryvit_runtime.writing import write_file
@@ -24,10 +24,13 @@ from .run_folder import RUN_ARGUMENTS, arguments_to_json
 # Defaults of earlier versions, which their runs recorded: nobody chose them.
 EARLIER_DEFAULTS = [("logging_nan_inf_filter", True)]
 
+NOTES = "<!-- Text below this line stays when the card is written again. -->"
+
 
 def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> None:
     """
-    Write the card of a model, with metadata in the Hub's format, from the files in its folder.
+    Write the card of a model, with metadata in the Hub's format, from the files in its folder. Text below the line `NOTES` of
+    the card that it replaces stays; so does that of the folder's card if `path` has none.
 
     Args:
         folder: a run's output directory, or a folder of a config without weights. It must hold `config.json`. The card uses
@@ -91,7 +94,25 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         arguments=arguments,
         chosen=chosen_arguments(arguments),
     )
-    write_file(path or folder / "README.md", str(card))
+    path = path or folder / "README.md"
+    content, notes = f"{str(card).rstrip()}\n", read_notes(path) or read_notes(folder / "README.md")
+    if arguments or notes or weight_bytes(folder):
+        content += f"\n{NOTES}\n" + (f"\n{notes}\n" if notes else "")
+    write_file(path, content)
+
+
+def read_notes(card: Path) -> str:
+    """
+    What a person wrote below the line `NOTES` of a card; empty if there is none.
+
+    Raises:
+        UserError: the card cannot be read.
+    """
+    try:
+        content = card.read_bytes() if card.is_file() else b""
+    except OSError as error:
+        raise UserError(f"{str(card)!r} cannot be read: {first_sentence(error)}") from error
+    return content.partition(NOTES.encode())[2].decode(errors="replace").replace("\r\n", "\n").strip()
 
 
 def card_metadata(

@@ -80,6 +80,18 @@ def test_a_single_seed_has_no_interval_and_equal_answers_have_no_difference():
     assert estimate_difference(several, several, between_seeds) == Estimate(0.0, 0.0, 1.0)
 
 
+def test_two_seeds_that_differ_have_no_interval_and_their_difference_is_not_tested():
+    images = np.arange(200)
+    apart, alike = np.array([images < 150, images < 190]), np.array([images < 150, images < 151])
+    assert estimate_accuracy(apart, SeedVariance.of_rows([apart])) is None
+    assert estimate_accuracy(alike, SeedVariance.of_rows([alike])).half_width < 0.1
+    three = np.concatenate([apart, apart[:1]])
+    assert estimate_accuracy(three, SeedVariance.of_rows([three])) is not None
+    assert estimate_accuracy(apart, SeedVariance.of_rows([apart, three])) is not None
+    between_seeds = SeedVariance(apart.mean(axis=1).var(ddof=1), 1)
+    assert estimate_difference(apart, apart[::-1], between_seeds) is None
+
+
 def test_p_values_are_corrected_as_holm_says():
     assert correct_for_several([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert correct_for_several([0.9, 0.8]) == [1.0, 1.0]
@@ -127,6 +139,10 @@ def test_words_say_why_a_row_is_not_tested():
     assert words.endswith("compared with row a; not tested, as row b has one seed.")
     (words,) = in_words(results_of("a", base), results_of("b", other, "a", labels=np.ones(100, dtype=int)))
     assert words.endswith("not tested, as their test images differ.")
+    images = np.arange(100)
+    rows = {name: results_of(name, np.array([images < 10, images < 90]), "a") for name in "ab"}
+    comparison = compare_rows(rows, SeedVariance(0.3, 1))["b"]
+    assert comparison.in_words(1).endswith("not tested, as the seeds are too few for how much they differ.")
 
 
 def test_p_is_readable():
@@ -135,6 +151,7 @@ def test_p_is_readable():
 
 def test_an_interval_of_accuracies_ends_at_100_percent():
     assert readable_interval(Estimate(99.2, 1.1, 0.0), ".2f", most=100.0) == "[98.10, 100.00]"
+    assert readable_interval(Estimate(0.8, 1.1, 0.0), ".2f", least=0.0) == "[0.00, 1.90]"
     assert readable_interval(Estimate(90.0, 1.1, 0.0), ".2f", most=100.0) == "[88.90, 91.10]"
     assert readable_interval(Estimate(-0.5, 1.0, 0.3), "+.2f") == "[-1.50, +0.50]"
 

@@ -50,8 +50,8 @@ def test_every_argument_has_its_type_or_is_refused_in_one_sentence(wrong, tmp_pa
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert math.isfinite(value) and value > -1e8, name
             assert float not in (hint, *get_args(hint)) or isinstance(value, float) or name.endswith("_steps"), name
-        # --fsdp and --torch_compile may be true.
-        if value == wrong and type(value) is type(wrong) and name not in ("fsdp", "torch_compile"):
+        # These may be true in a file, too.
+        if value == wrong and type(value) is type(wrong) and name not in ("fsdp", "torch_compile", "cuda_graphs"):
             assert has_type(wrong, hint), name
 
 

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from golden_data import CONFIGS, ROWS, TINY
 from huggingface_hub import ModelCard
+from tiny import tiny_config
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from binaryvit_cli import main
@@ -14,7 +15,7 @@ from binaryvit_hf.data.decoding import decode_image
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_digits_splits, load_fashion_mnist_splits
 from binaryvit_hf.ops import count_operations, readable, total
 from binaryvit_hf.training.command_line import parse, parse_runs
-from binaryvit_hf.training.model_card import chosen_arguments
+from binaryvit_hf.training.model_card import NOTES, chosen_arguments, write_model_card
 from binaryvit_hf.training.run_folder import arguments_to_json
 
 
@@ -43,6 +44,32 @@ def test_the_card_of_a_row_says_that_it_has_no_trained_weights_and_what_it_costs
     assert card.data.eval_results is None
     assert card.data.base_model == ("facebook/deit-small-patch16-224" if row != "deit-small-patch16-224" else None)
     assert card.data.datasets == ["ILSVRC/imagenet-1k"]
+
+
+@pytest.mark.parametrize("model", EXAMPLES, ids=lambda folder: folder.name)
+def test_the_card_of_a_shipped_model_is_up_to_date_with_its_text(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    assert main(["card", f"model_cards/{model.name}", "--out", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text() == (model / "README.md").read_text()
+
+
+def test_text_below_the_last_line_of_a_card_stays_when_it_is_written_again(tmp_path):
+    folder, other = tmp_path / "model", tmp_path / "card.md"
+    tiny_config().save_pretrained(folder)
+    write_model_card(folder, "model")
+    assert NOTES not in (folder / "README.md").read_text()  # of a config
+    (folder / "run_arguments.json").write_text('{"dataset_name": "photos"}')
+    write_model_card(folder, "model")
+    card = (folder / "README.md").read_text()
+    assert card.endswith(f"\n{NOTES}\n")
+    notes = "## Notes\n\n{{ seeds }} and \u00e9\n---\nthree seeds"
+    (folder / "README.md").write_bytes((f"{card}\n\n{notes}\n\n").replace("\n", "\r\n").encode())
+    for path in (None, None, other):
+        write_model_card(folder, "model", path)
+        assert (path or folder / "README.md").read_text(encoding="utf-8") == f"{card}\n{notes}\n"
+    other.write_text(f"{NOTES}\nits own")
+    write_model_card(folder, "model", other)
+    assert other.read_text() == f"{card}\nits own\n"
 
 
 @pytest.mark.parametrize("row", sorted(path.parent.name for path in CONFIGS.glob("*/train.json")))

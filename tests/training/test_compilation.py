@@ -304,6 +304,24 @@ def test_a_compiler_that_loses_gradients_is_found_before_training():
         layers.check(tiny_images())
 
 
+def test_a_compiler_that_loses_gradients_is_found_although_weights_are_zero():
+    model = tiny_model(small_config()).train()
+    with torch.no_grad():
+        for weight in (model.classifier.weight, model.classifier.bias, model.binaryvit.norm.batch_norm.weight):
+            weight.zero_()
+    layers = CompiledLayers(model, "eager")
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert not any(gradient.any() for name, gradient in layers.gradients(tiny_images()).items() if "layer" in name)
+    layers.check(tiny_images())
+    last = list(layers.calls)[-1]
+    layers.calls[last] = lambda *arguments, **kwargs: type(last).forward(last, *arguments, **kwargs).detach()
+    with pytest.raises(RuntimeError, match=r"loses the gradients of \d+ of \d+ weights, such as binaryvit\."):
+        layers.check(tiny_images())
+    assert_same_states(before, model.state_dict())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
 @pytest.mark.parametrize("share, is_lost", [(0.4, False), (0.0, True)])
 def test_gradients_of_layers_that_compiled_code_drops_at_random_are_not_lost(share, is_lost, monkeypatch):
     layers = CompiledLayers(tiny_model(small_config()), "eager")

@@ -20,6 +20,8 @@ from scipy.stats import t as student_t
 
 
 LEVEL = 0.95
+LEAST_FREEDOM = 2.0  # Student's distribution has no variance at 2 degrees of freedom and below
+NO_INTERVAL = "Where the interval is missing, the seeds are too few for how much they differ."
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class SeedVariance:
 
 def estimate_accuracy(correct: np.ndarray, between_seeds: SeedVariance | None) -> Estimate | None:
     """
-    The accuracy of a row, from 0 to 1; `None` for a single seed or image, which says nothing about others.
+    The accuracy of a row, from 0 to 1; `None` for a single seed or image, which says nothing about others, and for seeds that
+    are too few (`estimate_sum`).
 
     Args:
         correct: whether each answer is right, `(seeds, images)`.
@@ -74,7 +77,7 @@ def estimate_accuracy(correct: np.ndarray, between_seeds: SeedVariance | None) -
 
 def estimate_difference(ours: np.ndarray, theirs: np.ndarray, between_seeds: SeedVariance | None) -> Estimate | None:
     """
-    Our accuracy minus theirs; `None` if one of the rows has a single seed.
+    Our accuracy minus theirs; `None` if one of the rows has a single seed, or too few of them (`estimate_sum`).
 
     The images are paired: both rows answer the same ones. The seeds are not, because equal seeds do not make two networks
     alike; if they did, the interval would be too long.
@@ -87,7 +90,10 @@ def estimate_difference(ours: np.ndarray, theirs: np.ndarray, between_seeds: See
 
 
 def estimate_sum(rows: list[tuple[int, np.ndarray]], between_seeds: SeedVariance | None) -> Estimate | None:
-    """The sum of accuracies, each with its sign."""
+    """
+    The sum of accuracies, each with its sign; `None` below `LEAST_FREEDOM`. Two seeds that differ give one degree of freedom,
+    and an interval 13 times as long as the standard error: it may hold all accuracies from 0 to 100 %.
+    """
     images = rows[0][1].shape[1]
     if between_seeds is None or images < 2 or min(len(correct) for _, correct in rows) < 2:
         return None
@@ -108,6 +114,8 @@ def estimate_sum(rows: list[tuple[int, np.ndarray]], between_seeds: SeedVariance
         return Estimate(value, 0.0, 1.0 if value == 0 else 0.0)
     freedom = between_seeds.freedom * (variance / from_seeds) ** 2 if from_seeds > 0 else np.inf
     error = variance**0.5
+    if freedom < LEAST_FREEDOM:
+        return None
     half_width = student_t.ppf((1 + LEVEL) / 2, freedom) * error
     return Estimate(value, float(half_width), float(2 * student_t.sf(abs(value) / error, freedom)))
 

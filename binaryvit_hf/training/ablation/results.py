@@ -15,7 +15,7 @@ from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
 from ...run_history import HELD_OUT, evaluation_images
 from ..model_card import weight_bytes
 from ..run_folder import read_json, read_test_predictions
-from .estimates import Estimate, SeedVariance, correct_for_several, estimate_accuracy, estimate_difference
+from .estimates import NO_INTERVAL, Estimate, SeedVariance, correct_for_several, estimate_accuracy, estimate_difference
 from .pictures import Bar, Point, plot_accuracy, plot_differences
 from .table import DEFAULT_TABLE, Row, Table
 
@@ -72,7 +72,7 @@ class Comparison:
     Two rows.
 
     Args:
-        estimate: our accuracy minus theirs, in points, with its interval; `None` if one of the rows has a single seed.
+        estimate: our accuracy minus theirs, in points, with its interval; `None` if the seeds are too few.
         p: of the estimate, corrected for the other comparisons of the table.
     """
 
@@ -91,7 +91,10 @@ class Comparison:
         if not np.array_equal(self.ours.labels, self.theirs.labels):
             return "their test images differ"
         single = [results for results in (self.ours, self.theirs) if len(results.folders) == 1]
-        return f"{single[0].name} has one seed" if single else "there are too few test images"
+        if single:
+            return f"{single[0].name} has one seed"
+        few_images = len(self.ours.labels) < 2
+        return "there are too few test images" if few_images else "the seeds are too few for how much they differ"
 
     @property
     def is_shown(self) -> bool:
@@ -190,7 +193,7 @@ def write_results(table: Table, results: dict[str, RowResults], out: Path, secon
         lines += [table.description, ""]
     lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values())]
-    lines += ["", describe_columns(table, rows, comparisons, seconds), ""]
+    lines += ["", describe_columns(table, rows, intervals, comparisons, seconds), ""]
     if comparisons:
         count = sum(comparison.p is not None for comparison in comparisons.values())
         lines += ["What this shows:", ""]
@@ -267,7 +270,7 @@ def columns_of(
         "row": [row.name for row in results],
         "test top-1, %": [mean_and_deviation(row.test) for row in results],
         "seeds": [str(len(row.test)) for row in results],
-        "95 % interval": [readable_interval(interval, ".2f", most=100.0) for interval in intervals.values()],
+        "95 % interval": [readable_interval(interval, ".2f", 0.0, 100.0) for interval in intervals.values()],
     }
     if comparisons:
         found = [comparisons.get(key) for key in rows]
@@ -288,7 +291,11 @@ def columns_of(
 
 
 def describe_columns(
-    table: Table, rows: dict[str, RowResults], comparisons: dict[str, Comparison], seconds: dict[str, float]
+    table: Table,
+    rows: dict[str, RowResults],
+    intervals: dict[str, Estimate | None],
+    comparisons: dict[str, Comparison],
+    seconds: dict[str, float],
 ) -> str:
     """What the numbers of the table are."""
     runs = counted(sum(len(row.test) for row in rows.values()), "run")
@@ -296,6 +303,8 @@ def describe_columns(
     tests = sum(comparison.p is not None for comparison in comparisons.values())
     if any(len(row.folders) > 1 for row in rows.values()):
         sentences.append(METHOD)
+    if any(len(row.folders) > 1 and intervals[key] is None for key, row in rows.items()):
+        sentences.append(NO_INTERVAL)
     if tests:
         sentences.append(f"p is corrected for the {counted(tests, 'comparison')} of this table (Holm).")
     if table.has_one_network and rows:
@@ -310,9 +319,9 @@ def describe_columns(
     return " ".join(sentences)
 
 
-def readable_interval(estimate: Estimate | None, form: str, most: float = math.inf) -> str:
-    """The interval as text, cut at `most`: a t interval of accuracies near 100 % ends above it."""
-    return "" if estimate is None else f"[{estimate.low:{form}}, {min(most, estimate.high):{form}}]"
+def readable_interval(estimate: Estimate | None, form: str, least: float = -math.inf, most: float = math.inf) -> str:
+    """The interval as text, cut at `least` and `most`: a t interval of accuracies near 100 % ends above it."""
+    return "" if estimate is None else f"[{max(least, estimate.low):{form}}, {min(most, estimate.high):{form}}]"
 
 
 def readable_p_cell(p: float | None) -> str:
