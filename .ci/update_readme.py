@@ -1,6 +1,6 @@
 """
-Writes the table of results in README.md, the picture above it, and the tables of `docs/pages/results/speed.md` from measurements
-and configs of this repository:
+Writes the table of results in README.md, the picture above it, and the tables of `docs/pages/results/speed.md` and
+`docs/pages/guides/ablation.md` from measurements and configs of this repository:
 
     python .ci/update_readme.py            # after a new measurement, model or config
     python .ci/update_readme.py --check    # fails unless the pages and the pictures are what they give
@@ -39,7 +39,8 @@ from binaryvit_runtime.resources import shipped_configs, shipped_models
 
 
 ROOT = Path(__file__).parents[1]
-README, SPEED = ROOT / "README.md", ROOT / "docs" / "pages" / "results" / "speed.md"
+PAGES = ROOT / "docs" / "pages"
+README, SPEED, COMPARISON = ROOT / "README.md", PAGES / "results" / "speed.md", PAGES / "guides" / "ablation.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PICTURES = ROOT / "docs" / "pictures"
 TABLE_HEAD = ("network", "trained on", "top-1, %", "file", "1 thread, ms", "2 threads, ms", "OPs")
@@ -99,7 +100,11 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def read(name: str) -> dict:
-    return json.loads((MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(MEASUREMENTS / f"{name}.json")
+
+
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def measurement(model: str, engine: str, threads: int) -> dict:
@@ -134,6 +139,20 @@ def find_config(network: str) -> PreTrainedConfig | None:
     folders = {**shipped_configs(), **shipped_models()}
     config = load_config(folders[network]) if network in folders else None
     return config if config is not None and config.model_type in ("binaryvit", "vit") else None
+
+
+# ---- The table of `ablation.md` ----
+
+
+def make_comparison_table() -> str:
+    """The networks of Fashion-MNIST beside each other, and the epochs that they have seen."""
+    measured = read("compare-fashion-mnist")
+    [ours] = [result["network"] for result in measured["results"] if result["network"] in shipped_models()]
+    epochs = read_json(shipped_models()[ours] / "all_results.json")["epoch"]
+    of_peers = read_json(ROOT / "configs" / "fashion-mnist" / "float.json")["num_train_epochs"]
+    head = ("network", "top-1, %", "file", "1 thread, ms")
+    rows = [(name, *rest) for name, _, *rest, _, _ in trained_rows(measured)]
+    return f"{format_table(head, rows)}\n`{ours}` has seen {epochs:.0f} epochs, the int8 networks {of_peers}.\n"
 
 
 # ---- The tables of `speed.md` ----
@@ -317,6 +336,7 @@ def draw_bars() -> list[str]:
 # The tables of each page, by the name in their marks.
 TABLES = {
     README: {"results": make_table},
+    COMPARISON: {"comparison": make_comparison_table},
     SPEED: {
         "forwards": make_forwards_table,
         "pipeline": make_pipeline_table,

@@ -12,8 +12,10 @@ The code in README.md and in the pages of `docs` runs, from top to bottom of eac
 import _thread
 import argparse
 import functools
+import inspect
 import json
 import logging
+import pydoc
 import re
 import runpy
 import shlex
@@ -417,6 +419,20 @@ def test_the_command_reference_has_the_help_of_every_command(hooks, monkeypatch)
         assert f"### {name}\n" in reference
         assert f"usage: {parser.prog} {name} " in reference
     assert "--do_train" in hooks["training_reference"]()
+
+
+def test_every_entry_of_the_references_is_defined_where_the_page_says():
+    """mkdocstrings leaves out what a module only imports, without a warning."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/pages/reference").glob("*.md"))
+    entries = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", pages + "\n", re.MULTILINE)
+    assert len(entries) > 10
+    for name, options in entries:
+        found, members = pydoc.locate(name), re.search(r"members: \[(.*)\]", options)
+        assert found is not None, name
+        for member in members[1].split(", ") if members else []:
+            assert hasattr(found, member), (name, member)
+            assert not inspect.ismodule(found) or getattr(found, member).__module__ == name, (name, member)
+        assert members or not inspect.ismodule(found), f"{name}: list its members"
 
 
 def test_pages_of_results_have_the_command_that_made_them(hooks, commands):
