@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.resources import find_config_path
 
 from .common import needs_extra
 
@@ -15,7 +16,7 @@ EXAMPLE = "binaryvit ablation configs/fashion-mnist outputs/fashion-mnist --seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of recipes, such as configs/fashion-mnist")
+    parser.add_argument("folder", metavar="FOLDER", help="folder of recipes, such as configs/fashion-mnist")
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="folder for the runs, the table of results and its pictures"
     )
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> None:
         from binaryvit_hf.training.ablation.runs import Ablation, run_ablation
     from binaryvit_hf.benchmarks import trained
 
-    ablation = Ablation(options.folder, options.out, tuple(dict.fromkeys(options.seeds)), options.table)
+    folder = Path(find_config_path(options.folder))
+    ablation = Ablation(folder, options.out, tuple(dict.fromkeys(options.seeds)), options.table)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     # As an exception, a signal reaches the code that ends the runs.
     numbers = (signal.SIGINT, signal.SIGTERM)

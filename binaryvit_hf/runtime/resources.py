@@ -33,3 +33,13 @@ def shipped_configs() -> dict[str, Path]:
     """Folders of the configs (the rows of the paper and the examples), by their path in `configs`."""
     configs = shipped_folder("configs")
     return {path.parent.relative_to(configs).as_posix(): path.parent for path in configs.rglob("config.json")}
+
+
+def find_config_path(path: str) -> str:
+    """
+    The path of a file or folder of configs. `configs/...` is one that comes with the package, if the working directory
+    has no such path.
+    """
+    parts = Path(path).parts
+    shipped = shipped_folder("configs").joinpath(*parts[1:])
+    return str(shipped) if parts[:1] == ("configs",) and not os.path.exists(path) and shipped.exists() else path

@@ -9,6 +9,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
+from binaryvit_runtime.resources import find_config_path
 from binaryvit_runtime.sources import did_you_mean_path
 
 from ..argument_checks import convert_argument
@@ -41,7 +42,8 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     Parse a command line into one run, or into a teacher's run and its student's.
 
     Args:
-        arguments: may begin with a JSON or YAML file of arguments; flags after it override the file. An object `teacher` in
+        arguments: may begin with a JSON or YAML file of arguments, such as one of `configs/`, which come with the package;
+            flags after it override the file. An object `teacher` in
             the file holds the teacher's own arguments, and `--teacher.NAME VALUE` overrides these. A flag
             `--model_name_or_path` replaces the file's `config_name`. `--teacher null` leaves the teacher out.
 
@@ -51,7 +53,7 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     """
     values: dict[str, Any] = {}
     if arguments and arguments[0].lower().endswith(ARGUMENT_FILES):
-        values, arguments = read_argument_file(Path(arguments[0])), arguments[1:]
+        values, arguments = read_argument_file(Path(find_config_path(arguments[0]))), arguments[1:]
     teacher_values = values.pop("teacher", None)
     flags, teacher_flags = [], []
     for name, words in group_flags(arguments):

@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from binaryvit_runtime.errors import LoadingError, UserError, counted, first_sentence
 from binaryvit_runtime.pixels import read_background, write_background
-from binaryvit_runtime.resources import find_source, shipped_configs
+from binaryvit_runtime.resources import find_config_path, find_source, shipped_configs
 
 from .. import loading
 from ..data.arguments import DataArguments
@@ -32,8 +32,8 @@ def load_config(arguments: ModelArguments, do_train: bool) -> PreTrainedConfig:
     name = arguments.config_name or arguments.model_name_or_path
     source = name
     shipped = shipped_configs() if arguments.config_name else {}
-    if not os.path.exists(name):
-        source = str(shipped.get(name, name))
+    if arguments.config_name and not os.path.exists(name):
+        source = str(shipped.get(name, find_config_path(name)))
     try:
         config = loading.load_config(source, shipped, subfolder=arguments.subfolder, **hub_arguments(arguments))
     except LoadingError as error:

@@ -8,7 +8,9 @@ from PIL import Image
 from tiny import tiny_config
 
 from binaryvit_hf.training import run as script
+from binaryvit_hf.training.arguments import ModelArguments
 from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.models import load_config
 from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, arguments_to_json, compare_with_recorded
 from binaryvit_runtime.errors import UserError
 
@@ -72,6 +74,18 @@ def test_a_misspelt_file_of_arguments_gets_a_suggestion(given, meant, capsys, tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos.json").write_text("{}")
     assert f"There is no file of arguments {given!r}; did you mean {meant!r}?" in refusal(capsys, given)
+
+
+def test_the_configs_of_the_package_are_found_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher, student = parse_runs(["configs/quickstart.json", "--use_cpu"])
+    assert (teacher.model.config_name, student.model.config_name) == ("vit-digits", "binaryvit-digits")
+    options = ModelArguments(config_name="configs/fashion-mnist/binaryvit")
+    assert load_config(options, do_train=True).image_size == 24
+    own = tmp_path / "configs" / "quickstart.json"
+    own.parent.mkdir()
+    own.write_text('{"config_name": "own", "do_train": true}')
+    assert [run.model.config_name for run in parse_runs([str(own.relative_to(tmp_path)), "--use_cpu"])] == ["own"]
 
 
 def test_misspelt_folders_and_classes_get_a_suggestion(capsys, photos, tmp_path):
