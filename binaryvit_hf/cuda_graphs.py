@@ -40,7 +40,7 @@ class RecordedLoss:
         # Of the last batch, in memory that the next run overwrites.
         self.value: torch.Tensor
         self.gradients: tuple[torch.Tensor | None, ...]
-        with fork_random(images.device), frozen_statistics(model), without_cast_weights():
+        with fork_random(images.device), frozen_statistics(model):
             self.replay = record(self.pass_once)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class RecordedLoss:
         return Replay.apply(self, images, labels, *self.weights)
 
     def pass_once(self) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), without_cast_weights():
             loss = self.compute(self.images, self.labels)
         self.value, self.gradients = loss.detach(), torch.autograd.grad(loss, self.weights, allow_unused=True)
 
@@ -77,7 +77,9 @@ class Replay(Function):
     def backward(ctx, grad_output):
         recorded = ctx.recorded
         if ctx.run != recorded.runs:
-            raise RuntimeError("The graph has run again: its gradients are those of a later batch.")
+            raise RuntimeError(
+                "The graph has run again, so its gradients are those of a later batch: train without --cuda_graphs."
+            )
         # New tensors: the optimiser's gradients must outlive the next run.
         scaled = iter(torch._foreach_mul([grad for grad in recorded.gradients if grad is not None], grad_output))
         return None, None, None, *(None if grad is None else next(scaled) for grad in recorded.gradients)
@@ -85,26 +87,48 @@ class Replay(Function):
 
 @contextlib.contextmanager
 def without_cast_weights() -> Iterator[None]:
-    """Let autocast keep no weight in half precision: a graph would go on with one from before its recording."""
-    before = torch.is_autocast_cache_enabled()
+    """Let autocast share no weight in half precision with other passes: a graph would go on with one from before its recording."""
     torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
-    """Record the kernels that a function launches, and return the function that launches them again."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    """
+    Record the kernels that a function launches, and return the function that launches them again.
+
+    Raises:
+        Exception: the error of the function, or that of the recording if the function has none.
+    """
+    launching, warming = torch.cuda.current_stream(), torch.cuda.Stream()
+    warming.wait_stream(launching)
+    with torch.cuda.stream(warming):
         for _ in range(WARM_UPS):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
+    launching.wait_stream(warming)
     graph = torch.cuda.CUDAGraph()
-    # Threads that load images go on while this one records.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
+    first: list[Exception] = []  # not a variable: that would keep the tensors of the failed pass
+    try:
+        # Threads that load images go on while this one records.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            try:
+                function()
+            except Exception as error:
+                first.append(error)
+                raise
+    except Exception as error:
+        restore_after_failed_recording(launching)
+        raise (first.pop() if first else error) from None
     return graph.replay
+
+
+def restore_after_failed_recording(launching: torch.cuda.Stream) -> None:
+    """
+    Go on with the stream and the random generator of before. PyTorch leaves its own stream current, and versions before 2.12
+    leave a generator that refuses every further number ("Offset increment outside graph capture").
+    """
+    torch.cuda.set_stream(launching)
+    generator = torch.cuda.default_generators[launching.device.index]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -21,6 +21,7 @@ from .optional_methods import OptionalMethodArguments
 DEFAULT_LICENSE = "apache-2.0"
 STEP_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial")
 BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
+COMPILE_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 # Arguments of transformers' Trainer that training does not support: the value and the reason.
 UNSUPPORTED = {
     "use_liger_kernel": (True, "it is for language models"),
@@ -126,7 +127,7 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         "false",
         "Record the kernels of a training step once as a CUDA graph, and launch them together: 'true', 'false', or 'auto', "
         "which does so where it is possible. Small networks train several times as fast, and weights are the same. It needs "
-        "one NVIDIA GPU, and memory for the activations of one more batch.",
+        "one NVIDIA GPU, and memory for the activations of one more batch, of two with --mixup_prob below 1.",
         nargs="?",
         const="true",
     )
@@ -239,6 +240,10 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             return "float32 or --bf16"
         if self.gradient_checkpointing:  # it reads and restores random generators
             return "a run without --gradient_checkpointing"
+        if self.torch_compile and (
+            self.torch_compile_mode in COMPILE_MODES_WITH_GRAPHS or self.torch_compile_backend == "cudagraphs"
+        ):
+            return "compiled code that makes no CUDA graphs itself, such as that of --torch_compile_mode default"
         return None
 
     def wants_graphs(self) -> bool | str:

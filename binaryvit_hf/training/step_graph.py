@@ -1,7 +1,7 @@
 """Whether the training steps of a run are CUDA graphs, and which recording a step uses."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -10,19 +10,23 @@ from transformers import PreTrainedModel
 
 from binaryvit_runtime.errors import UserError, first_sentence
 
-from ..compiled_layers import CompiledLayers
 from ..cuda_graphs import RecordedLoss
 
 
 logger = logging.getLogger(__name__)
 
 
+# Attributes of modules that a recording takes as constants, and that callbacks change: a frozen normalisation, a dropout rate.
+CONSTANTS = ("training", "p", "drop_prob", "momentum", "sign_slope")
+
+
 class StepGraph:
     """
     Computes the loss of full training batches by a CUDA graph.
 
-    A recording holds for one shape of batches, for the layers as they were compiled or not, and while every weight keeps its
-    memory; when one of them changes, a new one is made.
+    There is a recording for each kind of labels: mixing may leave some batches as they are. Recordings hold for one shape of
+    images and while the network and the settings of the loss stay as they are; when one of them changes, new ones are made. A
+    network with hooks, which a graph would not call, runs without.
 
     Args:
         model: the network, without wrappers.
@@ -38,15 +42,16 @@ class StepGraph:
         wanted: bool | str,
     ):
         self.model, self.compute, self.wanted = model, compute, wanted
-        self.recorded: RecordedLoss | None = None
-        self.key: tuple | None = None  # of what the recording holds for
+        self.recordings: dict[tuple, RecordedLoss] = {}  # by the kind of labels
+        self.key: tuple | None = None  # of what the recordings hold for
+        self.told_of_hooks = False
 
     def forget(self) -> None:
-        """Free the memory of the recording."""
-        self.recorded = self.key = None
+        """Free the memory of the recordings."""
+        self.recordings, self.key = {}, None
 
     def loss(
-        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, layers: CompiledLayers | None
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, settings: Hashable = None
     ) -> torch.Tensor:
         """
         The loss of a full batch.
@@ -55,18 +60,38 @@ class StepGraph:
             model: the network with its wrappers.
             images: `(batch, channels, height, width)`.
             labels: class indices `(batch,)`, or soft labels `(batch, labels)`.
-            layers: those that run compiled now.
+            settings: all else that the loss depends on.
 
         Raises:
             UserError: recording failed, and `wanted` is True. With "auto", steps run without a graph from then on.
         """
-        if self.wanted:
-            addresses = tuple(weight.data_ptr() for weight in self.model.parameters() if weight.requires_grad)
-            key = (model, layers, images.shape, images.dtype, labels.shape, labels.dtype, addresses)
-            if key != self.key:
+        recorded = self.recording(model, images, labels, settings) if self.wanted else None
+        return recorded(images, labels) if recorded else self.compute(model, images, labels)[0]
+
+    def recording(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, settings: Hashable
+    ) -> RecordedLoss | None:
+        """The recording for a batch, a new one if necessary; `None` if there can be none."""
+        constants = recorded_constants(self.model)
+        key = None if constants is None else (model, settings, images.shape, images.dtype, constants)
+        if key is None or key != self.key:
+            self.forget()
+            self.key = key
+        if key is None:
+            if not self.told_of_hooks:
+                logger.warning(
+                    "Training steps run without CUDA graphs while the network has hooks: a graph calls none."
+                )
+            self.told_of_hooks = True
+            return None
+        kind = labels.shape, labels.dtype
+        if kind not in self.recordings:
+            recorded = self.record(model, images, labels)
+            if recorded is None:
                 self.forget()
-                self.recorded, self.key = self.record(model, images, labels), key
-        return self.recorded(images, labels) if self.recorded else self.compute(model, images, labels)[0]
+                return None
+            self.recordings[kind] = recorded
+        return self.recordings[kind]
 
     def record(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> RecordedLoss | None:
         try:
@@ -79,3 +104,27 @@ class StepGraph:
             self.wanted = False
             logger.info("Training steps run without CUDA graphs: recording failed: %s", first_sentence(error))
             return None
+
+
+def recorded_constants(model: nn.Module) -> list | None:
+    """
+    What a recording of a network takes as constants: addresses of tensors, and some numbers. `None` if a module or a weight has
+    hooks.
+    """
+    # Not model.modules(), which takes several times as long as the rest.
+    modules, found, constants = [model], {model}, []
+    for module in modules:
+        own = vars(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        constants += map(own.get, CONSTANTS)
+        for weight in own["_parameters"].values():
+            if weight is not None:
+                if weight._backward_hooks:
+                    return None
+                constants += (weight.data_ptr(), weight.requires_grad)
+        constants += (buffer.data_ptr() for buffer in own["_buffers"].values() if buffer is not None)
+        children = [child for child in own["_modules"].values() if child is not None and child not in found]
+        found.update(children)
+        modules += children
+    return constants

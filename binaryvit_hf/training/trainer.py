@@ -132,9 +132,16 @@ class DistillationTrainer(Trainer):
         if self.mix is not None:
             images, labels = self.mix(images, labels)
         if self.is_full_batch and not return_outputs:
-            return self.graph.loss(model, images, labels, self.compiler.layers)
+            return self.graph.loss(model, images, labels, self.loss_settings)
         loss, outputs = self.batch_loss(model, images, labels)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def loss_settings(self) -> tuple:
+        """All that `batch_loss` depends on but the batch and the network's tensors."""
+        args = self.args
+        numbers = args.label_smoothing_factor, args.label_loss_weight, args.distillation_temperature
+        return self.compiler.layers, self.teacher, *numbers, args.weight_regularization
 
     def batch_loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The training loss of a batch, and the outputs of the model."""
@@ -167,6 +174,7 @@ class DistillationTrainer(Trainer):
             self.check_losses(wait=True)
         finally:
             self.termination.restore()
+            self.is_full_batch = False
             self.graph.forget()
         # A run that resumes after its last step has no losses to average.
         if self.state.global_step == self._initial_global_step:

@@ -5,11 +5,14 @@ Without a GPU a recording runs its step again each time, on the same static imag
 """
 
 import contextlib
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
+from transformers import TrainerCallback
 
 from binaryvit_hf import cuda_graphs
 from binaryvit_hf.compiled_layers import CompiledLayers
@@ -33,17 +36,25 @@ def recordings(monkeypatch):
     return made
 
 
-def train(folder, with_graphs, wanted=True, **arguments):
+def train(folder, with_graphs, *callbacks, mix=None, **arguments):
     trainer = tiny_trainer(
         folder,
         tiny_model(tiny_config()),
         teacher=tiny_teacher(),
         **{"max_steps": 3, "learning_rate": 0.01} | arguments,
     )
+    trainer.mix = mix
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if with_graphs:
-        trainer.graph.wanted = wanted
+        trainer.graph.wanted = True
     trainer.train()
     return trainer
+
+
+def assert_same_weights(one, other):
+    for (name, tensor), same in zip(one.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(tensor, same), name
 
 
 @pytest.mark.parametrize(
@@ -62,12 +73,11 @@ def test_a_run_with_graphs_ends_with_the_weights_of_one_without(options, recordi
     assert not recordings
     graphs = train(tmp_path / "graphs", True, **options)
     assert len(recordings) == 1
-    for (name, one), other in zip(plain.plain_model.state_dict().items(), graphs.plain_model.state_dict().values()):
-        assert torch.equal(one, other), name
+    assert_same_weights(plain.plain_model, graphs.plain_model)
     for one, other in zip(plain.checkpointed, graphs.checkpointed):
         assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
     assert plain.state.log_history[-1]["train_loss"] == graphs.state.log_history[-1]["train_loss"]
-    assert graphs.graph.recorded is None  # its memory is free
+    assert not graphs.graph.recordings  # their memory is free
 
 
 def test_smaller_batches_run_without_the_graph(recordings, tmp_path):
@@ -75,8 +85,106 @@ def test_smaller_batches_run_without_the_graph(recordings, tmp_path):
     options = {"max_steps": 6, "per_device_train_batch_size": 3, **EVERY_STEP}
     plain, graphs = train(tmp_path / "plain", False, **options), train(tmp_path / "graphs", True, **options)
     assert len(recordings) == 1
-    for one, other in zip(plain.plain_model.state_dict().values(), graphs.plain_model.state_dict().values()):
-        assert torch.equal(one, other)
+    assert_same_weights(plain.plain_model, graphs.plain_model)
+
+
+def test_mixed_and_unmixed_batches_have_a_recording_each(recordings, tmp_path):
+    def create_mix():
+        kinds = itertools.cycle((True, False))
+
+        def mix(images, labels):
+            return (images, torch.nn.functional.one_hot(labels, 3).float()) if next(kinds) else (images, labels)
+
+        return mix
+
+    plain = train(tmp_path / "plain", False, mix=create_mix(), max_steps=5)
+    graphs = train(tmp_path / "graphs", True, mix=create_mix(), max_steps=5)
+    assert len(recordings) == 2
+    assert_same_weights(plain.plain_model, graphs.plain_model)
+
+
+class ChangeOfStepTwo(TrainerCallback):
+    def __init__(self, change):
+        self.change = change
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.change(args, model)
+
+
+def faster_statistics(args, model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.momentum = 0.9
+
+
+def freeze_stem(args, model):
+    model.binaryvit.embeddings.requires_grad_(False)
+
+
+def drop_paths(args, model):
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.9
+
+
+def replace_statistics(args, model):
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d))
+    norm.running_mean = norm.running_mean + 1
+
+
+def add_label_loss(args, model):
+    args.label_loss_weight = 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [faster_statistics, freeze_stem, drop_paths, replace_statistics, add_label_loss],
+    ids=lambda change: change.__name__,
+)
+def test_a_change_during_training_takes_effect(change, recordings, tmp_path):
+    plain = train(tmp_path / "plain", False, ChangeOfStepTwo(change))
+    graphs = train(tmp_path / "graphs", True, ChangeOfStepTwo(change))
+    assert len(recordings) == 2
+    assert_same_weights(plain.plain_model, graphs.plain_model)
+
+
+@pytest.mark.parametrize("of", ["weight", "module"])
+def test_a_network_with_hooks_runs_without_graphs(of, recordings, caplog):
+    """A graph calls no hook of a module, and its gradients would go through the hook of a weight twice."""
+    model = tiny_model().train()
+    graph, calls = step_graph(model), []
+    images, labels = tiny_images(), torch.tensor([0, 1])[: len(tiny_images())]
+    graph.loss(model, images, labels)
+    if of == "weight":
+        model.classifier.bias.register_hook(lambda grad: calls.append("hook") or 2 * grad)
+    else:
+        model.classifier.register_forward_hook(lambda *_: calls.append("hook"))
+    for _ in range(2):
+        graph.loss(model, images, labels).backward()
+    assert calls == ["hook", "hook"]
+    assert len(recordings) == 1 and not graph.recordings
+    assert caplog.text.count("without CUDA graphs while the network has hooks") == 1
+
+
+def test_a_recording_takes_no_weight_that_autocast_has_kept(monkeypatch):
+    network = torch.nn.Linear(4, 3)
+
+    def record_with_other_weights(step):
+        for _ in range(cuda_graphs.WARM_UPS):
+            step()
+        with torch.no_grad():
+            network.weight.mul_(2)
+        step()
+
+    monkeypatch.setattr(cuda_graphs, "record", record_with_other_weights)
+    half = torch.autocast("cpu", torch.bfloat16)
+    with half:
+        recorded = cuda_graphs.RecordedLoss(
+            network, lambda images, labels: half(network)(images).square().mean(), torch.ones(2, 4), torch.zeros(2)
+        )
+    with half:
+        assert recorded.value == network(torch.ones(2, 4)).square().mean()
 
 
 def test_compiled_layers_are_recorded_too(recordings, tmp_path):
@@ -148,6 +256,46 @@ def test_a_failed_recording_is_a_clear_error_or_the_step_without_a_graph(monkeyp
     assert graph.wanted is False
 
 
+def test_a_failed_recording_leaves_the_stream_and_the_random_generator_usable(monkeypatch):
+    """PyTorch's own end of a recording raises an error too, which says less, and skips its clean-up."""
+    device = torch.device("cuda", 0)
+    current = before = SimpleNamespace(device=device, wait_stream=lambda stream: None)
+
+    def set_stream(stream):
+        nonlocal current
+        current = stream
+
+    @contextlib.contextmanager
+    def capture(graph, capture_error_mode):
+        set_stream("capture")
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    generator = SimpleNamespace(state="capturing", clone_state=lambda: "clone")
+    generator.graphsafe_set_state = lambda state: setattr(generator, "state", state)
+    for name, value in {
+        "current_stream": lambda: current,
+        "Stream": lambda: before,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "set_stream": set_stream,
+        "CUDAGraph": object,
+        "graph": capture,
+        "default_generators": (generator,),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def step():
+        if current == "capture":
+            raise torch.OutOfMemoryError("too large")
+
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        cuda_graphs.record(step)
+    assert current is before
+    assert generator.state == "clone"
+
+
 def test_graphs_need_a_gpu_and_auto_does_without(tmp_path):
     arguments = DistillationTrainingArguments(output_dir=str(tmp_path), cuda_graphs="auto", use_cpu=True)
     arguments.check_supported()
@@ -156,3 +304,14 @@ def test_graphs_need_a_gpu_and_auto_does_without(tmp_path):
         DistillationTrainingArguments(output_dir=str(tmp_path), cuda_graphs="true", use_cpu=True).check_supported()
     with pytest.raises(UserError, match="--cuda_graphs must be true, false or auto, not 'maybe'"):
         DistillationTrainingArguments(output_dir=str(tmp_path), cuda_graphs="maybe")
+
+
+@pytest.mark.parametrize(
+    "options", [{"torch_compile_mode": "reduce-overhead"}, {"torch_compile_backend": "cudagraphs"}]
+)
+def test_compiled_code_that_makes_graphs_itself_is_not_recorded(options, tmp_path, monkeypatch):
+    arguments = DistillationTrainingArguments(output_dir=str(tmp_path), cuda_graphs="auto", use_cpu=True, **options)
+    monkeypatch.setattr(DistillationTrainingArguments, "device", torch.device("cuda", 0))
+    assert arguments.wants_graphs() is False
+    arguments.torch_compile_mode, arguments.torch_compile_backend = "max-autotune-no-cudagraphs", "inductor"
+    assert arguments.wants_graphs() == "auto"

@@ -1,6 +1,7 @@
 """Gradients of the sign: their closed forms, and every sign of a network gets the chosen one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,12 @@ from tiny_training import tiny_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from binaryvit_hf.network.functional_binaryvit import ApproxSign, SignLinear, approx_sign_slope
-from binaryvit_hf.training.callbacks.sign_gradient import TanhSlope, binary_activation_modules, clip_slope
+from binaryvit_hf.training.callbacks.sign_gradient import (
+    SignGradient,
+    TanhSlope,
+    binary_activation_modules,
+    clip_slope,
+)
 from binaryvit_runtime.errors import UserError
 
 
@@ -48,6 +54,14 @@ def test_product_takes_the_same_gradient_and_leaves_its_input_alone(slope):
     composed = torch.autograd.grad((ApproxSign.apply(x, shift, slope) @ weight.T).square().sum(), inputs)
     torch.testing.assert_close(fused, composed)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("gpus, device", [(0, "meta"), (1, "meta"), (2, "cpu")])
+def test_tanh_computes_on_the_device_unless_one_process_has_several(gpus, device):
+    """Tensors of one GPU meet no tensors of another; scalars of the CPU meet all."""
+    callback = SignGradient("tanh")
+    callback.on_train_begin(SimpleNamespace(device=torch.device("meta"), n_gpu=gpus), None, None, model=tiny_model())
+    assert callback.slope.steepness.device.type == callback.slope.height.device.type == device
 
 
 def test_every_sign_of_a_network_gets_the_gradient_that_training_chose(tmp_path):
