@@ -142,7 +142,18 @@ def load_named_splits(
                 f"--dataset_name {name!r} has no split {names[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Name one with --{split}_split_name{did_you_mean(names[0], loaded)}"
             )
+    if "validation" in sources and share_files(arguments, cache_dir, token):
+        sources["validation"] = sources["train"]
     return standardize_labels(splits, read_class_names(arguments.class_names, name)), sources
+
+
+def share_files(arguments: DataArguments, cache_dir: str | None, token: str | bool | None) -> bool:
+    """Whether `--train_files` and `--validation_files` choose a file in common."""
+    if not (arguments.train_files and arguments.validation_files):
+        return False
+    files = load_dataset_builder(**dataset_source(arguments), cache_dir=cache_dir, token=token).config.data_files
+    train, validation = arguments.train_split_name, arguments.validation_split_name or "validation"
+    return not set(files[train]).isdisjoint(files[validation])
 
 
 def load_named_dataset(

@@ -98,12 +98,12 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
     content, notes = f"{str(card).rstrip()}\n", read_notes(path) or read_notes(folder / "README.md")
     if arguments or notes or weight_bytes(folder):
         content += f"\n{NOTES}\n" + (f"\n{notes}\n" if notes else "")
-    write_file(path, content)
+    write_file(path, content.encode(errors="surrogateescape"))
 
 
 def read_notes(card: Path) -> str:
     """
-    What a person wrote below the line `NOTES` of a card; empty if there is none.
+    What a person wrote below the line `NOTES` of a card; empty if there is none. Bytes that are not UTF-8 are surrogates.
 
     Raises:
         UserError: the card cannot be read.
@@ -112,7 +112,7 @@ def read_notes(card: Path) -> str:
         content = card.read_bytes() if card.is_file() else b""
     except OSError as error:
         raise UserError(f"{str(card)!r} cannot be read: {first_sentence(error)}") from error
-    return content.partition(NOTES.encode())[2].decode(errors="replace").replace("\r\n", "\n").strip()
+    return content.partition(NOTES.encode())[2].decode(errors="surrogateescape").replace("\r\n", "\n").strip()
 
 
 def card_metadata(

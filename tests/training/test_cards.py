@@ -70,6 +70,9 @@ def test_text_below_the_last_line_of_a_card_stays_when_it_is_written_again(tmp_p
     other.write_text(f"{NOTES}\nits own")
     write_model_card(folder, "model", other)
     assert other.read_text() == f"{card}\nits own\n"
+    other.write_bytes(f"{NOTES}\n".encode() + b"caf\xe9")  # no UTF-8
+    write_model_card(folder, "model", other)
+    assert other.read_bytes() == card.encode() + b"\ncaf\xe9\n"
 
 
 @pytest.mark.parametrize("row", sorted(path.parent.name for path in CONFIGS.glob("*/train.json")))

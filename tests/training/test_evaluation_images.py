@@ -54,6 +54,13 @@ def cache(tmp_path, monkeypatch):
         (["train", "validation"], {"test_split_name": "validation"}, "test"),
         (["train", "validation"], {"validation_split_name": "train"}, "training"),
         (["test"], {"train_split_name": "test"}, "training"),
+        (["a", "b"], {"train_files": "a.*", "validation_files": "b.*"}, "held-out"),
+        (["a", "b"], {"train_files": "a.*", "validation_files": "*.parquet"}, "training"),
+        (
+            ["a", "b"],
+            {"train_files": "*.parquet", "validation_files": "b.*", "validation_split_name": "b"},
+            "training",
+        ),
     ],
 )
 @pytest.mark.parametrize("test", [False, True])

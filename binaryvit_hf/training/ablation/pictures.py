@@ -73,8 +73,8 @@ def plot_accuracy(points: list[Point], title: str, cost: str, path: Path) -> Non
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     for point in points:
-        # A t interval of accuracies near 100 % ends above it.
-        reach = point.reach and [[point.reach], [min(point.reach, 100 - point.accuracy)]]
+        # A t interval may end above 100 % or begin below 0.
+        reach = point.reach and [[min(point.reach, point.accuracy)], [min(point.reach, 100 - point.accuracy)]]
         axes.errorbar(point.cost, point.accuracy, reach, fmt="o", markersize=MARKER / 1.5, capsize=4)
     axes.set(title=title, xlabel=cost, ylabel="test top-1 accuracy, %", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
