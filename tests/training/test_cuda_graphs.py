@@ -296,6 +296,35 @@ def test_a_failed_recording_leaves_the_stream_and_the_random_generator_usable(mo
     assert generator.state == "clone"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    "options", [{}, {"sign_gradient": "tanh"}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str
+)
+def test_recorded_steps_on_a_gpu_have_the_losses_of_launched_ones(options, tmp_path):
+    plain, graphs = (train(tmp_path / str(on), on, max_steps=4, **options) for on in (False, True))
+    losses = [trainer.state.log_history[-1]["train_loss"] for trainer in (plain, graphs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_random_numbers_go_on_after_a_recording_on_a_gpu_has_failed():
+    weight, images = torch.ones(2, device="cuda", requires_grad=True), torch.ones(2, device="cuda")
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(weight.detach())
+    reads = []
+
+    def waits_when_recorded(images, labels):
+        reads.append(0)
+        loss = (module.weight * images * torch.rand_like(images)).sum()
+        return loss if len(reads) <= cuda_graphs.WARM_UPS else loss * loss.item()
+
+    with pytest.raises(RuntimeError):
+        cuda_graphs.RecordedLoss(module, waits_when_recorded, images, images)
+    assert torch.rand(2, device="cuda").isfinite().all()
+    recorded = cuda_graphs.RecordedLoss(module, lambda images, labels: (module.weight * images).sum(), images, images)
+    assert recorded(images + 1, images).item() == 4
+
+
 def test_graphs_need_a_gpu_and_auto_does_without(tmp_path):
     arguments = DistillationTrainingArguments(output_dir=str(tmp_path), cuda_graphs="auto", use_cpu=True)
     arguments.check_supported()
