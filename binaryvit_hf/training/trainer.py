@@ -72,7 +72,7 @@ class DistillationTrainer(Trainer):
         self.evaluated: dict[str, Any] = {}  # the trainer's own datasets that have an evaluation loader, by name
         self.termination = SaveOnTermination()
         method_callbacks = self.args.create_callbacks()
-        for callback in (SetEpoch(self), self.termination, PositiveClips(self.plain_model), *method_callbacks):
+        for callback in (SetModel(self), SetEpoch(self), self.termination, PositiveClips(), *method_callbacks):
             self.add_callback(callback)
         self.checkpointed = [callback for callback in method_callbacks if isinstance(callback, CheckpointedCallback)]
         self.is_staging = False
@@ -463,6 +463,16 @@ class DistillationTrainer(Trainer):
         """Keep a card with the run's results, which transformers' own card would overwrite."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+
+class SetModel(TrainerCallback):
+    """Tell the parts that compute steps which model is trained: `model_init` creates one for each training."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.compiler.model = self.trainer.graph.model = self.trainer.plain_model
 
 
 class SetEpoch(TrainerCallback):

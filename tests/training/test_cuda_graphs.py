@@ -18,6 +18,7 @@ from binaryvit_hf import cuda_graphs
 from binaryvit_hf.compiled_layers import CompiledLayers
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.step_graph import StepGraph
+from binaryvit_hf.training.trainer import DistillationTrainer
 from binaryvit_runtime.errors import UserError
 
 
@@ -86,6 +87,20 @@ def test_smaller_batches_run_without_the_graph(recordings, tmp_path):
     plain, graphs = train(tmp_path / "plain", False, **options), train(tmp_path / "graphs", True, **options)
     assert len(recordings) == 1
     assert_same_weights(plain.plain_model, graphs.plain_model)
+
+
+def test_the_model_that_a_training_creates_is_the_one_that_is_recorded(recordings, tmp_path):
+    trainers = []
+    for with_graphs in (False, True):
+        given = tiny_trainer(tmp_path / str(with_graphs), learning_rate=0.01)
+        trainer = DistillationTrainer(model_init=tiny_model, args=given.args, train_dataset=given.train_dataset)
+        trainer.graph.wanted = with_graphs
+        before = trainer.plain_model
+        trainer.train()
+        assert trainer.plain_model is not before
+        trainers.append(trainer)
+    assert len(recordings) == 1
+    assert_same_weights(*(trainer.plain_model for trainer in trainers))
 
 
 def test_mixed_and_unmixed_batches_have_a_recording_each(recordings, tmp_path):
@@ -178,13 +193,12 @@ def test_a_recording_takes_no_weight_that_autocast_has_kept(monkeypatch):
         step()
 
     monkeypatch.setattr(cuda_graphs, "record", record_with_other_weights)
-    half = torch.autocast("cpu", torch.bfloat16)
-    with half:
+    forward = torch.autocast("cpu", torch.bfloat16)(network)  # as accelerate wraps it
+    with torch.autocast("cpu", torch.bfloat16):
         recorded = cuda_graphs.RecordedLoss(
-            network, lambda images, labels: half(network)(images).square().mean(), torch.ones(2, 4), torch.zeros(2)
+            network, lambda images, labels: forward(images).square().mean(), torch.ones(2, 4), torch.zeros(2)
         )
-    with half:
-        assert recorded.value == network(torch.ones(2, 4)).square().mean()
+    assert recorded.value == forward(torch.ones(2, 4)).square().mean()
 
 
 def test_compiled_layers_are_recorded_too(recordings, tmp_path):

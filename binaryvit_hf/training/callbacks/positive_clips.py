@@ -18,7 +18,7 @@ class PositiveClips(TrainerCallback):
     the clip, also keeps it positive (Liu et al., NeurIPS 2022).
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         attentions = [module for module in model.modules() if isinstance(module, BinaryViTAttention)]
         self.clips = [
             (attention.probability_clip, min(SMALLEST_CLIP, attention.probability_clip_init))
