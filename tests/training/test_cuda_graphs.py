@@ -6,17 +6,22 @@ Without a GPU a recording runs its step again each time, on the same static imag
 
 import contextlib
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from binaryvit_hf import cuda_graphs
 from binaryvit_hf.compiled_layers import CompiledLayers
+from binaryvit_hf.data.model_inputs import ModelInput, adapt_input
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
+from binaryvit_hf.training.callbacks.sign_gradient import SignGradient
 from binaryvit_hf.training.step_graph import StepGraph
 from binaryvit_hf.training.trainer import DistillationTrainer
 from binaryvit_runtime.errors import UserError
@@ -254,6 +259,44 @@ def test_the_gradients_of_a_batch_are_refused_once_the_graph_has_run_again(recor
     assert first.item() == value
     with pytest.raises(RuntimeError, match="has run again"):
         first.backward()
+
+
+class TensorsOfTheCpu(TorchDispatchMode):
+    """Collects the operations that take or return a tensor of the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.is_cpu for tensor in tensors):
+            self.operations.add(str(operation))
+        return result
+
+
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_a_step_takes_no_tensor_of_the_cpu(is_soft, tmp_path, monkeypatch):
+    """A recording would take it as a constant. On the meta device, which lacks one kernel."""
+    monkeypatch.setattr(torch, "batch_norm_update_stats", lambda x, *_: x.new_empty(2, x.shape[1]).unbind())
+    numbers = {"weight_regularization": 0.1, "label_smoothing_factor": 0.1, "distillation_temperature": 2.0}
+    teacher, normal = tiny_teacher(), ModelInput((16, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0, 1, 2))
+    adapt_input(teacher, given=normal, wanted=replace(normal, mean=(0.1, 0.5, 0.5), channels=(2, 1, 0)))
+    trainer = tiny_trainer(tmp_path, tiny_model(tiny_config(drop_path_rate=0.5)), teacher=teacher, **numbers)
+    SignGradient("tanh").on_train_begin(
+        SimpleNamespace(device=torch.device("meta"), n_gpu=1), None, None, model=trainer.model
+    )
+    model, images = trainer.model.to("meta").train(), tiny_images().to("meta")
+    teacher.to("meta")
+    labels = torch.zeros((len(images), 3) if is_soft else len(images), dtype=None if is_soft else torch.long).to(
+        "meta"
+    )
+    with TensorsOfTheCpu() as watched:
+        loss, _ = trainer.batch_loss(model, images, labels)
+        gradients = torch.autograd.grad(loss, [*model.parameters()])
+    assert loss.is_meta and all(gradient.is_meta for gradient in gradients)
+    assert watched.operations == set()
 
 
 def test_a_failed_recording_is_a_clear_error_or_the_step_without_a_graph(monkeypatch):
