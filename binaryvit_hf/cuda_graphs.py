@@ -30,6 +30,7 @@ class RecordedLoss:
 
     Raises:
         RuntimeError: the loss cannot be recorded.
+        torch.OutOfMemoryError: the memory does not hold the activations of a batch beside the recorded ones.
     """
 
     def __init__(self, model: nn.Module, compute: Callable, images: torch.Tensor, labels: torch.Tensor):
@@ -42,15 +43,21 @@ class RecordedLoss:
         self.gradients: tuple[torch.Tensor | None, ...]
         with fork_random(images.device), frozen_statistics(model):
             self.replay = record(self.pass_once)
+            # A smaller last batch is computed beside the recording: better too little memory now than after an epoch.
+            self.differentiate(images, labels)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of a batch. Its backward pass must come before the next call."""
         return Replay.apply(self, images, labels, *self.weights)
 
     def pass_once(self) -> None:
+        self.value, self.gradients = self.differentiate(self.images, self.labels)
+
+    def differentiate(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """The loss and its gradients, without the recording."""
         with torch.enable_grad(), without_cast_weights():
-            loss = self.compute(self.images, self.labels)
-        self.value, self.gradients = loss.detach(), torch.autograd.grad(loss, self.weights, allow_unused=True)
+            loss = self.compute(images, labels)
+        return loss.detach(), torch.autograd.grad(loss, self.weights, allow_unused=True)
 
     def run(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.images.copy_(images)

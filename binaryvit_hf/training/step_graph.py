@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.errors import UserError, counted, first_sentence
 
 from ..cuda_graphs import RecordedLoss
 
@@ -32,7 +32,7 @@ class StepGraph:
         model: the network, without wrappers.
         compute: takes the model with its wrappers, images and labels, and returns the loss, a scalar, and something else. See
             `RecordedLoss` for what it must not do.
-        wanted: True, False, or "auto": if recording does not fail.
+        wanted: True, False, or "auto": if recording does not fail. Batches that are too large for it run without.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StepGraph:
         wanted: bool | str,
     ):
         self.model, self.compute, self.wanted = model, compute, wanted
-        self.recordings: dict[tuple, RecordedLoss] = {}  # by the kind of labels
+        self.recordings: dict[tuple, RecordedLoss | None] = {}  # by the kind of labels; `None`: too large
         self.key: tuple | None = None  # of what the recordings hold for
         self.told_of_hooks = False
 
@@ -64,6 +64,7 @@ class StepGraph:
 
         Raises:
             UserError: recording failed, and `wanted` is True. With "auto", steps run without a graph from then on.
+            torch.OutOfMemoryError: the batch is too large for a recording, and `wanted` is True.
         """
         recorded = self.recording(model, images, labels, settings) if self.wanted else None
         return recorded(images, labels) if recorded else self.compute(model, images, labels)[0]
@@ -87,17 +88,22 @@ class StepGraph:
         kind = labels.shape, labels.dtype
         if kind not in self.recordings:
             recorded = self.record(model, images, labels)
-            if recorded is None:
-                self.forget()
-                return None
+            if recorded is None:  # the others' random numbers may not go on after a failure
+                self.recordings = {}
             self.recordings[kind] = recorded
         return self.recordings[kind]
 
     def record(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> RecordedLoss | None:
         try:
             return RecordedLoss(self.model, lambda *batch: self.compute(model, *batch)[0], images, labels)
-        except torch.OutOfMemoryError:  # --auto_find_batch_size tries a smaller batch
-            raise
+        except torch.OutOfMemoryError:
+            if self.wanted != "auto":
+                raise  # --auto_find_batch_size tries a smaller batch
+            logger.info(
+                "Training steps run without CUDA graphs: the memory does not hold another batch of %s beside the recorded one.",
+                counted(len(images), "image"),
+            )
+            return None
         except Exception as error:  # CUDA fails with any kind of error
             if self.wanted != "auto":
                 raise UserError(f"--cuda_graphs: recording failed: {first_sentence(error)}") from error

@@ -6,6 +6,7 @@ Without a GPU a recording runs its step again each time, on the same static imag
 
 import contextlib
 import itertools
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -311,6 +312,30 @@ def test_a_failed_recording_is_a_clear_error_or_the_step_without_a_graph(monkeyp
     graph = step_graph(model, "auto")
     assert torch.equal(graph.loss(model, images, labels, None), class_loss(model, images, labels)[0])
     assert graph.wanted is False
+
+
+def test_a_batch_that_is_too_large_for_a_recording_runs_without(recordings, caplog):
+    """With "auto"; a smaller one is recorded. A smaller last batch would need the memory of the eager step, too."""
+    model, images, labels = tiny_model().train(), tiny_images(4), torch.tensor([0, 1, 0, 1])
+    passes: list[int] = []
+
+    def loss_in_little_memory(model, images, labels):
+        passes.append(0)
+        if len(images) == 4 and len(passes) == cuda_graphs.WARM_UPS + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return class_loss(model, images, labels)
+
+    graph = StepGraph(model, loss_in_little_memory, "auto")
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert torch.equal(graph.loss(model, images, labels), class_loss(model, images, labels)[0])
+    assert caplog.text.count("does not hold another batch of 4 images beside the recorded one") == 1
+    assert len(recordings) == 1 and [*graph.recordings.values()] == [None]
+    graph.loss(model, images[:2], labels[:2])
+    assert len(recordings) == 2 and None not in graph.recordings.values()
+    passes.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        StepGraph(model, loss_in_little_memory, True).loss(model, images, labels)
 
 
 def test_a_failed_recording_leaves_the_stream_and_the_random_generator_usable(monkeypatch):
