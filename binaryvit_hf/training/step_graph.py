@@ -19,14 +19,16 @@ logger = logging.getLogger(__name__)
 # Attributes of modules that a recording takes as constants, and that callbacks change: a frozen normalisation, a dropout rate.
 CONSTANTS = ("training", "p", "drop_prob", "momentum", "sign_slope")
 
+FEW_STEPS, MOST_CHANGES = 10, 5  # recordings that serve few steps, one after the other, take longer than they save
+
 
 class StepGraph:
     """
     Computes the loss of full training batches by a CUDA graph.
 
     There is a recording for each kind of labels: mixing may leave some batches as they are. Recordings hold for one shape of
-    images and while the network and the settings of the loss stay as they are; when one of them changes, new ones are made. A
-    network with hooks, which a graph would not call, runs without.
+    images and while the network and the settings of the loss stay as they are; when one of them changes, new ones are made,
+    unless that happens at nearly every step. A network with hooks, which a graph would not call, runs without.
 
     Args:
         model: the network, without wrappers.
@@ -44,6 +46,7 @@ class StepGraph:
         self.model, self.compute, self.wanted = model, compute, wanted
         self.recordings: dict[tuple, RecordedLoss | None] = {}  # by the kind of labels; `None`: too large
         self.key: tuple | None = None  # of what the recordings hold for
+        self.steps = self.changes = 0  # since the last change; changes after few steps, one after the other
         self.told_of_hooks = False
 
     def forget(self) -> None:
@@ -76,8 +79,16 @@ class StepGraph:
         constants = recorded_constants(self.model)
         key = None if constants is None else (model, settings, images.shape, images.dtype, constants)
         if key is None or key != self.key:
+            self.changes = self.changes + 1 if self.key and self.steps < FEW_STEPS else 0
             self.forget()
-            self.key = key
+            self.key, self.steps = key, 0
+        self.steps += 1
+        if self.changes == MOST_CHANGES:
+            logger.warning(
+                "Training steps run without CUDA graphs: the network, the loss or the shape of batches changes too often."
+            )
+            self.wanted = False
+            return None
         if key is None:
             if not self.told_of_hooks:
                 logger.warning(

@@ -170,6 +170,19 @@ def test_a_change_during_training_takes_effect(change, recordings, tmp_path):
     assert_same_weights(plain.plain_model, graphs.plain_model)
 
 
+def test_a_network_that_changes_at_every_step_is_not_recorded_for_ever(recordings, caplog):
+    model = tiny_model().train()
+    images, labels = tiny_images(), torch.tensor([0, 1])
+    graph = step_graph(model)
+    for step in range(40):  # often, but not at every step
+        graph.loss(model, images, labels, step // 10)
+    assert len(recordings) == 4 and graph.wanted
+    for step in range(20):
+        graph.loss(model, images, labels, step / 20)
+    assert len(recordings) == 4 + 5 and not graph.wanted and not graph.recordings
+    assert caplog.text.count("changes too often") == 1
+
+
 @pytest.mark.parametrize("of", ["weight", "module"])
 def test_a_network_with_hooks_runs_without_graphs(of, recordings, caplog):
     """A graph calls no hook of a module, and its gradients would go through the hook of a weight twice."""
