@@ -133,7 +133,7 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
 
 def restore_after_failed_recording(launching: torch.cuda.Stream) -> None:
     """
-    Go on with the stream and the random generator of before. PyTorch leaves its own stream current, and versions before 2.12
+    Go on with the stream and the random generator of before. PyTorch leaves its own stream current, and older versions
     leave a generator that refuses every further number ("Offset increment outside graph capture").
     """
     torch.cuda.set_stream(launching)
