@@ -19,6 +19,7 @@ from binaryvit_runtime.errors import counted
 NORMAL_QUANTILE = 1.959964  # of 0.975: 95 % of a normal distribution lie within this many standard deviations
 MAX_DRAWN_CLASSES = 30  # more names cannot be read in one picture
 MAX_NAME_LENGTH = 24
+BETTER_RESULTS = '"Better results" in docs/pages/guides/photos.md'
 FALLBACK_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Zen Hei"),  # Linux
     *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Segoe UI Emoji", "Nirmala UI"),  # Windows
@@ -84,6 +85,16 @@ class ConfusionMatrix:
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of the accuracy."""
         return wilson_interval(self.correct, self.images)
+
+    @property
+    def guessing_accuracy(self) -> float:
+        """The accuracy of answering every image with the most frequent class: the share of that class in the images."""
+        return int(self.counts.sum(axis=1).max()) / self.images
+
+    @property
+    def is_like_guessing(self) -> bool:
+        """Whether guessing is as accurate: the confidence interval of the accuracy is not above `guessing_accuracy`."""
+        return len(self.names) > 1 and self.interval[0] <= self.guessing_accuracy
 
     def most_confused(self, limit: int) -> list[Confusion]:
         """The pairs of classes with the most errors, at most `limit`."""
@@ -154,8 +165,8 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 
 def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
     """
-    Describe an evaluation in lines: accuracy with its interval, the accuracy of always answering the largest class if that
-    is no lower, and the most confused classes.
+    Describe an evaluation in lines: accuracy with its interval, the accuracy of guessing if the network may be no better,
+    and the most confused classes.
 
     Args:
         images_name: the kind of images, such as "held-out".
@@ -165,11 +176,11 @@ def describe(matrix: ConfusionMatrix, images_name: str) -> list[str]:
         f"accuracy:  {matrix.correct / matrix.images:.1%} of {counted(matrix.images, f'{images_name} image')} "
         f"(95 % confidence interval: {low:.1%} to {high:.1%})"
     ]
-    most = int(matrix.counts.sum(axis=1).argmax())
-    always = int(matrix.counts[most].sum())
-    if len(matrix.names) > 1 and matrix.correct <= always:
+    if matrix.is_like_guessing:
+        most = matrix.names[int(matrix.counts.sum(axis=1).argmax())]
         lines.append(
-            f"guessing:  {always / matrix.images:.1%} for the answer {matrix.names[most]!r} to every image, which is no worse"
+            f"guessing:  the network cannot be told from guessing ({matrix.guessing_accuracy:.1%} for the answer {most!r} to "
+            f"every image): see {BETTER_RESULTS}"
         )
     for pair in matrix.most_confused(3):
         lines.append(

@@ -82,6 +82,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         metrics=metrics,
         evaluation_images=images,
         test_metrics=test_metrics,
+        like_guessing=find_guessing(results, {"eval": images, **({"test": TEST} if test_metrics else {})}),
         teacher=teacher,
         teacher_metrics=named_metrics(results, "teacher"),
         sizes=sizes_on_disk(folder, results),
@@ -143,6 +144,21 @@ def card_metadata(
         model_name=name if results else None,
         eval_results=results or None,
     )
+
+
+def find_guessing(results: dict[str, float], kinds: dict[str, str]) -> dict[str, float]:
+    """
+    The accuracy of guessing by kind of images, for evaluations whose confidence interval is not above it.
+
+    Args:
+        kinds: of the images, by evaluation ("eval", "test").
+    """
+    guessing = {}
+    for split, kind in kinds.items():
+        low, share = results.get(f"{split}_accuracy_low"), results.get(f"{split}_guessing_accuracy")
+        if low is not None and share is not None and low <= share:
+            guessing[kind] = share
+    return guessing
 
 
 def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:

@@ -202,7 +202,10 @@ class TrainingRun:
         self.save_metrics("test", metrics)
 
     def describe_confusion(self, split: str, images_name: str) -> dict[str, float]:
-        """Draw the confusion matrix of the last evaluation. Returns the confidence interval of its accuracy."""
+        """
+        Draw the confusion matrix of the last evaluation. Returns the confidence interval of its accuracy, and the accuracy of
+        guessing.
+        """
         names = [str(name) for _, name in sorted(self.inputs.config.id2label.items())]
         labels, predicted = self.answers
         matrix = ConfusionMatrix.from_predictions(labels, predicted, names)
@@ -214,7 +217,10 @@ class TrainingRun:
                 f"Confusion matrix of {counted(matrix.images, f'{images_name} image')}",
             )
         low, high = matrix.interval
-        return {f"{split}_accuracy_low": low, f"{split}_accuracy_high": high}
+        results = {f"{split}_accuracy_low": low, f"{split}_accuracy_high": high}
+        if len(names) > 1:
+            results[f"{split}_guessing_accuracy"] = matrix.guessing_accuracy
+        return results
 
     def save_metrics(self, split: str, metrics: dict) -> None:
         self.trainer.save_metrics(split, metrics)

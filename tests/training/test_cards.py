@@ -112,6 +112,22 @@ def test_the_card_lists_only_what_the_user_set_also_for_runs_of_earlier_versions
     assert chosen_arguments(run)["warmup_steps"] == 3
 
 
+def test_the_card_says_that_a_network_cannot_be_told_from_guessing(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    (tmp_path / "run_arguments.json").write_text(json.dumps({"train_dir": "photos"}))
+    results = {"train_samples": 9, "eval_samples": 30, "eval_images": "held-out", "skipped_images": 1}
+    results |= {"eval_accuracy": 0.4, "eval_accuracy_low": 0.25, "eval_accuracy_high": 0.58}
+    texts = {}
+    for share in (0.25, 0.24):
+        (tmp_path / "all_results.json").write_text(json.dumps(results | {"eval_guessing_accuracy": share}))
+        write_model_card(tmp_path, "me/photos")
+        texts[share] = " ".join((tmp_path / "README.md").read_text().split())
+    assert "**On the held-out images the network cannot be told from guessing:**" in texts[0.25]
+    assert "every image is right for 25.00 % of them" in texts[0.25]
+    assert "guessing" not in texts[0.24]
+    assert "On 30 held-out images (1 more was left out: broken, or too large):" in texts[0.24]
+
+
 def predict(folder, images) -> torch.Tensor:
     model = AutoModelForImageClassification.from_pretrained(folder)
     with torch.no_grad():

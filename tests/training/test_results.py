@@ -3,7 +3,9 @@
 import ast
 import io
 import json
+import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,16 +77,24 @@ def test_rows_of_the_matrix_are_labels_and_the_worst_pairs_come_first():
 
 
 @pytest.mark.parametrize(
-    ("counts", "line"),
+    ("counts", "guessing"),
     [
-        ([[0, 3], [1, 1]], ["guessing:  60.0% for the answer 'ant' to every image, which is no worse"]),
-        ([[3, 0], [2, 0]], ["guessing:  60.0% for the answer 'ant' to every image, which is no worse"]),
-        ([[3, 0], [1, 1]], []),
+        ([[0, 3], [1, 1]], "60.0% for the answer 'ant'"),  # worse
+        ([[3, 0], [1, 1]], "60.0% for the answer 'ant'"),  # better, by chance
+        ([[0, 0, 9], [0, 5, 5], [0, 0, 0]], "52.6% for the answer 'bee'"),
+        ([[20, 0], [0, 20]], None),
     ],
 )
-def test_an_accuracy_no_better_than_guessing_is_named(counts, line):
-    lines = describe(ConfusionMatrix(np.array(counts), ["ant", "bee"]), "test")
-    assert [text for text in lines if text.startswith("guessing")] == line
+def test_an_accuracy_that_guessing_reaches_too_is_no_success(counts, guessing):
+    lines = describe(ConfusionMatrix(np.array(counts), ["ant", "bee", "cat"][: len(counts)]), "test")
+    line = f"guessing:  the network cannot be told from guessing ({guessing} to every image): see {confusion.BETTER_RESULTS}"
+    assert [text for text in lines if text.startswith("guessing")] == ([line] if guessing else [])
+    section, page = re.fullmatch('"(.+)" in (.+)', confusion.BETTER_RESULTS).groups()
+    assert f"\n## {section}\n" in (Path(__file__).parents[2] / page).read_text()
+
+
+def test_a_network_of_one_class_is_not_compared_with_guessing():
+    assert len(describe(ConfusionMatrix(np.array([[5]]), ["ant"]), "test")) == 1
 
 
 def test_the_picture_shows_per_cent_of_each_label(figures, tmp_path):
