@@ -59,7 +59,7 @@ def check_runtime(wheel: Path, environment: Path) -> None:
     """Classify with the command of README.md for machines without PyTorch."""
     run(sys.executable, "-m", "venv", environment, folder=ROOT)
     before = bytes_of(environment)
-    packages = ("numpy", "pillow", "safetensors")
+    packages = ("numpy", "pillow<13", "safetensors")
     run(
         environment / "bin" / "pip", "install", "-q", "--no-deps", "--no-compile", wheel, *packages, folder=environment
     )

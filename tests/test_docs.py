@@ -250,7 +250,7 @@ PROGRAMS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("binaryvit", "export"): run_export,
     ("binaryvit",): run_binaryvit,
     ("python", "-m", TRAINING_MODULE): parse_training,
-    ("python", "-m", "venv"): of_a_shell,
+    ("python3", "-m", "venv"): of_a_shell,
     ("python",): parse_script,
     ("torchrun",): parse_torchrun,
     ("pip",): parse_pip,
