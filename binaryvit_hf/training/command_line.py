@@ -16,6 +16,7 @@ from ..argument_checks import convert_argument
 from .arguments import RunArguments
 from .help import ARGUMENT_CLASSES, print_help
 from .optional_methods import OptionalMethodArguments
+from .run_folder import teacher_folder
 
 
 TEACHER_PREFIX = "teacher."
@@ -81,7 +82,7 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     not_shared = STUDENT_ONLY | teacher_values.keys()
     shared_values = {name: value for name, value in values.items() if name not in STUDENT_ONLY}
     shared_flags = [(name, words) for name, words in flags if not {name, name.removeprefix("no_")} & not_shared]
-    default_dir = {"output_dir": f"{student.training.output_dir}-teacher"}
+    default_dir = {"output_dir": str(teacher_folder(student.training.output_dir))}
     try:
         teacher = parse(shared_values | default_dir | teacher_values, shared_flags + teacher_flags)
     except UserError as error:

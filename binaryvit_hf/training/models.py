@@ -166,6 +166,21 @@ def load_teacher(
     return teacher, load_image_processor(name, arguments)
 
 
+def check_named_models(arguments: ModelArguments, names: list[str]) -> None:
+    """
+    Raise UserError if models have no config to load, before anything that takes long.
+
+    Args:
+        names: of the arguments that name them, such as "init_from".
+    """
+    for name in names:
+        if source := getattr(arguments, name):
+            try:
+                loading.load_config(source, **hub_arguments(arguments))
+            except LoadingError as error:
+                raise UserError(f"--{name} {source!r} cannot be loaded: {error}") from error
+
+
 def load_processor(
     arguments: ModelArguments, data_arguments: DataArguments, config: PreTrainedConfig, earlier_run: Path | str | None
 ) -> BaseImageProcessor | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import BaseImageProcessor, PreTrainedConfig
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.hub import create_repository
@@ -25,8 +25,15 @@ from ..run_history import TEST, TRAINING, UNKNOWN
 from .arguments import DistillationTrainingArguments, ModelArguments, RunArguments
 from .batch_checks import check_batches
 from .checkpoints import describe_damage, last_whole_checkpoint
-from .models import background_of_teacher, build_meta_network, load_config, load_first_weights, load_processor
-from .run_folder import compare_training_images, compare_with_recorded, is_finished, read_json
+from .models import (
+    background_of_teacher,
+    build_meta_network,
+    check_named_models,
+    load_config,
+    load_first_weights,
+    load_processor,
+)
+from .run_folder import EarlierRunError, compare_training_images, compare_with_recorded, is_finished, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +45,16 @@ class CheckedImages(NamedTuple):
     images: ImageSplits
     broken: list[str]  # files that --skip_broken_images left out
     evaluation_images: str  # their kind (`run_history.EVALUATION_KINDS`)
+
+
+class CheckedNetwork(NamedTuple):
+    """The network of a run and the earlier run in its output directory, known before any image is read."""
+
+    config: PreTrainedConfig
+    meta: PreTrainedModel | None  # on the meta device, if it is trained
+    last: Path | None  # the newest whole checkpoint in the output directory
+    checkpoint: str | None  # folder to resume from
+    finished: bool  # whether the output directory holds this run, trained to its end
 
 
 @dataclass
@@ -113,8 +130,34 @@ def check_arguments(arguments: RunArguments) -> None:
         training_arguments.check_optimization()
 
 
+def check_network(arguments: RunArguments, teacher_follows: bool) -> CheckedNetwork:
+    """
+    Load the config of a run's network, and look for an earlier run in its output directory.
+
+    Args:
+        teacher_follows: whether the teacher does not exist yet, because another run trains it first.
+
+    Raises:
+        UserError: a model of this name cannot be loaded or trained.
+    """
+    model_arguments, _, training_arguments = arguments
+    config, meta = load_config(model_arguments, training_arguments.do_train), None
+    if training_arguments.do_train:
+        training_arguments.check_network(config)
+        meta = build_meta_network(model_arguments, config)
+    check_named_models(
+        model_arguments, ["init_from"] if teacher_follows else ["init_from", "teacher_model_name_or_path"]
+    )
+    output_dir = Path(training_arguments.output_dir)
+    last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
+    return CheckedNetwork(config, meta, last, *find_earlier_run(output_dir, last, training_arguments))
+
+
 def prepare(
-    arguments: RunArguments, loaded: dict[str, CheckedImages] | None = None, teacher: Inputs | None = None
+    arguments: RunArguments,
+    network: CheckedNetwork,
+    loaded: dict[str, CheckedImages] | None = None,
+    teacher: Inputs | None = None,
 ) -> Inputs:
     """
     Load the inputs of a run and check that they fit each other. With `--push_to_hub`, create the repository.
@@ -128,12 +171,7 @@ def prepare(
     """
     model_arguments, data_arguments, training_arguments = arguments
     output_dir, new_head = Path(training_arguments.output_dir), None
-    config = load_config(model_arguments, training_arguments.do_train)
-    if training_arguments.do_train:
-        training_arguments.check_network(config)
-        network = build_meta_network(model_arguments, config)
-    last = last_whole_checkpoint(output_dir, training_arguments.checkpoint_files)
-    checkpoint, finished = find_earlier_run(output_dir, last, training_arguments)
+    config, meta, last, checkpoint, finished = network
     processor = load_processor(model_arguments, data_arguments, config, output_dir if finished else checkpoint)
     of_teacher = teacher.background if teacher else background_of_teacher(model_arguments)
     background = find_background(data_arguments.background, processor, of_teacher)
@@ -142,9 +180,9 @@ def prepare(
         loaded[source] = load_checked_images(arguments, background)
     images, broken, evaluation_images = loaded[source]
     labels = images["validation"].features["label"].names
-    if training_arguments.do_train:
+    if meta is not None:
         new_head = adopt_labels(config, labels, model_arguments)
-        check_batches(network, len(images["train"]), training_arguments)
+        check_batches(meta, len(images["train"]), training_arguments)
     else:
         indices = match_labels(config, labels, f"--model_name_or_path {model_arguments.model_name_or_path!r}")
         warn_of_absent_labels(config, indices)
@@ -278,24 +316,33 @@ def find_earlier_run(
     return str(last) if last else None, False
 
 
+def check_output_folder(arguments: RunArguments, network: CheckedNetwork) -> None:
+    """Raise EarlierRunError if the output directory holds a run of another network or of other arguments."""
+    output_dir = Path(arguments.training.output_dir)
+    for folder in filter(None, (output_dir, network.last)):
+        if (folder / "config.json").is_file():
+            check_same_network(folder, network.config, output_dir)
+    if arguments.training.do_train and not arguments.training.resume_from_checkpoint:
+        compare_with_recorded(output_dir, arguments)
+
+
 def check_earlier_run(
     output_dir: Path, last: Path | None, config: PreTrainedConfig, arguments: RunArguments, images: ImageSplits
 ) -> None:
     """
-    Check that the output directory holds no other run, and log whether this one resumes.
+    Check that the output directory holds no run of other images, and log whether this one resumes.
 
     Raises:
-        UserError: the folder is not writable, or holds a run of another network, of other arguments or of other images.
+        UserError: the folder is not writable, or holds a run of other classes or of other images.
     """
     training_arguments = arguments.training
     if training_arguments.process_index == 0:
         check_writable(output_dir)
     for folder in (output_dir, last):
         if folder is not None and (folder / "config.json").is_file():
-            check_same_network(folder, config, output_dir)
+            check_same_labels(folder, config, output_dir)
     if training_arguments.resume_from_checkpoint or not training_arguments.do_train:
         return
-    compare_with_recorded(output_dir, arguments)
     compare_training_images(output_dir, images["train"])
     if is_finished(output_dir):
         logger.info("%s is trained already; it is evaluated again.", output_dir)
@@ -304,26 +351,26 @@ def check_earlier_run(
 
 
 def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path) -> None:
-    """Raise UserError if the config in `folder`, the output directory or a checkpoint in it, differs from `config`."""
+    """Raise EarlierRunError if the config in `folder`, the output directory or a checkpoint in it, is of another network."""
     # Compare as JSON, which turns tuples into lists.
     found, given = read_json(folder / "config.json"), json.loads(config.to_json_string())
-    remedy = "choose another --output_dir, or remove this one"
     for field in ("model_type", *type(config).__annotations__):
         if found.get(field) != given.get(field):
-            raise UserError(
-                f"--output_dir {str(output_dir)!r} holds another model's run (its {field} is {found.get(field)}, not "
-                f"{given.get(field)}): {remedy}."
-            )
+            change = f"its {field} is {found.get(field)}, not {given.get(field)}"
+            raise EarlierRunError(output_dir, f"another model's run ({change})", can_resume=False)
+
+
+def check_same_labels(folder: Path, config: PreTrainedConfig, output_dir: Path) -> None:
+    """Raise EarlierRunError if the config in `folder`, as for `check_same_network`, has other classes than `config`."""
+    found, given = read_json(folder / "config.json"), json.loads(config.to_json_string())
     before, now = stored_labels(found), stored_labels(given)
     if before != now:
         changed = [name for name in [*now, *before] if (name in now) != (name in before)]
         change = "their order differs"
         if changed:
             change = f"{changed[0]!r} {'is new' if changed[0] in now else 'is missing now'}"
-        raise UserError(
-            f"--output_dir {str(output_dir)!r} holds a run with {counted(len(before), 'class')}, and there are {len(now)} ({change}): "
-            f"{remedy}."
-        )
+        classes = f"{counted(len(before), 'class')}, and there are {len(now)} ({change})"
+        raise EarlierRunError(output_dir, f"a run with {classes}", can_resume=False)
 
 
 def stored_labels(config: dict) -> list:

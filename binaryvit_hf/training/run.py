@@ -21,11 +21,12 @@ from binaryvit_runtime.writing import describe_full_disk
 
 from ..data.streaming import ImageStream
 from ..host_memory import keep_freed_memory
-from .arguments import DistillationTrainingArguments, RunArguments
+from .arguments import RunArguments
 from .command_line import parse_runs
 from .forecast import describe_images, log_forecast
-from .preparation import Inputs, check_arguments, prepare
+from .preparation import CheckedNetwork, Inputs, check_arguments, check_network, check_output_folder, prepare
 from .process_errors import leave, rank, show_error, shown_error_code
+from .run_folder import EarlierRunError, explain_earlier_runs
 from .steps import CONFUSION_PICTURES, TrainingRun
 from .unused_arguments import find_unused
 
@@ -79,13 +80,16 @@ def train_and_evaluate(arguments: list[str]) -> None:
         check_arguments(run_arguments)
     for argument, reason in dict.fromkeys(unused for run_arguments in runs for unused in find_unused(run_arguments)):
         logger.warning("--%s has no effect: %s.", argument, reason)
-    # Prepare every run first: an error in the student's inputs must not wait for its teacher's training.
+    # Check and prepare every run first: an error in the student's inputs must not wait for its teacher's training.
+    networks = [check_network(run_arguments, run_arguments is not runs[0]) for run_arguments in runs]
+    check_output_folders(runs, networks)
     loaded: dict = {}
     prepared: list[Inputs] = []
-    for run_arguments in runs:
-        prepared.append(prepare(run_arguments, loaded, teacher=prepared[0] if prepared else None))
-    if len(runs) == 2:
-        check_teacher_is_the_students(prepared, runs[1].training)
+    for run_arguments, network in zip(runs, networks):
+        try:
+            prepared.append(prepare(run_arguments, network, loaded, teacher=prepared[0] if prepared else None))
+        except EarlierRunError as error:
+            raise explain_for_all(runs, [error]) from error
     names = ["teacher (1 of 2)", "student (2 of 2)"] if len(runs) == 2 else [""]
     to_train = {
         name: (run_arguments, inputs)
@@ -110,15 +114,32 @@ def train_and_evaluate(arguments: list[str]) -> None:
         print("\n".join([*lines, *(next_steps(last, prepared[-1]) if last.training.do_train else [])]))
 
 
-def check_teacher_is_the_students(prepared: list[Inputs], student: DistillationTrainingArguments) -> None:
-    """Raise UserError if a teacher is to be trained whose student has learned already, from an earlier teacher."""
-    of_teacher, of_student = prepared
-    if of_teacher.finished or not (of_student.finished or of_student.checkpoint) or student.resume_from_checkpoint:
+def check_output_folders(runs: list[RunArguments], networks: list[CheckedNetwork]) -> None:
+    """
+    Raise UserError if output directories hold runs of other arguments, or if a teacher is to be trained whose student has
+    learned already, from an earlier teacher.
+    """
+    errors: list[EarlierRunError] = []
+    for run_arguments, network in zip(runs, networks):
+        try:
+            check_output_folder(run_arguments, network)
+        except EarlierRunError as error:
+            errors.append(error)
+    if errors:
+        raise explain_for_all(runs, errors)
+    student = runs[-1].training
+    if len(runs) == 1 or networks[0].finished or student.resume_from_checkpoint:
         return
-    raise UserError(
-        f"--output_dir {student.output_dir!r} holds a student of an earlier teacher: choose another --output_dir, or remove "
-        "this one."
-    )
+    if networks[1].finished or networks[1].checkpoint:
+        raise EarlierRunError(Path(student.output_dir), "a student of an earlier teacher", can_resume=False)
+
+
+def explain_for_all(runs: list[RunArguments], errors: list[EarlierRunError]) -> UserError:
+    """One error for the output directories of all runs."""
+    if len(runs) == 1:
+        return errors[0]
+    teacher_dir, output_dir = (Path(run_arguments.training.output_dir) for run_arguments in runs)
+    return UserError(explain_earlier_runs(errors, teacher_dir, output_dir))
 
 
 def run(

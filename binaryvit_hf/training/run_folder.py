@@ -1,8 +1,10 @@
 """The files that describe a run in its output directory: its arguments and results."""
 
 import hashlib
+import itertools
 import json
 import os
+import shlex
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,62 @@ def arguments_to_json(arguments: RunArguments) -> dict:
     return json.loads(json.dumps(values, default=str, sort_keys=True))
 
 
+class EarlierRunError(UserError):
+    """
+    An output directory holds another run.
+
+    Args:
+        found: what it holds, such as "a run of other arguments (seed was 1, not 2)".
+        can_resume: whether `--resume_from_checkpoint` continues it.
+    """
+
+    def __init__(self, output_dir: Path, found: str, can_resume: bool = True):
+        self.output_dir, self.found, self.can_resume = output_dir, found, can_resume
+        super().__init__(f"--output_dir {str(output_dir)!r} holds {found}: {self.remedies('another --output_dir')}.")
+
+    def remedies(self, another: str) -> str:
+        if self.can_resume:
+            return f"choose {another}, remove this one, or continue it with --resume_from_checkpoint"
+        return f"choose {another}, or remove this one"
+
+
+def explain_earlier_runs(errors: list[EarlierRunError], teacher_dir: Path, output_dir: Path) -> str:
+    """
+    Explain in one sentence which of the folders of a teacher and its student hold other runs, and how to train a new pair.
+
+    Args:
+        errors: at least one, of these folders.
+        output_dir: of the student.
+    """
+    follows = teacher_dir == teacher_folder(output_dir)
+    candidates = (Path(f"{output_dir}-{number}") for number in itertools.count(2))
+    new = next(path for path in candidates if not path.exists() and not (follows and teacher_folder(path).exists()))
+    another = f"another one with --output_dir {shlex.quote(str(new))}"
+    another += "" if follows else f" --teacher.output_dir {shlex.quote(str(teacher_folder(new)))}"
+    follow = ", whose teacher's folder follows" if follows else ""
+    of_folder = {error.output_dir: error for error in errors}
+    of_teacher, of_student = of_folder.get(teacher_dir), of_folder.get(output_dir)
+    if of_teacher is None:
+        return f"--output_dir {str(output_dir)!r} holds {errors[0].found}: {errors[0].remedies(another)}."
+    if of_student is not None:
+        folders = (
+            f"--output_dir {str(output_dir)!r} and its teacher's folder {str(teacher_dir)!r} hold {of_student.found}"
+        )
+        return f"{folders}: choose {another}{follow}, or remove both folders."
+    holds = f"The teacher's folder {str(teacher_dir)!r} holds {of_teacher.found}"
+    if any((output_dir / name).is_file() for name in (RUN_ARGUMENTS, "config.json")):
+        holds += f", and --output_dir {str(output_dir)!r} holds its student"
+        return f"{holds}: choose {another}{follow}, or remove both folders."
+    return f"{holds}: choose {another}{follow}, or remove it."
+
+
+def teacher_folder(output_dir: str | Path) -> Path:
+    """The output directory of the teacher that is trained before a student, unless another one is given."""
+    return Path(f"{output_dir}-teacher")
+
+
 def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
-    """Raise UserError if the output directory holds a run of other arguments."""
+    """Raise EarlierRunError if the output directory holds a run of other arguments."""
     unfinished = output_dir / UNFINISHED_RUN_ARGUMENTS
     file = unfinished if unfinished.is_file() else output_dir / RUN_ARGUMENTS
     if not file.is_file():
@@ -106,21 +162,15 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
     for name in sorted((recorded.keys() | given.keys()) - may_differ):
         before, now = recorded.get(name), given.get(name)
         if normalize(name, before) != normalize(name, now):
-            raise UserError(
-                f"--output_dir {str(output_dir)!r} holds a run of other arguments ({name} was {before}, not {now}): choose "
-                "another --output_dir, remove this one, or continue it with --resume_from_checkpoint."
-            )
+            raise EarlierRunError(output_dir, f"a run of other arguments ({name} was {before}, not {now})")
 
 
 def compare_training_images(output_dir: Path, images: Dataset | ImageStream) -> None:
-    """Raise UserError if the run in the output directory was started with other training images."""
+    """Raise EarlierRunError if the run in the output directory was started with other training images."""
     recorded, given = read_json(output_dir / TRAINING_IMAGES), identify_images(images)
     if recorded and recorded != given:
-        raise UserError(
-            f"--output_dir {str(output_dir)!r} holds a run on other training images ({recorded.get('images')} before, "
-            f"{given['images']} now): choose another --output_dir, remove this one, or continue it with "
-            "--resume_from_checkpoint."
-        )
+        counts = f"{recorded.get('images')} before, {given['images']} now"
+        raise EarlierRunError(output_dir, f"a run on other training images ({counts})")
 
 
 def identify_images(images: Dataset | ImageStream) -> dict:

@@ -16,9 +16,11 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_fashion_mnist_splits
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
+from binaryvit_hf.training import preparation
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.models import build_meta_network, load_config
+from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, arguments_to_json
 from binaryvit_hf.training.unused_arguments import find_unused
 
 
@@ -112,6 +114,53 @@ def test_a_finished_run_is_not_reused_for_other_pictures_classes_or_another_teac
     assert "holds a run on other training images (6 before, 6 now)" in refusal(capsys, *tiny_photos)
     (tmp_path / "photos" / "bee").rename(tmp_path / "photos" / "wasp")
     assert "holds a run with 2 classes, and there are 2 ('wasp' is new)" in refusal(capsys, *tiny_photos)
+
+
+@pytest.fixture
+def earlier_pair(tiny_photos, monkeypatch) -> list[str]:
+    """`tiny_photos` whose folders hold runs of these arguments. Reading an image fails the test."""
+    monkeypatch.setattr(
+        preparation, "load_described_images", lambda *arguments, **named: pytest.fail("images are read")
+    )
+    for run in parse_runs(tiny_photos):
+        folder = Path(run.training.output_dir)
+        folder.mkdir()
+        (folder / RUN_ARGUMENTS).write_text(json.dumps(arguments_to_json(run)))
+    return tiny_photos
+
+
+def test_a_command_with_another_argument_names_all_folders_and_a_free_one(earlier_pair, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "out-2-teacher").mkdir()
+    both = f"--output_dir '{out}' and its teacher's folder '{out}-teacher' hold a run of other arguments"
+    way = f"choose another one with --output_dir {out}-3, whose teacher's folder follows, or remove both folders."
+    expected = f"error: {both} (background was None, not white): {way}"
+    assert refusal(capsys, *earlier_pair, "--background=white") == expected
+    of_teacher = refusal(capsys, *earlier_pair, "--teacher.learning_rate=0.5")
+    assert (
+        f"'{out}-teacher' holds a run of other arguments (learning_rate was 0.001, not 0.5), and --out" in of_teacher
+    )
+    assert of_teacher.endswith(way)
+    of_student = refusal(capsys, *earlier_pair, "--distillation_temperature=3")
+    assert f"error: --output_dir '{out}' holds a run of other arguments (distillation_temperature was" in of_student
+    assert of_student.endswith(", remove this one, or continue it with --resume_from_checkpoint.")
+
+
+def test_a_teachers_folder_of_its_own_is_part_of_the_way_out(earlier_pair, tmp_path, capsys):
+    (tmp_path / "out-teacher").rename(tmp_path / "elsewhere")
+    given = ["--teacher.output_dir", str(tmp_path / "elsewhere"), "--background=white"]
+    way = f"--output_dir {tmp_path / 'out'}-2 --teacher.output_dir {tmp_path / 'out'}-2-teacher, or"
+    assert way in refusal(capsys, *earlier_pair, *given)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["config_name", "teacher.config_name", "model_name_or_path", "teacher_model_name_or_path", "init_from"]
+)
+def test_a_wrong_name_of_a_model_is_refused_before_images_are_read(wrong, earlier_pair, tmp_path, capsys):
+    missing = str(tmp_path / "no-such-model")
+    assert f"{missing}' cannot be loaded: there is no such folder" in refusal(
+        capsys, *earlier_pair, f"--{wrong}", missing
+    )
 
 
 def test_a_class_whose_images_are_all_broken_is_refused(tiny_photos, tmp_path, capsys):
