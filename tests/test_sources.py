@@ -1,7 +1,9 @@
 """Names that are no models: runs that are not finished, misspelt names, missing folders."""
 
+import errno
 import logging
 import shutil
+import socket
 
 import pytest
 from command_line import assert_refused, refusal, run
@@ -13,7 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from binaryvit_hf import loading
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_runtime.errors import NoModelError
-from binaryvit_runtime.hub import NOT_UPLOADED, is_offline, shorten_log_of_retries
+from binaryvit_runtime.hub import CONNECTION_TRIES, NOT_UPLOADED, is_offline, prepare_hub_client
 from binaryvit_runtime.resources import shipped_configs, shipped_models
 from binaryvit_runtime.sources import RUN_ARGUMENTS, describe_fault, fetch
 
@@ -148,9 +150,9 @@ def test_the_state_of_training_in_a_checkpoint_is_not_uploaded(name):
     assert shutil.ignore_patterns(*NOT_UPLOADED)("folder", [name, "model.safetensors"]) == {name}
 
 
-def test_of_all_retries_of_a_request_one_line_is_logged(monkeypatch):
-    shorten_log_of_retries()
-    shorten_log_of_retries()
+def test_each_retry_of_a_request_is_one_line(monkeypatch):
+    prepare_hub_client()
+    prepare_hub_client()
     logger, messages = logging.getLogger("huggingface_hub.utils._http"), []
     monkeypatch.setattr(logger, "callHandlers", lambda record: messages.append(record.getMessage()))
     for number in range(1, 6):
@@ -158,7 +160,7 @@ def test_of_all_retries_of_a_request_one_line_is_logged(monkeypatch):
         logger.warning(f"Retrying in {number}s [Retry {number}/5].")
     logger.warning("Rate limited. Waiting 31.0s before retry [Retry 1/5].")
     assert messages == [
-        "The Hub does not answer; trying again, up to 5 times.",
+        *(f"The Hub does not answer: try {number + 1} of 6 in {number} s." for number in range(1, 6)),
         "Rate limited. Waiting 31.0s before retry [Retry 1/5].",
     ]
 
@@ -190,6 +192,61 @@ def test_a_model_in_the_cache_is_suggested_too(tmp_path, monkeypatch):
 
 def raise_offline(source):
     raise OfflineModeIsEnabled
+
+
+def count_tries(error: Exception | None) -> int:
+    """The tries of a request that fails with this error, by the backoff of huggingface_hub; 7 if it would try more often."""
+
+    def answer():
+        if error is not None:
+            raise error
+
+    for number in range(1, 7):
+        try:
+            CONNECTION_TRIES.send(answer)
+            return number
+        except OfflineModeIsEnabled as given_up:
+            assert given_up.__cause__ is error
+            return number
+        except OSError:
+            if number < 6:
+                logging.getLogger("huggingface_hub.utils._http").warning(f"Retrying in 1s [Retry {number}/5].")
+    return 7
+
+
+def test_offline_all_files_together_have_one_round_of_tries(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    prepare_hub_client()
+    refused, slow, unresolved = ConnectionRefusedError(), TimeoutError(), socket.gaierror(-2, "Name not known")
+    assert [count_tries(error) for error in (None, refused, unresolved, refused)] == [1, 6, 1, 1]
+    assert [count_tries(error) for error in (None, refused, refused)] == [1, 6, 1]
+    assert [count_tries(error) for error in (slow, slow, refused, slow)] == [7, 7, 6, 7]
+    assert count_tries(OSError(errno.ENETUNREACH, "Network is unreachable")) == 6
+    clock[0] += CONNECTION_TRIES.PAUSE + 1
+    assert [count_tries(error) for error in (refused, refused, None)] == [6, 1, 1]
+
+
+def test_a_model_of_the_hub_is_tried_in_one_round_without_a_connection(monkeypatch, tmp_path):
+    waits = []
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CONNECTION_TRIES, "is_last", False)
+    prepare_hub_client()
+    for _ in range(2):
+        with pytest.raises(
+            NoModelError, match=f"^you seem to be offline: no answer from the Hub at {address} .ConnectError.,"
+        ):
+            loading.load_classifier("some/thing", cache_dir=str(tmp_path))
+    assert len(waits) == 5
 
 
 def test_a_silent_hub_is_told_from_one_that_refuses():

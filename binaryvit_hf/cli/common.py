@@ -76,9 +76,9 @@ def prepare_libraries(program: str) -> None:
         raise UserError(f"{program} needs PyTorch: pip install binaryvit_hf")
     from transformers.utils.logging import disable_progress_bar
 
-    from binaryvit_runtime.hub import shorten_log_of_retries
+    from binaryvit_runtime.hub import prepare_hub_client
     from binaryvit_runtime.packed_model import check_engine_variable
 
     disable_progress_bar()
-    shorten_log_of_retries()
+    prepare_hub_client()
     check_engine_variable()

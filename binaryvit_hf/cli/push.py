@@ -92,10 +92,10 @@ def push_page(options: argparse.Namespace) -> None:
         raise UserError("Uploads need 'huggingface_hub': pip install huggingface_hub.") from error
     from binaryvit_runtime.browser.page import write_page
     from binaryvit_runtime.browser.space import check_replaceable, write_readme
-    from binaryvit_runtime.hub import create_repository, resumable_upload, shorten_log_of_retries, upload_folder
+    from binaryvit_runtime.hub import create_repository, prepare_hub_client, resumable_upload, upload_folder
 
     disable_progress_bars()
-    shorten_log_of_retries()
+    prepare_hub_client()
     with tempfile.TemporaryDirectory() as staging:
         page = Path(staging) / "page"
         write_page(options.folder, page, token=options.token)  # a model that does not load is not published

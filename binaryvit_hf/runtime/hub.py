@@ -1,15 +1,20 @@
 """The Hub: causes of its errors, uploads, and damaged files in its local cache."""
 
 import contextlib
+import errno
+import functools
 import hashlib
 import logging
+import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, is_offline_mode
+from huggingface_hub import CommitOperationAdd, HfApi, constants, is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -19,6 +24,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils.logging import disable_propagation
 
 from .errors import UploadError, UserError, first_sentence
 
@@ -87,16 +94,20 @@ def explain_answer(chain: list[BaseException]) -> str | None:
 def explain_silence(chain: list[BaseException]) -> str | None:
     """Explain that the Hub may not be asked, or does not answer."""
     for error in chain:
+        if isinstance(error, UnreachableHubError):
+            continue
         if isinstance(error, OfflineModeIsEnabled) or (
             is_offline_mode() and isinstance(error, LocalEntryNotFoundError)
         ):
             return "you are offline, because HF_HUB_OFFLINE is set, and it is not in the cache"
     for error in chain:
+        if isinstance(error, UnreachableHubError):  # its cause follows
+            continue
         library = type(error).__module__.split(".")[0]
         if library in HTTP_LIBRARIES or isinstance(error, (ConnectionError, TimeoutError)):
             return (
-                f"you seem to be offline, with no answer from the Hub at {constants.ENDPOINT} ({type(error).__name__}): "
-                "check the connection"
+                f"you seem to be offline: no answer from the Hub at {constants.ENDPOINT} ({type(error).__name__}), so check "
+                "the connection"
             )
     return None
 
@@ -107,23 +118,88 @@ def explain_error(error: Exception) -> str:
 
 
 class OneLineOfRetries(logging.Filter):
-    """Of the two lines that huggingface_hub logs for each failed try of a request, pass one, for the first."""
+    """
+    Of the two lines that huggingface_hub logs for each failed try of a request, pass one, which counts the tries. Tells
+    `CONNECTION_TRIES` of the last one.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         if " thrown while requesting " in message:
             return False
-        retry = re.match(r"Retrying in \S+ \[Retry (\d+)/(\d+)\]", message)
-        if retry is None:
-            return True
-        record.msg, record.args = "The Hub does not answer; trying again, up to %s times.", (retry[2],)
-        return retry[1] == "1"
+        if retry := re.match(r"Retrying in (\S+) \[Retry (\d+)/(\d+)\]", message):
+            seconds, done, retries = retry.groups()
+            record.msg = "The Hub does not answer: try %d of %d in %s."
+            record.args = (int(done) + 1, int(retries) + 1, seconds.replace("s", " s"))
+            CONNECTION_TRIES.is_last = done == retries
+        return True
 
 
-def shorten_log_of_retries() -> None:
+class UnreachableHubError(OfflineModeIsEnabled):
+    """
+    No connection to the Hub, in no try of a round. huggingface_hub treats it as its offline mode: it tries no more, and
+    takes files from its cache.
+    """
+
+
+class ConnectionTries:
+    """
+    Sends the requests of huggingface_hub. Once a request had no connection in a whole round of tries, each later one is
+    tried only once, until the Hub answers. A Hub that is slow gets all tries.
+    """
+
+    PAUSE = 60  # seconds without a try, after which requests are tried in rounds again
+
+    def __init__(self):
+        self.is_last = False  # whether a request without a connection is not tried again
+        self.last_failure = -math.inf
+
+    def send(self, send: Callable, *arguments, **named):
+        """
+        Return `send(*arguments, **named)`, the answer to a request.
+
+        Raises:
+            UnreachableHubError: the last try of a round, or a later one, has no connection.
+        """
+        try:
+            response = send(*arguments, **named)
+        except Exception as error:
+            now = time.monotonic()
+            self.is_last &= has_no_connection(error) and now - self.last_failure <= self.PAUSE
+            self.last_failure = now
+            if not self.is_last:
+                raise
+            raise UnreachableHubError(f"No connection to {constants.ENDPOINT}.") from error
+        self.is_last = False
+        return response
+
+
+CONNECTION_TRIES = ConnectionTries()
+
+
+def has_no_connection(error: BaseException) -> bool:
+    """Whether there was no one to connect to: no name resolution, no network, or no server at the address."""
+    return any(
+        isinstance(link, (ConnectionRefusedError, socket.gaierror))
+        or (isinstance(link, OSError) and link.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH))
+        for link in list_causes(error)
+    )
+
+
+def create_client():
+    """The HTTP client of huggingface_hub, with `CONNECTION_TRIES`."""
+    client = default_client_factory()
+    client.send = functools.partial(CONNECTION_TRIES.send, client.send)  # of httpx or httpx2
+    return client
+
+
+def prepare_hub_client() -> None:
+    """Let huggingface_hub give up offline after one round of tries for all files, and log one line for each try."""
     logger = logging.getLogger("huggingface_hub.utils._http")
     if not any(isinstance(known, OneLineOfRetries) for known in logger.filters):
         logger.addFilter(OneLineOfRetries())
+    disable_propagation()  # its own handler prints each line, and the one of the program would print it again
+    set_client_factory(create_client)
 
 
 def create_repository(repo_id: str, token: str | None, private: bool | None, repo_type: str = "model") -> str:

@@ -76,7 +76,7 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
     """The error to raise: what the Hub says about a name, after the models here that it may mean, or what is damaged."""
     sentence = str(error) if isinstance(error, UserError) else first_sentence(error)
     try:
-        from .hub import cache_folder, cached_models, explain_hub_error, is_offline
+        from .hub import cache_folder, cached_models, explain_hub_error, is_offline, is_offline_mode
     except ModuleNotFoundError:
         return LoadingError(sentence)
     if cause := explain_hub_error(error):
@@ -86,7 +86,7 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
         if not is_offline(error):
             return NoModelError(f"{cause}{describe_neighbours(source) or '.'}")
         here = describe_folder(source) or f"this machine has {list_names([*neighbours(source), *shipped])}"
-        return NoModelError(f"{here}; {cause}.")
+        return NoModelError(f"{here}; {cause}." if is_offline_mode() else f"{cause}; {here}.")
     cached = cache_folder(source, cache_dir)
     return LoadingError(sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})")
 

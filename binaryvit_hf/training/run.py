@@ -15,7 +15,7 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from binaryvit_runtime.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, counted
-from binaryvit_runtime.hub import shorten_log_of_retries, suggest_name
+from binaryvit_runtime.hub import prepare_hub_client, suggest_name
 from binaryvit_runtime.packed_model import check_engine_variable
 from binaryvit_runtime.writing import describe_full_disk
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_first else logging.ERROR)
     keep_freed_memory()
     hide_progress_of_files()
-    shorten_log_of_retries()
+    prepare_hub_client()
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
