@@ -221,5 +221,5 @@ def test_a_run_without_weights_is_not_said_to_be_beyond_the_engine(runs, tmp_pat
 def test_a_missing_library_is_named_before_anything_is_loaded(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert_refused(
-        capsys, ["compare", "none"], "Comparisons need 'onnxruntime': pip install 'binaryvit_hf[benchmark]'."
+        capsys, ["compare", "none"], "Comparisons need 'onnxruntime': run `pip install '.[benchmark]'` in a clone"
     )

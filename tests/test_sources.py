@@ -259,6 +259,10 @@ def test_a_silent_hub_is_told_from_one_that_refuses():
     "command, words",
     [
         (["classify", "binaryvit-digits", "b.png"], "'b.png' does not exist (did you mean 'a.png'?)."),
+        (
+            ["classify", "binaryvit-digits", "http://x/a.png?b"],
+            "'http://x/a.png?b' is a URL: download the picture first.",
+        ),
         (["benchmark", "--model", "binaryvit-small-patch4-22"], "did you mean 'binaryvit-small-patch4-224'?"),
         (["benchmark", "--train", "--model", "vit-digit"], "did you mean 'vit-digits'?"),
     ],

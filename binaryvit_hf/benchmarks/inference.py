@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from binaryvit_runtime.classifier import Classifier
 from binaryvit_runtime.errors import UserError, counted, did_you_mean
 from binaryvit_runtime.progress import Progress
-from binaryvit_runtime.resources import shipped_configs
+from binaryvit_runtime.resources import installation, shipped_configs
 
 from .. import engine
 from ..data.model_inputs import create_image_processor
@@ -139,7 +139,7 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
         competitors.append(Competitor(network, "onnxruntime, exported", export_packed(packed.parent), load_onnx))
         competitors += [Competitor(*exported, load_onnx) for exported in export_networks(folder)]
     else:
-        logger.info("All networks in onnxruntime are left out: pip install 'binaryvit_hf[benchmark]'")
+        logger.info("All networks in onnxruntime are left out; to measure them, %s.", installation("benchmark"))
     return competitors
 
 

@@ -27,6 +27,7 @@ from binaryvit_runtime.classifier import Classifier
 from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.errors import counted
 from binaryvit_runtime.progress import with_progress
+from binaryvit_runtime.resources import installation
 
 from ..ops import align_columns, readable
 from .cold_start import benchmark_processes, format_processes
@@ -127,7 +128,7 @@ def create_contestants(network: str, folder: Path, batch_sizes: tuple[int, ...])
         Contestant(PEER, PIPELINE, peer, load_pipeline, batch_sizes),
     ]
     if not importlib.util.find_spec("onnxruntime"):
-        logger.info("All networks in onnxruntime are left out: pip install 'binaryvit_hf[benchmark]'")
+        logger.info("All networks in onnxruntime are left out; to measure them, %s.", installation("benchmark"))
         return contestants
     from .onnx_peers import export_networks
 

@@ -6,7 +6,8 @@ Each command is a module of its name with
 - `EXAMPLE`, a command line that works as it stands, or several, one a line,
 - `add_arguments(parser)`,
 - `run(options)`, whose docstring is the help text, its first sentence that in the list of commands. It returns an exit code, or nothing for 0,
-- `NEEDS_PYTORCH = False` if `run` imports PyTorch only for some inputs.
+- `NEEDS_PYTORCH = False` if `run` imports PyTorch only for some inputs,
+- `WITHOUT_PYTORCH`, the command line that works without PyTorch, if it is not the name alone.
 
 `main` parses, calls `run` and turns exceptions into exit codes and one line on stderr:
 

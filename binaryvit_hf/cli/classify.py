@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from binaryvit_runtime.errors import UnsupportedModelError, UserError, counted
-from binaryvit_runtime.resources import shipped_models
+from binaryvit_runtime.resources import installation, shipped_models
 
 from .common import add_token_argument, example_picture, has_pytorch, prepare_libraries, print_error
 
@@ -98,7 +98,7 @@ def load_classifier(options: argparse.Namespace) -> Classify:
         classifier = Classifier.from_pretrained(options.model, token=options.token)
     except UnsupportedModelError as error:
         if not has_pytorch():
-            raise UserError(f"{error} Install PyTorch: pip install binaryvit_hf.") from error
+            raise UserError(f"{error} To install it, {installation()}.") from error
         return load_in_pytorch(options)
     background = choose_background(options.background, classifier.background)
     return lambda files: (background, classifier.stream(files, options.top_k, background))

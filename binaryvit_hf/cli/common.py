@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError, one_line
-from binaryvit_runtime.resources import shipped_models
+from binaryvit_runtime.resources import installation, shipped_models
 from binaryvit_runtime.sources import describe_neighbours, describe_unfinished_run
 
 
@@ -48,7 +48,7 @@ def needs_extra(extra: str, subject: str) -> Iterator[None]:
     Imports inside of this context come from an optional dependency group (`extra`) of the package.
 
     Args:
-        subject: plural, begins the error message: "Plots need 'matplotlib': pip install ...".
+        subject: plural, begins the error message: "Plots need 'matplotlib': ...".
 
     Raises:
         UserError: one of the imported packages is not installed.
@@ -56,7 +56,7 @@ def needs_extra(extra: str, subject: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(f"{subject} need {error.name!r}: pip install 'binaryvit_hf[{extra}]'.") from error
+        raise UserError(f"{subject} need {error.name!r}: {installation(extra)}.") from error
 
 
 def has_pytorch() -> bool:
@@ -73,7 +73,7 @@ def prepare_libraries(program: str) -> None:
         UserError: PyTorch is not installed, or BINARYVIT_ENGINE names kernels that this machine does not have.
     """
     if not has_pytorch():
-        raise UserError(f"{program} needs PyTorch: pip install binaryvit_hf")
+        raise UserError(f"{program} needs PyTorch: {installation()}.")
     from transformers.utils.logging import disable_progress_bar
 
     from binaryvit_runtime.hub import prepare_hub_client

@@ -1,12 +1,13 @@
 """`binaryvit doctor`: describes this machine, for bug reports."""
 
 import argparse
+import importlib
 import os
 import platform
 from importlib import metadata
 
 from binaryvit_runtime.errors import UnsupportedModelError, counted
-from binaryvit_runtime.resources import package_version
+from binaryvit_runtime.resources import installation, package_version
 
 from .common import has_pytorch
 
@@ -42,9 +43,21 @@ def run(options: argparse.Namespace) -> None:
         "training on the CPU runs on": describe_training(),
     }
     if not has_pytorch():
-        rows["commands"] = "classify, doctor; the others need PyTorch: pip install binaryvit_hf"
+        rows["commands"] = f"{', '.join(commands_without_pytorch())}; the others need PyTorch: {installation()}"
     width = max(map(len, rows))
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+
+
+def commands_without_pytorch() -> list[str]:
+    """The commands that work without PyTorch, with the argument that they need for it."""
+    from . import COMMANDS
+
+    modules = {name: importlib.import_module(f".{name}", __package__) for name in COMMANDS}
+    return [
+        getattr(module, "WITHOUT_PYTORCH", name)
+        for name, module in modules.items()
+        if not getattr(module, "NEEDS_PYTORCH", True)
+    ]
 
 
 def version(name: str) -> str:

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     Write a model as an ONNX file, for other runtimes.
 
     They compute it in floats, more slowly than the engine. Weights are stored in int8; labels and preprocessing are in the
-    file's metadata. It takes half a minute or more. Needs `pip install 'binaryvit_hf[export]'`.
+    file's metadata. It takes half a minute or more. Needs `pip install '.[export]'` in a clone.
     """
     if options.out.suffix != ".onnx":
         raise UserError(f"OUT must end in .onnx, not {str(options.out)!r}.")

@@ -15,6 +15,7 @@ from .common import add_token_argument, check_model_folder, prepare_libraries
 
 # A page needs no PyTorch.
 NEEDS_PYTORCH = False
+WITHOUT_PYTORCH = "push --space"
 MODEL_MESSAGE, PAGE_MESSAGE = "Upload model", "Upload page"
 EXAMPLE = "binaryvit push outputs/photos YOUR-NAME/photos --private\nbinaryvit push binaryvit-digits YOUR-NAME/digits --space"
 

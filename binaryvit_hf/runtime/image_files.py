@@ -111,7 +111,9 @@ def list_images(names: list[str]) -> tuple[list[ImageFile], list[str]]:
         else:
             matches = sorted(map(Path, find_matches(name)))
             listed = [ImageFile(str(match)) for match in matches if os.path.isfile(match)]
-            if not listed and not glob.has_magic(name) and (close := close_paths(name)):
+            if not listed and name.startswith(("http://", "https://")):
+                fault = "is a URL: download the picture first"
+            elif not listed and not glob.has_magic(name) and (close := close_paths(name)):
                 fault += f" (did you mean {close[0]!r}?)"
         files += listed or [ImageFile(name, fault)]
     if all(listed.fault for listed in files):

@@ -169,6 +169,8 @@ def is_transparent(picture: Image.Image) -> bool:
 def describe_unreadable(name: str, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"{name!r} is too large: {first_sentence(error).rstrip('.')}."
+    if isinstance(error, FileNotFoundError) and not os.path.lexists(name):
+        return f"{name!r} does not exist."
     return f"{name!r} cannot be read as an image ({first_sentence(error)})."
 
 

@@ -13,6 +13,17 @@ def package_version() -> str:
         return "not installed"
 
 
+def installation(extra: str = "") -> str:
+    """
+    The command that installs the package, for messages; it is not on PyPI.
+
+    Args:
+        extra: a group of optional dependencies, such as "train".
+    """
+    package = f"'.[{extra}]'" if extra else "."
+    return f"run `pip install {package}` in a clone of the repository"
+
+
 def shipped_folder(name: str) -> Path:
     """The folder `configs` or `model_cards`: in binaryvit_hf if that is installed, at the top of a clone."""
     here = Path(__file__).resolve().parent  # binaryvit_runtime beside binaryvit_hf, or binaryvit_hf/runtime in a clone

@@ -173,7 +173,7 @@ def run(
     if training_arguments.do_predict:
         training_run.test()
     if inputs.broken:
-        logger.warning("Left out %s.", counted(len(inputs.broken), "broken image"))
+        logger.warning("Left out %s: broken, or too large.", counted(len(inputs.broken), "image"))
     if training_arguments.do_train:
         training_run.report()
     if training_arguments.push_to_hub:

@@ -177,7 +177,8 @@ def test_doctor_needs_no_pytorch(capsys, monkeypatch, without_pytorch):
     monkeypatch.delenv("BINARYVIT_ENGINE", raising=False)
     report = run(capsys, "doctor")
     assert re.search("packed models run on +" + (engine.kernels_here() or ["nothing: There is no engine"])[0], report)
-    assert "the others need PyTorch: pip install binaryvit_hf" in report
+    line = "classify, demo, page, push --space, doctor; the others need PyTorch: run `pip install .` in a clone of the repository"
+    assert re.search(f"^commands +{re.escape(line)}$", report, re.MULTILINE)
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     assert "nothing: BINARYVIT_ENGINE is 'torch', which needs PyTorch." in run(capsys, "doctor")
     monkeypatch.setenv("BINARYVIT_ENGINE", "abacus")
@@ -199,7 +200,7 @@ def test_doctor_needs_no_pytorch(capsys, monkeypatch, without_pytorch):
     ],
 )
 def test_a_command_that_needs_pytorch_says_so(command, capsys, without_pytorch):
-    needs = f"error: binaryvit {command.split()[0]} needs PyTorch: pip install binaryvit_hf\n"
+    needs = f"error: binaryvit {command.split()[0]} needs PyTorch: run `pip install .` in a clone of the repository.\n"
     assert main(command.split()) == 2
     assert capsys.readouterr().err == needs
 
@@ -388,4 +389,4 @@ def test_export_names_the_package_that_is_missing(package, tmp_path, capsys, mon
     monkeypatch.delitem(sys.modules, "binaryvit_hf.onnx_export", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     arguments = ["export", "binaryvit-digits", tmp_path / "model.onnx"]
-    assert_refused(capsys, arguments, f"'{package}'", "pip install 'binaryvit_hf[export]'")
+    assert_refused(capsys, arguments, f"'{package}'", "run `pip install '.[export]'` in a clone")

@@ -219,8 +219,8 @@ def short_name(value) -> str:
     [
         ("https://example.org/cat.jpg", "is a URL: download"),
         ("http://example.org/cat.jpg", "is a URL: download"),
-        ("none.jpg", "'none.jpg' cannot be read as an image"),
-        ("", "cannot be read as an image"),
+        ("none.jpg", "'none.jpg' does not exist."),
+        ("", "'' does not exist."),
         ("a\0b", "cannot be read as an image"),
         (Path("/"), "is not a regular file"),
         ("/dev/zero", "is not a regular file"),

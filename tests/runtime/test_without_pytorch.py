@@ -94,8 +94,11 @@ def test_a_broken_picture_does_not_stop_the_others(results):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("latent", ["latent' needs PyTorch: its weights are not packed", "Install PyTorch: pip install binaryvit_hf"]),
-        ("half", ["half' needs PyTorch: its dtype is 'float16'", "Install PyTorch: pip install binaryvit_hf"]),
+        (
+            "latent",
+            ["latent' needs PyTorch: its weights are not packed", "To install it, run `pip install .` in a clone"],
+        ),
+        ("half", ["half' needs PyTorch: its dtype is 'float16'", "To install it, run `pip install .` in a clone"]),
         ("of the Hub", ["no folder 'owner/name'", "pip install huggingface_hub"]),
         ("misspelt", ["did you mean", "packed'"]),
         ("misspelt and relative", ["did you mean 'models/packed'?", "pip install huggingface_hub"]),

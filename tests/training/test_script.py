@@ -279,7 +279,7 @@ def test_broken_image_is_named_and_left_out_on_request(photos, config, tmp_path,
     (photos / "ant" / "7.png").write_bytes(whole[: len(whole) // 2])  # its header is fine
     result = run_script(*common, "--skip_broken_images")
     assert result.returncode == 0, result.stderr
-    assert "Left out 2 broken images." in result.stderr
+    assert "Left out 2 images: broken, or too large." in result.stderr
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["skipped_images"] == 2
 
 
