@@ -262,7 +262,7 @@ def load_common_images(runs: list[TrainedRun], split: str) -> tuple[dict[str, Da
     skip = any(run.arguments.skip_broken_images for run in runs)
     images, broken = check_images({"train": chosen, split: loaded[split]}, skip)
     if broken:
-        logger.warning("Left out %s.", counted(len(broken), "broken image"))
+        logger.warning("Left out %s: broken, or too large.", counted(len(broken), "image"))
     for run in runs:
         compare_labels(run.config, train.features["label"].names, repr(run.name), "compare runs on the same images")
     return images, TEST if split == "test" else kind
