@@ -13,13 +13,11 @@ from binaryvit_runtime.errors import UserError, counted, first_sentence
 from ..cuda_graphs import RecordedLoss
 
 
-logger = logging.getLogger(__name__)
-
-
 # Attributes of modules that a recording takes as constants, and that callbacks change: a frozen normalisation, a dropout rate.
 CONSTANTS = ("training", "p", "drop_prob", "momentum", "sign_slope")
-
 FEW_STEPS, MOST_CHANGES = 10, 5  # recordings that serve few steps, one after the other, take longer than they save
+
+logger = logging.getLogger(__name__)
 
 
 class StepGraph:

@@ -35,3 +35,10 @@ def tiny_trainer(tmp_path, model=None, teacher=None, **arguments) -> Distillatio
 
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+# Arguments of runs that together use all optional methods: however a step is computed, each must have its effect.
+METHODS = [
+    {"ema_decay": 0.5, "oscillation_freezing_threshold": 0.01},
+    {"sign_gradient": "tanh"},
+    {"batch_norm_reestimation_batches": 2, "eval_strategy": "steps", "eval_steps": 1},
+    {"weight_regularization": 0.1, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2},
+]

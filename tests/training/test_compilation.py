@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
-from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
+from tiny_training import EVERY_STEP, METHODS, tiny_teacher, tiny_trainer
 from torch._dynamo.utils import counters
 
 from binaryvit_hf import compiled_layers, row_kernels
@@ -54,10 +54,7 @@ def assert_same_states(one, other):
 @pytest.mark.parametrize(
     "options",
     [
-        {"ema_decay": 0.5, "oscillation_freezing_threshold": 0.01},
-        {"sign_gradient": "tanh"},
-        {"batch_norm_reestimation_batches": 2, "eval_strategy": "steps", "eval_steps": 1},
-        {"weight_regularization": 0.1, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2},
+        *METHODS,
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ],
     ids=lambda options: next(iter(options)),

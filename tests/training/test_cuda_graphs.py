@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
-from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
+from tiny_training import EVERY_STEP, METHODS, tiny_teacher, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
@@ -67,10 +67,7 @@ def assert_same_weights(one, other):
 @pytest.mark.parametrize(
     "options",
     [
-        {"ema_decay": 0.5, "oscillation_freezing_threshold": 0.01},
-        {"sign_gradient": "tanh"},
-        {"batch_norm_reestimation_batches": 2, "eval_strategy": "steps", "eval_steps": 1},
-        {"weight_regularization": 0.1, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2},
+        *METHODS,
         {"bf16": True, "use_cpu": True},
     ],
     ids=lambda options: next(iter(options)),
