@@ -18,8 +18,8 @@ An installed package does the same with `python -m binaryvit_hf.training`.
 
 import sys
 
-from binaryvit_hf.training.run import main
+from binaryvit_hf.training import start
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))

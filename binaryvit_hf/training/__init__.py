@@ -31,3 +31,14 @@ The files, in the order in which a run uses them:
 These files import `network/`, `data/` and the files beside those folders. They must not import `cli/`, `benchmarks/` or
 the script `run_image_classification.py`.
 """
+
+from binaryvit_runtime.resources import installation
+
+
+def start(arguments: list[str]) -> int:
+    """`main` of `run.py`. One sentence and exit code 1 if a library that training needs is not installed."""
+    try:
+        from .run import main
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"error: Training needs {error.name!r}: {installation('train')}.") from error
+    return main(arguments)

@@ -2,8 +2,8 @@
 
 import sys
 
-from .run import main
+from . import start
 
 
 sys.argv[0] = "python -m binaryvit_hf.training"  # argparse shows it in --help
-sys.exit(main(sys.argv[1:]))
+sys.exit(start(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """`main` refuses bad arguments, folders and configs before it writes anything. A teacher's run inherits arguments."""
 
 import json
+import sys
 
 import pytest
 from command_line import refusal
@@ -8,6 +9,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from binaryvit_hf.training import run as script
+from binaryvit_hf.training import start
 from binaryvit_hf.training.arguments import ModelArguments
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.models import load_config
@@ -86,6 +88,13 @@ def test_the_configs_of_the_package_are_found_in_every_folder(tmp_path, monkeypa
     own.parent.mkdir()
     own.write_text('{"config_name": "own", "do_train": true}')
     assert [run.model.config_name for run in parse_runs([str(own.relative_to(tmp_path)), "--use_cpu"])] == ["own"]
+
+
+def test_a_missing_library_of_training_is_one_sentence(monkeypatch):
+    monkeypatch.delitem(sys.modules, "binaryvit_hf.training.run")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(SystemExit, match=r"error: Training needs 'accelerate': run `pip install '.\[train\]'`"):
+        start(["configs/quickstart.json"])
 
 
 def test_misspelt_folders_and_classes_get_a_suggestion(capsys, photos, tmp_path):
