@@ -216,8 +216,6 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             raise UserError("--balance_classes needs --train_sampling_strategy random.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
-        if self.torch_compile is True and self.n_gpu > 1:
-            raise UserError("--torch_compile needs one process for each GPU: start the run with torchrun.")
         if self.cuda_graphs is True and (obstacle := self.graphs_obstacle()):
             raise UserError(f"--cuda_graphs needs {obstacle}; leave it out, or give --cuda_graphs auto.")
         compiles = self.torch_compile is True and self.torch_compile_backend == "inductor"
@@ -234,7 +232,7 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         """What training steps lack to run as CUDA graphs; `None` if they lack nothing."""
         if self.device.type != "cuda":
             return "an NVIDIA GPU"
-        if self.world_size > 1 or self.n_gpu > 1 or self.fsdp or self.deepspeed:
+        if self.world_size > 1 or self.fsdp or self.deepspeed:
             return "a run on one GPU"
         if self.fp16:  # its gradients are scaled after they are computed, when small ones are lost
             return "float32 or --bf16"
@@ -265,6 +263,14 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
                 f"--optim {self.optim.value} or --lr_scheduler_type {self.lr_scheduler_type.value} fails with the given "
                 f"--optim_args and --lr_scheduler_kwargs: {first_sentence(error)}"
             ) from error
+
+    @property
+    def n_gpu(self) -> int:
+        """
+        At most 1. For more GPUs of one process the Trainer would multiply the recipe's batch, and nn.DataParallel would
+        normalise each GPU's images apart.
+        """
+        return min(super().n_gpu, 1)
 
     @property
     def effective_batch_size(self) -> int:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -259,6 +260,12 @@ def log_batch(arguments: DistillationTrainingArguments) -> None:
     if processes * accumulated > 1:
         parts = f" ({counted(processes, 'process')} of {arguments.train_batch_size}, {accumulated} accumulated)"
     logger.info("Batch: %s%s; learning rate: %g", counted(batch, "image"), parts, arguments.scaled_learning_rate)
+    gpus = 0 if arguments.device.type == "cpu" else torch.accelerator.device_count()
+    if processes == 1 and gpus > 1:
+        logger.info(
+            "GPUs: 1 of %d. To train on all, start the command with `torchrun --nproc_per_node %d` instead of `python`.",
+            *(gpus, gpus),
+        )
     if recipe_batch is not None and batch != recipe_batch:
         logger.warning(
             "The recipe is for a batch of %s, so the learning rate was scaled from %g. For the recipe's own batch "

@@ -79,8 +79,7 @@ class DistillationTrainer(Trainer):
         self.losses = FiniteLosses()
         self.compiler = StepCompiler(
             self.plain_model,
-            # nn.DataParallel, for several GPUs of one process, would call the compiled layers of the first GPU on all.
-            False if self.compiles_by_accelerate or self.args.n_gpu > 1 else self.args.torch_compile,
+            False if self.compiles_by_accelerate else self.args.torch_compile,
             self.args.device,
             self.args.torch_compile_backend or "inductor",
             self.args.torch_compile_mode,

@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import assert_refused
 from tiny import tiny_config
 from transformers import ResNetConfig, ViTConfig
@@ -15,7 +17,7 @@ from transformers import ResNetConfig, ViTConfig
 from binaryvit_cli import main
 from binaryvit_hf.benchmarks import trained
 from binaryvit_hf.training.ablation.results import mean_and_deviation
-from binaryvit_hf.training.ablation.runs import Ablation, describe_left, in_use, is_tested, next_run
+from binaryvit_hf.training.ablation.runs import Ablation, describe_left, in_use, is_tested, next_run, visible_gpus
 from binaryvit_hf.training.ablation.table import check_run, read_table
 from binaryvit_hf.training.run_folder import (
     RUN_ARGUMENTS,
@@ -109,6 +111,38 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
     (folder / "student.json").write_text(json.dumps(student))
     capsys.readouterr()
     assert_refused(capsys, command, "learning_rate", "binary-seed1")
+
+
+def test_each_run_gets_one_gpu_and_runs_at_once_get_different_ones(folder, tmp_path, timed, monkeypatch):
+    """Without names of its own a run would take all GPUs."""
+    environments = {}
+
+    class RecordingPopen(subprocess.Popen):
+        def __init__(self, line, *, env, **kwargs):
+            super().__init__(line, env=env, **kwargs)
+            environments[Path(line[line.index("--output_dir") + 1]).name] = env
+
+    monkeypatch.setattr(subprocess, "Popen", RecordingPopen)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert main(["ablation", str(folder), str(tmp_path / "out"), "--seeds", "1", "2", "3", "--jobs", "2"]) == 0
+    gpus = {name: environment["CUDA_VISIBLE_DEVICES"] for name, environment in environments.items()}
+    assert gpus.pop("vit") == "3"
+    assert set(gpus) == {"binary-seed1", "binary-seed2", "binary-seed3"}
+    assert (gpus["binary-seed1"], gpus["binary-seed2"]) == ("3", "5")
+
+
+@pytest.mark.parametrize(
+    "environment, count, names",
+    [
+        ({}, 0, []),
+        ({}, 2, ["0", "1"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0, []),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,4"}, 2, ["GPU-8932f937", "4"]),
+    ],
+)
+def test_gpus_have_the_names_that_the_command_got(environment, count, names):
+    assert visible_gpus(environment, count) == names
 
 
 def test_an_interrupted_ablation_ends_its_runs_with_a_checkpoint(folder, tmp_path, warm_python):

@@ -295,9 +295,7 @@ def test_a_step_takes_no_tensor_of_the_cpu(is_soft, tmp_path, monkeypatch):
     teacher, normal = tiny_teacher(), ModelInput((16, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0, 1, 2))
     adapt_input(teacher, given=normal, wanted=replace(normal, mean=(0.1, 0.5, 0.5), channels=(2, 1, 0)))
     trainer = tiny_trainer(tmp_path, tiny_model(tiny_config(drop_path_rate=0.5)), teacher=teacher, **numbers)
-    SignGradient("tanh").on_train_begin(
-        SimpleNamespace(device=torch.device("meta"), n_gpu=1), None, None, model=trainer.model
-    )
+    SignGradient("tanh").on_train_begin(SimpleNamespace(device=torch.device("meta")), None, None, model=trainer.model)
     model, images = trainer.model.to("meta").train(), tiny_images().to("meta")
     teacher.to("meta")
     labels = torch.zeros((len(images), 3) if is_soft else len(images), dtype=None if is_soft else torch.long).to(

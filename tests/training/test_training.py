@@ -1,6 +1,7 @@
 """The distillation loss, and the training, evaluation and checkpoints of the trainer."""
 
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.callbacks.positive_clips import SMALLEST_CLIP
 from binaryvit_hf.training.losses import distillation_loss
 from binaryvit_hf.training.metrics import TopKAccuracy
+from binaryvit_hf.training.steps import log_batch
 from binaryvit_runtime.errors import NonFiniteLossError
 
 
@@ -241,6 +243,21 @@ def test_learning_rate_is_scaled_to_the_batch(meant_for, rate, tmp_path):
     trainer = tiny_trainer(tmp_path, **arguments)
     assert trainer.args.effective_batch_size == 8
     assert trainer.create_optimizer().defaults["lr"] == pytest.approx(rate)
+
+
+def test_one_process_trains_on_one_gpu_and_says_how_to_use_all(tmp_path, monkeypatch, caplog):
+    """The Trainer would take as many times the batch of the recipe, and nn.DataParallel."""
+    trainer = tiny_trainer(tmp_path, per_device_train_batch_size=4)
+    monkeypatch.setattr(trainer.args, "_n_gpu", 4)
+    assert trainer.args.train_batch_size == trainer.args.effective_batch_size == 4
+    assert trainer._wrap_model(trainer.model) is trainer.model
+
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(DistillationTrainingArguments, "device", gpu)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    with caplog.at_level("INFO"):
+        log_batch(trainer.args)
+    assert "GPUs: 1 of 4. To train on all, start the command with `torchrun --nproc_per_node 4`" in caplog.text
 
 
 def test_repeated_augmentation_orders_the_training_images(tmp_path):

@@ -8,10 +8,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from binaryvit_runtime.errors import RunError, UserError, counted
 from binaryvit_runtime.progress import format_time
@@ -182,7 +184,7 @@ def run_ablation(ablation: Ablation, jobs: int) -> None:
     On SIGTERM and Ctrl-C the runs save a checkpoint, and the same call resumes from it.
 
     Args:
-        jobs: number of runs at once; each gets its share of the cores.
+        jobs: number of runs at once. Each gets its share of the cores, and one of the GPUs if there are any.
 
     Raises:
         UserError: the table or a recipe is wrong, or the folder holds runs of other arguments or another ablation trains in it.
@@ -221,7 +223,9 @@ def in_use(out: Path) -> Iterator[None]:
 def train(ablation: Ablation, runs: list[Run], jobs: int) -> None:
     """Train runs, `jobs` at a time. An exception ends all of them."""
     waiting = list(runs)
+    gpus = visible_gpus(os.environ, torch.cuda.device_count())
     running: dict[subprocess.Popen, Run] = {}
+    places: dict[Path, int] = {}  # of running runs, from 0
     started: dict[Path, float] = {}
     seconds: dict[Path, float] = {}  # of runs that finished
     try:
@@ -231,10 +235,13 @@ def train(ablation: Ablation, runs: list[Run], jobs: int) -> None:
                     logger.info("%s", describe_left(ablation, runs, {}, {}, jobs))
                 waiting.remove(run)
                 started[run.folder] = time.monotonic()
-                running[start(run, 1 if run.folder == ablation.teacher_folder else jobs)] = run
+                place = places[run.folder] = min(set(range(jobs)) - set(places.values()))
+                at_once = 1 if run.folder == ablation.teacher_folder else jobs
+                running[start(run, at_once, gpus[place % len(gpus)] if gpus else None)] = run
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
                 run = running.pop(process)
+                del places[run.folder]
                 if process.returncode != 0:
                     raise RunError(f"The run {run.folder} failed: read {log_of(run.folder)}.")
                 accuracy = 100 * read_json(run.folder / "all_results.json")["test_accuracy"]
@@ -299,9 +306,28 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def start(run: Run, at_once: int) -> subprocess.Popen:
-    """Start a run, one of `at_once`, which share the cores."""
+def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
+    """
+    The names of the GPUs that a process may use, as CUDA_VISIBLE_DEVICES has them.
+
+    Args:
+        environment: of the process.
+        count: of its GPUs.
+    """
+    names = environment.get("CUDA_VISIBLE_DEVICES")
+    return ([str(number) for number in range(count)] if names is None else names.split(","))[:count]
+
+
+def start(run: Run, at_once: int, gpu: str | None) -> subprocess.Popen:
+    """
+    Start a run.
+
+    Args:
+        at_once: number of runs that share the cores.
+        gpu: the one that the run may use, or `None` if there is none.
+    """
     threads = max((os.cpu_count() or 1) // at_once, 1)
+    environment = {"OMP_NUM_THREADS": str(threads)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     logger.info("%s: training, its log is %s", run.folder, log_of(run.folder))
     with log_of(run.folder).open("a", encoding="utf-8") as log:
@@ -310,5 +336,5 @@ def start(run: Run, at_once: int) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # only this process gets Ctrl-C, and ends the others by SIGTERM
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, **environment},
         )

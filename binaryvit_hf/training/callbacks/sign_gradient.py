@@ -55,8 +55,7 @@ class SignGradient(TrainerCallback):
         self.slope = {"polynomial": approx_sign_slope, "clip": clip_slope, "tanh": TanhSlope()}[name]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # nn.DataParallel computes on several devices, all of which take scalars of the CPU.
-        if isinstance(self.slope, TanhSlope) and args.n_gpu <= 1:
+        if isinstance(self.slope, TanhSlope):
             self.slope.to(args.device)
         for module in binary_activation_modules(model):
             module.sign_slope = self.slope
