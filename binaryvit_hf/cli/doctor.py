@@ -83,9 +83,19 @@ def describe_pytorch() -> dict[str, str]:
 
     return {
         "threads": counted(torch.get_num_threads(), "thread"),
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "GPU": describe_gpu(),
         "threads of": "PyTorch's OpenMP runtime" if openmp_of_torch() else "their own",
     }
+
+
+def describe_gpu() -> str:
+    """The name of an NVIDIA or AMD GPU, what PyTorch calls another accelerator, such as mps, or none."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "none"
+    return torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type
 
 
 def describe_training() -> str:

@@ -162,8 +162,8 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         self.check_reporting()
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter is used, and the search costs time
-        # PyTorch warns about pinned memory without an accelerator.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        # PyTorch warns about pinned memory for other devices than these.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type not in ("cpu", "mps")
         if self.lr_schedule_per_epoch and (self.max_steps > 0 or self.lr_scheduler_type not in STEP_SCHEDULES):
             raise ValueError(
                 "--lr_schedule_per_epoch needs --num_train_epochs, not --max_steps, and an --lr_scheduler_type that is a "

@@ -4,7 +4,6 @@ import contextlib
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from binaryvit_runtime.errors import UserError, counted
 
@@ -56,18 +55,8 @@ def trains_on_one_image(network: nn.Module) -> bool:
     if size is None:
         return True
     try:
-        with MetaBatchNorm(), contextlib.suppress(RuntimeError):  # it may need more than shapes
+        with contextlib.suppress(RuntimeError):  # it may need more than shapes
             network.train()(pixel_values=torch.empty(1, 3, *as_pair(size), device="meta"))
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)  # in the message of PyTorch's batch norm
     return True
-
-
-class MetaBatchNorm(TorchDispatchMode):
-    """Computes the shapes of batch norm statistics, for which PyTorch has no meta kernel."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is not torch.ops.aten.batch_norm_update_stats.default:
-            return function(*args, **(kwargs or {}))
-        rows = args[0]
-        return rows.new_empty(rows.shape[1]), rows.new_empty(rows.shape[1])
