@@ -25,7 +25,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class TerminatedError(RuntimeError):
-    """The run received SIGTERM. Commands print only the message and exit with code 143."""
+    """The run received SIGTERM or SIGHUP. Commands print only the message and exit with code 143."""
 
 
 class RunError(RuntimeError):

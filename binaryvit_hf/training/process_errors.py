@@ -1,5 +1,6 @@
 """Errors of a training in several processes: one process shows the error, and its exit code ends all of them."""
 
+import contextlib
 import os
 import sys
 import time
@@ -25,7 +26,8 @@ def show_error(message: str, code: int) -> int:
     """Print an error with its rank, unless another process has shown one; returns `code`."""
     if claim_error(code):
         where = f"rank {rank()}: " if rank() else ""
-        print(f"\nerror: {where}{one_line(message)}", file=sys.stderr)  # the line may hold a progress bar
+        with contextlib.suppress(OSError):  # the terminal, or the reader of a pipe, may have ended by the same signal
+            print(f"\nerror: {where}{one_line(message)}", file=sys.stderr)  # the line may hold a progress bar
     return code
 
 

@@ -20,6 +20,7 @@ from binaryvit_runtime.packed_model import check_engine_variable
 from binaryvit_runtime.writing import describe_full_disk
 
 from ..data.streaming import ImageStream
+from ..data.workers import describe_dead_worker
 from ..host_memory import keep_freed_memory
 from .arguments import RunArguments
 from .command_line import parse_runs
@@ -54,9 +55,13 @@ def main(arguments: list[str]) -> int:
     except TerminatedError as error:
         return leave(show_error(str(error), 128 + signal.SIGTERM))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process at once, without a stack trace
         message = "Interrupted. Run the same command again to resume from the last checkpoint, if there is one."
         return leave(show_error(message, 128 + signal.SIGINT))
     except Exception as error:
+        if reason := describe_dead_worker(error):
+            message = f"{reason}. The same command then resumes from the last checkpoint, if there is one."
+            return leave(show_error(message, 1))
         if failure := describe_full_disk(error):
             return leave(show_error(f"The run can write no more to its output directory: {failure}.", 1))
         if (code := shown_error_code()) is None:

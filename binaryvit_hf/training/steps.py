@@ -1,6 +1,7 @@
 """The steps of one run: load, train, evaluate, test, report, upload."""
 
 import logging
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ class TrainingRun:
         return self.metric.compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
 
     def train(self) -> None:
-        """Train and save the final model; on SIGTERM save a checkpoint and raise TerminatedError."""
+        """Train and save the final model; on SIGTERM or SIGHUP save a checkpoint and raise TerminatedError."""
         trainer, arguments = self.trainer, self.arguments.training
         if trainer.is_world_process_zero():
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -142,11 +143,11 @@ class TrainingRun:
         self.announce("Training: %s.", describe_length(arguments, steps))
         earlier_metrics = read_json(self.output_dir / TRAIN_RESULTS)
         result = trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
-        if trainer.termination.terminated:
+        if number := trainer.termination.terminated:
             saved = "the weights only (--save_only_model)" if arguments.save_only_model else "a checkpoint"
             outcome = "start again" if arguments.save_only_model else "resume"
             raise TerminatedError(
-                f"Training got a SIGTERM, saved {saved} and stopped after step {trainer.state.global_step}. Run the same "
+                f"Training got a {signal.Signals(number).name}, saved {saved} and stopped after step {trainer.state.global_step}. Run the same "
                 f"command again to {outcome}."
             )
         if trainer.is_world_process_zero():

@@ -26,13 +26,14 @@ from binaryvit_runtime.errors import NonFiniteLossError
 from binaryvit_runtime.writing import give_usual_mode
 
 from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
+from ..data.workers import shield_workers
 from ..network.packing_binaryvit import binary_layers, packed_layers
 from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .callbacks.checkpointed import CheckpointedCallback
 from .callbacks.positive_clips import PositiveClips
-from .callbacks.termination import SaveOnTermination
+from .callbacks.termination import EvaluationStopped, SaveOnTermination
 from .checkpoints import flush_to_disk
 from .compilation import StepCompiler
 from .losses import FiniteLosses, distance_from_one, distillation_loss
@@ -189,6 +190,13 @@ class DistillationTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._save_checkpoint(self.model, trial=None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
     def training_step(self, model, inputs, *args, **kwargs):
         inputs = self._prepare_inputs(inputs)
         images, steps_left = inputs["pixel_values"], self.state.max_steps - self.state.global_step
@@ -249,7 +257,9 @@ class DistillationTrainer(Trainer):
         self.args.dataloader_drop_last = drop_last and is_training
         self.args.dataloader_persistent_workers = persistent and (is_training or dataloader_key is not None)
         try:
-            return super()._get_dataloader(*args, is_training=is_training, dataloader_key=dataloader_key, **kwargs)
+            return shield_workers(
+                super()._get_dataloader(*args, is_training=is_training, dataloader_key=dataloader_key, **kwargs)
+            )
         finally:
             self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = drop_last, persistent
 

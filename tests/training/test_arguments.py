@@ -1,6 +1,7 @@
 """`main` refuses bad arguments, folders and configs before it writes anything. A teacher's run inherits arguments."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -276,5 +277,10 @@ def test_an_interruption_is_one_sentence(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script, "parse_runs", interrupt)
-    assert script.main([]) == 130
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert script.main([]) == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # an impatient second Ctrl-C has no stack trace
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "error: Interrupted. Run the same command again to resume" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from binaryvit_runtime.errors import UserError, counted
 
 from ...data.sampling import create_train_sampler, seeded_rng
+from ...data.workers import shield_workers
 
 
 @torch.no_grad()
@@ -80,5 +81,5 @@ def first_batches(dataset: Dataset, collate: Callable, count: int, args) -> Iter
     own = [keys[start : start + batch] for start in range(rank * batch, len(keys), batch * processes)]
     loader = DataLoader(dataset, batch_sampler=own, collate_fn=collate, num_workers=args.dataloader_num_workers)
     with seeded_rng(args.sampling_seed):  # the loader draws a seed for its workers
-        for inputs in loader:
+        for inputs in shield_workers(loader):
             yield inputs["pixel_values"].to(args.device)

@@ -1,5 +1,6 @@
 """Progress of a run: a bar on a terminal, lines with the time left in a log file, and a sentence for each loss and evaluation."""
 
+import contextlib
 import logging
 import time
 
@@ -84,7 +85,8 @@ class NamedProgress(ProgressCallback):
         ):
             return
         if not self.training_bar.disable:
-            self.training_bar.write(f"{self.prefix}{sentence}.")
+            with contextlib.suppress(OSError):  # the terminal was closed; training goes on
+                self.training_bar.write(f"{self.prefix}{sentence}.")
         else:
             self.write_line(f"{sentence}{self.describe_time_left(state).replace(',', ';')}.")
 

@@ -1,7 +1,11 @@
-"""A checkpoint on SIGTERM, which schedulers of clusters send before they end a job."""
+"""
+A checkpoint when a run is asked to end: SIGTERM, which schedulers of clusters send, and SIGHUP, which a terminal sends when
+it is closed.
+"""
 
 import contextlib
 import signal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,40 +14,57 @@ from transformers import TrainerCallback
 from ...network.functional_binaryvit import is_distributed
 
 
+class EvaluationStopped(Exception):
+    """An evaluation during training was left at a signal, and a checkpoint is to be saved."""
+
+
 class SaveOnTermination(TrainerCallback):
-    """On SIGTERM, finish the step, save a checkpoint, end the training and set `terminated`."""
+    """On a signal, finish the step or leave the evaluation, save a checkpoint, end the training and set `terminated`."""
 
     def __init__(self):
-        self.requested = self.terminated = False
-        self.handler_before = None
+        self.requested = self.terminated = 0  # the number of the signal
+        self.handlers_before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.requested = self.terminated = False
+        self.requested = self.terminated = 0
         with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
-            self.handler_before = signal.signal(signal.SIGTERM, self.request)
+            self.handle(signal.SIGTERM)
+            # Windows has no SIGHUP, and nohup ignores it.
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+                self.handle(signal.SIGHUP)
+
+    def handle(self, number: int) -> None:
+        self.handlers_before[number] = signal.signal(number, self.request)
 
     def request(self, number, frame):
-        self.requested = True
+        self.requested = number
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested_in_any_process(args.device):
-            self.terminated = control.should_save = control.should_training_stop = True
+        if number := self.requested_in_any_process(args.device):
+            self.terminated = number
+            control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # the sender of a SIGTERM waits for seconds only
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Raises EvaluationStopped during training; `DistillationTrainer` then saves the checkpoint."""
+        if self.handlers_before and (number := self.requested_in_any_process(args.device)):
+            self.terminated = number
+            control.should_training_stop = True
+            raise EvaluationStopped
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.terminated:
-            control.should_evaluate = control.should_save = False  # on_step_end has saved
+            control.should_evaluate = control.should_save = False  # it is saved already
 
-    def requested_in_any_process(self, device: torch.device) -> bool:
-        """Processes get the signal at different steps, but must end at the same step."""
+    def requested_in_any_process(self, device: torch.device) -> int:
+        """The signal, or 0. Processes get it at different steps, but must end at the same step."""
         if not is_distributed():
             return self.requested
-        requested = torch.tensor(int(self.requested), device=device)
+        requested = torch.tensor(self.requested, device=device)
         dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-        return bool(requested)
+        return int(requested)
 
     def restore(self) -> None:
-        """Give SIGTERM its previous handler."""
-        if self.handler_before is not None:
-            signal.signal(signal.SIGTERM, self.handler_before)
-            self.handler_before = None
+        """Give the signals their previous handlers."""
+        while self.handlers_before:
+            signal.signal(*self.handlers_before.popitem())

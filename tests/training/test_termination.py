@@ -1,0 +1,202 @@
+"""Signals in training: workers outlive them, and the run saves a checkpoint wherever it gets one."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from tiny_training import EVERY_STEP, tiny_trainer
+from transformers import TrainerCallback, TrainerState
+
+from binaryvit_hf.data.workers import STOPPING_SIGNALS, describe_dead_worker
+from binaryvit_hf.training.callbacks.progress import NamedProgress
+from binaryvit_hf.training.checkpoints import last_whole_checkpoint
+from binaryvit_hf.training.process_errors import show_error
+
+
+HANGING_WORKER = """
+import time
+
+from torch.utils.data import DataLoader
+
+from binaryvit_hf.data.workers import shield_workers
+
+
+class Hanging:
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        time.sleep(1000 * index)
+        return index
+
+
+batches = iter(shield_workers(DataLoader(Hanging(), num_workers=1)))
+print(next(batches))
+"""
+
+
+class At(TrainerCallback):
+    """Calls `act` at an event of step 2, or later."""
+
+    def __init__(self, event: str, act):
+        setattr(self, event, lambda args, state, control, **kwargs: act() if state.global_step >= 2 else None)
+
+
+def signal_workers(*numbers: int) -> int:
+    """Send signals to all workers; returns how many workers there are."""
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        for number in numbers:
+            os.kill(worker.pid, number)
+    return len(workers)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    created = []
+
+    def create(**arguments):
+        defaults = {"max_steps": 4, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+        trainer = tiny_trainer(tmp_path, **(defaults | arguments))
+        trainer.remove_callback(NamedProgress)
+        created.append(trainer)
+        return trainer
+
+    yield create
+    for trainer in created:  # persistent workers end with their loaders
+        trainer.accelerator.free_memory()
+        vars(trainer).pop("_eval_dataloaders", None)
+    created.clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_prediction_step"])
+def test_workers_outlive_signals_to_all_processes(trainer, event, persistent):
+    run = trainer(**EVERY_STEP, dataloader_num_workers=1, dataloader_persistent_workers=persistent)
+    workers = []
+    run.add_callback(At(event, lambda: workers.append(signal_workers(*STOPPING_SIGNALS))))
+    run.train()
+    assert run.state.global_step == 4
+    assert workers[0] >= 1
+
+
+def test_workers_of_a_batch_norm_reestimation_outlive_signals_to_all_processes(trainer, monkeypatch):
+    run = trainer(dataloader_num_workers=1, batch_norm_reestimation_batches=6)
+    forward, workers = run.model.forward, []
+
+    def forward_and_signal(**inputs):
+        if not torch.is_grad_enabled():
+            workers.append(signal_workers(*STOPPING_SIGNALS))
+        return forward(**inputs)
+
+    monkeypatch.setattr(run.model, "forward", forward_and_signal)
+    run.apply_final_step()
+    assert len(workers) == 6
+    assert workers[0] >= 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_all_processes_saves_a_checkpoint(trainer, tmp_path, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    run = trainer(dataloader_num_workers=1)
+
+    def signal_all():
+        assert signal_workers(number)
+        os.kill(os.getpid(), number)
+
+    run.add_callback(At("on_step_begin", signal_all))
+    run.train()
+    assert run.termination.terminated == number
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    assert signal.getsignal(number) == before
+
+
+def test_an_evaluation_is_left_for_a_checkpoint(trainer, tmp_path):
+    run = trainer(**EVERY_STEP, batch_norm_reestimation_batches=2)
+    weights = {}
+
+    def keep_weights_and_terminate():
+        terminate()
+        weights.update({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
+
+    run.add_callback(At("on_prediction_step", keep_weights_and_terminate))
+    run.train()
+    assert run.termination.terminated == signal.SIGTERM
+    assert [entry["step"] for entry in run.state.log_history if "eval_loss" in entry] == [1]
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert any(not tensor.equal(weights[name]) for name, tensor in run.model.state_dict().items())  # the latest ones
+    resumed = trainer(**EVERY_STEP, batch_norm_reestimation_batches=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+def test_a_signal_in_a_later_evaluation_ends_the_process_as_ever(trainer):
+    run = trainer()
+    run.train()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run.termination.requested = signal.SIGTERM
+    assert "eval_loss" in run.evaluate()
+
+
+def test_nohup_keeps_its_effect(trainer):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = trainer()
+        run.add_callback(At("on_step_end", lambda: os.kill(os.getpid(), signal.SIGHUP)))
+        run.train()
+        assert run.state.global_step == 4
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_killed_worker_is_one_sentence_with_the_remedy(trainer):
+    run = trainer(dataloader_num_workers=1)
+    run.add_callback(At("on_step_begin", lambda: signal_workers(signal.SIGKILL)))
+    with pytest.raises(RuntimeError) as error:
+        run.train()
+    reason = describe_dead_worker(error.value)
+    assert "killed, as Linux does when memory runs out" in reason
+    assert "--dataloader_num_workers" in reason
+
+
+def test_other_ends_of_workers_are_told_apart():
+    bus = (
+        "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
+    )
+    assert "shared memory" in describe_dead_worker(RuntimeError(bus))
+    code = "DataLoader worker (pid 5) exited unexpectedly with exit code 3. Details are lost due to multiprocessing."
+    assert "exited unexpectedly with exit code 3" in describe_dead_worker(RuntimeError(code))
+    assert "exited unexpectedly" in describe_dead_worker(
+        RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly")
+    )
+    assert describe_dead_worker(RuntimeError("CUDA out of memory")) is None
+
+
+def test_a_worker_that_hangs_does_not_keep_the_process_from_its_end(warm_python, tmp_path):
+    ended = warm_python.run("-c", HANGING_WORKER, folder=tmp_path, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "tensor([0])\n", "")
+
+
+class ClosedTerminal:
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+
+def test_a_closed_terminal_does_not_end_a_training(monkeypatch):
+    progress, bar = NamedProgress(), ClosedTerminal()
+    bar.disable = False
+    progress.training_bar = bar
+    progress.on_log(None, TrainerState(), None, logs={"loss": 1.0})
+    with contextlib.redirect_stderr(ClosedTerminal()):
+        assert show_error("message", 3) == 3
