@@ -111,6 +111,11 @@ def test_a_name_that_cannot_be_of_the_hub_is_refused_without_asking_it(name, wor
     assert_refused(capsys, ["classify", name, "a.png"], f"The model {name!r} cannot be loaded: there is no", words)
 
 
+def test_a_network_without_trained_weights_is_told_from_a_wrong_name(unfinished, no_hub, capsys):
+    name = "binaryvit-small-patch4-224"
+    assert_refused(capsys, ["classify", name, "a.png"], "without trained weights", f"`--config_name {name}`")
+
+
 @pytest.mark.parametrize("command", [["push", "ou", "me/x"], ["card", "ou"]])
 def test_commands_that_take_only_folders_say_that_there_is_none(command, unfinished, capsys):
     assert_refused(capsys, command, "There is no folder 'ou'; did you mean 'out'?")
@@ -243,7 +248,8 @@ def test_a_model_of_the_hub_is_tried_in_one_round_without_a_connection(monkeypat
     prepare_hub_client()
     for _ in range(2):
         with pytest.raises(
-            NoModelError, match=f"^you seem to be offline: no answer from the Hub at {address} .ConnectError.,"
+            NoModelError,
+            match=f"^there is no such folder, and you seem to be offline: no answer from the Hub at {address} .ConnectError.,",
         ):
             loading.load_classifier("some/thing", cache_dir=str(tmp_path))
     assert len(waits) == 5

@@ -14,7 +14,7 @@ from .errors import (
     first_sentence,
     suggest,
 )
-from .resources import find_source, shipped_models
+from .resources import find_source, shipped_configs, shipped_models
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -83,10 +83,11 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
         shipped = [*shipped, *cached_models(cache_dir)]
         if close := close_models(source, shipped):
             return NoModelError(f"did you mean {close}? {cause[0].upper()}{cause[1:]}.")
+        no_folder = "" if os.path.exists(source) else "there is no such folder, and "
         if not is_offline(error):
-            return NoModelError(f"{cause}{describe_neighbours(source) or '.'}")
+            return NoModelError(f"{no_folder}{cause}{describe_neighbours(source) or '.'}")
         here = describe_folder(source) or f"this machine has {list_names([*neighbours(source), *shipped])}"
-        return NoModelError(f"{here}; {cause}." if is_offline_mode() else f"{cause}; {here}.")
+        return NoModelError(f"{here}; {cause}." if is_offline_mode() else f"{no_folder}{cause}; {here}.")
     cached = cache_folder(source, cache_dir)
     return LoadingError(sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})")
 
@@ -104,6 +105,8 @@ def describe_fault(source: str, subfolder: str = "", shipped: Iterable[str] = ()
     # The Hub's names without an owner are older than its image classifiers.
     if "/" in source and is_repository_id(source):
         return None
+    if source in shipped_configs():
+        return f"it is a network of configs/ without trained weights: train one with `--config_name {source}`."
     if close := close_models(source, shipped):
         return f"there is no model of this name; did you mean {close}?"
     reason = "there is no such folder"
