@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="output directory of a run, or a model that comes with the package; all runs have the same images",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table to this file of Markdown")
-    parser.add_argument("--steps", type=int, default=7, help="timed turns of each network, 2 or more (default 7)")
+    parser.add_argument(
+        "--steps", type=int, default=7, metavar="N", help="timed turns of each network, 2 or more (default: 7)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
