@@ -51,7 +51,9 @@ def run(options: argparse.Namespace) -> None:
     ablation = Ablation(folder, options.out, tuple(dict.fromkeys(options.seeds)), options.table)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     # As an exception, a signal reaches the code that ends the runs.
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
     before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers]
     try:
         run_ablation(ablation, options.jobs)

@@ -214,9 +214,10 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[int]:
     """
-    Hold a lock, which tells other processes that a folder is in use. It ends with this process at the latest.
+    Hold a lock, which tells other processes that a folder is in use. It ends with this process at the latest, and with those
+    that inherit the file descriptor, which is yielded.
 
     Raises:
         OSError: another process holds the lock, or the system has no locks.
@@ -226,7 +227,7 @@ def lock(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from transformers import ResNetConfig, ViTConfig
 from binaryvit_cli import main
 from binaryvit_hf.benchmarks import trained
 from binaryvit_hf.training.ablation.results import mean_and_deviation
-from binaryvit_hf.training.ablation.runs import Ablation, describe_left, in_use, is_tested, next_run, visible_gpus
+from binaryvit_hf.training.ablation.runs import (
+    Ablation,
+    describe_left,
+    in_use,
+    is_tested,
+    next_run,
+    start,
+    visible_gpus,
+)
 from binaryvit_hf.training.ablation.table import check_run, read_table
 from binaryvit_hf.training.run_folder import (
     RUN_ARGUMENTS,
@@ -145,16 +154,17 @@ def test_gpus_have_the_names_that_the_command_got(environment, count, names):
     assert visible_gpus(environment, count) == names
 
 
-def test_an_interrupted_ablation_ends_its_runs_with_a_checkpoint(folder, tmp_path, warm_python):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_an_interrupted_ablation_ends_its_runs_with_a_checkpoint(folder, tmp_path, warm_python, name):
     (folder / "teacher.json").write_text(json.dumps(RECIPE | {"num_train_epochs": 10**6, "save_strategy": "no"}))
     out = tmp_path / "out"
     ablation = warm_python.start("-m", "binaryvit_cli", "ablation", folder, out, folder=tmp_path)
     while not ablation.has_ended() and not (out / "vit" / RUN_ARGUMENTS).is_file():  # written when training begins
         time.sleep(0.1)
     time.sleep(2)
-    ablation.send_signal(signal.SIGINT)
+    ablation.send_signal(getattr(signal, name))
     ended = ablation.wait(timeout=60)
-    assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+    assert ended.returncode == 128 + getattr(signal, name), ended.stderr
     assert "Traceback" not in ended.stderr
     assert len(list((out / "vit").glob("checkpoint-*"))) == 1
 
@@ -369,6 +379,24 @@ def test_two_ablations_do_not_train_in_one_folder(folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with in_use(tmp_path / "out"):
         assert_refused(capsys, ["ablation", folder, tmp_path / "out"], "Another ablation trains in")
+
+
+def test_a_folder_is_in_use_until_the_last_run_of_a_killed_ablation_ends(folder, tmp_path, monkeypatch):
+    out, sleeper = tmp_path / "out", tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 1000")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    run = next(iter(Ablation(folder, out, (1,)).runs().values()))
+    with in_use(out) as locks:
+        process = start(run, 1, None, locks)
+    try:
+        with pytest.raises(UserError, match="has left runs that do"), in_use(out):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with in_use(out):
+        pass
 
 
 @pytest.mark.parametrize("table", ["fashion-mnist/table.json", "fashion-mnist/recipes.json", "digits/table.json"])

@@ -181,7 +181,7 @@ def run_ablation(ablation: Ablation, jobs: int) -> None:
     """
     Train all runs that are not finished, and write the table after each.
 
-    On SIGTERM and Ctrl-C the runs save a checkpoint, and the same call resumes from it.
+    On SIGTERM, on Ctrl-C and when the terminal is closed, the runs save a checkpoint, and the same call resumes from it.
 
     Args:
         jobs: number of runs at once. Each gets its share of the cores, and one of the GPUs if there are any.
@@ -194,34 +194,38 @@ def run_ablation(ablation: Ablation, jobs: int) -> None:
     # Check all runs before any training: the folder may hold runs of other recipes.
     for run in runs:
         check_run(ablation.table, run.row, run.line)
-    with in_use(ablation.out):
-        train(ablation, [run for run in runs if not is_tested(run)], jobs)
+    with in_use(ablation.out) as locks:
+        train(ablation, [run for run in runs if not is_tested(run)], jobs, locks)
         ablation.write_results()
 
 
 @contextlib.contextmanager
-def in_use(out: Path) -> Iterator[None]:
+def in_use(out: Path) -> Iterator[list[int]]:
     """
-    Keep other ablations from training the same runs.
+    Keep other ablations from training the same runs, also while runs go on whose ablation was killed.
+
+    Yields:
+        File descriptors that the runs inherit: the folder is in use until the last one ends.
 
     Raises:
         UserError: another one is training in this folder.
     """
     out.mkdir(parents=True, exist_ok=True)
+    locks: list[int] = []
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock(out))
+            locks.append(stack.enter_context(lock(out)))
         except BlockingIOError:
             raise UserError(
-                f"Another ablation trains in {str(out)!r}: wait for its end, or choose another OUT."
+                f"Another ablation trains in {str(out)!r}, or has left runs that do: wait for their end, or choose another OUT."
             ) from None
         except OSError:  # some file systems have no locks
             pass
-        yield
+        yield locks
 
 
-def train(ablation: Ablation, runs: list[Run], jobs: int) -> None:
-    """Train runs, `jobs` at a time. An exception ends all of them."""
+def train(ablation: Ablation, runs: list[Run], jobs: int, locks: list[int]) -> None:
+    """Train runs, `jobs` at a time, which inherit the file descriptors `locks`. An exception ends all of them."""
     waiting = list(runs)
     gpus = visible_gpus(os.environ, torch.cuda.device_count())
     running: dict[subprocess.Popen, Run] = {}
@@ -237,7 +241,7 @@ def train(ablation: Ablation, runs: list[Run], jobs: int) -> None:
                 started[run.folder] = time.monotonic()
                 place = places[run.folder] = min(set(range(jobs)) - set(places.values()))
                 at_once = 1 if run.folder == ablation.teacher_folder else jobs
-                running[start(run, at_once, gpus[place % len(gpus)] if gpus else None)] = run
+                running[start(run, at_once, gpus[place % len(gpus)] if gpus else None, locks)] = run
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
                 run = running.pop(process)
@@ -318,13 +322,14 @@ def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
     return ([str(number) for number in range(count)] if names is None else names.split(","))[:count]
 
 
-def start(run: Run, at_once: int, gpu: str | None) -> subprocess.Popen:
+def start(run: Run, at_once: int, gpu: str | None, locks: list[int]) -> subprocess.Popen:
     """
     Start a run.
 
     Args:
         at_once: number of runs that share the cores.
         gpu: the one that the run may use, or `None` if there is none.
+        locks: file descriptors that it inherits.
     """
     threads = max((os.cpu_count() or 1) // at_once, 1)
     environment = {"OMP_NUM_THREADS": str(threads)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
@@ -335,6 +340,7 @@ def start(run: Run, at_once: int, gpu: str | None) -> subprocess.Popen:
             [sys.executable, "-m", "binaryvit_hf.training", *run.line],
             stdout=log,
             stderr=subprocess.STDOUT,
+            pass_fds=locks,
             start_new_session=True,  # only this process gets Ctrl-C, and ends the others by SIGTERM
             env={**os.environ, **environment},
         )
