@@ -22,14 +22,14 @@ The modules beside the folders are shared by the upper ones:
 
 try:
     from binaryvit_runtime.cpus import limit_spinning
+    from binaryvit_runtime.resources import check_torchvision, package_version
 except ModuleNotFoundError as error:
     raise ImportError("binaryvit_hf has new parts since it was installed: run `pip install -e .` again.") from error
 else:
     limit_spinning()  # before PyTorch is imported
+    check_torchvision()  # before transformers imports it
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
-
-from binaryvit_runtime.resources import package_version
 
 from .network.configuration_binaryvit import BinaryViTConfig
 from .network.modeling_binaryvit import (

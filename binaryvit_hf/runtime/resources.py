@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from .errors import UserError
+
 
 def package_version() -> str:
     from importlib import metadata  # takes as long as the rest of `binaryvit --help`
@@ -22,6 +24,26 @@ def installation(extra: str = "") -> str:
     """
     package = f"'.[{extra}]'" if extra else "."
     return f"run `pip install {package}` in a clone of the repository"
+
+
+def check_torchvision() -> None:
+    """
+    Raises:
+        UserError: torchvision was built for another PyTorch, which would end the import of transformers in a stack trace.
+    """
+    import importlib
+    from importlib import metadata
+
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:  # transformers works without it
+        pass
+    except RuntimeError as error:
+        torch, torchvision = (metadata.version(name) for name in ("torch", "torchvision"))
+        raise UserError(
+            f"torchvision {torchvision} does not fit PyTorch {torch} ({error}): install both from the same place, such as "
+            "`pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu`."
+        ) from error
 
 
 def shipped_folder(name: str) -> Path:

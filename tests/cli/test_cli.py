@@ -24,6 +24,8 @@ from binaryvit_cli import COMMANDS, create_command_parser, main
 from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.onnx_export import ExportedFile
+from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.resources import check_torchvision
 
 
 @pytest.fixture
@@ -203,6 +205,16 @@ def test_a_command_that_needs_pytorch_says_so(command, capsys, without_pytorch):
     needs = f"error: binaryvit {command.split()[0]} needs PyTorch: run `pip install .` in a clone of the repository.\n"
     assert main(command.split()) == 2
     assert capsys.readouterr().err == needs
+
+
+def test_a_torchvision_of_another_pytorch_is_named_with_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match=r"does not fit PyTorch .*nms does not exist.*pip install --force-reinstall torch"
+    ):
+        check_torchvision()
 
 
 def test_kernels_that_this_machine_lacks_are_refused_before_anything_else(capsys, monkeypatch):
