@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from chromium import answers, draw, start_chromium  # noqa: E402
+from browsers import answers, draw, start_browser  # noqa: E402
 from drawn_digits import DIGITS  # noqa: E402
 
 from binaryvit_runtime.browser.page import write_page  # noqa: E402
@@ -26,7 +26,7 @@ SIZE = {"width": 880, "height": 690}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, start_chromium() as browser:
+    with tempfile.TemporaryDirectory() as folder, start_browser("chromium") as browser:
         file = Path(folder, "digits.html")
         write_page("binaryvit-digits", file, single_file=True)
         for theme in ("light", "dark"):

@@ -31,7 +31,7 @@ pytest.importorskip("playwright")
 if not kernels_here():
     pytest.skip("the engine was not built", allow_module_level=True)
 
-from chromium import served
+from browsers import served
 
 
 DIGITS = "binaryvit-digits"

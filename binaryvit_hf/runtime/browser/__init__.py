@@ -8,7 +8,7 @@ top to bottom:
 - `architecture.js` reads config.json, `checkpoint.js` the packed weights, `processor.js` preprocessor_config.json. They
   make the checks of the Python files with these names.
 - `engine.js` calls `binaryvit.wasm`.
-- `pictures.js` decodes pictures, `colours.js` reads colours.
+- `pictures.js` decodes pictures, `cut_off.js` finds damaged ones, `colours.js` reads colours.
 - `safetensors.js` and `json.js` read the file formats; `errors.js` serves all.
 
 `page.py` writes a web page around it: `page.html`, `page.css`, `page.js`, and `worker.js`, which computes. `server.py` serves

@@ -12,8 +12,9 @@ const [board, preview, video, fileInput] = ["board", "preview", "video", "file"]
 
 // ---- The worker ----
 
+const READY = 0; // the worker's first message; it would miss messages that come earlier
 const waitingCalls = new Map();
-let lastCall = 0;
+let lastCall = READY;
 let worker;
 let loaded; // a promise of the loaded model
 
@@ -36,7 +37,10 @@ async function start() {
     throw Error("This browser has no WebAssembly or no workers, which compute the answer: use a newer browser.");
   // A worker of a Blob URL has the Content-Security-Policy of the page, unlike a worker of a file.
   // On the disk, only a classic worker may start from a Blob URL; the modules of a single file are joined into one script.
-  const code = page.content ? page.content.worker : `import "${new URL("worker.js", location.href)}";`;
+  // A static import would be shorter, but Firefox reports no error if a module that it imports in turn is missing.
+  const code = page.content
+    ? page.content.worker
+    : `import("${new URL("worker.js", location.href)}").catch((error) => setTimeout(() => { throw error; }));`;
   const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
   worker = new Worker(url, { type: page.content ? "classic" : "module" });
   worker.addEventListener("message", ({ data: { id, value, error } }) => {
@@ -46,11 +50,13 @@ async function start() {
     else reject(Error(error));
   });
   worker.addEventListener("error", (event) => {
+    event.preventDefault(); // it is shown on the page
     const cause = event.message ? ` (${event.message})` : "";
     for (const { reject } of waitingCalls.values())
       reject(Error(`The engine does not start in this browser${cause}: use a newer one, or load the page again.`));
     waitingCalls.clear();
   });
+  await new Promise((resolve, reject) => waitingCalls.set(READY, { resolve, reject }));
   const model = page.model.map((name) => [name, contentOf(`model/${name}`)]);
   const [files, engine] = [Object.fromEntries(model), contentOf("binaryvit.wasm")];
   const buffers = [engine, ...Object.values(files)].filter((file) => file instanceof ArrayBuffer);

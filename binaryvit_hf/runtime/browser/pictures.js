@@ -1,9 +1,16 @@
 /** Decodes pictures to bytes, as `pixels.py` does. */
 
+import { isCutOff } from "./cut_off.js";
 import { BinaryViTError, messageOf } from "./errors.js";
 
 const MAX_PIXELS = 2 ** 27; // decoding and resizing them takes 2 GB of memory
 const MAX_ASPECT_RATIO = 1000;
+// Of createImageBitmap. EXIF's orientation turns the picture upright.
+const EXACT = /** @type {const} */ ({
+  premultiplyAlpha: "none",
+  colorSpaceConversion: "none",
+  imageOrientation: "from-image",
+});
 
 /**
  * RGB or RGBA, 8 bits each, row by row. Alpha is not premultiplied.
@@ -70,11 +77,9 @@ export async function decodePicture(image) {
     );
   let bitmap;
   try {
-    bitmap = await createImageBitmap(image, {
-      premultiplyAlpha: "none",
-      colorSpaceConversion: "none",
-      imageOrientation: "from-image",
-    });
+    bitmap = await createImageBitmap(image, EXACT);
+    if (image instanceof Blob && isCutOff(new Uint8Array(await image.arrayBuffer())))
+      throw new Error("it is cut off or damaged");
   } catch (error) {
     throw new BinaryViTError(`The picture cannot be read as an image (${messageOf(error)}).`);
   }
@@ -82,7 +87,7 @@ export async function decodePicture(image) {
     checkSize(bitmap.width, bitmap.height);
     const data = readOpaque(bitmap);
     // A canvas stores colours times alpha, in 8 bits, and so loses the colours of transparent pixels.
-    const pixels = isOpaque(data) ? data : readTransparent(bitmap, data);
+    const pixels = isOpaque(data) ? data : await readTransparent(bitmap, data);
     return { data: pixels, width: bitmap.width, height: bitmap.height };
   } catch (error) {
     if (error instanceof BinaryViTError) throw error;
@@ -106,11 +111,19 @@ function haveEqualAlpha(left, right) {
 function readOpaque(bitmap) {
   const { width, height } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-  // On a canvas that is too large, browsers draw nothing and read zeros, without an error.
+  const colour = [1, 2, 3, 255];
+  context.fillStyle = `rgb(${colour.slice(0, 3)})`;
   context.fillRect(width - 1, height - 1, 1, 1);
-  if (context.getImageData(width - 1, height - 1, 1, 1).data[3] !== 255)
+  const found = context.getImageData(width - 1, height - 1, 1, 1).data;
+  // On a canvas that is too large, browsers draw nothing and read zeros, without an error.
+  if (found.every((value) => value === 0))
     throw new BinaryViTError(
       `The picture is too large for this browser: it has ${width} x ${height} pixels; make it smaller.`,
+    );
+  if (String(found) !== String(colour))
+    throw new BinaryViTError(
+      "This browser gives pages random pixels instead of those of a picture, against fingerprinting: " +
+        "allow this page to read canvases.",
     );
   context.clearRect(width - 1, height - 1, 1, 1);
   context.drawImage(bitmap, 0, 0);
@@ -118,18 +131,28 @@ function readOpaque(bitmap) {
 }
 
 /**
- * The exact pixels of a bitmap, through a texture of WebGL.
+ * The exact pixels of a bitmap.
  *
  * @param {ImageBitmap} bitmap without premultiplied alpha.
  * @param {Uint8ClampedArray} fromCanvas its pixels by `readOpaque`, whose alpha is exact.
  */
-function readTransparent(bitmap, fromCanvas) {
-  const { width, height } = bitmap;
-  const gl = new OffscreenCanvas(1, 1).getContext("webgl");
-  if (gl === null)
+async function readTransparent(bitmap, fromCanvas) {
+  const data = readTexture(bitmap) ?? (await readFrame(bitmap));
+  if (data === null)
     throw new BinaryViTError(
       "A transparent picture needs WebGL, which this browser lacks: save it without transparency.",
     );
+  // A lost context or a texture that is too large gives zeros.
+  if (!haveEqualAlpha(data, fromCanvas))
+    throw new BinaryViTError("The transparent picture is too large for WebGL: make it smaller.");
+  return data;
+}
+
+/** The pixels of a bitmap through a texture of WebGL; `null` if there is no WebGL. */
+function readTexture(bitmap) {
+  const { width, height } = bitmap;
+  const gl = new OffscreenCanvas(1, 1).getContext("webgl");
+  if (gl === null) return null;
   const data = new Uint8Array(4 * width * height);
   gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
   gl.pixelStorei(gl.UNPACK_COLORSPACE_CONVERSION_WEBGL, gl.NONE);
@@ -145,9 +168,22 @@ function readTransparent(bitmap, fromCanvas) {
   gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, data);
   const hasFailed = gl.getError() !== gl.NO_ERROR;
   gl.getExtension("WEBGL_lose_context")?.loseContext(); // frees its memory: a page may have few contexts
-  // A lost context or a texture that is too large gives zeros.
-  if (hasFailed || !haveEqualAlpha(data, fromCanvas))
-    throw new BinaryViTError("The transparent picture is too large for WebGL: make it smaller.");
+  return hasFailed ? new Uint8Array(data.length) : data;
+}
+
+/** The pixels of a bitmap through a frame of video; `null` if this browser's frames lose colours, as Chromium's do. */
+async function readFrame(bitmap) {
+  if (typeof VideoFrame === "undefined") return null;
+  const faint = new ImageData(Uint8ClampedArray.of(200, 100, 50, 1), 1);
+  const copied = await copyFrame(await createImageBitmap(faint, EXACT));
+  return String(copied) === String(faint.data) ? copyFrame(bitmap) : null;
+}
+
+async function copyFrame(bitmap) {
+  const frame = new VideoFrame(bitmap, { timestamp: 0, alpha: "keep" });
+  const data = new Uint8Array(4 * bitmap.width * bitmap.height);
+  await frame.copyTo(data, /** @type {any} */ ({ format: "RGBA" })); // TypeScript knows no format
+  frame.close();
   return data;
 }
 

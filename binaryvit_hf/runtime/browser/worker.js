@@ -74,3 +74,4 @@ addEventListener("message", async ({ data: { id, call, given } }) => {
     postMessage({ id, error: String(error?.message ?? error) });
   }
 });
+postMessage({ id: 0 }); // it is ready

@@ -1,4 +1,4 @@
-"""The report of a trained network in headless Chromium: both themes, a phone, and all tables open."""
+"""The report of a trained network in headless browsers: both themes, a phone, and all tables open."""
 
 import pytest
 
@@ -7,7 +7,7 @@ pytest.importorskip("playwright")
 pytest.importorskip("axe_playwright_python")
 
 from axe_playwright_python.sync_playwright import Axe
-from chromium import start_chromium
+from browsers import BROWSERS, start_browser
 from test_report import photos, trained  # noqa: F401 -- fixtures
 
 from binaryvit_cli import main
@@ -16,9 +16,9 @@ from binaryvit_cli import main
 PHONE, DESKTOP = {"width": 360, "height": 780}, {"width": 1200, "height": 800}
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with start_chromium() as started:
+@pytest.fixture(scope="module", params=BROWSERS)
+def browser(request):
+    with start_browser(request.param) as started:
         yield started
 
 
@@ -43,7 +43,7 @@ def test_a_report_is_accessible_and_fits_the_screen(theme, size, browser, out):
     assert page.locator("h2").count() == 9
     assert page.locator(".panel").count() == 2 + 4
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(14, 15, 20)"
-    assert dark == (theme == "dark")  # the policy allows the style
+    assert dark == page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")  # the policy allows the style
     found = Axe().run(page).response["violations"]
     assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
     assert problems == []

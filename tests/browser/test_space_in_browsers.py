@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("playwright")
 
-from chromium import served, start_chromium
+from browsers import BROWSERS, give, served, start_browser
 
 from binaryvit_runtime import Classifier
 from binaryvit_runtime.browser.page import write_page
@@ -38,15 +38,17 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_page_classifies_in_the_iframe_of_a_space(folder, tmp_path):
+@pytest.mark.parametrize("name", BROWSERS)
+def test_the_page_classifies_in_the_iframe_of_a_space(name, folder, tmp_path):
     (expected, *_) = Classifier.from_pretrained(MODEL)(MODEL / "example.png")
-    with served(folder) as address, served(tmp_path) as hub, start_chromium() as browser:
+    with served(folder) as address, served(tmp_path) as hub, start_browser(name) as browser:
         (tmp_path / "index.html").write_text(FRAME.format(address=address.replace("127.0.0.1", "localhost")))
         page, errors = browser.new_page(), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{hub}/index.html")
         frame = page.frame_locator("iframe")
-        frame.locator("input[type=file]").first.set_input_files(MODEL / "example.png")
+        frame.locator("#facts dd").first.wait_for()
+        give(page.frames[1], "drop", (MODEL / "example.png").read_bytes())
         frame.locator("#best:not(.waiting)").wait_for()
         assert frame.locator("#best").inner_text() == expected["label"]
         assert errors == []
