@@ -51,4 +51,5 @@ def test_the_page_classifies_in_the_iframe_of_a_space(name, folder, tmp_path):
         give(page.frames[1], "drop", (MODEL / "example.png").read_bytes())
         frame.locator("#best:not(.waiting)").wait_for()
         assert frame.locator("#best").inner_text() == expected["label"]
-        assert errors == []
+        # The page's policy blocks the Hub's script, which Firefox reports as an error.
+        assert [error for error in errors if "blocked an inline script" not in error] == []
