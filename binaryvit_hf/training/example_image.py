@@ -12,6 +12,7 @@ from binaryvit_runtime.pixels import read_background
 
 from ..data.arguments import DataArguments
 from ..data.decoding import decode_image
+from ..data.image_checks import leave_out_broken
 from ..data.loading import load_images
 from ..data.streaming import ImageStream
 from .run_folder import RUN_ARGUMENTS, read_json
@@ -41,6 +42,8 @@ def evaluation_images(output_dir: str | Path, most: int, cache_dir: str | None =
     names = {field.name for field in fields(DataArguments)}
     arguments = DataArguments(**{name: value for name, value in recorded.items() if name in names})
     images = load_images(arguments, recorded.get("seed", 42), cache_dir, None)["validation"]
+    if arguments.skip_broken_images and not isinstance(images, ImageStream):  # the run left them out, too
+        images = leave_out_broken(images, "validation", skip_broken=True)[0]
     background = read_background(read_json(Path(output_dir) / IMAGE_PROCESSOR_NAME))
     if isinstance(images, ImageStream):
         rows = (row for _, _, row in itertools.islice(images.read(0), most))

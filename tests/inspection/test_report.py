@@ -211,6 +211,16 @@ def test_a_run_is_measured_on_its_evaluation_images(trained, tmp_path, capsys):
     assert page.text.count("Measured on 64 evaluation pictures of the run.") == 2
 
 
+def test_images_that_the_run_left_out_are_not_measured(trained, photos, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    held_out = shutil.copytree(photos, tmp_path / "held-out")
+    (held_out / "ant" / "0.png").write_bytes(b"no picture")
+    folders = {"train_dir": str(photos), "validation_dir": str(held_out), "skip_broken_images": True}
+    edit_json(tmp_path / "run" / "run_arguments.json", dataset_name=None, **folders)
+    _, page = report(capsys, tmp_path / "run", tmp_path / "report.html")
+    assert page.text.count("evaluation pictures of the run.") == 2
+
+
 def test_a_report_without_the_runs_dataset_says_so(trained, tmp_path, capsys):
     assert main(["inspect", str(trained), "--out", str(tmp_path / "report.html")]) == 0
     assert "The evaluation images of the run cannot be loaded: " in capsys.readouterr().err
