@@ -4,10 +4,13 @@ import atexit
 import contextlib
 import functools
 import multiprocessing.context
+import multiprocessing.queues
 import multiprocessing.util
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from torch.utils.data import DataLoader
@@ -16,6 +19,7 @@ from torch.utils.data import DataLoader
 STOPPING_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]  # Windows has no SIGHUP
+NO_SHARED_MEMORY = 75  # exit code of a worker
 DEATH = re.compile(r"DataLoader worker \(pid.*?\) ((?:is killed by|exited)[^.\n]*)")
 
 
@@ -81,8 +85,18 @@ def shield_workers(loader: DataLoader) -> DataLoader:
 def begin_worker(then: Callable[[int], None] | None, worker: int) -> None:
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
     if then is not None:
         then(worker)
+
+
+def end_worker(error: Exception, batch: object) -> None:
+    """End this worker, which cannot send a batch. By default the batch is dropped, and the main process waits for ever."""
+    if "shared memory" in str(error):
+        os._exit(NO_SHARED_MEMORY)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @atexit.register  # after the import of multiprocessing.util, so that it runs before the end that this registers
@@ -110,7 +124,7 @@ def describe_dead_worker(error: BaseException) -> str | None:
             "A process that reads images was killed, as Linux does when memory runs out: give --dataloader_num_workers a "
             "smaller number, or 0"
         )
-    if "Bus error" in how:
+    if "Bus error" in how or how.endswith(f"exit code {NO_SHARED_MEMORY}"):
         return (
             "The processes that read images ran out of shared memory: enlarge it (Docker: --shm-size=8g), or give "
             "--dataloader_num_workers 0"

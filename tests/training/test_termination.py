@@ -2,16 +2,17 @@
 
 import contextlib
 import gc
-import multiprocessing
+import multiprocessing.reduction
 import os
 import signal
 
 import pytest
 import torch
 from tiny_training import EVERY_STEP, tiny_trainer
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 
-from binaryvit_hf.data.workers import STOPPING_SIGNALS, describe_dead_worker
+from binaryvit_hf.data.workers import STOPPING_SIGNALS, describe_dead_worker, shield_workers
 from binaryvit_hf.training.callbacks.progress import NamedProgress
 from binaryvit_hf.training.checkpoints import last_whole_checkpoint
 from binaryvit_hf.training.process_errors import show_error
@@ -181,6 +182,17 @@ def test_other_ends_of_workers_are_told_apart():
         RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly")
     )
     assert describe_dead_worker(RuntimeError("CUDA out of memory")) is None
+
+
+def test_a_batch_that_shared_memory_does_not_hold_is_one_sentence_and_no_endless_wait(monkeypatch):
+    def fail(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setitem(multiprocessing.reduction.ForkingPickler._extra_reducers, torch.Tensor, fail)
+    loader = shield_workers(DataLoader([torch.ones(2)], num_workers=1, multiprocessing_context="fork"))
+    with pytest.raises(RuntimeError) as error:
+        list(loader)
+    assert "ran out of shared memory" in describe_dead_worker(error.value)
 
 
 def test_a_worker_that_hangs_does_not_keep_the_process_from_its_end(warm_python, tmp_path):
