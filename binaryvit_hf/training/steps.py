@@ -147,8 +147,8 @@ class TrainingRun:
             saved = "the weights only (--save_only_model)" if arguments.save_only_model else "a checkpoint"
             outcome = "start again" if arguments.save_only_model else "resume"
             raise TerminatedError(
-                f"Training got a {signal.Signals(number).name}, saved {saved} and stopped after step {trainer.state.global_step}. Run the same "
-                f"command again to {outcome}."
+                f"Training got a {signal.Signals(number).name}, saved {saved} and stopped after step "
+                f"{trainer.state.global_step}. Run the same command again to {outcome}."
             )
         if trainer.is_world_process_zero():
             record_end(self.output_dir)

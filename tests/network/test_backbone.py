@@ -240,7 +240,8 @@ def test_a_head_saves_its_packed_backbone_and_loads_it_frozen_and_on_the_engine(
     assert_same_network(loaded.train().backbone, packed_backbone)
     assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(tiny_images()).logits, model(tiny_images()).logits)
+        # The head's convolutions round as the alignment of their weights in memory has it, on CPUs without AVX-512.
+        torch.testing.assert_close(loaded.eval()(tiny_images()).logits, model(tiny_images()).logits)
     loaded.backbone.save_pretrained(tmp_path / "backbone")
     assert_same_network(BinaryViTBackbone.from_pretrained(tmp_path / "backbone"), packed_backbone)
     options = {"num_labels": 5, "ignore_mismatched_sizes": True}

@@ -2,17 +2,16 @@
 
 import contextlib
 import gc
-import multiprocessing.reduction
+import multiprocessing
 import os
 import signal
 
 import pytest
 import torch
 from tiny_training import EVERY_STEP, tiny_trainer
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState
 
-from binaryvit_hf.data.workers import STOPPING_SIGNALS, describe_dead_worker, shield_workers
+from binaryvit_hf.data.workers import STOPPING_SIGNALS, describe_dead_worker
 from binaryvit_hf.training.callbacks.progress import NamedProgress
 from binaryvit_hf.training.checkpoints import last_whole_checkpoint
 from binaryvit_hf.training.process_errors import show_error
@@ -161,14 +160,43 @@ def test_nohup_keeps_its_effect(trainer):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_killed_worker_is_one_sentence_with_the_remedy(trainer):
-    run = trainer(dataloader_num_workers=1)
-    run.add_callback(At("on_step_begin", lambda: signal_workers(signal.SIGKILL)))
-    with pytest.raises(RuntimeError) as error:
-        run.train()
-    reason = describe_dead_worker(error.value)
-    assert "killed, as Linux does when memory runs out" in reason
-    assert "--dataloader_num_workers" in reason
+# In a process of their own: PyTorch raises the error of a dead worker wherever the main process then is.
+DEAD_WORKER = """
+import multiprocessing.reduction
+import os
+import signal
+import sys
+
+import torch
+from torch.utils.data import DataLoader
+
+from binaryvit_hf.data.workers import describe_dead_worker, shield_workers
+
+
+def kill(tensor):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(tensor):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+send = {"kill": kill, "fail": fail}[sys.argv[1]]  # what a worker does instead of sending a batch
+multiprocessing.reduction.ForkingPickler._extra_reducers[torch.Tensor] = send
+try:
+    list(shield_workers(DataLoader([torch.ones(2)], num_workers=1, multiprocessing_context="fork")))
+except RuntimeError as error:
+    print(describe_dead_worker(error))
+"""
+
+
+@pytest.mark.parametrize(
+    "what, reason", [("kill", "killed, as Linux does when memory runs out"), ("fail", "ran out of shared memory")]
+)
+def test_a_worker_that_dies_is_one_sentence_with_the_remedy(what, reason, warm_python, tmp_path):
+    ended = warm_python.run("-c", DEAD_WORKER, what, folder=tmp_path, timeout=60)
+    assert reason in ended.stdout, ended.stderr
+    assert "--dataloader_num_workers" in ended.stdout
 
 
 def test_other_ends_of_workers_are_told_apart():
@@ -182,17 +210,6 @@ def test_other_ends_of_workers_are_told_apart():
         RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly")
     )
     assert describe_dead_worker(RuntimeError("CUDA out of memory")) is None
-
-
-def test_a_batch_that_shared_memory_does_not_hold_is_one_sentence_and_no_endless_wait(monkeypatch):
-    def fail(tensor):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
-
-    monkeypatch.setitem(multiprocessing.reduction.ForkingPickler._extra_reducers, torch.Tensor, fail)
-    loader = shield_workers(DataLoader([torch.ones(2)], num_workers=1, multiprocessing_context="fork"))
-    with pytest.raises(RuntimeError) as error:
-        list(loader)
-    assert "ran out of shared memory" in describe_dead_worker(error.value)
 
 
 def test_a_worker_that_hangs_does_not_keep_the_process_from_its_end(warm_python, tmp_path):
