@@ -45,15 +45,14 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--jobs is how many students to train at once, 1 or more, not {options.jobs}.")
     with needs_extra("train", "Ablations"):
         from binaryvit_hf.training.ablation.runs import Ablation, run_ablation
+        from binaryvit_hf.training.callbacks.termination import ending_signals
     from binaryvit_hf.benchmarks import trained
 
     folder = Path(find_config_path(options.folder))
     ablation = Ablation(folder, options.out, tuple(dict.fromkeys(options.seeds)), options.table)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     # As an exception, a signal reaches the code that ends the runs.
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
+    numbers = [signal.SIGINT, *ending_signals()]
     before = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers]
     try:
         run_ablation(ablation, options.jobs)

@@ -1,9 +1,11 @@
 """Images that a finished run was evaluated on, for the commands that the run prints at its end and for its report."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from datasets import Dataset
 from PIL.Image import Image
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
@@ -12,7 +14,6 @@ from binaryvit_runtime.pixels import read_background
 
 from ..data.arguments import DataArguments
 from ..data.decoding import decode_image
-from ..data.image_checks import leave_out_broken
 from ..data.loading import load_images
 from ..data.streaming import ImageStream
 from .run_folder import RUN_ARGUMENTS, read_json
@@ -42,14 +43,29 @@ def evaluation_images(output_dir: str | Path, most: int, cache_dir: str | None =
     names = {field.name for field in fields(DataArguments)}
     arguments = DataArguments(**{name: value for name, value in recorded.items() if name in names})
     images = load_images(arguments, recorded.get("seed", 42), cache_dir, None)["validation"]
-    if arguments.skip_broken_images and not isinstance(images, ImageStream):  # the run left them out, too
-        images = leave_out_broken(images, "validation", skip_broken=True)[0]
     background = read_background(read_json(Path(output_dir) / IMAGE_PROCESSOR_NAME))
     if isinstance(images, ImageStream):
-        rows = (row for _, _, row in itertools.islice(images.read(0), most))
-    else:
-        rows = (images[index * len(images) // most] for index in range(most)) if len(images) > most else iter(images)
-    return [decode_image(row["image"], background) for row in rows]
+        return [decode_image(row["image"], background) for _, _, row in itertools.islice(images.read(0), most)]
+    pictures = list(decode_spaced(images, most, background, arguments.skip_broken_images))
+    if not pictures:
+        raise UserError("No image of the validation split can be read.")
+    return pictures
+
+
+def decode_spaced(images: Dataset, most: int, background: str | None, skip_broken: bool) -> Iterator[Image]:
+    """The first image of each of `most` equal parts of a dataset; with `skip_broken` the first that can be decoded."""
+    parts = max(1, min(most, len(images)))
+    bounds = [number * len(images) // parts for number in range(parts + 1)]
+    for start, end in itertools.pairwise(bounds):
+        for index in range(start, end):
+            try:
+                picture = decode_image(images[index]["image"], background)
+            except Exception:  # Pillow raises any exception on a damaged file
+                if not skip_broken:
+                    raise
+            else:
+                yield picture
+                break
 
 
 held_out_image = evaluation_image  # the name in the commands that earlier versions printed

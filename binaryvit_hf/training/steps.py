@@ -265,7 +265,8 @@ def log_batch(arguments: DistillationTrainingArguments) -> None:
     if processes == 1 and gpus > 1:
         logger.info(
             "GPUs: 1 of %d. To train on all, start the command with `torchrun --nproc_per_node %d` instead of `python`.",
-            *(gpus, gpus),
+            gpus,
+            gpus,
         )
     if recipe_batch is not None and batch != recipe_batch:
         logger.warning(

@@ -47,9 +47,13 @@ def test_the_page_classifies_in_the_iframe_of_a_space(name, folder, tmp_path):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{hub}/index.html")
         frame = page.frame_locator("iframe")
-        frame.locator("#facts dd").first.wait_for()
-        give(page.frames[1], "drop", (MODEL / "example.png").read_bytes())
+        if name == "chromium":
+            frame.locator("input[type=file]").first.set_input_files(MODEL / "example.png")
+        else:
+            frame.locator("#facts dd").first.wait_for()
+            give(page.frames[1], "drop", (MODEL / "example.png").read_bytes())
         frame.locator("#best:not(.waiting)").wait_for()
         assert frame.locator("#best").inner_text() == expected["label"]
-        # The page's policy blocks the Hub's script, which Firefox reports as an error.
-        assert [error for error in errors if "blocked an inline script" not in error] == []
+        if name == "firefox":  # it reports that the page's policy blocks the Hub's script
+            errors = [error for error in errors if "blocked an inline script" not in error]
+        assert errors == []

@@ -60,6 +60,10 @@ def launch(kind: BrowserType) -> Browser:
     return browser
 
 
+def is_firefox(page: Page) -> bool:
+    return page.context.browser.browser_type.name == "firefox"
+
+
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The address of a folder that a server serves, as `binaryvit demo` does."""

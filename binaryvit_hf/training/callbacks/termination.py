@@ -14,6 +14,12 @@ from transformers import TrainerCallback
 from ...network.functional_binaryvit import is_distributed
 
 
+def ending_signals() -> list[int]:
+    """SIGTERM, and SIGHUP, which Windows lacks, unless it is ignored, as under nohup."""
+    has_terminal = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    return [signal.SIGTERM, signal.SIGHUP] if has_terminal else [signal.SIGTERM]
+
+
 class EvaluationStopped(Exception):
     """An evaluation during training was left at a signal, and a checkpoint is to be saved."""
 
@@ -28,13 +34,8 @@ class SaveOnTermination(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.requested = self.terminated = 0
         with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
-            self.handle(signal.SIGTERM)
-            # Windows has no SIGHUP, and nohup ignores it.
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-                self.handle(signal.SIGHUP)
-
-    def handle(self, number: int) -> None:
-        self.handlers_before[number] = signal.signal(number, self.request)
+            for number in ending_signals():
+                self.handlers_before[number] = signal.signal(number, self.request)
 
     def request(self, number, frame):
         self.requested = number
