@@ -122,20 +122,24 @@ def test_ablation_trains_every_row_once_and_tabulates_what_the_runs_recorded(fol
     assert_refused(capsys, command, "learning_rate", "binary-seed1")
 
 
-def test_each_run_gets_one_gpu_and_runs_at_once_get_different_ones(folder, tmp_path, timed, monkeypatch):
+def test_each_run_gets_one_gpu_and_runs_at_once_get_different_ones(folder, tmp_path, monkeypatch):
     """Without names of its own a run would take all GPUs."""
-    environments = {}
+    gpus = {}
 
-    class RecordingPopen(subprocess.Popen):
+    class Recorded(subprocess.Popen):
+        """Instead of a training: records its GPU and writes a result."""
+
         def __init__(self, line, *, env, **kwargs):
-            super().__init__(line, env=env, **kwargs)
-            environments[Path(line[line.index("--output_dir") + 1]).name] = env
+            super().__init__([sys.executable, "-S", "-c", "pass"], **kwargs)
+            output_dir = Path(line[line.index("--output_dir") + 1])
+            gpus[output_dir.name] = env["CUDA_VISIBLE_DEVICES"]
+            output_dir.mkdir()
+            (output_dir / "all_results.json").write_text('{"test_accuracy": 0.5}')
 
-    monkeypatch.setattr(subprocess, "Popen", RecordingPopen)
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert main(["ablation", str(folder), str(tmp_path / "out"), "--seeds", "1", "2", "3", "--jobs", "2"]) == 0
-    gpus = {name: environment["CUDA_VISIBLE_DEVICES"] for name, environment in environments.items()}
     assert gpus.pop("vit") == "3"
     assert set(gpus) == {"binary-seed1", "binary-seed2", "binary-seed3"}
     assert (gpus["binary-seed1"], gpus["binary-seed2"]) == ("3", "5")
