@@ -18,8 +18,13 @@ An installed package does the same with `python -m binaryvit_hf.training`.
 
 import sys
 
-from binaryvit_hf.training import start
 
+try:
+    from binaryvit_hf.training import start
+except ImportError as error:
+    sys.exit(f"error: {error}\nInstall what training needs, in the folder of this script: pip install -e '.[train]'")
+except ValueError as error:  # two libraries do not fit; the sentence says what to do
+    sys.exit(f"error: {error}")
 
 if __name__ == "__main__":
     sys.exit(start(sys.argv[1:]))

@@ -24,7 +24,7 @@ try:
     from binaryvit_runtime.cpus import limit_spinning
     from binaryvit_runtime.resources import check_torchvision, package_version
 except ModuleNotFoundError as error:
-    raise ImportError("binaryvit_hf has new parts since it was installed: run `pip install -e .` again.") from error
+    raise ImportError("binaryvit_hf is not installed, or has new parts since then: run `pip install -e .`.") from error
 else:
     limit_spinning()  # before PyTorch is imported
     check_torchvision()  # before transformers imports it

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -317,3 +318,19 @@ def test_output_directory_of_another_model_is_refused(photos, config, tmp_path, 
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
     assert_refused(run_script(*common), "holds another model's run", "depths", "choose another --output_dir")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "raised, shown",
+    [
+        ("ValueError('torchvision 1 does not fit PyTorch 2')", "error: torchvision 1 does not fit PyTorch 2\n"),
+        ("ModuleNotFoundError('No module named torch')", "error: No module named torch\nInstall what training needs"),
+    ],
+)
+def test_libraries_that_are_missing_or_do_not_fit_end_the_script_without_a_stack_trace(raised, shown, tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "binaryvit_hf").mkdir()
+    (tmp_path / "binaryvit_hf" / "__init__.py").write_text(f"raise {raised}")  # what a package raises at its import
+    result = subprocess.run([sys.executable, SCRIPT.name], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stderr[: len(shown)]) == (1, shown)
+    assert "Traceback" not in result.stderr
