@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", BROWSERS)
 def test_the_page_classifies_in_the_iframe_of_a_space(name, folder, tmp_path):
     (expected, *_) = Classifier.from_pretrained(MODEL)(MODEL / "example.png")
-    with served(folder) as address, served(tmp_path) as hub, start_browser(name) as browser:
+    with start_browser(name) as browser, served(folder) as address, served(tmp_path) as hub:
         (tmp_path / "index.html").write_text(FRAME.format(address=address.replace("127.0.0.1", "localhost")))
         page, errors = browser.new_page(), []
         page.on("pageerror", lambda error: errors.append(str(error)))

@@ -70,9 +70,11 @@ def served(folder: Path) -> Iterator[str]:
     with create_server(folder, 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:  # also after a skip: a closed server that still serves takes a whole core
+            server.shutdown()
+            thread.join()
 
 
 def answers(page: Page) -> list[dict]:
