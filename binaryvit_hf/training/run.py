@@ -27,7 +27,7 @@ from .command_line import parse_runs
 from .forecast import describe_images, log_forecast
 from .preparation import CheckedNetwork, Inputs, check_arguments, check_network, check_output_folder, prepare
 from .process_errors import leave, rank, show_error, shown_error_code
-from .run_folder import EarlierRunError, explain_earlier_runs
+from .run_folder import WAIT_FOR_KILLED_RUN, EarlierRunError, FolderLocks, explain_earlier_runs
 from .steps import CONFUSION_PICTURES, TrainingRun
 from .unused_arguments import find_unused
 
@@ -85,6 +85,15 @@ def train_and_evaluate(arguments: list[str]) -> None:
         check_arguments(run_arguments)
     for argument, reason in dict.fromkeys(unused for run_arguments in runs for unused in find_unused(run_arguments)):
         logger.warning("--%s has no effect: %s.", argument, reason)
+    with FolderLocks() as locks:
+        if rank() == 0:
+            for run_arguments in runs:
+                if run_arguments.training.do_train:
+                    locks.hold(Path(run_arguments.training.output_dir), WAIT_FOR_KILLED_RUN)
+        run_all(runs, locks)
+
+
+def run_all(runs: list[RunArguments], locks: FolderLocks) -> None:
     # Check and prepare every run first: an error in the student's inputs must not wait for its teacher's training.
     networks = [check_network(run_arguments, run_arguments is not runs[0]) for run_arguments in runs]
     check_output_folders(runs, networks)
@@ -107,7 +116,7 @@ def train_and_evaluate(arguments: list[str]) -> None:
         describe_images(first_inputs.images, first_arguments.training.balance_classes)
     for name, run_arguments, inputs in zip(names, runs, prepared):
         PartialState().wait_for_everyone()  # the first process writes the teacher that all processes load
-        summary = run(run_arguments, inputs, name, to_train if name == first else {})
+        summary = run(run_arguments, inputs, name, to_train if name == first else {}, locks)
         if run_arguments is not runs[-1]:
             logger.info("%s", "\n".join(summary))
     # Leave together: a process that exits early may abort, and torchrun then ends others that still write.
@@ -148,7 +157,11 @@ def explain_for_all(runs: list[RunArguments], errors: list[EarlierRunError]) -> 
 
 
 def run(
-    arguments: RunArguments, inputs: Inputs, name: str, to_forecast: dict[str, tuple[RunArguments, Inputs]]
+    arguments: RunArguments,
+    inputs: Inputs,
+    name: str,
+    to_forecast: dict[str, tuple[RunArguments, Inputs]],
+    locks: FolderLocks,
 ) -> list[str]:
     """
     Train, evaluate and test one model, write its results and its card, and upload it.
@@ -156,6 +169,7 @@ def run(
     Args:
         name: of the run, if there are two.
         to_forecast: this run and later ones, by name, whose time is to be estimated.
+        locks: get the output directory of a training.
 
     Returns:
         Lines about the results.
@@ -172,7 +186,7 @@ def run(
     if to_forecast:
         log_forecast(training_run.datasets["train"], training_run.student, training_run.teacher, to_forecast)
     if training_arguments.do_train and not inputs.finished:
-        training_run.train()
+        training_run.train(locks)
     if training_arguments.do_eval:
         training_run.evaluate()
     if training_arguments.do_predict:

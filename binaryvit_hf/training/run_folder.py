@@ -1,10 +1,12 @@
-"""The files that describe a run in its output directory: its arguments and results."""
+"""An output directory: its lock, and the files that describe its run, the arguments and results."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shlex
+import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from datasets import Dataset
 
 from binaryvit_runtime.errors import UserError, first_sentence
 from binaryvit_runtime.sources import RUN_ARGUMENTS  # the arguments of the run that made the weights in the folder
-from binaryvit_runtime.writing import write_file
+from binaryvit_runtime.writing import lock, write_file
 
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
@@ -27,6 +29,7 @@ TRAINING_IMAGES = "_training_images.json"  # of the run that started last; never
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 TEST_PREDICTIONS = "test_predictions.csv"  # the answer to every test image
 RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results.json", TEST_PREDICTIONS)
+WAIT_FOR_KILLED_RUN = 10.0  # seconds; processes that read its images see after 5 that it has ended
 # Secrets, and arguments that may differ each time a run is resumed.
 NOT_RECORDED = {
     *("token", "hub_token", "cache_dir", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank"),
@@ -58,6 +61,39 @@ PATH_ARGUMENTS = {
     *("model_name_or_path", "config_name", "init_from", "teacher_model_name_or_path", "output_dir"),
     *("dataset_name", "train_dir", "validation_dir", "class_names"),
 }
+
+
+class FolderLocks(contextlib.ExitStack):
+    """The output directories that this process trains in. Other runs must not, until this context ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: set[Path] = set()
+
+    def hold(self, output_dir: Path, seconds: float = 0.0) -> None:
+        """
+        Keep other runs out of an output directory, if it exists and is not held yet.
+
+        Args:
+            seconds: to wait for the end of another run.
+
+        Raises:
+            UserError: another run trains in it.
+        """
+        end = time.monotonic() + seconds
+        while output_dir.is_dir() and output_dir not in self.held:
+            try:
+                self.enter_context(lock(output_dir))
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"Another run is training in {str(output_dir)!r}: wait for its end, or choose another --output_dir."
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # some file systems have no locks
+                return
+            else:
+                self.held.add(output_dir)
 
 
 def write_test_predictions(output_dir: Path, labels: np.ndarray, predicted: np.ndarray) -> None:

@@ -35,7 +35,7 @@ from .metrics import TopKAccuracy
 from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
 from .preparation import Inputs
-from .run_folder import TRAIN_RESULTS, record_end, record_start, write_test_predictions
+from .run_folder import TRAIN_RESULTS, FolderLocks, record_end, record_start, write_test_predictions
 from .stochastic_depth import add_drop_path
 from .trainer import DistillationTrainer
 
@@ -130,11 +130,12 @@ class TrainingRun:
         self.answers = prediction.label_ids, predict_classes(logits, prediction.label_ids)
         return self.metric.compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
 
-    def train(self) -> None:
+    def train(self, locks: FolderLocks) -> None:
         """Train and save the final model; on SIGTERM or SIGHUP save a checkpoint and raise TerminatedError."""
         trainer, arguments = self.trainer, self.arguments.training
         if trainer.is_world_process_zero():
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            locks.hold(self.output_dir)
             log_batch(arguments)
             if self.arguments.data.streaming:
                 logger.info("Streaming: %s", self.inputs.images["train"])

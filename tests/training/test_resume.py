@@ -1,5 +1,6 @@
 """Runs that resume after the last step, with more steps, from unusable checkpoints, or with other spellings of paths."""
 
+import contextlib
 import json
 import logging
 
@@ -23,6 +24,7 @@ from binaryvit_hf.training.run_folder import (
     is_finished,
 )
 from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.writing import lock
 
 
 @pytest.fixture
@@ -182,3 +184,31 @@ def test_a_run_resumed_after_its_end_keeps_its_training_time(command, tmp_path):
     before = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert script.main([*command, "--resume_from_checkpoint"]) == 0
     assert json.loads((tmp_path / "out" / "train_results.json").read_text()) == before
+
+
+def test_a_folder_in_which_another_run_trains_is_refused_until_that_run_ends(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "WAIT_FOR_KILLED_RUN", 0.3)
+    command, out = [*command, "--max_steps=1", "--report_to=none"], tmp_path / "out"
+    out.mkdir()
+    with lock(out):
+        assert script.main(command) == 2
+        assert list(out.iterdir()) == []
+        assert script.main([*command, f"--output_dir={tmp_path / 'other'}"]) == 0
+    assert f"error: Another run is training in {str(out)!r}: wait for its end" in capsys.readouterr().err
+    assert script.main(command) == 0
+
+
+def test_the_later_of_two_runs_that_start_together_ends_before_it_trains(command, tmp_path, monkeypatch, capsys):
+    out, prepare = tmp_path / "out", script.prepare
+
+    def prepare_slowly(*arguments, **keywords):
+        inputs = prepare(*arguments, **keywords)
+        out.mkdir()
+        locks.enter_context(lock(out))  # of the other run
+        return inputs
+
+    monkeypatch.setattr(script, "prepare", prepare_slowly)
+    with contextlib.ExitStack() as locks:
+        assert script.main([*command, "--max_steps=1", "--report_to=none"]) == 2
+    assert "Another run is training" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
