@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from accelerate import PartialState
@@ -125,7 +126,7 @@ def run_all(runs: list[RunArguments], locks: FolderLocks) -> None:
     if rank() == 0:
         last = runs[-1]
         lines = [*summary, f"metrics:   {Path(last.training.output_dir) / 'all_results.json'}"]
-        print("\n".join([*lines, *(next_steps(last, prepared[-1]) if last.training.do_train else [])]))
+        show_results("\n".join([*lines, *(next_steps(last, prepared[-1]) if last.training.do_train else [])]))
 
 
 def check_output_folders(runs: list[RunArguments], networks: list[CheckedNetwork]) -> None:
@@ -198,6 +199,14 @@ def run(
     if training_arguments.push_to_hub:
         training_run.upload()
     return training_run.summary
+
+
+def show_results(text: str) -> None:
+    """Print results, which the output directory has, too: a closed terminal, or a pipe without a reader, is no error."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
 
 
 def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:

@@ -1,5 +1,6 @@
 """`python -m binaryvit_hf.training`, run in this process."""
 
+import os
 import re
 import runpy
 import sys
@@ -10,6 +11,7 @@ from tiny import tiny_config
 from transformers import TrainingArguments
 
 from binaryvit_hf.training.help import ARGUMENT_CLASSES
+from binaryvit_hf.training.run import show_results
 
 
 def run_as_module(monkeypatch, *arguments) -> int:
@@ -77,3 +79,11 @@ def test_help_with_a_word_explains_the_arguments_with_it(monkeypatch, capsys):
     assert help_of(monkeypatch, capsys, "all").count("\n  --") > 120
     assert run_as_module(monkeypatch, "--help", "leraning_rate") == 2
     assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        show_results("Accuracy: 98 %")  # Closing the file flushes it again, as Python does at exit.
