@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from signals import HANGUP
 from tiny_training import EVERY_STEP, tiny_trainer
 from transformers import TrainerCallback, TrainerState
 
@@ -104,7 +105,7 @@ def test_workers_of_a_batch_norm_reestimation_outlive_signals_to_all_processes(t
     assert workers[0] >= 1
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", HANGUP])
 def test_a_signal_to_all_processes_saves_a_checkpoint(trainer, tmp_path, name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
