@@ -193,6 +193,11 @@ def describe_full_disk(error: Exception) -> str | None:
     return describe_write_failure(error)
 
 
+def discard_stdout() -> None:
+    """Discard what is still printed: the reader has gone, and Python flushes stdout again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `target` and remove it at the end. Also remove those that killed processes left."""

@@ -22,7 +22,7 @@ The files, in the order in which a run uses them:
     steps.py         train, evaluate, test, report, upload
     trainer.py       transformers' Trainer with losses.py, checkpoints and packing; callbacks/
     compilation.py   compiled training steps, and whether they pay; step_graph.py: steps as CUDA graphs
-    run_folder.py    records a run's arguments and compares them before a run resumes
+    run_folder.py    locks an output directory, records a run's arguments and compares them before a run resumes
     metrics.py, confusion.py, learning_curves.py, model_card.py
     example_image.py an evaluation image for the commands at the end
 

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 from accelerate import PartialState
@@ -18,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from binaryvit_runtime.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, counted
 from binaryvit_runtime.hub import prepare_hub_client, suggest_name
 from binaryvit_runtime.packed_model import check_engine_variable
-from binaryvit_runtime.writing import describe_full_disk
+from binaryvit_runtime.writing import describe_full_disk, discard_stdout
 
 from ..data.streaming import ImageStream
 from ..data.workers import describe_dead_worker
@@ -206,7 +205,7 @@ def show_results(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
+        discard_stdout()
 
 
 def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:

@@ -81,7 +81,7 @@ def test_help_with_a_word_explains_the_arguments_with_it(monkeypatch, capsys):
     assert "did you mean 'learning_rate'?" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_gone_is_no_error(monkeypatch, capsys):
+def test_a_reader_that_has_gone_is_no_error(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stdout:
