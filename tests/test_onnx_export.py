@@ -240,8 +240,7 @@ def test_the_exported_model_is_not_changed(monkeypatch, tmp_path):
 # ---- 1,000 real images ----
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["binaryvit-digits", "binaryvit-fashion-mnist"])
+@pytest.mark.parametrize("name", ["binaryvit-digits", pytest.param("binaryvit-fashion-mnist", marks=pytest.mark.slow)])
 def test_a_shipped_model_classifies_1000_images_like_pytorch(name, tmp_path, monkeypatch):
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     folder = shipped_models()[name]

@@ -30,12 +30,12 @@ def check(*command) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("rounds", [1, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_sanitizers_find_nothing(sanitizer, tmp_path):
+def test_sanitizers_find_nothing(sanitizer, rounds, tmp_path):
     build(COMPILER, tmp_path / "check", "-Og", *SANITIZERS[sanitizer])  # compiles in half the time of -O1
-    check(tmp_path / "check", 100)
+    check(tmp_path / "check", rounds)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
