@@ -73,24 +73,31 @@ def make_table() -> str:
 
 
 def trained_rows(measured: dict) -> list[tuple[str, ...]]:
-    """The rows of a comparison. A network that runs in 8 bits is not shown in float32 too."""
+    """The rows of a comparison."""
+    data = DATA[measured["data"]]
+    return [
+        (network, data, accuracy, size, time, NONE, operations(result["network"]))
+        for result in shown_results(measured)
+        for network, accuracy, size, time in [trained_cells(result)]
+    ]
+
+
+def shown_results(measured: dict) -> list[dict]:
+    """The results of a comparison. A network that runs in 8 bits is not shown in float32 too."""
     results = measured["results"]
     in_8_bits = {result["network"] for result in results if result["engine"] == INT8}
-    shown = [result for result in results if result["engine"] != FLOAT32 or result["network"] not in in_8_bits]
-    return [trained_row(measured["data"], result) for result in shown]
+    return [result for result in results if result["engine"] != FLOAT32 or result["network"] not in in_8_bits]
 
 
-def trained_row(data: str, result: dict) -> tuple[str, ...]:
+def trained_cells(result: dict) -> tuple[str, str, str, str]:
+    """Name, accuracy, size of the file and time of a network."""
     name, kind = Path(result["network"]).name, result["engine"].removeprefix("onnxruntime ")
     interval = "-".join(f"{100 * bound:.1f}" for bound in result["accuracy_interval"] or ())
     return (
         f"**{name}**, 1 bit" if kind == "engine" else f"{name}, {kind}",
-        DATA[data],
         f"{100 * result['accuracy']:.1f}" + (f" ({interval})" if interval else ""),
         readable(result["file_bytes"], "B"),
         milliseconds(result),
-        NONE,
-        operations(result["network"]),
     )
 
 
@@ -100,11 +107,7 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def read(name: str) -> dict:
-    return read_json(MEASUREMENTS / f"{name}.json")
-
-
-def read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads((MEASUREMENTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def measurement(model: str, engine: str, threads: int) -> dict:
@@ -145,14 +148,14 @@ def find_config(network: str) -> PreTrainedConfig | None:
 
 
 def make_comparison_table() -> str:
-    """The networks of Fashion-MNIST beside each other, and the epochs that they have seen."""
-    measured = read("compare-fashion-mnist")
-    [ours] = [result["network"] for result in measured["results"] if result["network"] in shipped_models()]
-    epochs = read_json(shipped_models()[ours] / "all_results.json")["epoch"]
-    of_peers = read_json(ROOT / "configs" / "fashion-mnist" / "float.json")["num_train_epochs"]
-    head = ("network", "top-1, %", "file", "1 thread, ms")
-    rows = [(name, *rest) for name, _, *rest, _, _ in trained_rows(measured)]
-    return f"{format_table(head, rows)}\n`{ours}` has seen {epochs:.0f} epochs, the int8 networks {of_peers}.\n"
+    """The networks of Fashion-MNIST beside each other, with the epochs that they were trained for."""
+    results = shown_results(read("compare-fashion-mnist"))
+    rows = [
+        (network, f"{result['epochs']:.0f}", accuracy, size, time)
+        for result in results
+        for network, accuracy, size, time in [trained_cells(result)]
+    ]
+    return format_table(("network", "epochs", "top-1, %", "file", "1 thread, ms"), rows)
 
 
 # ---- The tables of `speed.md` ----

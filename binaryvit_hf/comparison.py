@@ -42,7 +42,7 @@ from .data.transforms import TransformedImages, process_image
 from .loading import load_classifier, load_config, load_image_processor
 from .network.quantization_binaryvit import QUANT_METHOD
 from .ops import align_columns, readable
-from .run_history import TEST
+from .run_history import ALL_RESULTS, TEST, finite_numbers
 from .training.ablation.estimates import NO_INTERVAL, SeedVariance, estimate_accuracy
 from .training.confusion import predict_classes, wilson_interval
 from .training.run_folder import NOT_RECORDED, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_WEIGHTS, read_json
@@ -51,7 +51,7 @@ from .training.run_folder import NOT_RECORDED, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_
 ENGINE = "engine"
 CALIBRATION_IMAGES = 512
 BATCH = 100  # images that are evaluated at once
-TABLE_HEAD = ("network", "runs on", "top-1, %", "95 % interval", "ms", "10-90 %", "file")
+TABLE_HEAD = ("network", "runs on", "epochs", "top-1, %", "95 % interval", "ms", "10-90 %", "file")
 # Arguments of a run that choose its test images, and its held-out ones.
 TEST_IMAGES = (
     *("dataset_name", "dataset_config_name", "test_split_name", "image_column_name", "label_column_name"),
@@ -92,6 +92,11 @@ class TrainedRun:
     @property
     def seed(self) -> int:
         return self.recorded.get("seed", 42)
+
+    @property
+    def epochs(self) -> float | None:
+        """How many epochs it was trained for, the last of several runs alone; `None` if that is not recorded."""
+        return finite_numbers(read_json(self.folder / ALL_RESULTS)).get("epoch")
 
     def differs_by_seed(self, other: "TrainedRun") -> bool:
         """Whether the seed is all that makes this run another than `other`: same network, data and recipe."""
@@ -170,8 +175,8 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
           `evaluation_images`: what they are (`run_history.EVALUATION_KINDS`),
         - `data`: the name of the data set or folder,
         - `cpu`: name of the processor,
-        - `results`: for each network and runtime `network`, `engine`, `seeds`, `accuracy` (0 to 1), `accuracy_interval` (95 %;
-          `None` if the seeds are too few for how much they differ),
+        - `results`: for each network and runtime `network`, `engine`, `seeds`, `epochs` (`None` if not recorded), `accuracy`
+          (0 to 1), `accuracy_interval` (95 %; `None` if the seeds are too few for how much they differ),
           `file_bytes`, and the seconds of one image, `seconds` (median) and `seconds_10_90`. Runs that differ by their seed
           alone are one network: `network`, size and time are those of the first, and `accuracy` is the mean.
 
@@ -203,6 +208,7 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
                     "network": group[0].run.name,
                     "engine": group[0].competitor.engine,
                     "seeds": [contestant.run.seed for contestant in group],
+                    "epochs": group[0].run.epochs,
                     "accuracy": float(of_group.mean()),
                     "accuracy_interval": accuracy_interval(of_group, between_seeds),
                     "file_bytes": group[0].competitor.file.stat().st_size,
@@ -421,6 +427,7 @@ def table_rows(measured: dict) -> list[tuple[str, ...]]:
         (
             name_with_seeds(result),
             result["engine"],
+            "-" if result["epochs"] is None else f"{result['epochs']:.3g}",
             f"{100 * result['accuracy']:.2f}",
             " to ".join(f"{100 * bound:.2f}" for bound in result["accuracy_interval"] or ()),
             f"{1000 * result['seconds']:.3g}",

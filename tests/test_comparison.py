@@ -84,11 +84,13 @@ def test_every_network_is_measured_on_the_runtime_that_one_would_ship_it_with(
         assert rows[name, engine]["accuracy"] == evaluated["eval_accuracy"]
         low, high = rows[name, engine]["accuracy_interval"]
         assert (low, high) == (evaluated["eval_accuracy_low"], evaluated["eval_accuracy_high"])
+        assert rows[name, engine]["epochs"] == evaluated["epoch"]
     assert rows[packed, "engine"]["file_bytes"] == Path(packed, "model.safetensors").stat().st_size
     assert rows[resnet, "onnxruntime int8"]["file_bytes"] < rows[resnet, "onnxruntime float32"]["file_bytes"]
     head, _, *lines = out.read_text().splitlines()
-    assert head.startswith("| network | runs on | top-1, %")
-    assert lines[0].startswith(f"| {packed} | engine | {100 * rows[packed, 'engine']['accuracy']:.2f} |")
+    assert head.startswith("| network | runs on | epochs | top-1, %")
+    epochs = f"{rows[packed, 'engine']['epochs']:.3g}"
+    assert lines[0].startswith(f"| {packed} | engine | {epochs} | {100 * rows[packed, 'engine']['accuracy']:.2f} |")
     assert "Accuracy on 48 held-out images of sklearn-digits" in lines[-1]
 
 
@@ -145,6 +147,15 @@ def changed(runs, tmp_path):
     return copy_run
 
 
+def test_the_epochs_of_a_run_that_did_not_record_them_are_left_open(changed, quick, capsys, tmp_path):
+    folder = changed("unknown")
+    (folder / "all_results.json").unlink()
+    out = tmp_path / "table.md"
+    measured = json.loads(run(capsys, "compare", folder, "--out", out, "--json"))
+    assert [row["epochs"] for row in measured["results"]] == [None]
+    assert f"| {folder} | engine | - |" in out.read_text()
+
+
 def test_runs_that_differ_by_their_seed_are_one_line_with_their_mean(changed, quick, capsys, tmp_path, monkeypatch):
     def run_of(name: str, **values) -> Path:
         return changed(name, teacher_model_name_or_path=f"{tmp_path / name}-teacher", **values)
@@ -191,7 +202,7 @@ def test_two_seeds_that_differ_have_no_interval(changed, quick, capsys, tmp_path
     out = tmp_path / "table.md"
     (row,) = json.loads(run(capsys, "compare", *seeds, "--out", out, "--json"))["results"]
     assert row["accuracy_interval"] is None
-    assert "| engine | 62.50 |  | 1 |" in out.read_text()
+    assert " | 62.50 |  | 1 |" in out.read_text()
     assert "Where the interval is missing, the seeds are too few for how much they differ." in out.read_text()
 
 
