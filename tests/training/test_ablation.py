@@ -183,7 +183,13 @@ def test_failing_run_is_named_with_its_log(folder, tmp_path, capsys):
 
 
 def test_a_folder_without_a_table_and_zero_jobs_are_refused(folder, tmp_path, capsys):
-    assert_refused(capsys, ["ablation", tmp_path, tmp_path / "out"], "table.json")
+    out = tmp_path / "out"
+    assert_refused(capsys, ["ablation", tmp_path, out], "no table 'table.json': it is not the folder of an ablation")
+    misspelt = folder.with_name(f"{folder.name}s")
+    assert_refused(capsys, ["ablation", misspelt, out], f"no folder {str(misspelt)!r}; did you mean {str(folder)!r}?")
+    (folder / "broken.json").write_text("{")
+    words = "has no table 'tabel.json': it has 'table.json'."
+    assert_refused(capsys, ["ablation", folder, out, "--table", "tabel.json"], words)
     assert_refused(capsys, ["ablation", folder, tmp_path / "out", "--jobs", "0"], "--jobs")
 
 
@@ -260,7 +266,7 @@ def test_a_wrong_row_is_refused_before_any_training(folder, tmp_path, capsys, ro
 
 def test_wrong_tables_are_refused(folder, tmp_path, capsys):
     command = ["ablation", folder, tmp_path / "out"]
-    assert_refused(capsys, [*command, "--table", "absent.json"], "it has no absent.json")
+    assert_refused(capsys, [*command, "--table", "absent.json"], "no table 'absent.json': it has")
     change_table(folder, rows={})
     assert_refused(capsys, command, "no 'rows'")
     change_table(folder, rows={"a/b": "x"})
@@ -425,5 +431,13 @@ def test_training_options_have_equal_epochs(tmp_path):
 
 def test_the_command_restores_the_handlers_of_signals(tmp_path, capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert_refused(capsys, ["ablation", tmp_path, tmp_path / "out"], "table.json")
+    out = tmp_path / "out"
+    assert_refused(capsys, ["ablation", tmp_path, out], "no table 'table.json': it is not the folder of an ablation")
+    misspelt = folder.with_name(f"{folder.name}s")
+    assert_refused(capsys, ["ablation", misspelt, out], f"no folder {str(misspelt)!r}; did you mean {str(folder)!r}?")
+    assert_refused(
+        capsys, ["ablation", folder, out, "--table", "tabel.json"], "'tabel.json'; did you mean 'table.json'?"
+    )
+    (folder / "broken.json").write_text("{")
+    assert_refused(capsys, ["ablation", folder, out, "--table", "absent.json"], "no table 'absent.json': it has")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

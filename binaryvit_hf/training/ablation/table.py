@@ -1,5 +1,6 @@
 """The table of an ablation: its rows, read from a JSON file and checked before any training."""
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from binaryvit_runtime.errors import UserError, did_you_mean
+from binaryvit_runtime.sources import did_you_mean_path, list_names
 
 from ..arguments import RunArguments
 from ..command_line import TEACHER_PREFIX, parse_runs, read_argument_file
@@ -107,8 +109,12 @@ def read_table(folder: Path, name: str = DEFAULT_TABLE) -> Table:
         UserError: the file is missing, or is not a table.
     """
     file = folder / name
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {str(folder)!r}{did_you_mean_path(folder, Path.is_dir)}")
     if not file.is_file():
-        raise UserError(f"{str(folder)!r} is not the folder of an ablation: it has no {name}.")
+        tables = list_names(tables_in(folder))
+        found = f"it has {tables}" if tables else "it is not the folder of an ablation"
+        raise UserError(f"{str(folder)!r} has no table {name!r}: {found}.")
     content = read_argument_file(file)
     check_fields(content, TABLE_FIELDS, str(file))
     for required in ("title", "teacher", "rows"):
@@ -122,6 +128,15 @@ def read_table(folder: Path, name: str = DEFAULT_TABLE) -> Table:
         check_comparison(describe_row(file, row.key), row, rows)
     other_teacher = Row(teacher, teacher, teacher, TEACHER_RECIPE, seeds=1)
     return Table(file, content["title"], content.get("description", ""), rows.get(teacher, other_teacher), rows)
+
+
+def tables_in(folder: Path) -> list[str]:
+    """The names of the tables in a folder, which holds recipes too."""
+    names = []
+    for file in sorted(folder.glob("*.json")):
+        with contextlib.suppress(UserError):
+            names += [file.name] if "rows" in read_argument_file(file) else []
+    return names
 
 
 def read_row(place: str, key: str, content: str | dict, is_teacher: bool, above: str | None, defaults: dict) -> Row:
