@@ -74,12 +74,7 @@ def make_table() -> str:
 
 def trained_rows(measured: dict) -> list[tuple[str, ...]]:
     """The rows of a comparison."""
-    data = DATA[measured["data"]]
-    return [
-        (network, data, accuracy, size, time, NONE, operations(result["network"]))
-        for result in shown_results(measured)
-        for network, accuracy, size, time in [trained_cells(result)]
-    ]
+    return [trained_row(measured["data"], result) for result in shown_results(measured)]
 
 
 def shown_results(measured: dict) -> list[dict]:
@@ -89,15 +84,17 @@ def shown_results(measured: dict) -> list[dict]:
     return [result for result in results if result["engine"] != FLOAT32 or result["network"] not in in_8_bits]
 
 
-def trained_cells(result: dict) -> tuple[str, str, str, str]:
-    """Name, accuracy, size of the file and time of a network."""
+def trained_row(data: str, result: dict) -> tuple[str, ...]:
     name, kind = Path(result["network"]).name, result["engine"].removeprefix("onnxruntime ")
     interval = "-".join(f"{100 * bound:.1f}" for bound in result["accuracy_interval"] or ())
     return (
         f"**{name}**, 1 bit" if kind == "engine" else f"{name}, {kind}",
+        DATA[data],
         f"{100 * result['accuracy']:.1f}" + (f" ({interval})" if interval else ""),
         readable(result["file_bytes"], "B"),
         milliseconds(result),
+        NONE,
+        operations(result["network"]),
     )
 
 
@@ -149,12 +146,10 @@ def find_config(network: str) -> PreTrainedConfig | None:
 
 def make_comparison_table() -> str:
     """The networks of Fashion-MNIST beside each other, with the epochs that they were trained for."""
-    results = shown_results(read("compare-fashion-mnist"))
-    rows = [
-        (network, f"{result['epochs']:.0f}", accuracy, size, time)
-        for result in results
-        for network, accuracy, size, time in [trained_cells(result)]
-    ]
+    measured, rows = read("compare-fashion-mnist"), []
+    for result in shown_results(measured):
+        name, _, accuracy, size, time, *_ = trained_row(measured["data"], result)
+        rows.append((name, f"{result['epochs']:.0f}", accuracy, size, time))
     return format_table(("network", "epochs", "top-1, %", "file", "1 thread, ms"), rows)
 
 

@@ -88,15 +88,12 @@ class TrainedRun:
             raise UserError(f"{name!r} was trained on a stream, and a comparison needs images that can be read again.")
         names = {field.name for field in fields(DataArguments)}
         self.arguments = DataArguments(**{key: value for key, value in self.recorded.items() if key in names})
+        # Epochs of training, of the last of several stages alone; None if they are not recorded.
+        self.epochs: float | None = finite_numbers(read_json(self.folder / ALL_RESULTS)).get("epoch")
 
     @property
     def seed(self) -> int:
         return self.recorded.get("seed", 42)
-
-    @property
-    def epochs(self) -> float | None:
-        """How many epochs it was trained for, the last of several runs alone; `None` if that is not recorded."""
-        return finite_numbers(read_json(self.folder / ALL_RESULTS)).get("epoch")
 
     def differs_by_seed(self, other: "TrainedRun") -> bool:
         """Whether the seed is all that makes this run another than `other`: same network, data and recipe."""

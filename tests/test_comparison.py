@@ -156,6 +156,13 @@ def test_the_epochs_of_a_run_that_did_not_record_them_are_left_open(changed, qui
     assert f"| {folder} | engine | - |" in out.read_text()
 
 
+def test_damaged_results_of_a_run_are_refused_before_anything_is_measured(changed, capsys, monkeypatch):
+    folder = changed("damaged")
+    (folder / "all_results.json").write_text("{")
+    monkeypatch.setattr(comparison, "load_common_images", None)
+    assert_refused(capsys, ["compare", folder], "all_results.json' is damaged", "repair or remove it")
+
+
 def test_runs_that_differ_by_their_seed_are_one_line_with_their_mean(changed, quick, capsys, tmp_path, monkeypatch):
     def run_of(name: str, **values) -> Path:
         return changed(name, teacher_model_name_or_path=f"{tmp_path / name}-teacher", **values)
@@ -202,7 +209,7 @@ def test_two_seeds_that_differ_have_no_interval(changed, quick, capsys, tmp_path
     out = tmp_path / "table.md"
     (row,) = json.loads(run(capsys, "compare", *seeds, "--out", out, "--json"))["results"]
     assert row["accuracy_interval"] is None
-    assert " | 62.50 |  | 1 |" in out.read_text()
+    assert f"| engine | {row['epochs']:.3g} | 62.50 |  | 1 |" in out.read_text()
     assert "Where the interval is missing, the seeds are too few for how much they differ." in out.read_text()
 
 

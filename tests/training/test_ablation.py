@@ -266,7 +266,7 @@ def test_a_wrong_row_is_refused_before_any_training(folder, tmp_path, capsys, ro
 
 def test_wrong_tables_are_refused(folder, tmp_path, capsys):
     command = ["ablation", folder, tmp_path / "out"]
-    assert_refused(capsys, [*command, "--table", "absent.json"], "no table 'absent.json': it has")
+    assert_refused(capsys, [*command, "--table", "absent.json"], "no table 'absent.json': it has 'table.json'.")
     change_table(folder, rows={})
     assert_refused(capsys, command, "no 'rows'")
     change_table(folder, rows={"a/b": "x"})

@@ -1,6 +1,5 @@
 """The table of an ablation: its rows, read from a JSON file and checked before any training."""
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -112,7 +111,7 @@ def read_table(folder: Path, name: str = DEFAULT_TABLE) -> Table:
     if not folder.is_dir():
         raise UserError(f"There is no folder {str(folder)!r}{did_you_mean_path(folder, Path.is_dir)}")
     if not file.is_file():
-        tables = list_names(tables_in(folder))
+        tables = list_names(beside.name for beside in sorted(folder.glob("*.json")) if is_table(beside))
         found = f"it has {tables}" if tables else "it is not the folder of an ablation"
         raise UserError(f"{str(folder)!r} has no table {name!r}: {found}.")
     content = read_argument_file(file)
@@ -130,13 +129,12 @@ def read_table(folder: Path, name: str = DEFAULT_TABLE) -> Table:
     return Table(file, content["title"], content.get("description", ""), rows.get(teacher, other_teacher), rows)
 
 
-def tables_in(folder: Path) -> list[str]:
-    """The names of the tables in a folder, which holds recipes too."""
-    names = []
-    for file in sorted(folder.glob("*.json")):
-        with contextlib.suppress(UserError):
-            names += [file.name] if "rows" in read_argument_file(file) else []
-    return names
+def is_table(file: Path) -> bool:
+    """Whether a file has rows: the folder of an ablation holds recipes too."""
+    try:
+        return "rows" in read_argument_file(file)
+    except UserError:
+        return False
 
 
 def read_row(place: str, key: str, content: str | dict, is_teacher: bool, above: str | None, defaults: dict) -> Row:
