@@ -8,6 +8,7 @@ import platform
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -22,6 +23,26 @@ from binaryvit_hf.benchmarks.simulation import simulate
 from binaryvit_hf.benchmarks.training import Competitor
 from binaryvit_hf.compiled_layers import CACHE_VARIABLE, CompiledLayers
 from binaryvit_runtime.errors import UserError
+
+
+class Sums(torch.nn.Module):
+    """Sums of all values of an image, positive and negative, as a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8).clone())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(images, self.weight).flatten(1)
+
+
+def test_products_of_a_quantised_network_do_not_overflow_on_this_cpu(tmp_path):
+    float32, int8 = tmp_path / "float32.onnx", tmp_path / "int8.onnx"
+    onnx_peers.export_float32(Sums(), (3, 8, 8), float32)
+    largest = np.ones((1, 3, 8, 8), np.float32)
+    onnx_peers.quantize(float32, int8, [largest])
+    (logits,) = onnx_peers.open_session(int8).run(None, {"images": largest})
+    np.testing.assert_allclose(logits, [[192, -192]], rtol=0.02)
 
 
 @pytest.mark.parametrize(
