@@ -1,5 +1,5 @@
 """
-Writes the table of results in README.md, the picture above it, and the tables of `docs/pages/results/speed.md` and
+Writes the tables of results in README.md, the picture above them, and the tables of `docs/pages/results/speed.md` and
 `docs/pages/guides/ablation.md` from measurements and configs of this repository:
 
     python .ci/update_readme.py            # after a new measurement, model or config
@@ -43,9 +43,9 @@ PAGES = ROOT / "docs" / "pages"
 README, SPEED, COMPARISON = ROOT / "README.md", PAGES / "results" / "speed.md", PAGES / "guides" / "ablation.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PICTURES = ROOT / "docs" / "pictures"
-TABLE_HEAD = ("network", "trained on", "top-1, %", "file", "1 thread, ms", "2 threads, ms", "OPs")
 NONE = "-"
 UNIT = re.compile(r"(?<=\d) (?=[kMG])")  # a line must not break between a number and its unit
+KERNELS = {"avx512": "AVX-512", "avx2": "AVX2"}
 DATA = {"sklearn-digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 NETWORK = "binaryvit-small-patch4-224"
 # Networks for images of 224 x 224, in `forwards.json`: model, engine, name in the table.
@@ -58,18 +58,36 @@ FORWARDS = (
 )
 
 
-# ---- The table of README.md ----
+# ---- The tables of README.md ----
 
 
-def make_table() -> str:
+def make_trained_table() -> str:
+    """Trained networks: ours, and those that one could use instead."""
+    measured = [read(f"compare-{name}") for name in ("digits", "fashion-mnist")]
+    rows = [row for comparison in measured for row in trained_rows(comparison)]
+    head = ("network", "trained on", "top-1, %", "file", "1 thread, ms")
+    cpus = " and ".join(dict.fromkeys(map(name_cpu, measured)))
+    return f"Trained networks, with the 95 % interval of top-1 accuracy. CPU: {cpus}.\n\n{format_table(head, rows)}"
+
+
+def make_networks_table() -> str:
+    """Networks for images of 224 x 224."""
     rows = []
-    for name in ("digits", "fashion-mnist"):
-        rows += trained_rows(read(f"compare-{name}"))
     for model, engine, name in FORWARDS:
         one, two = (measurement(model, engine, threads) for threads in (1, 2))
-        times = (milliseconds(one), milliseconds(two))
-        rows.append((name, "random weights", NONE, readable(one["file_bytes"], "B"), *times, operations(model)))
-    return format_table(TABLE_HEAD, rows)
+        rows.append((name, readable(one["file_bytes"], "B"), milliseconds(one), milliseconds(two), operations(model)))
+    head = ("network", "file", "1 thread, ms", "2 threads, ms", "OPs")
+    sentence = f"Networks for 224 x 224 pixels. The time does not depend on their weights, which are random. {cpu_line(read('forwards'))}"
+    return f"{sentence}\n{format_table(head, rows)}"
+
+
+def cpu_line(measured: dict) -> str:
+    return f"CPU: {name_cpu(measured)}.\n"
+
+
+def name_cpu(measured: dict) -> str:
+    """`Intel Xeon Processor with AVX-512`."""
+    return f"{measured['cpu'].replace('(R)', '')} with {KERNELS[measured['kernels']]}"
 
 
 def trained_rows(measured: dict) -> list[tuple[str, ...]]:
@@ -93,8 +111,6 @@ def trained_row(data: str, result: dict) -> tuple[str, ...]:
         f"{100 * result['accuracy']:.1f}" + (f" ({interval})" if interval else ""),
         readable(result["file_bytes"], "B"),
         milliseconds(result),
-        NONE,
-        operations(result["network"]),
     )
 
 
@@ -148,9 +164,9 @@ def make_comparison_table() -> str:
     """The networks of Fashion-MNIST beside each other, with the epochs that they were trained for."""
     measured, rows = read("compare-fashion-mnist"), []
     for result in shown_results(measured):
-        name, _, accuracy, size, time, *_ = trained_row(measured["data"], result)
+        name, _, accuracy, size, time = trained_row(measured["data"], result)
         rows.append((name, f"{result['epochs']:.0f}", accuracy, size, time))
-    return format_table(("network", "epochs", "top-1, %", "file", "1 thread, ms"), rows)
+    return f"{format_table(('network', 'epochs', 'top-1, %', 'file', '1 thread, ms'), rows)}\n{cpu_line(measured)}"
 
 
 # ---- The tables of `speed.md` ----
@@ -171,7 +187,7 @@ def make_forwards_table() -> str:
         times = [milliseconds_per_image(found[setting]) if setting in found else NONE for setting in settings]
         rows.append((f"`{model}`", engine, *times, readable(next(iter(found.values()))["file_bytes"], "B")))
     ratio = measurement(PEER, PEER_ENGINE, 1)["seconds"] / measurement(NETWORK, RUNTIME, 1)["seconds"]
-    sentence = f"One image on one thread: `{PEER}` in float32 takes {ratio:.1f} times as long as `{NETWORK}` in the runtime.\n"
+    sentence = f"{cpu_line(read('forwards'))}One image on one thread: `{PEER}` in float32 takes {ratio:.1f} times as long as `{NETWORK}` in the runtime.\n"
     return f"{format_table(('network', 'engine', *head, 'file'), rows)}\n{sentence}"
 
 
@@ -181,7 +197,7 @@ def make_pipeline_table() -> str:
     [threads] = {result["threads"] for result in measured["results"]}
     sentence = (
         f"{measured['pictures']} JPEGs of {WIDTH} x {HEIGHT} and {readable(measured['picture_bytes'], 'B')}, "
-        f"{count_threads(threads)}:\n"
+        f"{count_threads(threads)}. {cpu_line(measured)}"
     )
     rows = [
         (
@@ -201,13 +217,13 @@ def make_processes_table() -> str:
         (process["process"], f"{process['cpu_seconds']:.2f}", readable(process["peak_bytes"], "B"))
         for process in read("pipeline")["processes"]
     ]
-    return format_table(("process", "CPU seconds", "peak memory"), rows)
+    return f"{format_table(('process', 'CPU seconds', 'peak memory'), rows)}\n{cpu_line(read('pipeline'))}"
 
 
 def make_browser_table() -> str:
     """CPU time of a forward in WebAssembly, and the time of loading."""
     measured = read("browser")
-    sentence = f"One thread of node {measured['node']}, beside onnxruntime-web {measured['onnxruntime_web']}:\n"
+    sentence = f"One thread of node {measured['node']}, beside onnxruntime-web {measured['onnxruntime_web']}. {cpu_line(measured)}"
     rows = [
         (
             f"`{result['model']}`",
@@ -324,7 +340,9 @@ def draw_bars() -> list[str]:
             (785, result["seconds"] / most_seconds, f"{milliseconds(result)} ms"),
         ):
             parts += [bar(x, y + 2, 85 * share, kind), text(x + 85 * share + 6, y + 16, words, strong)]
-    parts.append(text(490, 312, "Images of 224 x 224 on an Intel Xeon with AVX-512, all in one run", "soft small"))
+    parts.append(
+        text(490, 312, f"Images of 224 x 224, all in one run. CPU: {name_cpu(read('forwards'))}", "soft small")
+    )
     return parts
 
 
@@ -333,7 +351,7 @@ def draw_bars() -> list[str]:
 
 # The tables of each page, by the name in their marks.
 TABLES = {
-    README: {"results": make_table},
+    README: {"trained": make_trained_table, "networks": make_networks_table},
     COMPARISON: {"comparison": make_comparison_table},
     SPEED: {
         "forwards": make_forwards_table,

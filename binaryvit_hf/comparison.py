@@ -8,7 +8,6 @@ Accuracy is that of exactly what is timed.
 
 import json
 import logging
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -31,6 +30,7 @@ from binaryvit_runtime.resources import find_source
 
 from .benchmarks.inference import Competitor, create_responder, load_in_runtime
 from .benchmarks.interleaved import Worker, describe_seconds
+from .benchmarks.machine import describe_machine
 from .benchmarks.onnx_peers import FLOAT32, INT8, export_float32, hide_warnings, load_onnx, open_session, quantize
 from .data.arguments import DataArguments
 from .data.decoding import decode_image
@@ -171,7 +171,7 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
         - `images`: number of the evaluation images; `split`: "test" if all runs have test images, else "validation";
           `evaluation_images`: what they are (`run_history.EVALUATION_KINDS`),
         - `data`: the name of the data set or folder,
-        - `cpu`: name of the processor,
+        - `cpu`, `kernels`: see `describe_machine`,
         - `results`: for each network and runtime `network`, `engine`, `seeds`, `epochs` (`None` if not recorded), `accuracy`
           (0 to 1), `accuracy_interval` (95 %; `None` if the seeds are too few for how much they differ),
           `file_bytes`, and the seconds of one image, `seconds` (median) and `seconds_10_90`. Runs that differ by their seed
@@ -199,7 +199,7 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
             "split": split,
             "images": len(images[split]),
             "evaluation_images": kind,
-            "cpu": cpu_name(),
+            **describe_machine(),
             "results": [
                 {
                     "network": group[0].run.name,
@@ -386,14 +386,6 @@ def take_turns(competitors: list[Competitor], turns: int) -> list[list[float]]:
     for worker in workers:
         worker.stop()
     return seconds
-
-
-def cpu_name() -> str:
-    """The name of the processor, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---- Output ----

@@ -153,7 +153,9 @@ def time_loader(options: argparse.Namespace) -> None:
 
 
 def print_measured(options: argparse.Namespace, measured: dict, as_text: Callable[[dict], str]) -> None:
-    print(json.dumps(measured, indent=2) if options.json else as_text(measured))
+    from binaryvit_hf.benchmarks.machine import describe_machine
+
+    print(json.dumps({**describe_machine(), **measured}, indent=2) if options.json else as_text(measured))
 
 
 def check_plot(file: Path) -> None:

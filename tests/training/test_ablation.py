@@ -411,7 +411,10 @@ def test_a_folder_is_in_use_until_the_last_run_of_a_killed_ablation_ends(folder,
         pass
 
 
-@pytest.mark.parametrize("table", ["fashion-mnist/table.json", "fashion-mnist/recipes.json", "digits/table.json"])
+@pytest.mark.parametrize(
+    "table",
+    ["fashion-mnist/table.json", "fashion-mnist/recipes.json", "fashion-mnist/shapes.json", "digits/table.json"],
+)
 def test_the_tables_of_the_repository_have_runs_without_a_fault(table, tmp_path):
     folder, name = table.split("/")
     ablation = Ablation(ROOT / "configs" / folder, tmp_path, (1,), name)
