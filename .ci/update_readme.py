@@ -1,5 +1,5 @@
 """
-Writes the tables of results in README.md, the picture above them, and the tables of `docs/pages/results/speed.md` and
+Writes the table of results in README.md, the picture above it, and the tables of `docs/pages/results/speed.md` and
 `docs/pages/guides/ablation.md` from measurements and configs of this repository:
 
     python .ci/update_readme.py            # after a new measurement, model or config
@@ -44,8 +44,9 @@ README, SPEED, COMPARISON = ROOT / "README.md", PAGES / "results" / "speed.md", 
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PICTURES = ROOT / "docs" / "pictures"
 NONE = "-"
+TABLE_HEAD = ("network", "trained on", "top-1, %", "file", "1 thread, ms", "2 threads, ms", "OPs")
 UNIT = re.compile(r"(?<=\d) (?=[kMG])")  # a line must not break between a number and its unit
-KERNELS = {"avx512": "AVX-512", "avx2": "AVX2"}
+KERNELS = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON"}
 DATA = {"sklearn-digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 NETWORK = "binaryvit-small-patch4-224"
 # Networks for images of 224 x 224, in `forwards.json`: model, engine, name in the table.
@@ -58,27 +59,19 @@ FORWARDS = (
 )
 
 
-# ---- The tables of README.md ----
+# ---- The table of README.md ----
 
 
-def make_trained_table() -> str:
-    """Trained networks: ours, and those that one could use instead."""
-    measured = [read(f"compare-{name}") for name in ("digits", "fashion-mnist")]
-    rows = [row for comparison in measured for row in trained_rows(comparison)]
-    head = ("network", "trained on", "top-1, %", "file", "1 thread, ms")
-    cpus = " and ".join(dict.fromkeys(map(name_cpu, measured)))
-    return f"Trained networks, with the 95 % interval of top-1 accuracy. CPU: {cpus}.\n\n{format_table(head, rows)}"
-
-
-def make_networks_table() -> str:
-    """Networks for images of 224 x 224."""
-    rows = []
+def make_table() -> str:
+    trained = [read(f"compare-{name}") for name in ("digits", "fashion-mnist")]
+    rows = [row for measured in trained for row in trained_rows(measured)]
     for model, engine, name in FORWARDS:
         one, two = (measurement(model, engine, threads) for threads in (1, 2))
-        rows.append((name, readable(one["file_bytes"], "B"), milliseconds(one), milliseconds(two), operations(model)))
-    head = ("network", "file", "1 thread, ms", "2 threads, ms", "OPs")
-    sentence = f"Networks for 224 x 224 pixels. The time does not depend on their weights, which are random. {cpu_line(read('forwards'))}"
-    return f"{sentence}\n{format_table(head, rows)}"
+        times = (milliseconds(one), milliseconds(two))
+        rows.append((name, "random weights", NONE, readable(one["file_bytes"], "B"), *times, operations(model)))
+    cpus = " and ".join(dict.fromkeys(map(name_cpu, trained)))
+    sentence = f"CPU of the trained networks: {cpus}; of those with random weights: {name_cpu(read('forwards'))}.\n"
+    return f"{format_table(TABLE_HEAD, rows)}\n{sentence}"
 
 
 def cpu_line(measured: dict) -> str:
@@ -111,6 +104,8 @@ def trained_row(data: str, result: dict) -> tuple[str, ...]:
         f"{100 * result['accuracy']:.1f}" + (f" ({interval})" if interval else ""),
         readable(result["file_bytes"], "B"),
         milliseconds(result),
+        NONE,
+        operations(result["network"]),
     )
 
 
@@ -164,7 +159,7 @@ def make_comparison_table() -> str:
     """The networks of Fashion-MNIST beside each other, with the epochs that they were trained for."""
     measured, rows = read("compare-fashion-mnist"), []
     for result in shown_results(measured):
-        name, _, accuracy, size, time = trained_row(measured["data"], result)
+        name, _, accuracy, size, time, *_ = trained_row(measured["data"], result)
         rows.append((name, f"{result['epochs']:.0f}", accuracy, size, time))
     return f"{format_table(('network', 'epochs', 'top-1, %', 'file', '1 thread, ms'), rows)}\n{cpu_line(measured)}"
 
@@ -351,7 +346,7 @@ def draw_bars() -> list[str]:
 
 # The tables of each page, by the name in their marks.
 TABLES = {
-    README: {"trained": make_trained_table, "networks": make_networks_table},
+    README: {"results": make_table},
     COMPARISON: {"comparison": make_comparison_table},
     SPEED: {
         "forwards": make_forwards_table,

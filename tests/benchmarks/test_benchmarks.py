@@ -122,6 +122,7 @@ def test_forwards_of_all_kernels_are_compared_with_peers_of_the_same_run(
     measured = json.loads(run(capsys, "benchmark", *arguments, "--json"))
     assert "preparing the models" in caplog.text
     kernels = engine.kernels_here()
+    assert measured["cpu"] and measured["kernels"] == kernels[0]
     competitors = [
         *(("binaryvit-digits", name) for name in ("runtime", *kernels, "PyTorch, simulated")),
         *(("vit-digits", name) for name in ("PyTorch float32", "PyTorch bfloat16", "torch.compile")),
