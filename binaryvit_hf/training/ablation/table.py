@@ -32,7 +32,15 @@ ROW_FIELDS = {
     "compared_with": str | None,
     "seeds": int,
 }
-TABLE_FIELDS = {"title": str, "description": str, "teacher": str, "rows": dict, "config": str, "compared_with": str}
+TABLE_FIELDS = {
+    "title": str,
+    "description": str,
+    "teacher": str,
+    "rows": dict,
+    "config": str,
+    "arguments": dict,
+    "compared_with": str,
+}
 KINDS = {str: "text", dict: "an object", int: "a whole number", str | None: "the key of a row, or null"}
 
 
@@ -144,8 +152,8 @@ def read_row(place: str, key: str, content: str | dict, is_teacher: bool, above:
     Args:
         place: of the row, for messages.
         above: key of the row above, if there is one.
-        defaults: `config` and `compared_with` of rows that have none. The teacher and a row that would be compared with itself
-            do not take them.
+        defaults: `config` and `compared_with` of rows that have none, and `arguments` that those of a row override. The
+            teacher takes none of them, and no row is compared with itself.
     """
     if not re.fullmatch(r"\w[\w.+-]*", key):
         raise UserError(
@@ -159,19 +167,20 @@ def read_row(place: str, key: str, content: str | dict, is_teacher: bool, above:
         raise UserError(f"{place} has no 'name': add it.")
     if content.get("seeds", 1) < 1:
         raise UserError(f"{place}: 'seeds' is a number of runs, 1 or more, not {content['seeds']}.")
-    for name, value in [*content.get("arguments", {}).items(), *content.get("first_stage", {}).items()]:
+    defaults = {} if is_teacher else defaults
+    arguments = defaults.get("arguments", {}) | content.get("arguments", {})
+    for name, value in [*arguments.items(), *content.get("first_stage", {}).items()]:
         if name in GIVEN_TO_RUNS or name.startswith(TEACHER_PREFIX):
-            raise UserError(f"{place}: the ablation gives {name!r} to every run; remove it from the row.")
+            raise UserError(f"{place}: the ablation gives {name!r} to every run; remove it.")
         if value is None:
             raise UserError(f"{place}: the argument {name!r} is null; leave it out, or give the row a recipe.")
-    defaults = {} if is_teacher else defaults
     other = defaults.get("compared_with", above)
     return Row(
         key,
         content["name"],
         content.get("config", defaults.get("config", key)),
         content.get("recipe", TEACHER_RECIPE if is_teacher else STUDENT_RECIPE),
-        content.get("arguments", {}),
+        arguments,
         content.get("first_stage"),
         content.get("compared_with", None if other == key else other),
         content.get("seeds", 1 if is_teacher else None),
