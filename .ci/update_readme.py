@@ -43,8 +43,8 @@ PAGES = ROOT / "docs" / "pages"
 README, SPEED, COMPARISON = ROOT / "README.md", PAGES / "results" / "speed.md", PAGES / "guides" / "ablation.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PICTURES = ROOT / "docs" / "pictures"
-NONE = "-"
 TABLE_HEAD = ("network", "trained on", "top-1, %", "file", "1 thread, ms", "2 threads, ms", "OPs")
+NONE = "-"
 UNIT = re.compile(r"(?<=\d) (?=[kMG])")  # a line must not break between a number and its unit
 KERNELS = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON"}
 DATA = {"sklearn-digits": "digits", "fashion-mnist": "Fashion-MNIST"}
@@ -169,7 +169,8 @@ def make_comparison_table() -> str:
 
 def make_forwards_table() -> str:
     """Milliseconds per image of all networks and engines, a column for each number of threads and size of batches."""
-    results = read("forwards")["results"]
+    measured = read("forwards")
+    results = measured["results"]
     settings = sorted({(result["batch_size"], result["threads"]) for result in results})
     head = [count_threads(threads) + f", batches of {size}" * (size > 1) for size, threads in settings]
     rows = []
@@ -182,8 +183,8 @@ def make_forwards_table() -> str:
         times = [milliseconds_per_image(found[setting]) if setting in found else NONE for setting in settings]
         rows.append((f"`{model}`", engine, *times, readable(next(iter(found.values()))["file_bytes"], "B")))
     ratio = measurement(PEER, PEER_ENGINE, 1)["seconds"] / measurement(NETWORK, RUNTIME, 1)["seconds"]
-    sentence = f"{cpu_line(read('forwards'))}One image on one thread: `{PEER}` in float32 takes {ratio:.1f} times as long as `{NETWORK}` in the runtime.\n"
-    return f"{format_table(('network', 'engine', *head, 'file'), rows)}\n{sentence}"
+    sentence = f"One image on one thread: `{PEER}` in float32 takes {ratio:.1f} times as long as `{NETWORK}` in the runtime.\n"
+    return f"{format_table(('network', 'engine', *head, 'file'), rows)}\n{cpu_line(measured)}{sentence}"
 
 
 def make_pipeline_table() -> str:
@@ -208,17 +209,19 @@ def make_pipeline_table() -> str:
 
 def make_processes_table() -> str:
     """CPU time and peak memory of whole processes."""
+    measured = read("pipeline")
     rows = [
         (process["process"], f"{process['cpu_seconds']:.2f}", readable(process["peak_bytes"], "B"))
-        for process in read("pipeline")["processes"]
+        for process in measured["processes"]
     ]
-    return f"{format_table(('process', 'CPU seconds', 'peak memory'), rows)}\n{cpu_line(read('pipeline'))}"
+    return f"{format_table(('process', 'CPU seconds', 'peak memory'), rows)}\n{cpu_line(measured)}"
 
 
 def make_browser_table() -> str:
     """CPU time of a forward in WebAssembly, and the time of loading."""
     measured = read("browser")
-    sentence = f"One thread of node {measured['node']}, beside onnxruntime-web {measured['onnxruntime_web']}. {cpu_line(measured)}"
+    versions = f"node {measured['node']}, beside onnxruntime-web {measured['onnxruntime_web']}"
+    sentence = f"One thread of {versions}. {cpu_line(measured)}"
     rows = [
         (
             f"`{result['model']}`",

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 
 from binaryvit_hf import cuda_graphs, engine, onnx_export
 from binaryvit_hf.benchmarks import inference, onnx_peers, trained, training
+from binaryvit_hf.benchmarks.machine import describe_machine
 from binaryvit_hf.benchmarks.simulation import simulate
 from binaryvit_hf.benchmarks.training import Competitor
 from binaryvit_hf.compiled_layers import CACHE_VARIABLE, CompiledLayers
@@ -43,6 +44,12 @@ def test_products_of_a_quantised_network_do_not_overflow_on_this_cpu(tmp_path):
     onnx_peers.quantize(float32, int8, [largest])
     (logits,) = onnx_peers.open_session(int8).run(None, {"images": largest})
     np.testing.assert_allclose(logits, [[192, -192]], rtol=0.02)
+
+
+def test_times_name_the_kernels_that_the_engine_uses(monkeypatch):
+    for kernels, variable in (("scalar", "scalar"), (None, "torch"), (engine.kernels_here()[0], "")):
+        monkeypatch.setenv("BINARYVIT_ENGINE", variable)
+        assert describe_machine()["kernels"] == kernels
 
 
 @pytest.mark.parametrize(

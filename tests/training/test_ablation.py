@@ -439,7 +439,7 @@ def test_training_options_have_equal_epochs(tmp_path):
     for run in ablation.runs().values():
         if run.row.key in epochs:
             epochs[run.row.key] += run.epochs
-    assert len(epochs) > 10
+    assert len(epochs) > 15
     assert len(set(epochs.values())) == 1
 
 
