@@ -33,6 +33,8 @@ for library in sys.argv[1:]:
 gc.collect()
 gc.freeze()  # the garbage collector of a fork would copy their pages
 for line in sys.stdin:
+    if line == "\\n":
+        os._exit(0)
     run = json.loads(line)
     child = os.fork()
     if child == 0:
@@ -114,7 +116,9 @@ class WarmPython:
 
     def close(self) -> None:
         if self.forking is not None:
-            self.forking.communicate()
+            # The end of its input would not tell it: workers of a data loader that are still there have that open, too.
+            with self.forking:
+                self.forking.stdin.write(b"\n")
 
 
 class WarmRun:
