@@ -1,9 +1,12 @@
 """What setup.cfg cannot say: the compiled libraries, and folders that are installed under another name."""
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 
 ENGINE = Path("binaryvit_hf", "runtime", "engine")
@@ -32,6 +35,21 @@ def library(name: str, folder: Path, shared: tuple[Path, ...] = (), flags: str =
     )
 
 
+class ParallelBuild(build_ext):
+    """Compiles the sources of a library at once, where setuptools compiles one after the other."""
+
+    def build_extensions(self) -> None:
+        compile_in_turn = self.compiler.compile
+
+        def compile_at_once(sources: list[str], **options) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
+
+
 libraries = [
     library("binaryvit_runtime.engine.kernels", ENGINE),
     # Without these flags compilers do not vectorise comparisons and square roots.
@@ -42,5 +60,6 @@ libraries = [
 setup(
     packages=[*find_packages(include=["binaryvit_hf", "binaryvit_hf.*"], exclude=RENAMED_FOLDERS), *RENAMED],
     # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
+    cmdclass={"build_ext": ParallelBuild},
     ext_modules=[] if sys.platform == "win32" else libraries,
 )
