@@ -27,6 +27,7 @@ UNSUPPORTED = {
     "use_liger_kernel": (True, "it is for language models"),
     "batch_eval_metrics": (True, "accuracy is computed from all images at once"),
     "eval_do_concat_batches": (False, "accuracy is computed from all images at once"),
+    "prediction_loss_only": (True, "every evaluation ends with the accuracy"),
 }
 
 
@@ -160,8 +161,6 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
             super().__post_init__()
         self.output_dir = os.path.normpath(self.output_dir)
         self.check_reporting()
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every parameter is used, and the search costs time
         # PyTorch warns about pinned memory for other devices than these.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type not in ("cpu", "mps")
         if self.lr_schedule_per_epoch and (self.max_steps > 0 or self.lr_scheduler_type not in STEP_SCHEDULES):
@@ -210,10 +209,16 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
         for name, (value, reason) in UNSUPPORTED.items():
             if getattr(self, name, None) is value:
                 raise UserError(f"--{name} {value} is not supported: {reason}.")
+        if self.label_names is not None:
+            raise UserError("--label_names is not supported: batches have their labels in 'labels'.")
+        if self.train_sampling_strategy != "random":
+            raise UserError(
+                f"--train_sampling_strategy {self.train_sampling_strategy} is not supported: training shuffles the images."
+            )
+        if self.max_steps == 0:
+            raise UserError("--max_steps 0 trains nothing: leave it out, or give the number of steps.")
         if self.neftune_noise_alpha is not None:
             raise UserError("--neftune_noise_alpha is not supported: it is for word embeddings.")
-        if self.balance_classes and self.train_sampling_strategy != "random":
-            raise UserError("--balance_classes needs --train_sampling_strategy random.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
         if self.cuda_graphs is True and (obstacle := self.graphs_obstacle()):

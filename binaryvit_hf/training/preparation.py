@@ -182,6 +182,11 @@ def prepare(
     labels = images["validation"].features["label"].names
     if meta is not None:
         new_head = adopt_labels(config, labels, model_arguments)
+        if "top5" in (training_arguments.metric_for_best_model or "") and config.num_labels <= 5:
+            raise UserError(
+                f"--metric_for_best_model {training_arguments.metric_for_best_model} needs more than five classes; there are "
+                f"{config.num_labels}. Give accuracy."
+            )
         check_batches(meta, len(images["train"]), training_arguments)
     else:
         indices = match_labels(config, labels, f"--model_name_or_path {model_arguments.model_name_or_path!r}")

@@ -83,7 +83,9 @@ def train_and_evaluate(arguments: list[str]) -> None:
     runs = parse_runs(arguments)
     for run_arguments in runs:
         check_arguments(run_arguments)
-    for argument, reason in dict.fromkeys(unused for run_arguments in runs for unused in find_unused(run_arguments)):
+    uploads = any(run_arguments.training.push_to_hub for run_arguments in runs)
+    unused = [found for run_arguments in runs for found in find_unused(run_arguments, uploads)]
+    for argument, reason in dict.fromkeys(unused):
         logger.warning("--%s has no effect: %s.", argument, reason)
     with FolderLocks() as locks:
         if rank() == 0:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from binaryvit_runtime.errors import UserError, first_sentence
+from binaryvit_runtime.errors import UserError, counted, first_sentence
 from binaryvit_runtime.sources import RUN_ARGUMENTS  # the arguments of the run that made the weights in the folder
 from binaryvit_runtime.writing import lock, write_file
 
@@ -54,9 +54,10 @@ WITHOUT_EFFECT_ON_WEIGHTS = {
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     # The kernels of a graph are those of eager steps.
     "cuda_graphs",
-    # How long processes wait for each other.
-    "ddp_timeout",
+    # How processes wait for each other, and exchange gradients.
+    *("ddp_timeout", "ddp_find_unused_parameters"),
 }
+PROCESSES = "processes"  # recorded beside the arguments: they share the images of a step
 PATH_ARGUMENTS = {
     *("model_name_or_path", "config_name", "init_from", "teacher_model_name_or_path", "output_dir"),
     *("dataset_name", "train_dir", "validation_dir", "class_names"),
@@ -119,9 +120,10 @@ def read_test_predictions(output_dir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def arguments_to_json(arguments: RunArguments) -> dict:
-    """The arguments of a run as JSON types, without `NOT_RECORDED`."""
+    """The arguments of a run as JSON types, without `NOT_RECORDED`, and its number of processes."""
     model_arguments, data_arguments, training_arguments = arguments
     values = {**vars(model_arguments), **vars(data_arguments), **training_arguments.to_dict()}
+    values[PROCESSES] = training_arguments.world_size
     values = {name: value for name, value in values.items() if name not in NOT_RECORDED and not name.startswith("_")}
     return json.loads(json.dumps(values, default=str, sort_keys=True))
 
@@ -193,8 +195,13 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
     }
     recorded = {name: default for name, default in defaults.items() if name in given} | recorded
     may_differ = set(WITHOUT_EFFECT_ON_WEIGHTS)
+    processes = recorded.setdefault(PROCESSES, given[PROCESSES])
     if is_finished(output_dir):
-        may_differ.add("output_dir")  # its folder may be moved; the checkpoints of an unfinished run name theirs
+        # Its folder may be moved; the checkpoints of an unfinished run name theirs. Evaluations share out the images.
+        may_differ |= {"output_dir", PROCESSES}
+    elif processes != given[PROCESSES]:
+        found = f"a run of {counted(processes, 'process')} (start {processes} to resume it, not {given[PROCESSES]})"
+        raise EarlierRunError(output_dir, found, can_resume=False)
     for name in sorted((recorded.keys() | given.keys()) - may_differ):
         before, now = recorded.get(name), given.get(name)
         if normalize(name, before) != normalize(name, now):

@@ -2,33 +2,38 @@
 
 import contextlib
 import functools
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     HubStrategy,
+    IntervalStrategy,
     get_last_checkpoint,
     has_length,
     rotate_checkpoints,
 )
 from transformers.utils.hub import PushInProgress
 
-from binaryvit_runtime.errors import NonFiniteLossError
+from binaryvit_runtime.errors import NonFiniteLossError, UserError
 from binaryvit_runtime.writing import give_usual_mode
 
 from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
 from ..data.workers import shield_workers
 from ..network.packing_binaryvit import binary_layers, packed_layers
 from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder
+from ..ops import CONFIG_CLASSES
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .callbacks.checkpointed import CheckpointedCallback
@@ -41,6 +46,8 @@ from .step_graph import StepGraph
 
 
 STAGING = "_writing"  # folder of unfinished checkpoints; the underscore keeps it out of uploads
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
@@ -111,17 +118,20 @@ class DistillationTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """
         Without compilation by accelerate, which would compile the whole network, for every shape of a batch, and for
-        evaluation too. Pinned batches are copied to the GPU while it computes.
+        evaluation too. Pinned batches are copied to the GPU while it computes. Several processes do not look for parameters
+        without a gradient in networks that have none.
         """
-        backend, config = self.args.torch_compile_backend, self.args.accelerator_config
-        non_blocking = config.non_blocking
+        args, config = self.args, self.args.accelerator_config
+        before = args.torch_compile_backend, args.ddp_find_unused_parameters, config.non_blocking
         if not self.compiles_by_accelerate:
-            self.args.torch_compile_backend = None
-        config.non_blocking = non_blocking or self.args.dataloader_pin_memory
+            args.torch_compile_backend = None
+        if args.ddp_find_unused_parameters is None and self.model.config.model_type in CONFIG_CLASSES:
+            args.ddp_find_unused_parameters = False
+        config.non_blocking = config.non_blocking or args.dataloader_pin_memory
         try:
             super().create_accelerator_and_postprocess()
         finally:
-            self.args.torch_compile_backend, config.non_blocking = backend, non_blocking
+            args.torch_compile_backend, args.ddp_find_unused_parameters, config.non_blocking = before
 
     # Training
 
@@ -183,19 +193,82 @@ class DistillationTrainer(Trainer):
             self.apply_final_step()
         return output
 
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        """
+        The Trainer finds the epoch of a checkpoint from its steps.
+
+        Raises:
+            UserError: steps or epochs of its run had other numbers of images, and the run would end before it begins.
+        """
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        step, before = self.state.global_step, self.state.epoch
+        now = step / num_update_steps_per_epoch
+        # Steps of accumulated batches are no equal parts of an epoch.
+        if has_length(self.train_dataset) and abs(now - (before or 0)) > 1 / max(1, num_update_steps_per_epoch - 1):
+            moved = (
+                f"step {step:,} of the checkpoint was in epoch {before:.1f}, and is in epoch {now:.1f} of {num_train_epochs} now: "
+                "images, batch or processes are others"
+            )
+            if step >= max_steps:
+                raise UserError(
+                    f"Nothing is left to train, as {moved}. Train on from its weights instead, with --init_from or "
+                    "--model_name_or_path and another --output_dir."
+                )
+            logger.warning("Training goes on at another place: %s.", moved)
+        return epochs_trained, steps_trained
+
     def _run_epoch(self, *args, **kwargs):
-        """Train an epoch. A run that resumes after its last step trains no further: the Trainer would add a step."""
-        if self.state.global_step >= self.state.max_steps:
+        """
+        Train an epoch. A run that resumes first makes an evaluation that a signal had kept it from. One that resumes after its
+        last step trains no further: the Trainer would add a step.
+        """
+        state = self.state
+        if state.global_step == self._initial_global_step and self.misses_evaluation(
+            kwargs["num_update_steps_per_epoch"]
+        ):
+            self._load_rng_state(kwargs["resume_from_checkpoint"])  # the checkpoint may be saved again
+            self.control.should_evaluate = True
+            self.control.should_save = self.args.metric_for_best_model is not None  # with the result
+            names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+            self._maybe_log_save_evaluate(None, None, **{name: kwargs[name] for name in names})
+        if state.global_step >= state.max_steps:
             self.control.should_training_stop = True
-        else:
+        if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    def misses_evaluation(self, steps_per_epoch: int) -> bool:
+        """Whether the checkpoint that training resumed from was saved without the evaluation that follows its step."""
+        args, state = self.args, self.state
+        step = state.global_step
+        if step == 0 or any(entry["step"] == step and "eval_loss" in entry for entry in state.log_history):
+            return False
+        if args.eval_strategy == IntervalStrategy.EPOCH:
+            return args.eval_delay <= state.epoch and (step % steps_per_epoch == 0 or step >= state.max_steps)
+        return (
+            args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= step and step % state.eval_steps == 0
+        )
+
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        self.termination.leaves_evaluations = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationStopped:
             self._save_checkpoint(self.model, trial=None)
             self.callback_handler.on_save(self.args, self.state, self.control)
+        finally:
+            self.termination.leaves_evaluations = False
+
+    def _finalize_training(self, *args, **kwargs):
+        """A run that a signal ends keeps its last checkpoint, which the Trainer would remove if another one is the best."""
+        limit, loads_best = self.args.save_total_limit, self.args.load_best_model_at_end
+        if self.termination.terminated:
+            self.args.save_total_limit, self.args.load_best_model_at_end = None, False
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = limit, loads_best
 
     def training_step(self, model, inputs, *args, **kwargs):
         inputs = self._prepare_inputs(inputs)
@@ -311,7 +384,8 @@ class DistillationTrainer(Trainer):
             NonFiniteLossError: the loss is not finite, so it must not choose a best model.
         """
         if not self.is_in_train:
-            metrics = super().evaluate(*args, **kwargs)
+            with kept_tensors(self.plain_model):
+                metrics = super().evaluate(*args, **kwargs)
         else:
             with seeded_rng(self.args.seed), self.final_weights():  # the loader draws a seed for its workers
                 metrics = super().evaluate(*args, **kwargs)
@@ -409,7 +483,11 @@ class DistillationTrainer(Trainer):
             load_weights(model or self.plain_model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        """Load their states. `--resume_from_checkpoint` may come with other arguments, which the states hold too."""
+        given = None if self.is_fsdp_enabled or self.is_deepspeed_enabled else Hyperparameters.of(self)
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and given is not None:
+            given.apply(self)
         folder = Path(checkpoint) if checkpoint else None
         self.compiler.begin(folder)
         for callback in self.checkpointed:
@@ -498,6 +576,50 @@ class SetEpoch(TrainerCallback):
 def constant_within_epoch(schedule: Callable[[int], float], steps_per_epoch: int, step: int) -> float:
     """Evaluate a learning rate schedule at the first step of the epoch."""
     return schedule(step // steps_per_epoch * steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the arguments of a run give to its optimiser and schedule, `base_rates` in the order of the parameter groups."""
+
+    groups: list[dict[str, Any]]
+    base_rates: list[float] | None
+
+    @classmethod
+    def of(cls, trainer: DistillationTrainer) -> "Hyperparameters":
+        names = ("betas", "eps", "momentum", "weight_decay")
+        groups = [{name: group[name] for name in names if name in group} for group in trainer.optimizer.param_groups]
+        schedule = trainer.lr_scheduler
+        return cls(groups, list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else None)
+
+    def apply(self, trainer: DistillationTrainer) -> None:
+        """Replace what the states of a checkpoint hold. A schedule that follows the evaluations keeps its rate."""
+        for group, given in zip(trainer.optimizer.param_groups, self.groups):
+            group.update(given)
+        schedule = trainer.lr_scheduler
+        if self.base_rates is None or schedule.base_lrs == self.base_rates:
+            return
+        schedule.base_lrs = self.base_rates
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(self.base_rates, factors)]
+        for group, base_rate, rate in zip(trainer.optimizer.param_groups, self.base_rates, schedule._last_lr):
+            group.update(initial_lr=base_rate, lr=rate)
+
+
+@contextlib.contextmanager
+def kept_tensors(model: nn.Module) -> Iterator[None]:
+    """Give a model its own tensors again afterwards: --bf16_full_eval and --fp16_full_eval leave rounded ones in it."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            if parameter.data.dtype != data.dtype:
+                parameter.data = data
+        for module, name, buffer in buffers:
+            if buffer is not None and module._buffers[name].dtype != buffer.dtype:
+                module._buffers[name] = buffer
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str) -> None:

@@ -13,10 +13,17 @@ DATASET_ARGUMENTS = (
 UPLOAD_ARGUMENTS = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 
 
-def find_unused(arguments: RunArguments) -> list[tuple[str, str]]:
-    """The names of arguments that differ from their defaults and have no effect, each with the reason."""
+def find_unused(arguments: RunArguments, uploads: bool = False) -> list[tuple[str, str]]:
+    """
+    The names of arguments that differ from their defaults and have no effect, each with the reason.
+
+    Args:
+        uploads: whether this run uploads its model, or, if it trains a teacher, its student's run does.
+    """
     given = {field.name for part in arguments for field in fields(part) if differs_from_default(part, field)}
-    return [(name, reason) for name, unused, reason in conditions_of_use(*arguments) if unused and name in given]
+    return [
+        (name, reason) for name, unused, reason in conditions_of_use(*arguments, uploads) if unused and name in given
+    ]
 
 
 def differs_from_default(part, field) -> bool:
@@ -24,7 +31,7 @@ def differs_from_default(part, field) -> bool:
     return getattr(part, field.name) != default
 
 
-def conditions_of_use(model, data, training) -> list[tuple[str, bool, str]]:
+def conditions_of_use(model, data, training, uploads) -> list[tuple[str, bool, str]]:
     """For each argument that may have no effect: its name, whether it has none, and the reason."""
     has_teacher = model.teacher_model_name_or_path is not None
     mixed = data.mixup_alpha > 0 or data.cutmix_alpha > 0
@@ -42,7 +49,7 @@ def conditions_of_use(model, data, training) -> list[tuple[str, bool, str]]:
     for name in DATASET_ARGUMENTS:
         rows.append((name, not data.dataset_name, "it needs --dataset_name, and the images come from folders"))
     for name in UPLOAD_ARGUMENTS:
-        rows.append((name, not training.push_to_hub, "nothing is uploaded without --push_to_hub"))
+        rows.append((name, not (uploads or training.push_to_hub), "nothing is uploaded without --push_to_hub"))
     if training.do_train:
         rows += [
             ("label_smoothing_factor", not labels_count, "labels have no share in the loss; set --label_loss_weight"),

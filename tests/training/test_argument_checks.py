@@ -130,6 +130,10 @@ def test_a_damaged_file_of_arguments_is_one_sentence(name, content, message, tmp
         ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha is not supported"),
         ({"dataloader_persistent_workers": True}, "needs workers"),
         ({"metric_for_best_model": "f1"}, "--metric_for_best_model must be one of loss"),
+        ({"prediction_loss_only": True}, "--prediction_loss_only True is not supported"),
+        ({"label_names": ["x"]}, "--label_names is not supported"),
+        ({"train_sampling_strategy": "sequential"}, "--train_sampling_strategy sequential is not supported"),
+        ({"max_steps": 0}, "--max_steps 0 trains nothing"),
     ],
 )
 def test_unsupported_arguments_are_refused(arguments, message, tmp_path):
@@ -177,6 +181,13 @@ def test_an_argument_without_effect_is_found(flags, unused, tmp_path):
 def test_label_smoothing_has_an_effect_if_labels_have_a_share_in_the_loss(flags, tmp_path):
     taught = ["--teacher_model_name_or_path=t", "--label_smoothing_factor=0.1"]
     assert find_unused(parse_file(tmp_path, {"do_train": True, "config_name": "x"}, *taught, *flags)) == []
+
+
+def test_arguments_of_an_upload_have_an_effect_if_the_student_is_uploaded(tmp_path):
+    flags = ["--hub_private_repo", "--hub_model_id=me/it"]
+    teacher = parse_file(tmp_path, {"do_train": True, "config_name": "x"}, *flags)
+    assert [name for name, _ in find_unused(teacher)] == ["hub_model_id", "hub_private_repo"]
+    assert find_unused(teacher, uploads=True) == []
 
 
 def test_the_recipes_have_no_arguments_without_effect():

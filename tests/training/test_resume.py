@@ -3,13 +3,15 @@
 import contextlib
 import json
 import logging
+import math
 
 import pytest
 import torch
 from pictures import write_pictures
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
-from transformers import ResNetConfig, ViTConfig
+from tiny_training import tiny_trainer
+from transformers import ResNetConfig, Trainer, TrainerCallback, ViTConfig
 
 from binaryvit_hf.network.functional_binaryvit import batch_statistics
 from binaryvit_hf.training import run as script
@@ -127,6 +129,60 @@ def test_arguments_that_cannot_change_a_weight_may_differ(before, now, tmp_path,
     (tmp_path / RUN_ARGUMENTS).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         compare_with_recorded(tmp_path, again)
+
+
+def test_a_run_of_other_processes_is_refused_until_it_is_finished(command, tmp_path, monkeypatch, capsys):
+    steps = [*command, "--max_steps=4", "--save_steps=2"]
+    monkeypatch.setattr(run_steps, "record_end", interrupt)
+    assert script.main(steps) == 130
+    recorded = tmp_path / "out" / RUN_ARGUMENTS
+    written = json.loads(recorded.read_text())
+    assert written["processes"] == 1
+    recorded.write_text(json.dumps(written | {"processes": 8}))
+    assert script.main(steps) == 2
+    assert "holds a run of 8 processes (start 8 to resume it, not 1)" in capsys.readouterr().err
+    del written["processes"]  # of an older version
+    recorded.write_text(json.dumps(written))
+    monkeypatch.undo()
+    assert script.main(steps) == 0
+    recorded.write_text(json.dumps(written | {"processes": 8}))
+    assert script.main([*steps, "--do_eval"]) == 0
+
+
+def test_a_checkpoint_of_other_batches_tells_where_training_goes_on_or_that_nothing_is_left(
+    command, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.setattr(run_steps, "record_end", interrupt)
+    images = ["--num_train_epochs=3", "--save_steps=1"]  # an epoch has 14 steps of one image
+    monkeypatch.setattr(Trainer, "_finalize_training", interrupt)
+    assert script.main([*command, *images, "--per_device_train_batch_size=2"]) == 130
+    resumed = [*command, *images, "--per_device_train_batch_size=7"]
+    checkpoint = f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-7'}"
+    assert script.main([*resumed, checkpoint]) == 2
+    expected = "Nothing is left to train, as step 7 of the checkpoint was in epoch 1.0, and is in epoch 3.5 of 3 now"
+    assert expected in capsys.readouterr().err
+    with caplog.at_level(logging.WARNING):
+        assert script.main([*resumed, checkpoint.replace("-7", "-4")]) == 130
+    assert "Training goes on at another place: step 4 of the checkpoint was in epoch 0.6" in caplog.text
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_resuming_with_other_rates_trains_with_them(tmp_path, schedule):
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": schedule}
+    tiny_trainer(tmp_path, **arguments, learning_rate=0.1, weight_decay=0.5).train()
+    other = tiny_trainer(tmp_path, **arguments, learning_rate=0.01, weight_decay=0.0, adam_beta1=0.5)
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates.extend((state.global_step, group["lr"]) for group in optimizer.param_groups[:1])
+
+    other.add_callback(Rates())
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = {"constant": [0.01, 0.01], "cosine": [0.005, 0.01 * (1 + math.cos(0.75 * math.pi)) / 2]}[schedule]
+    assert rates == [(2, pytest.approx(expected[0])), (3, pytest.approx(expected[1]))]
+    for group in other.optimizer.param_groups:
+        assert (group["weight_decay"], group["betas"][0]) == (0.0, 0.5)
 
 
 def test_a_trailing_slash_of_the_output_directory_is_not_in_the_teachers_name(tmp_path):

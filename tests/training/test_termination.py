@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -41,10 +42,26 @@ print(next(batches))
 
 
 class At(TrainerCallback):
-    """Calls `act` at an event of step 2, or later."""
+    """Calls `act` at an event after `step` steps, or more."""
 
-    def __init__(self, event: str, act):
-        setattr(self, event, lambda args, state, control, **kwargs: act() if state.global_step >= 2 else None)
+    def __init__(self, event: str, act, step: int = 2):
+        setattr(self, event, lambda args, state, control, **kwargs: act() if state.global_step >= step else None)
+
+
+class Losses(TrainerCallback):
+    """Replaces the losses of evaluations, by the step."""
+
+    def __init__(self, losses: dict[int, float]):
+        self.losses = losses
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = self.losses[state.global_step]
+
+
+def once(act):
+    """`act`, which is called the first time only."""
+    calls = itertools.count()
+    return lambda: act() if next(calls) == 0 else None
 
 
 def signal_workers(*numbers: int) -> int:
@@ -139,6 +156,57 @@ def test_an_evaluation_is_left_for_a_checkpoint(trainer, tmp_path):
     resumed = trainer(**EVERY_STEP, batch_norm_reestimation_batches=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 4
+    assert evaluated_steps(resumed) == [1, 2, 3, 4]
+
+
+def evaluated_steps(run) -> list[int]:
+    return [entry["step"] for entry in run.state.log_history if "eval_loss" in entry]
+
+
+@pytest.mark.parametrize("event, step", [("on_step_begin", 1), ("on_prediction_step", 2)])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_resumed_run_makes_the_evaluation_that_a_signal_kept_it_from(trainer, event, step, strategy, tmp_path):
+    # After each evaluation the rate changes. Eight images are two steps of an epoch.
+    schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 1.0}}
+    counts = {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 4}
+    arguments = EVERY_STEP | {"save_strategy": strategy, "eval_strategy": strategy} | schedule | counts
+    whole = trainer(**arguments)
+    whole.train()
+    assert whole.optimizer.param_groups[0]["lr"] < whole.args.learning_rate
+    cut = trainer(**arguments)
+    cut.add_callback(At(event, once(terminate), step))
+    cut.train()
+    assert cut.state.global_step == 2  # the end of an epoch
+    assert 2 not in evaluated_steps(cut)
+    resumed = trainer(**arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert evaluated_steps(resumed) == evaluated_steps(whole)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_the_best_model_may_be_of_the_evaluation_that_a_signal_kept_a_run_from(trainer, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    losses = Losses({1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0})
+    run = trainer(**EVERY_STEP, **best)
+    run.add_callback(losses)
+    run.add_callback(At("on_prediction_step", terminate))
+    run.train()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"  # not the best one so far, which is the first
+    resumed = trainer(**EVERY_STEP, **best)
+    resumed.add_callback(losses)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.best_global_step == 2
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_an_evaluation_before_the_first_step_is_not_left(trainer, tmp_path):
+    run = trainer(eval_on_start=True)
+    run.add_callback(At("on_prediction_step", once(terminate), step=0))
+    run.train()
+    assert run.termination.terminated == signal.SIGTERM
+    assert evaluated_steps(run) == [0]
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_a_signal_in_a_later_evaluation_ends_the_process_as_ever(trainer):

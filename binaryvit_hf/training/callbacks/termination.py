@@ -29,6 +29,7 @@ class SaveOnTermination(TrainerCallback):
 
     def __init__(self):
         self.requested = self.terminated = 0  # the number of the signal
+        self.leaves_evaluations = False  # set during those that a checkpoint can follow: not before the first step
         self.handlers_before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -48,7 +49,7 @@ class SaveOnTermination(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs):
         """Raises EvaluationStopped during training; `DistillationTrainer` then saves the checkpoint."""
-        if self.handlers_before and (number := self.requested_in_any_process(args.device)):
+        if self.leaves_evaluations and self.handlers_before and (number := self.requested_in_any_process(args.device)):
             self.terminated = number
             control.should_training_stop = True
             raise EvaluationStopped
