@@ -11,7 +11,7 @@ import gc
 import json
 import operator
 import os
-from collections import defaultdict
+import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -194,6 +194,21 @@ class EngineSlot:
     folded: FoldedModel | None = None
     compares_values: bool = False  # whether each call compares the parameters with those of the engine
 
+    def __init__(self) -> None:
+        self.counted_together: dict[int, weakref.ref] = {}  # by their ids
+
+    def set_counted_together(self, tensors: list[torch.Tensor]) -> None:
+        """Tell the slot which tensors have one counter of changes (`count_changes_together`)."""
+        self.counted_together = {id(tensor): weakref.ref(tensor) for tensor in tensors}
+
+    def tensors_to_watch(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors whose counters reveal any change in place: one of those that are counted together, and all others."""
+        known = self.counted_together
+        # Another tensor may have the id of one that is gone.
+        together = [tensor for tensor in tensors if id(tensor) in known and known[id(tensor)]() is tensor]
+        members = set(map(id, together))
+        return together[:1] + [tensor for tensor in tensors if id(tensor) not in members]
+
     def compare_values(self) -> None:
         """
         Call it when parameters of the backbone train.
@@ -265,8 +280,7 @@ class ModelState:
         # Detached tensors keep the memory, so no other tensor can get the same address.
         self.memory = [tensor.detach() for tensor in self.tensors]
         compares_values = model.engine_slot.compares_values
-        # Finding shared counters increments them, between forward and backward an error.
-        self.watched = self.tensors if compares_values else tensors_to_watch(self.tensors)
+        self.watched = model.engine_slot.tensors_to_watch(self.tensors)
         self.addresses, self.versions = self.current_addresses(), self.current_versions()
         self.parameters = list(model.parameters())
         self.values = [parameter.detach().clone() for parameter in self.parameters if compares_values]
@@ -305,26 +319,6 @@ class ModelState:
             for hooks in self.hooks
             for hook in hooks.values()
         )
-
-
-def tensors_to_watch(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """
-    Tensors whose version counters reveal any change in place.
-
-    The first tensor of a buffer stands for all that share its counter, as all tensors of a dtype do after
-    `lay_in_one_buffer`. Reading a counter for each tensor would take 0.2 ms of a forward.
-    """
-    by_buffer = defaultdict(list)
-    for tensor in tensors:
-        by_buffer[tensor.untyped_storage().data_ptr()].append(tensor)
-    watched = []
-    for first, *others in by_buffer.values():
-        before = list(map(in_place_changes, others))
-        if others:
-            torch.autograd.graph.increment_version(first)
-        # A tensor whose version stayed the same has its own counter.
-        watched += [first, *(other for other, version in zip(others, before) if other._version == version)]
-    return watched
 
 
 # ---- The choice between engine and PyTorch ----

@@ -540,7 +540,7 @@ class PackableModel(PreTrainedModel):
         if model.is_packed:
             # Parameters with gradients would make PyTorch compute the model outside of no_grad.
             model.base_model.requires_grad_(False)
-            lay_in_one_buffer(model.base_model)
+            count_changes_together(model.base_model)
         align_weights(model)
         return (model, loading_info) if output_loading_info else model
 
@@ -718,7 +718,7 @@ class PackableModel(PreTrainedModel):
         self.config.weight_bits = 32
         for name, packed in packed_layers(self).items():
             self.set_submodule(name, unpacked_layer(packed, self.config, packed.unpack()))
-        give_own_memory(self)
+        give_own_counters(self)
         self.requires_grad_(True)
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
@@ -749,7 +749,7 @@ class PackableModel(PreTrainedModel):
         for name, weight in weights.items():
             self.set_submodule(name, unpacked_layer(self.get_submodule(name), self.config, weight))
         self.match_quantizer()
-        give_own_memory(self)
+        give_own_counters(self)
         return self.requires_grad_(True).to(dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -939,29 +939,27 @@ def stored_tensors(model: nn.Module) -> list[tuple[dict, str, torch.Tensor]]:
     ]
 
 
-def lay_in_one_buffer(model: nn.Module) -> None:
+def count_changes_together(model: nn.Module) -> None:
     """
-    Make all tensors of a dtype on the CPU views of one buffer, whose changes PyTorch counts together.
+    Let PyTorch count the changes of all tensors on the CPU together, and tell the engine slot of `model`.
 
-    So the engine reads one counter per dtype. A counter for each tensor would take a tenth of a forward.
+    So the engine reads one counter. A counter for each tensor would take a tenth of a forward. Views of a tensor share its
+    counter, and keep it when `data` gives each one memory of its own.
     """
-    by_dtype = defaultdict(list)
+    counter, together = torch.empty(0, device="cpu"), []
     for members, name, tensor in stored_tensors(model):
         if tensor.device.type == "cpu":
-            by_dtype[tensor.dtype].append((members, name, tensor))
-    for dtype, entries in by_dtype.items():
-        step = ALIGNMENT // dtype.itemsize
-        sizes = [-(-tensor.numel() // step) * step for *_, tensor in entries]
-        buffer = torch.empty(sum(sizes), dtype=dtype, device="cpu")
-        for (members, name, tensor), part in zip(entries, buffer.split(sizes)):
-            view = part[: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
             is_parameter = isinstance(tensor, nn.Parameter)
-            members[name] = nn.Parameter(view, tensor.requires_grad) if is_parameter else view
+            counted = nn.Parameter(counter, tensor.requires_grad) if is_parameter else counter.detach()
+            counted.data = tensor.detach().clone()
+            members[name] = counted
+            together.append(counted)
+    model.engine_slot.set_counted_together(together)
 
 
-def give_own_memory(model: nn.Module) -> None:
+def give_own_counters(model: nn.Module) -> None:
     """
-    Give every tensor memory and a counter of changes of its own: the reverse of `lay_in_one_buffer`, for training.
+    Give every tensor a counter of changes of its own: the reverse of `count_changes_together`, for training.
 
     Batch normalisation changes its running statistics in place. A counter that they share with parameters would make
     PyTorch take these for changed, too, and refuse the backward pass.

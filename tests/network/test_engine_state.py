@@ -2,10 +2,13 @@
 
 import copy
 import gc
+import pickle
+import threading
 import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_images, tiny_model
@@ -369,3 +372,58 @@ def test_a_model_with_an_engine_can_be_freed():
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """A packed model as `from_pretrained` makes it."""
+    packed_model().save_pretrained(tmp_path / "packed")
+    return AutoModelForImageClassification.from_pretrained(tmp_path / "packed").eval()
+
+
+def test_threads_that_call_a_cold_model_at_once_do_not_fold_for_each_other(loaded, monkeypatch):
+    folds, start, threads = [], engine.Engine.__init__, 4
+    monkeypatch.setattr(engine.Engine, "__init__", lambda *args: (folds.append(1), start(*args))[1])
+    all_there = threading.Barrier(threads)
+
+    def work():
+        all_there.wait()
+        with torch.no_grad():
+            for _ in range(30):
+                loaded(IMAGES)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert 1 <= len(folds) <= 2 * threads
+
+
+def test_every_tensor_of_a_loaded_model_has_memory_of_its_own(loaded, tmp_path):
+    tensors = loaded.state_dict()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors)
+    content = pickle.dumps(loaded)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+    latent = tiny_model(tiny_config())
+    overhead = len(pickle.dumps(latent)) - sum(tensor.nbytes for tensor in latent.state_dict().values())
+    assert len(content) < size + 2 * overhead
+    copied = pickle.loads(content)
+    with torch.no_grad():
+        assert torch.equal(copied(IMAGES).logits, loaded(IMAGES).logits)
+
+
+def test_accelerate_saves_and_loads_a_packed_model_whose_head_trains(loaded, tmp_path, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(loaded.classifier.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(loaded, optimizer)
+    model(IMAGES).logits.square().sum().backward()
+    optimizer.step()
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accelerator.save_state(str(tmp_path / "state"))
+    optimizer.step()
+    with torch.no_grad():
+        tensor_of(model, SHIFT).add_(1)
+    accelerator.load_state(str(tmp_path / "state"))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    assert_up_to_date(model, monkeypatch)
