@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     choose_background(options.background, None)  # raises its error before the model is loaded
     files, notes = list_images(options.images)
     with Progress(f"Loading {options.model!r}"):
-        classify = load_classifier(options)
+        classify, in_percent = load_classifier(options)
     for note in notes:
         print(note, file=sys.stderr)
     answers = []
@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
         elif not options.json:
             print(answer.image)
             for label in answer.labels or []:
-                print(f"  {100 * label['score']:6.2f} %  {label['label']}", flush=True)
+                score = f"{100 * label['score']:6.2f} %" if in_percent else f"{label['score']:9.4f}"
+                print(f"  {score}  {label['label']}", flush=True)
     if options.json:
         print(json.dumps([answer.describe() for answer in answers], indent=2))
     transparent = [answer.image for answer in answers if answer.transparent]
@@ -81,12 +82,13 @@ def run(options: argparse.Namespace) -> int:
 Classify = Callable[[list["ImageFile"]], tuple[str | None, Iterator["Answer"]]]
 
 
-def load_classifier(options: argparse.Namespace) -> Classify:
+def load_classifier(options: argparse.Namespace) -> tuple[Classify, bool]:
     """
     Load the model on the runtime, or in PyTorch if the runtime does not support it.
 
     Returns:
-        A function of files that returns the colour behind transparent pixels and the answers.
+        A function of files that returns the colour behind transparent pixels and the answers, and whether scores are
+        probabilities.
 
     Raises:
         UserError: there is no such model, it is damaged, or it needs PyTorch, which is not installed.
@@ -101,10 +103,13 @@ def load_classifier(options: argparse.Namespace) -> Classify:
             raise UserError(f"{error} To install it, {installation()}.") from error
         return load_in_pytorch(options)
     background = choose_background(options.background, classifier.background)
-    return lambda files: (background, classifier.stream(files, options.top_k, background))
+    return (
+        lambda files: (background, classifier.stream(files, options.top_k, background)),
+        classifier.scores_are_probabilities,
+    )
 
 
-def load_in_pytorch(options: argparse.Namespace) -> Classify:
+def load_in_pytorch(options: argparse.Namespace) -> tuple[Classify, bool]:
     prepare_libraries(options.program)
     from transformers import pipeline
 
@@ -119,4 +124,7 @@ def load_in_pytorch(options: argparse.Namespace) -> Classify:
         raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json).")
     background = choose_background(options.background, read_background(processor))
     classifier = pipeline("image-classification", model=model, image_processor=processor)
-    return lambda files: (background, classify_files(classifier, files, background, options.top_k))
+    return (
+        lambda files: (background, classify_files(classifier, files, background, options.top_k)),
+        model.config.problem_type != "regression",
+    )

@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
     It is the page of `binaryvit page`. Only this machine can reach it, and Ctrl-C ends it.
     """
+    import threading
     import webbrowser
 
     from binaryvit_runtime.browser.page import write_page
@@ -47,5 +48,6 @@ def run(options: argparse.Namespace) -> None:
             address = f"http://127.0.0.1:{server.server_port}"
             print(f"{options.model} is at {address}; Ctrl-C ends it.", flush=True)
             if not options.no_browser:
-                webbrowser.open(address)
+                # Some browsers, those of a terminal, end before the call returns, and wait for the server.
+                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
             server.serve_forever()

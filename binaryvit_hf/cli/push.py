@@ -1,6 +1,7 @@
 """`binaryvit push`: uploads a trained model to the Hub, or a page that runs it in the browser."""
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from .common import add_token_argument, check_model_folder, prepare_libraries
 NEEDS_PYTORCH = False
 WITHOUT_PYTORCH = "push --space"
 MODEL_MESSAGE, PAGE_MESSAGE = "Upload model", "Upload page"
+EXAMPLE_OF_CARD = re.compile(r'pipeline\("image-classification", model="([^"]+)"')
 EXAMPLE = "binaryvit push outputs/photos YOUR-NAME/photos --private\nbinaryvit push binaryvit-digits YOUR-NAME/digits --space"
 
 
@@ -74,8 +76,8 @@ def push_model(options: argparse.Namespace) -> None:
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
         (ShippedModel(model) if is_latent(model) else model).save_pretrained(staged)  # also copies the modelling code
         readme = staged / "README.md"
-        if readme.is_file():  # its examples name the local folder
-            text = readme.read_text(encoding="utf-8").replace(f'"{folder}"', f'"{repository}"')
+        if readme.is_file():
+            text = name_repository(readme.read_text(encoding="utf-8"), folder, repository)
             readme.write_text(text, encoding="utf-8")
         else:
             write_card_if_possible(staged, repository)
@@ -84,6 +86,13 @@ def push_model(options: argparse.Namespace) -> None:
             with Progress("Uploading"):
                 address = upload_folder(staged, repository, options.token, options.revision, message)
             print(address)
+
+
+def name_repository(card: str, folder: Path, repository: str) -> str:
+    """A card whose examples load the model from the Hub. They name its folder as it was called when the card was written."""
+    for name in {str(folder), *EXAMPLE_OF_CARD.findall(card)}:
+        card = card.replace(f'"{name}"', f'"{repository}"')
+    return card
 
 
 def push_page(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from .cpus import available_cpus
 from .engine.preprocessing import CHANNELS
 from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
 from .image_files import ImageFile, list_images
-from .packed_model import PackedModel, choose_kernels, load_packed_model, local_folder
+from .packed_model import PackedModel, as_they_are, choose_kernels, load_packed_model, local_folder
 from .pixels import describe_unreadable, is_transparent, normalize_colour, open_picture, to_rgb
 from .resources import shipped_models
 from .sources import fetch
@@ -30,12 +30,14 @@ SMALL_NETWORK = 5 * 10**7  # multiplications; below, two threads are no faster t
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
 Picture: TypeAlias = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
-# Held while a Pillow image of the user is decoded or a file object is read, which changes it: other threads may have it too.
+# Held while a Pillow image of the user is decoded, which changes it: other threads may have it too.
 DECODING_LOCK = threading.Lock()
+FILES_LOCK = threading.Lock()  # of the next line
+FILES_READ: dict[int, list] = {}  # for each file object that threads read, by its id: a lock, and how many have it
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=DECODING_LOCK.acquire, after_in_parent=DECODING_LOCK.release, after_in_child=DECODING_LOCK.release
-    )
+    for held in (DECODING_LOCK, FILES_LOCK):
+        os.register_at_fork(before=held.acquire, after_in_parent=held.release, after_in_child=held.release)
+    os.register_at_fork(after_in_child=FILES_READ.clear)  # their threads are not in the child
 
 
 @dataclass
@@ -225,6 +227,11 @@ class Classifier:
                 for future in waiting:
                     future.cancel()
 
+    @property
+    def scores_are_probabilities(self) -> bool:
+        """Whether scores are from 0 to 1; those of a regression are plain numbers."""
+        return self.to_scores is not as_they_are
+
     def answer(self, image: Picture | ImageFile, top_k: int, background: str | None, threads: int) -> Answer:
         """Classify one picture on `threads` threads."""
         if isinstance(image, ImageFile):
@@ -285,10 +292,26 @@ def is_iterable_of_pictures(images: Any) -> bool:
 
 def copy_file(file: BinaryIO) -> io.BytesIO:
     """The content of a user's file object. The files of several threads, such as uploads, are then decoded at once."""
-    with DECODING_LOCK:
+    with only_reader(file):
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             file.seek(0)
         return io.BytesIO(file.read())
+
+
+@contextlib.contextmanager
+def only_reader(file: BinaryIO) -> Iterator[None]:
+    """Keep other threads from reading the same file object. Those with another one go on: a stream may wait for its sender."""
+    with FILES_LOCK:
+        entry = FILES_READ.setdefault(id(file), [threading.Lock(), 0])
+        entry[1] += 1
+    try:
+        with entry[0]:
+            yield
+    finally:
+        with FILES_LOCK:
+            entry[1] -= 1
+            if entry[1] == 0:
+                FILES_READ.pop(id(file), None)
 
 
 def open_input(image: Picture, max_pixels: int | None) -> contextlib.AbstractContextManager[Image.Image]:

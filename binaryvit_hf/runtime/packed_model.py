@@ -187,8 +187,12 @@ def check_pixel_values(pixels: np.ndarray, expected: tuple[int, ...] | None) -> 
 def score_function(config: dict, labels: int) -> Callable[[np.ndarray], np.ndarray]:
     """Logits to scores, as the pipeline of transformers chooses."""
     if config.get("problem_type") == "regression":
-        return lambda logits: logits
+        return as_they_are
     return sigmoid if config.get("problem_type") == "multi_label_classification" or labels == 1 else softmax
+
+
+def as_they_are(logits: np.ndarray) -> np.ndarray:
+    return logits
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

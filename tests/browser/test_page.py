@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import signal
 import socket
@@ -259,10 +260,12 @@ def test_demo_serves_until_it_is_interrupted(tmp_path):
         assert (demo.stdout.read(), demo.stderr.read()) == ("", "")
 
 
-def test_demo_opens_the_browser_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_demo_answers_a_browser_that_it_waits_for_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     def open_and_interrupt(address):
+        with urllib.request.urlopen(address, timeout=30) as response:
+            assert b"<h1>binaryvit-digits</h1>" in response.read()
         opened.append((address, list(tmp_path.iterdir())))
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     opened = []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 import binaryvit_hf
 from binaryvit_cli import COMMANDS, create_command_parser, main
+from binaryvit_cli.push import name_repository
 from binaryvit_hf import engine, onnx_export
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.onnx_export import ExportedFile
@@ -149,6 +150,7 @@ package = types.ModuleType("binaryvit_hf")  # without its __init__, which import
 package.__path__, package.__version__ = [sys.argv[1]], "0"
 sys.modules["binaryvit_hf"] = package
 from binaryvit_cli import COMMANDS, create_command_parser, main
+from binaryvit_cli.push import name_repository
 for arguments in [[], ["pack"], ["pak"], ["pack", "--hlaf"]]:
     assert main(arguments) == 2
 for arguments in [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]:
@@ -356,6 +358,13 @@ def test_classify_refuses_wrong_files_models_and_arguments(latent, photos, capsy
     )
     (latent / "preprocessor_config.json").unlink()
     assert_refused(capsys, ["classify", latent, photos], "no image processor")
+
+
+@pytest.mark.parametrize("folder", ["outputs/photos", "photos", "/data/outputs/photos"])
+def test_the_examples_of_an_uploaded_card_name_the_repository_however_the_folder_is_called(folder):
+    card = """classify = pipeline("image-classification", model="outputs/photos", trust_remote_code=True)
+`AutoModelForImageClassification.from_pretrained("outputs/photos", subfolder="latent")`"""
+    assert name_repository(card, pathlib.Path(folder), "alice/ants") == card.replace("outputs/photos", "alice/ants")
 
 
 def test_push_refuses_folders_without_a_model_that_loads(latent, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """`binaryvit classify` prints the same on the runtime and in PyTorch."""
 
+import json
+
 import pytest
 from packed_model import edit_json, save_packed
 from PIL import Image
@@ -63,3 +65,18 @@ def test_the_runtime_prints_what_pytorch_prints(options, photos, model, capsys, 
     assert by_runtime == by_pytorch
     assert by_runtime[0] == 1
     assert "cut.png" in by_runtime[1].err
+
+
+@pytest.mark.parametrize("by", ["runtime", "PyTorch"])
+def test_scores_of_a_regression_are_printed_as_numbers(by, model, tmp_path, capsys, monkeypatch):
+    folder = save_packed(tmp_path, tiny_config(problem_type="regression"))
+    picture = tmp_path / "rgb.png"
+    Image.new("RGB", (32, 16), "red").save(picture)
+    if by == "PyTorch":
+        monkeypatch.setattr(Classifier, "from_pretrained", unsupported)
+    assert main(["classify", str(folder), str(picture), "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)[0]["labels"][0]
+    assert main(["classify", str(folder), str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert f"{best['score']:9.4f}  {best['label']}" in out
+    assert "%" not in out

@@ -227,3 +227,33 @@ def test_a_pickle_of_a_deleted_model_is_refused_by_name(tmp_path):
     Path(tmp_path / "digits").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"digits.* cannot be loaded"):
         pickle.loads(pickled)
+
+
+class SlowFile(io.BytesIO):
+    """A file whose sender goes on when `more` is set."""
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self.begun, self.more, self.at_once = threading.Event(), threading.Event(), []
+
+    def read(self, *size):
+        self.begun.set()
+        self.at_once.append(self.more.wait(60))
+        return super().read(*size)
+
+
+@forks
+def test_a_file_that_waits_for_its_sender_stops_no_other_file_and_no_fork(classifier, expected):
+    content = io.BytesIO()
+    Image.fromarray(PICTURES[0]).save(content, "PNG")
+    slow = SlowFile(content.getvalue())
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(classifier, slow) for _ in range(2)]
+        slow.begun.wait(60)
+        assert classifier(io.BytesIO(content.getvalue())) == expected[0]
+        assert_fork_succeeds(lambda: classifier(io.BytesIO(content.getvalue())) == expected[0])
+        assert not slow.more.is_set()
+        assert len(slow.at_once) == 0  # one of the two threads reads, the other one waits for it
+        slow.more.set()
+        assert [answer.result() for answer in waiting] == [expected[0], expected[0]]
+    assert slow.at_once == [True, True]
