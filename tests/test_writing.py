@@ -1,10 +1,13 @@
 """Commands write a whole result or nothing, and check first that they can write."""
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from full_disk import files_up_to
@@ -81,6 +84,58 @@ def test_checking_a_folder_leaves_nothing_in_it(tmp_path):
     check_writable(tmp_path / "new" / "out")
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=["busy", "mounted", "write-protected above"])
+def fixed(request, tmp_path, monkeypatch):
+    """An empty folder that no other can replace, such as a mounted one of a container."""
+    folder, replace, access = tmp_path / "out", Path.replace, os.access
+    folder.mkdir()
+
+    def refuse(path, target):
+        if folder in (path, target):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    if request.param == "mounted":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == folder)
+    elif request.param == "write-protected above":
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def write_two(out: Path, text: str) -> None:
+    with new_folder(out, may_replace=lambda folder: True) as folder:
+        (folder / "a").write_text(text)
+        (folder / "b").mkdir()
+        (folder / "b" / "c").write_text(text)
+
+
+def test_a_folder_that_cannot_be_replaced_gets_the_files(fixed, monkeypatch):
+    write_two(fixed, "old")
+    write_two(fixed, "new")
+    assert files_of(fixed) == {"a": "new", "b/c": "new"}
+    assert list(fixed.parent.iterdir()) == [fixed]
+    with pytest.raises(UserError, match="already exists"), new_folder(fixed):
+        pass
+    move, moves = shutil.move, []
+
+    def fail_later(path, target):
+        moves.append(path)
+        if len(moves) == 4:  # two old ones are out of the way, and one new one is there
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return move(path, target)
+
+    monkeypatch.setattr(shutil, "move", fail_later)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_two(fixed, "third")
+    assert files_of(fixed) == {"a": "new", "b/c": "new"}
+    assert list(fixed.parent.iterdir()) == [fixed]
 
 
 @pytest.mark.parametrize("size", [0, 1000, 30_000])

@@ -35,7 +35,8 @@ def new_folder(out: Path, may_replace: Callable[[Path], bool] = lambda folder: F
     """
     Yield an empty folder, which is renamed to `out` at the end of the context.
 
-    After an exception nothing is left. Leftovers of a killed process are removed when `out` is written again.
+    After an exception nothing is left. Leftovers of a killed process are removed when `out` is written again. An existing
+    folder that cannot be replaced, such as a mounted one of a container, gets the files one after the other at the end.
 
     Args:
         may_replace: whether an existing folder may be replaced that is not empty.
@@ -45,16 +46,46 @@ def new_folder(out: Path, may_replace: Callable[[Path], bool] = lambda folder: F
     """
     with reported_write_errors(out):
         target = out.resolve()
+        inside = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
+        if inside:
+            remove_leftovers(target, staging_prefix(target))
         if target.exists() and not (target.is_dir() and (is_empty(target) or may_replace(target))):
             raise UserError(f"{str(out)!r} already exists: choose another name, or remove it.")
-        with parent_folders(target), staging_folder(target) as staging:
+        with parent_folders(target), staging_folder(target, target if inside else target.parent) as staging:
             folder = staging / target.name
             folder.mkdir()
             yield folder
             give_usual_mode(folder, *(path for path in folder.rglob("*") if path.is_dir()))
-            if target.exists() and not is_empty(target):
-                target.replace(staging / "replaced")  # a rename does not replace a folder that has files
-            folder.replace(target)
+            if inside:
+                exchange_content(folder, target, staging)
+                return
+            try:
+                if target.exists() and not is_empty(target):
+                    target.replace(staging / "replaced")  # a rename does not replace a folder that has files
+                folder.replace(target)
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.EXDEV) or not target.is_dir():
+                    raise
+                exchange_content(folder, target, staging)
+
+
+def exchange_content(folder: Path, target: Path, staging: Path) -> None:
+    """Move the content of `folder` to the folder `target`, and what was there to `staging`. After an exception it is back."""
+    before, moved = staging / "replaced", []
+    before.mkdir()
+    old = [path for path in target.iterdir() if path != staging]
+    try:
+        for path in old:
+            shutil.move(path, before / path.name)
+        for path in folder.iterdir():
+            moved.append(target / path.name)
+            shutil.move(path, moved[-1])
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in list(before.iterdir()):
+            shutil.move(path, target / path.name)
+        raise
 
 
 def is_empty(folder: Path) -> bool:
@@ -198,13 +229,20 @@ def discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def staging_prefix(target: Path) -> str:
+    return f".{target.name[:100]}{UNFINISHED}"
+
+
 @contextlib.contextmanager
-def staging_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `target` and remove it at the end. Also remove those that killed processes left."""
-    prefix = f".{target.name[:100]}{UNFINISHED}"
+def staging_folder(target: Path, place: Path | None = None) -> Iterator[Path]:
+    """
+    Yield a hidden folder in `place`, by default beside `target`, and remove it at the end. Also remove those that killed
+    processes left.
+    """
+    place, prefix = place or target.parent, staging_prefix(target)
     with sigterm_as_exit(), contextlib.ExitStack() as stack:
-        remove_leftovers(target.parent, prefix)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix)))
+        remove_leftovers(place, prefix)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place, prefix=prefix)))
         with contextlib.suppress(OSError):  # some file systems have no locks
             stack.enter_context(lock(folder))
         yield folder

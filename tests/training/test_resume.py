@@ -166,6 +166,12 @@ def test_a_checkpoint_of_other_batches_tells_where_training_goes_on_or_that_noth
     assert "Training goes on at another place: step 4 of the checkpoint was in epoch 0.6" in caplog.text
 
 
+def test_the_best_model_cannot_be_chosen_by_a_metric_that_few_classes_do_not_have(command, capsys):
+    best = ["--load_best_model_at_end", "--eval_strategy=epoch", "--save_strategy=epoch"]
+    assert script.main([*command, *best, "--metric_for_best_model=top5_accuracy"]) == 2
+    assert "top5_accuracy needs more than five classes; there are 2. Give accuracy." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_resuming_with_other_rates_trains_with_them(tmp_path, schedule):
     arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": schedule}

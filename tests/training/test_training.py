@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
-from transformers import TrainerCallback
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from binaryvit_hf.network.layers_binaryvit import BinaryLayer
 from binaryvit_hf.network.modeling_binaryvit import BinaryViTAttention
@@ -308,3 +308,32 @@ def test_a_clip_below_zero_is_raised_after_the_step(tmp_path):
     attention.register_forward_pre_hook(kill)
     trainer.train()
     assert attention.probability_clip.item() == pytest.approx(SMALLEST_CLIP)
+
+
+@pytest.mark.parametrize("network, searches", [("binaryvit", False), ("vit", False), ("resnet", True)])
+def test_several_processes_look_for_unused_parameters_in_networks_of_others(network, searches, tmp_path):
+    model = {"binaryvit": tiny_model, "vit": tiny_teacher, "resnet": tiny_resnet}[network]()
+    trainer = tiny_trainer(tmp_path, model)
+    assert trainer.accelerator.ddp_handler.find_unused_parameters == searches
+    assert trainer.args.ddp_find_unused_parameters is None
+    given = tiny_trainer(tmp_path, model, ddp_find_unused_parameters=not searches)
+    assert given.accelerator.ddp_handler.find_unused_parameters != searches
+
+
+def tiny_resnet() -> ResNetForImageClassification:
+    return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3))
+
+
+@pytest.mark.parametrize("network", [tiny_model, tiny_teacher])
+def test_evaluation_in_half_precision_leaves_the_weights(network, tmp_path):
+    trainer = tiny_trainer(tmp_path, network(), use_cpu=True, bf16_full_eval=True)
+    trainer.train()
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    metrics = trainer.evaluate()
+    after = trainer.model.state_dict()
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )
+    whole = tiny_trainer(tmp_path, trainer.model, use_cpu=True).evaluate()
+    assert metrics["eval_loss"] != whole["eval_loss"]  # it was in half precision
+    assert metrics["eval_loss"] == pytest.approx(whole["eval_loss"], rel=0.1)
