@@ -209,7 +209,7 @@ class DistillationTrainer(Trainer):
         if has_length(self.train_dataset) and abs(now - (before or 0)) > 1 / max(1, num_update_steps_per_epoch - 1):
             moved = (
                 f"step {step:,} of the checkpoint was in epoch {before:.1f}, and is in epoch {now:.1f} of {num_train_epochs} now: "
-                "images, batch or processes are others"
+                "the images, the batch or the number of processes changed"
             )
             if step >= max_steps:
                 raise UserError(
