@@ -45,7 +45,7 @@ from .ops import align_columns, readable
 from .run_history import ALL_RESULTS, TEST, finite_numbers
 from .training.ablation.estimates import NO_INTERVAL, SeedVariance, estimate_accuracy
 from .training.confusion import predict_classes, wilson_interval
-from .training.run_folder import NOT_RECORDED, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_WEIGHTS, read_json
+from .training.run_folder import NOT_RECORDED, PROCESSES, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_WEIGHTS, read_json
 
 
 ENGINE = "engine"
@@ -102,7 +102,7 @@ class TrainedRun:
     @cached_property
     def described(self) -> str:
         """What equal runs of other seeds have in common, with a teacher that was trained in the same command."""
-        left_out = {"seed", "data_seed", "output_dir"} | NOT_RECORDED | WITHOUT_EFFECT_ON_WEIGHTS
+        left_out = {"seed", "data_seed", "output_dir", PROCESSES} | NOT_RECORDED | WITHOUT_EFFECT_ON_WEIGHTS
         arguments = {name: value for name, value in self.recorded.items() if name not in left_out}
         if arguments.get("teacher_model_name_or_path") == f"{self.recorded.get('output_dir')}-teacher":
             arguments["teacher_model_name_or_path"] = "its own"

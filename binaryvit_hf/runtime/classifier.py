@@ -27,13 +27,16 @@ from .sources import fetch
 
 MAX_THREADS = 1024
 SMALL_NETWORK = 5 * 10**7  # multiplications; below, two threads are no faster than one
+MOST_LAYERS = 9  # of file objects, each of which reads from the next
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
 Picture: TypeAlias = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 # Held while a Pillow image of the user is decoded, which changes it: other threads may have it too.
 DECODING_LOCK = threading.Lock()
 FILES_LOCK = threading.Lock()  # of the next line
-FILES_READ: dict[int, list] = {}  # for each file object that threads read, by its id: a lock, and how many have it
+FILES_READ: dict[
+    int, list
+] = {}  # for each file that threads read, by the id of its object: a lock, and how many have it
 if hasattr(os, "register_at_fork"):
     for held in (DECODING_LOCK, FILES_LOCK):
         os.register_at_fork(before=held.acquire, after_in_parent=held.release, after_in_child=held.release)
@@ -279,8 +282,12 @@ class Classifier:
         """Decode a picture to RGB. Sets `answer.transparent`."""
         if hasattr(image, "read"):
             image = copy_file(cast("BinaryIO", image))
-        is_shared = isinstance(image, Image.Image)
-        with DECODING_LOCK if is_shared else contextlib.nullcontext(), open_input(image, self.max_pixels) as picture:
+        with contextlib.ExitStack() as stack:
+            if isinstance(image, Image.Image):
+                stack.enter_context(DECODING_LOCK)
+                if (file := getattr(image, "fp", None)) is not None:  # it is decoded later than it was opened
+                    stack.enter_context(only_reader(file))
+            picture = stack.enter_context(open_input(image, self.max_pixels))
             answer.transparent = is_transparent(picture)
             return to_rgb(picture, background)
 
@@ -300,9 +307,10 @@ def copy_file(file: BinaryIO) -> io.BytesIO:
 
 @contextlib.contextmanager
 def only_reader(file: BinaryIO) -> Iterator[None]:
-    """Keep other threads from reading the same file object. Those with another one go on: a stream may wait for its sender."""
+    """Keep other threads from reading the same file. Those with another one go on: a stream may wait for its sender."""
+    source = source_of(file)
     with FILES_LOCK:
-        entry = FILES_READ.setdefault(id(file), [threading.Lock(), 0])
+        entry = FILES_READ.setdefault(id(source), [threading.Lock(), 0])
         entry[1] += 1
     try:
         with entry[0]:
@@ -311,7 +319,18 @@ def only_reader(file: BinaryIO) -> Iterator[None]:
         with FILES_LOCK:
             entry[1] -= 1
             if entry[1] == 0:
-                FILES_READ.pop(id(file), None)
+                FILES_READ.pop(id(source), None)
+
+
+def source_of(file: BinaryIO) -> Any:
+    """What a file object reads from: the members of a tar archive are objects of their own, and seek in one file."""
+    source: Any = file
+    for _ in range(MOST_LAYERS):
+        below = getattr(source, "raw", None) or getattr(source, "fileobj", None)
+        if below is None:
+            break
+        source = below
+    return source
 
 
 def open_input(image: Picture, max_pixels: int | None) -> contextlib.AbstractContextManager[Image.Image]:

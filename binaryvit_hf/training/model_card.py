@@ -18,11 +18,11 @@ from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, readable, total
 from ..run_history import TEST, TRAINING, evaluation_images, finite_numbers, named_metrics, read_json, text_value
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
-from .run_folder import RUN_ARGUMENTS, arguments_to_json
+from .run_folder import PROCESSES, RUN_ARGUMENTS, arguments_to_json
 
 
 # Defaults of earlier versions, which their runs recorded: nobody chose them.
-EARLIER_DEFAULTS = [("logging_nan_inf_filter", True)]
+EARLIER_DEFAULTS = [("logging_nan_inf_filter", True), ("ddp_find_unused_parameters", False)]
 
 NOTES = "<!-- Text below this line stays when the card is written again. -->"
 
@@ -192,5 +192,11 @@ def chosen_arguments(arguments: dict) -> dict:
     return {
         name: value
         for name, value in arguments.items()
-        if name in always or (value != defaults.get(name) and (name, value) not in EARLIER_DEFAULTS and name != unused)
+        if name in always
+        or (
+            name != PROCESSES
+            and value != defaults.get(name)
+            and (name, value) not in EARLIER_DEFAULTS
+            and name != unused
+        )
     }

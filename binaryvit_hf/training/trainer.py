@@ -125,7 +125,8 @@ class DistillationTrainer(Trainer):
         before = args.torch_compile_backend, args.ddp_find_unused_parameters, config.non_blocking
         if not self.compiles_by_accelerate:
             args.torch_compile_backend = None
-        if args.ddp_find_unused_parameters is None and self.model.config.model_type in CONFIG_CLASSES:
+        model_type = None if self.model is None else self.model.config.model_type  # `model_init` creates it later
+        if args.ddp_find_unused_parameters is None and model_type in CONFIG_CLASSES:
             args.ddp_find_unused_parameters = False
         config.non_blocking = config.non_blocking or args.dataloader_pin_memory
         try:
@@ -203,10 +204,13 @@ class DistillationTrainer(Trainer):
         epochs_trained, steps_trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )
+        self.misses_evaluation = self.lacks_evaluation(num_update_steps_per_epoch, max_steps)
         step, before = self.state.global_step, self.state.epoch
         now = step / num_update_steps_per_epoch
+        stream = getattr(self.train_dataset, "stream", None)
+        has_epochs = has_length(self.train_dataset) and not (stream is not None and stream.endless)
         # Steps of accumulated batches are no equal parts of an epoch.
-        if has_length(self.train_dataset) and abs(now - (before or 0)) > 1 / max(1, num_update_steps_per_epoch - 1):
+        if has_epochs and abs(now - (before or 0)) > 1 / max(1, num_update_steps_per_epoch - 1):
             moved = (
                 f"step {step:,} of the checkpoint was in epoch {before:.1f}, and is in epoch {now:.1f} of {num_train_epochs} now: "
                 "the images, the batch or the number of processes changed"
@@ -220,35 +224,35 @@ class DistillationTrainer(Trainer):
         return epochs_trained, steps_trained
 
     def _run_epoch(self, *args, **kwargs):
-        """
-        Train an epoch. A run that resumes first makes an evaluation that a signal had kept it from. One that resumes after its
-        last step trains no further: the Trainer would add a step.
-        """
-        state = self.state
-        if state.global_step == self._initial_global_step and self.misses_evaluation(
-            kwargs["num_update_steps_per_epoch"]
-        ):
-            self._load_rng_state(kwargs["resume_from_checkpoint"])  # the checkpoint may be saved again
-            self.control.should_evaluate = True
-            self.control.should_save = self.args.metric_for_best_model is not None  # with the result
-            names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
-            self._maybe_log_save_evaluate(None, None, **{name: kwargs[name] for name in names})
-        if state.global_step >= state.max_steps:
+        """Train an epoch. A run that resumes after its last step trains no further: the Trainer would add a step."""
+        self.make_missed_evaluation()
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
-    def misses_evaluation(self, steps_per_epoch: int) -> bool:
-        """Whether the checkpoint that training resumed from was saved without the evaluation that follows its step."""
+    def make_missed_evaluation(self) -> None:
+        """Make the evaluation that a signal had kept a run from, once after it resumes."""
+        if not self.misses_evaluation:
+            return
+        self.misses_evaluation = False
+        self._load_rng_state(self.resumed_from)  # the checkpoint may be saved again
+        self.control.should_evaluate = True
+        self.control.should_save = self.args.metric_for_best_model is not None  # with the result
+        # Nothing is logged but the evaluation: since the checkpoint there was no step.
+        self._maybe_log_save_evaluate(None, None, self.model, None, self.state.epoch, None, None)
+
+    def lacks_evaluation(self, steps_per_epoch: int, max_steps: int) -> bool:
+        """Whether the checkpoint that training resumes from was saved without the evaluation that follows its step."""
         args, state = self.args, self.state
         step = state.global_step
-        if step == 0 or any(entry["step"] == step and "eval_loss" in entry for entry in state.log_history):
+        if step == 0 or any(is_evaluation(entry) and entry["step"] == step for entry in state.log_history):
             return False
+        is_last = step >= max_steps
         if args.eval_strategy == IntervalStrategy.EPOCH:
-            return args.eval_delay <= state.epoch and (step % steps_per_epoch == 0 or step >= state.max_steps)
-        return (
-            args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay <= step and step % state.eval_steps == 0
-        )
+            return args.eval_delay <= state.epoch and (step % steps_per_epoch == 0 or is_last)
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        return by_steps and args.eval_delay <= step and (step % state.eval_steps == 0 or is_last)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         self.termination.leaves_evaluations = True
@@ -262,6 +266,7 @@ class DistillationTrainer(Trainer):
 
     def _finalize_training(self, *args, **kwargs):
         """A run that a signal ends keeps its last checkpoint, which the Trainer would remove if another one is the best."""
+        self.make_missed_evaluation()  # of a run that resumes after its last epoch
         limit, loads_best = self.args.save_total_limit, self.args.load_best_model_at_end
         if self.termination.terminated:
             self.args.save_total_limit, self.args.load_best_model_at_end = None, False
@@ -384,8 +389,7 @@ class DistillationTrainer(Trainer):
             NonFiniteLossError: the loss is not finite, so it must not choose a best model.
         """
         if not self.is_in_train:
-            with kept_tensors(self.plain_model):
-                metrics = super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
         else:
             with seeded_rng(self.args.seed), self.final_weights():  # the loader draws a seed for its workers
                 metrics = super().evaluate(*args, **kwargs)
@@ -398,6 +402,10 @@ class DistillationTrainer(Trainer):
                     "--learning_rate, or evaluate another checkpoint."
                 )
         return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        with contextlib.nullcontext() if self.is_in_train else kept_tensors(self.plain_model):
+            return super().evaluation_loop(*args, **kwargs)
 
     @contextlib.contextmanager
     def final_weights(self) -> Iterator[None]:
@@ -489,6 +497,7 @@ class DistillationTrainer(Trainer):
         if checkpoint and given is not None:
             given.apply(self)
         folder = Path(checkpoint) if checkpoint else None
+        self.resumed_from = checkpoint
         self.compiler.begin(folder)
         for callback in self.checkpointed:
             callback.checkpoint = folder
@@ -571,6 +580,11 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(math.floor(state.epoch + 1e-6))
+
+
+def is_evaluation(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the log history is of an evaluation, also of one of several datasets."""
+    return any(name.startswith("eval_") and name.endswith("_loss") for name in entry)
 
 
 def constant_within_epoch(schedule: Callable[[int], float], steps_per_epoch: int, step: int) -> float:

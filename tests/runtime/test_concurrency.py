@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -240,6 +241,25 @@ class SlowFile(io.BytesIO):
         self.begun.set()
         self.at_once.append(self.more.wait(60))
         return super().read(*size)
+
+
+def test_members_of_an_archive_are_read_one_after_the_other(classifier, expected, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, picture in enumerate(PICTURES):
+            content = io.BytesIO()
+            Image.fromarray(picture).save(content, "PNG")
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = content.tell()
+            content.seek(0)
+            archive.addfile(member, content)
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with tarfile.open(tmp_path / "a.tar") as archive:
+            for _ in range(20):
+                assert classifier(archive.extractfile(member) for member in archive.getmembers()) == expected
+    finally:
+        sys.setswitchinterval(switch)
 
 
 @forks

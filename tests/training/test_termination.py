@@ -185,6 +185,32 @@ def test_a_resumed_run_makes_the_evaluation_that_a_signal_kept_it_from(trainer, 
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    "counts", [{"num_train_epochs": 1, "max_steps": -1, "eval_strategy": "epoch"}, {"eval_steps": 3}], ids=str
+)
+def test_a_run_that_resumes_after_its_last_step_makes_its_last_evaluation(trainer, counts, tmp_path):
+    arguments = EVERY_STEP | {"per_device_train_batch_size": 2} | counts  # an epoch has four steps
+    run = trainer(**arguments)
+    run.add_callback(At("on_step_begin", once(terminate), step=3))
+    run.train()
+    assert 4 not in evaluated_steps(run)
+    resumed = trainer(**arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert evaluated_steps(resumed)[-1] == 4
+    assert resumed.state.global_step == 4
+
+
+def test_evaluations_of_several_datasets_are_not_made_again(trainer, tmp_path):
+    run = trainer(**EVERY_STEP)
+    run.eval_dataset = {"a": run.eval_dataset, "b": run.eval_dataset}
+    run.train()
+    resumed = trainer(**EVERY_STEP)
+    resumed.eval_dataset = run.eval_dataset
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    steps = [entry["step"] for entry in resumed.state.log_history if "eval_a_loss" in entry]
+    assert steps == [1, 2, 3, 4]
+
+
 def test_the_best_model_may_be_of_the_evaluation_that_a_signal_kept_a_run_from(trainer, tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
     losses = Losses({1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0})
@@ -206,6 +232,9 @@ def test_an_evaluation_before_the_first_step_is_not_left(trainer, tmp_path):
     run.train()
     assert run.termination.terminated == signal.SIGTERM
     assert evaluated_steps(run) == [0]
+    resumed = trainer(eval_on_start=True, eval_strategy="steps", eval_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert evaluated_steps(resumed) == [0, 1, 1, 2, 3, 4]
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 

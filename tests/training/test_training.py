@@ -330,6 +330,7 @@ def test_evaluation_in_half_precision_leaves_the_weights(network, tmp_path):
     trainer.train()
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     metrics = trainer.evaluate()
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == metrics["eval_loss"]
     after = trainer.model.state_dict()
     assert all(
         torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
