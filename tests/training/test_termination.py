@@ -227,12 +227,13 @@ def test_the_best_model_may_be_of_the_evaluation_that_a_signal_kept_a_run_from(t
 
 
 def test_an_evaluation_before_the_first_step_is_not_left(trainer, tmp_path):
-    run = trainer(eval_on_start=True)
+    arguments = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1}
+    run = trainer(**arguments)
     run.add_callback(At("on_prediction_step", once(terminate), step=0))
     run.train()
     assert run.termination.terminated == signal.SIGTERM
     assert evaluated_steps(run) == [0]
-    resumed = trainer(eval_on_start=True, eval_strategy="steps", eval_steps=1)
+    resumed = trainer(**arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert evaluated_steps(resumed) == [0, 1, 1, 2, 3, 4]
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
