@@ -59,7 +59,7 @@ libraries = [
 ]
 setup(
     packages=[*find_packages(include=["binaryvit_hf", "binaryvit_hf.*"], exclude=RENAMED_FOLDERS), *RENAMED],
-    # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
     cmdclass={"build_ext": ParallelBuild},
+    # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
     ext_modules=[] if sys.platform == "win32" else libraries,
 )

@@ -48,6 +48,6 @@ def run(options: argparse.Namespace) -> None:
             address = f"http://127.0.0.1:{server.server_port}"
             print(f"{options.model} is at {address}; Ctrl-C ends it.", flush=True)
             if not options.no_browser:
-                # Some browsers, those of a terminal, end before the call returns, and wait for the server.
+                # The call waits for the end of some browsers, those of a terminal, which wait for the server.
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
             server.serve_forever()

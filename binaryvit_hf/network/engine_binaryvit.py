@@ -203,11 +203,13 @@ class EngineSlot:
 
     def tensors_to_watch(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors whose counters reveal any change in place: one of those that are counted together, and all others."""
-        known = self.counted_together
-        # Another tensor may have the id of one that is gone.
-        together = [tensor for tensor in tensors if id(tensor) in known and known[id(tensor)]() is tensor]
-        members = set(map(id, together))
-        return together[:1] + [tensor for tensor in tensors if id(tensor) not in members]
+        together, others = [], []
+        for tensor in tensors:
+            reference = self.counted_together.get(id(tensor))
+            # Another tensor may have the id of one that is gone.
+            is_known = reference is not None and reference() is tensor
+            (together if is_known else others).append(tensor)
+        return together[:1] + others
 
     def compare_values(self) -> None:
         """

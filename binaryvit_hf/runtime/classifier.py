@@ -33,10 +33,9 @@ LOOKAHEAD = 4  # pictures for each thread that are read ahead
 Picture: TypeAlias = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 # Held while a Pillow image of the user is decoded, which changes it: other threads may have it too.
 DECODING_LOCK = threading.Lock()
-FILES_LOCK = threading.Lock()  # of the next line
-FILES_READ: dict[
-    int, list
-] = {}  # for each file that threads read, by the id of its object: a lock, and how many have it
+# For each file that threads read, by the id of its object: a lock, and how many threads have it
+FILES_READ: dict[int, list] = {}
+FILES_LOCK = threading.Lock()  # of the dictionary
 if hasattr(os, "register_at_fork"):
     for held in (DECODING_LOCK, FILES_LOCK):
         os.register_at_fork(before=held.acquire, after_in_parent=held.release, after_in_child=held.release)

@@ -193,10 +193,5 @@ def chosen_arguments(arguments: dict) -> dict:
         name: value
         for name, value in arguments.items()
         if name in always
-        or (
-            name != PROCESSES
-            and value != defaults.get(name)
-            and (name, value) not in EARLIER_DEFAULTS
-            and name != unused
-        )
+        or (value != defaults.get(name) and (name, value) not in EARLIER_DEFAULTS and name not in (unused, PROCESSES))
     }

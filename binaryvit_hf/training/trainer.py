@@ -32,7 +32,7 @@ from binaryvit_runtime.writing import give_usual_mode
 from ..data.sampling import StreamSampler, create_train_sampler, seeded_rng
 from ..data.workers import shield_workers
 from ..network.packing_binaryvit import binary_layers, packed_layers
-from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder
+from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder, stored_tensors
 from ..ops import CONFIG_CLASSES
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
@@ -194,7 +194,9 @@ class DistillationTrainer(Trainer):
             self.apply_final_step()
         return output
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
         """
         The Trainer finds the epoch of a checkpoint from its steps.
 
@@ -202,9 +204,10 @@ class DistillationTrainer(Trainer):
             UserError: steps or epochs of its run had other numbers of images, and the run would end before it begins.
         """
         epochs_trained, steps_trained = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        self.misses_evaluation = self.lacks_evaluation(num_update_steps_per_epoch, max_steps)
+        lacks = self.lacks_evaluation(num_update_steps_per_epoch, max_steps)
+        self.checkpoint_to_evaluate = resume_from_checkpoint if lacks else None
         step, before = self.state.global_step, self.state.epoch
         now = step / num_update_steps_per_epoch
         stream = getattr(self.train_dataset, "stream", None)
@@ -233,10 +236,10 @@ class DistillationTrainer(Trainer):
 
     def make_missed_evaluation(self) -> None:
         """Make the evaluation that a signal had kept a run from, once after it resumes."""
-        if not self.misses_evaluation:
+        checkpoint, self.checkpoint_to_evaluate = self.checkpoint_to_evaluate, None
+        if checkpoint is None:
             return
-        self.misses_evaluation = False
-        self._load_rng_state(self.resumed_from)  # the checkpoint may be saved again
+        self._load_rng_state(checkpoint)  # it may be saved again
         self.control.should_evaluate = True
         self.control.should_save = self.args.metric_for_best_model is not None  # with the result
         # Nothing is logged but the evaluation: since the checkpoint there was no step.
@@ -497,7 +500,6 @@ class DistillationTrainer(Trainer):
         if checkpoint and given is not None:
             given.apply(self)
         folder = Path(checkpoint) if checkpoint else None
-        self.resumed_from = checkpoint
         self.compiler.begin(folder)
         for callback in self.checkpointed:
             callback.checkpoint = folder
@@ -623,17 +625,14 @@ class Hyperparameters:
 @contextlib.contextmanager
 def kept_tensors(model: nn.Module) -> Iterator[None]:
     """Give a model its own tensors again afterwards: --bf16_full_eval and --fp16_full_eval leave rounded ones in it."""
-    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    before = [(members, name, tensor, tensor.data) for members, name, tensor in stored_tensors(model)]
     try:
         yield
     finally:
-        for parameter, data in parameters:
-            if parameter.data.dtype != data.dtype:
-                parameter.data = data
-        for module, name, buffer in buffers:
-            if buffer is not None and module._buffers[name].dtype != buffer.dtype:
-                module._buffers[name] = buffer
+        for members, name, tensor, data in before:
+            if members[name].dtype != data.dtype:
+                members[name] = tensor  # buffers are replaced
+                tensor.data = data  # parameters get other memory
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str) -> None:

@@ -1,5 +1,6 @@
 """`--balance_classes` helps a rare class, for a network that learns from labels and for one that learns from a teacher."""
 
+import pytest
 import torch
 from command_line import refusal
 from tiny import tiny_config, tiny_model
@@ -7,6 +8,7 @@ from tiny_training import tiny_teacher
 
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.trainer import DistillationTrainer
+from binaryvit_runtime.errors import UserError
 
 
 class Shades(torch.utils.data.Dataset):
@@ -65,8 +67,13 @@ def test_statistics_of_batch_norm_are_of_balanced_batches_too(tmp_path):
     assert not torch.allclose(*means, atol=1e-3)
 
 
-def test_balancing_needs_all_labels(tmp_path, capsys):
+def test_balancing_needs_all_labels_and_a_random_order(tmp_path, capsys):
     tiny_config().save_pretrained(tmp_path / "tiny")
     flags = ["--config_name", tmp_path / "tiny", "--dataset_name", "archives", "--streaming", "--do_train"]
     message = refusal(capsys, *flags, "--balance_classes", "--output_dir", tmp_path / "out")
     assert "--balance_classes needs all labels before training, but --streaming" in message
+    arguments = DistillationTrainingArguments(
+        str(tmp_path), use_cpu=True, balance_classes=True, train_sampling_strategy="sequential"
+    )
+    with pytest.raises(UserError, match="--train_sampling_strategy sequential is not supported"):
+        arguments.check_supported()

@@ -164,7 +164,7 @@ def describe_page(name: str, classifier: Classifier) -> dict[str, Any]:
         "characters": characters,
         "drawing": DRAWINGS.get(str(dataset), DRAWINGS["mnist"]) if characters else None,
         "board": "dark" if characters or max(height, width) <= SMALL_PICTURE else "light",
-        "probabilities": read_json(folder / CONFIG).get("problem_type") != "regression",
+        "probabilities": classifier.scores_are_probabilities,
         "model": [file.name for file in model_files(folder)],
         "examples": [file.name for file in example_files(folder)],
     }
