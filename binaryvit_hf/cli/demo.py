@@ -41,13 +41,14 @@ def run(options: argparse.Namespace) -> None:
 
     if not 0 <= options.port <= MOST_PORT:
         raise UserError(f"--port must be from 0 to {MOST_PORT}, not {options.port}.")
-    with sigterm_as_exit(), tempfile.TemporaryDirectory() as temporary, contextlib.suppress(KeyboardInterrupt):
+    with sigterm_as_exit(), tempfile.TemporaryDirectory() as temporary:
         page = Path(temporary) / "page"
-        write_page(options.model, page, token=options.token)
-        with create_server(page, options.port) as server:
+        with create_server(page, options.port) as server:  # before the model is read: the port may be taken
+            write_page(options.model, page, token=options.token)
             address = f"http://127.0.0.1:{server.server_port}"
             print(f"{options.model} is at {address}; Ctrl-C ends it.", flush=True)
             if not options.no_browser:
                 # The call waits for the end of some browsers, those of a terminal, which wait for the server.
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-            server.serve_forever()
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()

@@ -34,10 +34,12 @@ def run(options: argparse.Namespace) -> None:
     It needs no server that computes, works without a connection and sends nothing.
     """
     from binaryvit_runtime.browser.page import write_page
+    from binaryvit_runtime.writing import is_stream
 
     write_page(options.model, options.out, options.single_file, options.token)
     if options.single_file:
-        print(f"{options.out}: open it in a browser.")
+        if not is_stream(options.out):
+            print(f"{options.out}: open it in a browser.")
     else:
         folder = shlex.quote(str(options.out))
         print(f"{options.out}: put it on any web server, such as `python -m http.server --directory {folder}`.")

@@ -318,6 +318,33 @@ def test_a_model_that_is_disposed_while_a_picture_is_decoded_says_so(page):
     assert len(found[1]) == 5
 
 
+def test_files_are_decoded_one_at_a_time(page):
+    picture = base64.b64encode(encoded(Image.new("RGB", (40, 30), "red"), "png")).decode()
+    most, labels = page.evaluate(
+        """async (encoded) => {
+          const { load } = await import("/binaryvit.js");
+          const model = await load("/binaryvit-digits");
+          const decode = window.createImageBitmap;
+          let [open, most] = [0, 0];
+          window.createImageBitmap = async (...given) => {
+            const bitmap = await decode(...given);
+            most = Math.max(most, ++open);
+            const close = bitmap.close.bind(bitmap);
+            bitmap.close = () => (open--, close());
+            return bitmap;
+          };
+          const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
+          const files = Array.from({ length: 8 }, (_, place) => new Blob([place === 3 ? "text" : bytes]));
+          const found = await Promise.allSettled(files.map((file) => model.classify(file)));
+          window.createImageBitmap = decode;
+          return [most, found.map(({ value }) => value?.[0].label ?? null)];
+        }""",
+        picture,
+    )
+    assert most == 1
+    assert labels == 3 * [labels[0]] + [None] + 4 * [labels[0]]
+
+
 def test_a_missing_model_is_named(page):
     address = "http://module.test/binaryvit-digits/none"
     found = page.evaluate(f"async () => {{ {TOOLS} return message(() => load(new URL({json.dumps(address)}))); }}")

@@ -101,6 +101,36 @@ def test_a_model_is_loaded_from_memory_as_from_its_folder():
     assert others == [first] * 5
 
 
+def test_a_store_may_forbid_files_that_are_not_there():
+    """S3 does, unless everybody may list its files."""
+    script = """
+    import { createServer } from "node:http";
+    import { existsSync } from "node:fs";
+    const server = createServer((request, response) => {
+      const file = given[request.url.split("/")[1]] + "/" + request.url.split("/").pop();
+      response.writeHead(existsSync(file) ? 200 : 403);
+      response.end(existsSync(file) ? readFileSync(file) : "");
+    });
+    await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+    const url = `http://127.0.0.1:${server.address().port}`;
+    const model = await binaryvit.load(`${url}/0`, { engine: wasm });
+    const forbidden = await message(() => binaryvit.load(`${url}/1`, { engine: wasm }));
+    print([model.labels.length, forbidden.replaceAll(url, "")]);
+    server.close();
+    """
+    assert run(script, [DIGITS, DIGITS + "-none"]) == [
+        10,
+        "BinaryViTError: The model '/1' cannot be loaded: The file '/1/config.json' cannot be read (the server answers 403).",
+    ]
+
+
+def test_a_node_that_is_too_old_says_so():
+    script = (
+        "process.getBuiltinModule = undefined; print(await message(() => binaryvit.load(given, { engine: wasm })));"
+    )
+    assert "is too old: use 20.16 or newer" in run(script, DIGITS)
+
+
 def test_whole_numbers_in_an_object_may_be_floats():
     script = """
     const read = (name) => JSON.parse(String(readFileSync(`${given}/${name}`)));

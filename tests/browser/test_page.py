@@ -14,6 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import webbrowser
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from command_line import assert_refused, run
 from packed_model import save_packed
 from tiny import tiny_config
 
+from binaryvit_cli import main
 from binaryvit_runtime import UserError
 from binaryvit_runtime.browser import page as page_module
 from binaryvit_runtime.browser.page import describe_characters, join_modules, worker_modules, write_page
@@ -202,6 +204,27 @@ def test_models_of_characters_begin_with_a_canvas(labels, characters):
     assert describe_characters(labels) == characters
 
 
+def test_folders_of_photos_are_no_characters(tmp_path):
+    folder = save_packed(tmp_path, tiny_config(num_labels=2, id2label={0: "0", 1: "1"}))
+    shown = {}
+    for name in ("dataset_name", "train_dir"):
+        (folder / "run_arguments.json").write_text(json.dumps({name: "photos"}))
+        write_page(folder, tmp_path / name)
+        data = json.loads(re.search(r'id="page-data">(.*?)</script>', (tmp_path / name / "index.html").read_text())[1])
+        shown[name] = data["characters"]
+    assert shown == {"dataset_name": "digits", "train_dir": None}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_page_written_to_a_pipe_has_nothing_behind_it(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_text)
+        assert run(capsys, "page", DIGITS, pipe, "--single-file") == ""
+        assert read.result(30).endswith("</html>\n")
+
+
 def test_joined_modules_have_neither_imports_nor_exports_nor_a_name_twice():
     script = join_modules(worker_modules())
     assert not re.search(r"^(import|export)\b", script, re.MULTILINE)
@@ -277,7 +300,16 @@ def test_demo_answers_a_browser_that_it_waits_for_and_leaves_nothing(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_refuses_a_port_that_is_taken(capsys):
+def test_demo_that_is_interrupted_early_has_the_exit_code_of_ctrl_c(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page_module, "write_page", interrupt)
+    assert main(["demo", DIGITS, "--no-browser", "--port", "0"]) == 130
+
+
+def test_demo_refuses_a_port_that_is_taken_before_it_reads_the_model(monkeypatch, capsys):
+    monkeypatch.setattr(page_module, "write_page", lambda *_, **__: pytest.fail("the model is read"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         arguments = ["demo", DIGITS, "--no-browser", "--port", port]

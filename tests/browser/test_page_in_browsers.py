@@ -2,9 +2,12 @@
 
 import base64
 import json
+import os
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -346,12 +349,73 @@ def test_page_and_worker_cannot_reach_another_server(way, open_page, address):
             blocked = f"() => {request}.then(() => 'sent', () => 'blocked')"
             assert page.evaluate(blocked) == "blocked"
             load = f"call('load', {{ files: {{ 'config.json': 'http://127.0.0.1:{server.server_port}' }} }})"
-            assert "answers nothing" in page.evaluate(f"() => {load}.catch((error) => error.message)")
+            assert "cannot be read" in page.evaluate(f"() => {load}.catch((error) => error.message)")
             assert reached == []
             page.goto(f"{address}/digits/page.js")  # without the page's policy the request arrives
             assert page.evaluate(blocked) == "sent"
         finally:
             server.shutdown()
+
+
+class ForgetfulHandler(SimpleHTTPRequestHandler):
+    """As `python -m http.server`: it says when a file was changed, and nothing of caches."""
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_page_that_replaces_another_has_its_own_model(open_page, tmp_path):
+    folder = tmp_path / "page"
+
+    def write(name: str, age: float) -> None:
+        write_page(MODELS[name], folder)
+        for file in folder.rglob("*"):  # browsers take a file for fresh for a tenth of its age
+            os.utime(file, 2 * (time.time() - age,))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(ForgetfulHandler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        try:
+            write("digits", 1e6)
+            page = open_page(f"http://127.0.0.1:{server.server_port}/")
+            page.click("#examples button")
+            assert_right(page, "digits", example("digits"))
+            write("fashion-mnist", 9e5)
+            page.reload()
+            page.click("#examples button")
+            assert_right(page, "fashion-mnist", example("fashion-mnist"))
+        finally:
+            server.shutdown()
+
+
+def test_the_first_of_several_dropped_pictures_is_classified(open_page, address):
+    page = open_page(f"{address}/digits/")
+    drop = """([text, pictures]) => {
+      const data = new DataTransfer();
+      data.items.add(new File([text], "notes.txt", { type: "text/plain" }));
+      for (const each of pictures) {
+        const bytes = Uint8Array.from(atob(each), (character) => character.charCodeAt(0));
+        data.items.add(new File([bytes], "picture.png", { type: "image/png" }));
+      }
+      document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+    }"""
+    picture = base64.b64encode(example("digits").read_bytes()).decode()
+    page.evaluate(drop, ["text", [picture]])
+    assert_right(page, "digits", example("digits"))
+    page.evaluate(drop, ["text", [picture, picture]])
+    page.wait_for_selector("#alert:not([hidden])")
+    assert page.locator("#alert").inner_text() == "Only the first of 2 pictures is classified."
+    assert page.locator("#best:not(.waiting)").is_visible()
+
+
+def test_a_new_picture_takes_the_answer_of_the_last_one_at_once(open_page, address):
+    page = open_page(f"{address}/digits/")
+    page.click("#examples button")
+    assert_right(page, "digits", example("digits"))
+    page.evaluate(
+        "() => { document.querySelector('#examples button').click(); window.shown = document.querySelector('#best').textContent; }"
+    )
+    assert page.evaluate("shown") == "Computing …"
+    assert_right(page, "digits", example("digits"))
 
 
 # ---- Errors ----
@@ -397,7 +461,7 @@ DAMAGES = {
     ),
     "no weights": (
         lambda folder: (folder / "model" / "model.safetensors").unlink(),
-        r"The file '.*/model/model\.safetensors' cannot be read: the server answers 404\.",
+        r"The file '.*/model/model\.safetensors' cannot be read \(the server answers 404\): load the page again\.",
     ),
     "an engine of another browser": (
         lambda folder: (folder / "binaryvit.wasm").write_bytes(b"\0asm\2\0\0\0"),

@@ -89,8 +89,8 @@ export class BinaryViTModel {
   readonly numLayers: number;
 
   /**
-   * Classify one picture. Several calls may wait at once. Node decodes no files: give it the bytes of a decoder, such
-   * as sharp or pngjs.
+   * Classify one picture. Several calls may wait at once; files are decoded in turn. Node decodes no files: give it
+   * the bytes of a decoder, such as sharp or pngjs.
    *
    * @returns Labels with their scores, best first.
    * @throws {BinaryViTError} The picture cannot be read, an argument is wrong, or the model is disposed.

@@ -7,6 +7,8 @@ import { Float, fromValue, isObject, isText, parseJson } from "./json.js";
 const [CONFIG, PROCESSOR] = ["config.json", "preprocessor_config.json"];
 const NESTED_PROCESSOR = "processor_config.json"; // transformers prefers an image processor in it
 const ADAPTER = "adapter_config.json"; // of PEFT, which changes what transformers computes
+const MISSING = [404, 410];
+const MAY_BE_MISSING = [...MISSING, 401, 403]; // stores may forbid to read what is not there
 // Fields that must be floats in config.json; a JavaScript object has no 1.0.
 const FLOATS = ["batch_norm_eps", "initializer_range"];
 
@@ -32,9 +34,10 @@ export async function openFolder(folder) {
     url.search = base.search;
     return url;
   };
-  const [config, processor, nested, adapter] = await Promise.all(
-    [CONFIG, PROCESSOR, NESTED_PROCESSOR, ADAPTER].map((name) => readUrl(urlOf(name))),
-  );
+  const [config, processor, nested, adapter] = await Promise.all([
+    ...[CONFIG, PROCESSOR].map((name) => readUrl(urlOf(name))),
+    ...[NESTED_PROCESSOR, ADAPTER].map((name) => readUrl(urlOf(name), MAY_BE_MISSING)),
+  ]);
   if (config === null) throw new BinaryViTError(`it has no ${CONFIG}`);
   return {
     config() {
@@ -48,10 +51,13 @@ export async function openFolder(folder) {
       return parseFile(processor, PROCESSOR);
     },
     async weights() {
-      const single = await readUrl(urlOf(WEIGHTS));
+      const single = await readUrl(urlOf(WEIGHTS), MAY_BE_MISSING);
       if (single !== null) return [[WEIGHTS, single]];
-      const index = await readUrl(urlOf(WEIGHTS_INDEX));
-      if (index === null) throw new BinaryViTError(`there is no ${WEIGHTS}.`);
+      const index = await readUrl(urlOf(WEIGHTS_INDEX), MAY_BE_MISSING);
+      if (index === null) {
+        await readUrl(urlOf(WEIGHTS)); // says that it is forbidden
+        throw new BinaryViTError(`there is no ${WEIGHTS}.`);
+      }
       const names = namesInIndex(decodeText(index, WEIGHTS_INDEX));
       return Promise.all(
         names.map(async (name) => {
@@ -177,15 +183,20 @@ function asUrl(address, kinds) {
 }
 
 /** A module of node, or `null` in browsers. Bundlers would look for an imported one. */
-const nodeModule = (name) => globalThis.process?.getBuiltinModule?.(name) ?? null;
+function nodeModule(name) {
+  const { process } = globalThis;
+  if (process?.versions?.node && !process.getBuiltinModule)
+    throw new BinaryViTError(`Node ${process.versions.node} is too old: use 20.16 or newer, or 22.3 or newer.`);
+  return process?.getBuiltinModule?.(name) ?? null;
+}
 
-/** The bytes at a URL, or `null` if there is no such file. */
-async function readUrl(url) {
+/** The bytes at a URL, or `null` if the server answers with a status that says that there is no such file. */
+async function readUrl(url, missing = MISSING) {
   const files = url.protocol === "file:" ? nodeModule("node:fs/promises") : null;
   try {
     if (files !== null) return asBytes(await files.readFile(url));
-    const response = await fetch(url);
-    if (response.status === 404 || response.status === 410) return null;
+    const response = await fetch(url, { cache: "no-cache" }); // not weights of today with an older config.json
+    if (missing.includes(response.status)) return null;
     if (!response.ok) throw new Error(`the server answers ${response.status}`);
     return new Uint8Array(await response.arrayBuffer());
   } catch (error) {

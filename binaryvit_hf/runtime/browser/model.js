@@ -81,7 +81,7 @@ export class BinaryViTModel {
   }
 
   /**
-   * Classify one picture. Several calls may wait at once.
+   * Classify one picture. Several calls may wait at once; files are decoded in turn.
    *
    * @param {Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas | ImageData
    *   | import("./pictures.js").Picture} image In node only `{ data, width, height }`, the bytes of a decoder.
@@ -96,8 +96,7 @@ export class BinaryViTModel {
     if (!Number.isSafeInteger(topK) || topK < 1)
       throw new BinaryViTError(`topK is the number of labels, 1 or more, not ${quote(topK)}.`);
     const colour = this.#background(background);
-    const picture = hasBytes(image) ? image : await decodePicture(/** @type {any} */ (image));
-    const logits = this.computeLogits(this.#pixelValues(picture, colour));
+    const logits = await this.#logitsOf(image, colour);
     if (!logits.every(Number.isFinite))
       throw new BinaryViTError(
         `The logits of the model ${this.#alive().called} are not finite: it is damaged, or its training diverged.`,
@@ -172,6 +171,14 @@ export class BinaryViTModel {
     return colour;
   }
 
+  async #logitsOf(image, background) {
+    const compute = (picture) => this.computeLogits(this.#pixelValues(picture, background));
+    if (hasBytes(image)) return compute(image);
+    const decode = () => decodePicture(/** @type {any} */ (image)).then(compute);
+    // A file can wait for its turn; a canvas or a video shows something else by then.
+    return image instanceof Blob ? inTurn(decode) : decode();
+  }
+
   #pixelValues(image, background) {
     const { preprocessing, processor, imageShape } = this.#alive();
     if (!hasBytes(image))
@@ -186,6 +193,15 @@ export class BinaryViTModel {
       throw new BinaryViTError(`The picture cannot be classified: ${messageOf(error)}.`);
     }
   }
+}
+
+let lastTurn = Promise.resolve();
+
+/** The result of `work`, which starts when earlier work has ended: decoded photos are large. */
+function inTurn(work) {
+  const result = lastTurn.then(work);
+  lastTurn = result.then(() => {}, () => {});
+  return result;
 }
 
 /**

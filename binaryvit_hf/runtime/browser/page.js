@@ -86,9 +86,10 @@ let answered = null; // the picture whose answer is shown
  *
  * @param take returns the picture, a Blob or ImageData, when the worker is free
  * @param isFinal false while a stroke is being drawn: screen readers would never stop
+ * @param note a sentence to show beside the answer
  */
-async function classify(take, isFinal = true) {
-  next = { take, isFinal };
+async function classify(take, isFinal = true, note = "") {
+  next = { take, isFinal, note };
   if (current) return;
   while (next) {
     [current, next] = [next, null];
@@ -98,7 +99,9 @@ async function classify(take, isFinal = true) {
       if (current !== asked) continue; // it was cleared
       const picture = asked.take();
       const answer = await call("classify", picture);
-      if (current === asked) showAnswer(answer, picture, asked.isFinal);
+      if (current !== asked) continue;
+      showAnswer(answer, picture, asked.isFinal);
+      showAlert(asked.note);
     } catch (error) {
       if (current !== asked) continue;
       clearAnswer();
@@ -115,7 +118,6 @@ function forgetPictures() {
 }
 
 function showAnswer({ labels, milliseconds, seen }, picture, isFinal) {
-  showAlert("");
   answered = picture;
   showSeen(seen);
   element("attention").hidden = false;
@@ -271,16 +273,23 @@ function showFirstStage() {
   showStage(page.characters ? "board" : "invitation");
 }
 
-function takePicture(blob) {
+/** Show a picture and classify it. `note` stands beside the answer. */
+function takePicture(blob, note = "") {
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(blob);
   showStage("picture");
-  classify(() => blob);
+  if (answered !== null) {
+    clearAnswer(); // it is not this picture's
+    element("best").textContent = "Computing …";
+  }
+  classify(() => blob, true, note);
 }
 
 function takeFiles(files, otherwise) {
-  if (files.length > 0) takePicture(files[0]);
-  else showAlert(otherwise);
+  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+  const picture = pictures[0] ?? files[0];
+  if (!picture) return showAlert(otherwise);
+  takePicture(picture, pictures.length > 1 ? `Only the first of ${pictures.length} pictures is classified.` : "");
 }
 
 preview.addEventListener("load", () => preview.classList.toggle("tiny", isTiny(preview)));
@@ -335,7 +344,8 @@ element("paste").addEventListener("click", async () => {
 async function showExamples() {
   for (const name of page.examples) {
     const content = contentOf(name);
-    const picture = content instanceof ArrayBuffer ? new Blob([content]) : await (await fetch(content)).blob();
+    const picture =
+      content instanceof ArrayBuffer ? new Blob([content]) : await (await fetch(content, { cache: "no-cache" })).blob();
     const button = document.createElement("button");
     const image = document.createElement("img");
     button.type = "button";
@@ -384,7 +394,7 @@ element("shoot").addEventListener("click", () => {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
   canvas.getContext("2d").drawImage(video, 0, 0);
-  canvas.toBlob(takePicture);
+  canvas.toBlob((blob) => takePicture(blob));
   element("camera").focus();
 });
 element("close-camera").addEventListener("click", closeCamera);

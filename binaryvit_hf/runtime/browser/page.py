@@ -155,14 +155,16 @@ def single_page(name: str, classifier: Classifier) -> str:
 def describe_page(name: str, classifier: Classifier) -> dict[str, Any]:
     """What the page's script must know of the model before the model is loaded."""
     folder = classifier.folder
-    characters, dataset = describe_characters(classifier.labels), find_dataset(folder)
+    dataset = find_dataset(folder)
+    # Folders of photos can have names of one character, too: 0 and 1, or grades.
+    characters = describe_characters(classifier.labels) if dataset else None
     _, height, width = classifier.network.image_shape
     return {
         "name": name,
         "size": [height, width],
         "labels": len(classifier.labels),
         "characters": characters,
-        "drawing": DRAWINGS.get(str(dataset), DRAWINGS["mnist"]) if characters else None,
+        "drawing": DRAWINGS.get(dataset or "", DRAWINGS["mnist"]) if characters else None,
         "board": "dark" if characters or max(height, width) <= SMALL_PICTURE else "light",
         "probabilities": classifier.scores_are_probabilities,
         "model": [file.name for file in model_files(folder)],

@@ -81,6 +81,7 @@ export async function decodePicture(image) {
     if (image instanceof Blob && isCutOff(new Uint8Array(await image.arrayBuffer())))
       throw new Error("it is cut off or damaged");
   } catch (error) {
+    bitmap?.close();
     throw new BinaryViTError(`The picture cannot be read as an image (${messageOf(error)}).`);
   }
   try {

@@ -62,9 +62,14 @@ function see(picture) {
 
 async function read(file) {
   if (typeof file !== "string") return file;
-  const response = await fetch(file).catch(() => ({ status: "nothing" }));
-  if (!response.ok) throw Error(`The file '${file}' cannot be read: the server answers ${response.status}.`);
-  return response.arrayBuffer();
+  try {
+    // A server that says nothing about caches would let the browser mix the files of this model with those of an earlier one.
+    const response = await fetch(file, { cache: "no-cache" });
+    if (response.ok) return await response.arrayBuffer();
+    throw Error(`the server answers ${response.status}`);
+  } catch (error) {
+    throw Error(`The file '${file}' cannot be read (${error.message}): load the page again.`);
+  }
 }
 
 addEventListener("message", async ({ data: { id, call, given } }) => {
