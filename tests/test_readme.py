@@ -55,7 +55,9 @@ def test_a_trained_peer_is_in_the_table_with_the_bits_that_one_would_ship(script
 def test_times_and_sizes_in_the_text_are_those_of_the_tables(script):
     [table] = script["between_marks"]("results").findall(TEXT)
     known = set(re.findall(r"[\d.]+(?=&nbsp;[kM]B)|(?<=\| )[\d.]+(?= \|)", table + script["make_browser_table"]()))
-    known |= {script["milliseconds"](script["measurement"](script["NETWORK"], kernels, 1)) for kernels in ("avx512", "avx2")}
+    known |= {
+        script["milliseconds"](script["measurement"](script["NETWORK"], kernels, 1)) for kernels in ("avx512", "avx2")
+    }
     known |= {SIZE_WITHOUT_PYTORCH.partition(" ")[0], readable(ENGINE.stat().st_size, "B").partition(" ")[0]}
     stated = set(re.findall(r"[\d.]+(?=\s(?:ms|kB|MB)\b)", TEXT.replace(table, "")))
     ours = script["measurement"](script["NETWORK"], "avx512", 1)
