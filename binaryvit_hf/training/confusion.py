@@ -98,14 +98,14 @@ class ConfusionMatrix:
 
     def most_confused(self, limit: int) -> list[Confusion]:
         """The pairs of classes with the most errors, at most `limit`."""
-        errors = self.counts - np.diag(self.counts.diagonal())
-        order = np.argsort(-errors, axis=None, kind="stable")[:limit]
-        pairs = [(int(index) // len(self.names), int(index) % len(self.names)) for index in order]
+        labels, predicted = np.nonzero(self.counts)  # the matrix of thousands of classes is large, and almost empty
+        is_error = labels != predicted
+        labels, predicted = labels[is_error], predicted[is_error]
+        order = np.argsort(-self.counts[labels, predicted], kind="stable")[:limit]
         images = self.counts.sum(axis=1)
         return [
-            Confusion(self.names[label], self.names[predicted], int(errors[label, predicted]), int(images[label]))
-            for label, predicted in pairs
-            if errors[label, predicted]
+            Confusion(self.names[label], self.names[answer], int(self.counts[label, answer]), int(images[label]))
+            for label, answer in zip(labels[order], predicted[order])
         ]
 
     def plot(self, path: Path, title: str) -> None:
@@ -113,7 +113,7 @@ class ConfusionMatrix:
         errors = self.counts.sum(axis=0) + self.counts.sum(axis=1) - 2 * self.counts.diagonal()
         shown = np.sort(np.argsort(-errors, kind="stable")[:MAX_DRAWN_CLASSES])
         images = self.counts.sum(axis=1)
-        shares = (100 * self.counts / np.maximum(images, 1)[:, None])[np.ix_(shown, shown)]
+        shares = 100 * self.counts[np.ix_(shown, shown)] / np.maximum(images[shown], 1)[:, None]
         names = [shorten(self.names[index]) for index in shown]
         if len(shown) < len(self.names):
             title = f"{title}\nThe {len(shown)} of {len(self.names)} classes with the most errors"

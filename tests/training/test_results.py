@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,17 @@ def test_rows_of_the_matrix_are_labels_and_the_worst_pairs_come_first():
         "confused:  'bee' taken for 'ant': 5 of 6 images",
         "confused:  'ant' taken for 'bee': 2 of 10 images",
     ]
+
+
+def test_describing_thousands_of_classes_copies_no_matrix():
+    matrix = ConfusionMatrix(np.diag(np.full(1000, 5)), [str(number) for number in range(1000)])
+    matrix.counts[7, 900] = 3
+    tracemalloc.start()
+    (pair,) = matrix.most_confused(3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pair == ("7", "900", 3, 8)
+    assert peak < matrix.counts.nbytes / 4
 
 
 @pytest.mark.parametrize(
