@@ -25,23 +25,35 @@ class TrainingHistory(NamedTuple):
         entries: the metrics that a run logged.
         is_distilled: whether it minimised the distillation loss instead of the label loss.
         evaluation_images: see `evaluation_images`.
+        is_logged: whether there is more than the results at the end of the run.
     """
 
     entries: list[dict[str, float]]
     is_distilled: bool
     evaluation_images: str = UNKNOWN
+    is_logged: bool = False
 
 
-def read_training_history(output_dir: Path) -> TrainingHistory:
+def read_training_history(output_dir: Path, checkpoint: Path | None = None) -> TrainingHistory:
     """
     The history of a run: what the Trainer logged, and the results at its end. Without entries if the folder holds none, for
     example the folder of a model from the Hub.
+
+    Args:
+        checkpoint: a folder `checkpoint-N` of the run; the history then ends with this checkpoint.
     """
-    logged = read_json(output_dir / TRAINER_STATE).get("log_history")
-    entries = [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
-    entries.append(read_json(output_dir / ALL_RESULTS))
+    logged = read_json((checkpoint or output_dir) / TRAINER_STATE).get("log_history")
+    entries = (
+        [finite_numbers(entry) for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
+    )
+    is_logged = bool(entries)
+    if checkpoint is None:
+        results = finite_numbers(read_json(output_dir / ALL_RESULTS))
+        # With --load_best_model_at_end the results are of the best epoch, but their `epoch` is the last one.
+        logged_keys = {key for entry in entries if entry.get("epoch") == results.get("epoch") for key in entry}
+        entries.append({key: value for key, value in results.items() if key == "epoch" or key not in logged_keys})
     is_distilled = bool(read_json(output_dir / RUN_ARGUMENTS).get("teacher_model_name_or_path"))
-    return TrainingHistory([finite_numbers(entry) for entry in entries], is_distilled, evaluation_images(output_dir))
+    return TrainingHistory(entries, is_distilled, evaluation_images(output_dir), is_logged)
 
 
 def evaluation_images(output_dir: Path) -> str:

@@ -153,8 +153,8 @@ def curve(series: Series, x_axis: "Axis", y_axis: "Axis") -> Raw:
     shown = series.points[::step] + ([series.points[-1]] if (len(series.points) - 1) % step else [])
     places = [(x_axis.place(x), y_axis.place(y)) for x, y in shown]
     kind = f"curve {series.kind}{' dashed' if series.dashed else ''}"
-    if len(places) == 1:
-        ((x, y),) = places
+    if len(set(places)) == 1:  # a line without a length would be invisible
+        x, y = places[0]
         return Raw(f'<circle class="point {series.kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     return Raw(f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
 

@@ -415,7 +415,7 @@ def learning_curves(records: RunRecords) -> Raw:
         "learning rate": find_values(history, "learning_rate"),
     }
     # The results at the end of a run are one point; they are no curve.
-    if max(len(points) for points in metrics.values()) > 1:
+    if history.is_logged and any(metrics.values()):
         return section("curves", title, *drawn_curves(metrics, kind, history.is_distilled))
     if records.curves_picture is not None:
         source = f"data:image/png;base64,{base64.b64encode(records.curves_picture).decode()}"
@@ -445,17 +445,18 @@ def drawn_curves(metrics: Mapping[str, list[tuple[float, float]]], kind: str, is
             figures.append(curves(name, unit, shown))
     named = {name: dict(points) for name, points in metrics.items() if points}
     epochs = sorted({epoch for points in named.values() for epoch in points})
-    chosen = (
-        epochs
-        if len(epochs) <= MOST_ROWS
-        else [epochs[index * (len(epochs) - 1) // (MOST_ROWS - 1)] for index in range(MOST_ROWS)]
-    )
+    # Evaluations first: a run that logs by steps has many points without one.
+    evaluations = (f"{kind} loss", f"{kind} accuracy")
+    with_evaluation = sorted({epoch for name in evaluations for epoch, _ in metrics[name]})
+    chosen = choose_rows(with_evaluation, MOST_ROWS)
+    others = sorted(set(epochs) - set(with_evaluation))
+    chosen = sorted([*chosen, *choose_rows(others, MOST_ROWS - len(chosen))])
     rows = [
         (f"{epoch:g}", *(f"{points[epoch]:.4g}" if epoch in points else "" for points in named.values()))
         for epoch in chosen
     ]
     caption = (
-        f"{len(rows)} of {len(epochs)} epochs that the run logged"
+        f"{len(rows)} of {len(epochs):,} points that the run logged"
         if len(rows) < len(epochs)
         else "What the run logged"
     )
@@ -468,6 +469,13 @@ def drawn_curves(metrics: Mapping[str, list[tuple[float, float]]], kind: str, is
         tag("div", *figures, class_="panels"),
         details("All numbers", table(caption, ("Epoch", *named), rows)),
     ]
+
+
+def choose_rows(epochs: Sequence[float], most: int) -> list[float]:
+    """At most `most` epochs, evenly spaced, with the last one, which is the result."""
+    if len(epochs) <= most:
+        return list(epochs)
+    return [epochs[(index + 1) * len(epochs) // most - 1] for index in range(most)]
 
 
 # ---- Terms ----

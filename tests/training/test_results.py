@@ -20,7 +20,7 @@ from tiny import tiny_config, tiny_model
 from binaryvit_cli import main
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
-from binaryvit_hf.run_history import read_training_history
+from binaryvit_hf.run_history import find_values, read_training_history
 from binaryvit_hf.training import confusion, learning_curves
 from binaryvit_hf.training.confusion import ConfusionMatrix, describe, predict_classes, wilson_interval
 from binaryvit_hf.training.example_image import evaluation_image
@@ -167,6 +167,14 @@ def test_distillation_loss_and_label_loss_have_panels_of_their_own(figures, tmp_
     }
     units = [axes.get_ylabel() for axes in figures[0].axes]
     assert units == ["cross-entropy with the teacher's probabilities", "cross-entropy with the labels", "%"]
+
+
+def test_the_result_of_the_best_epoch_is_no_value_of_the_last_one(tmp_path):
+    log = [{"epoch": epoch, "eval_accuracy": accuracy} for epoch, accuracy in ((1, 0.9), (2, 0.5))]
+    write_run(tmp_path / "run", log, {"epoch": 2, "eval_accuracy": 0.9, "train_loss": 1.5})
+    history = read_training_history(tmp_path / "run")
+    assert find_values(history, "eval_accuracy") == [(1, 0.9), (2, 0.5)]
+    assert find_values(history, "train_loss") == [(2, 1.5)]
 
 
 def test_accuracies_on_other_kinds_of_images_are_named_apart(figures, tmp_path):
