@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from binaryvit_runtime.errors import UserError, first_sentence, one_line
 from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_models
-from binaryvit_runtime.sources import CHECKPOINT_PREFIX, RUN_ARGUMENTS
+from binaryvit_runtime.sources import RUN_ARGUMENTS
 
 from .common import add_token_argument, print_error
 
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     for note in notes:
         print(note, file=sys.stderr)
     folder = files_folder(source, options.token)
-    records = read_records(records_folder(folder))
+    records = read_records(folder)
     pictures: Pictures | None
     if given:
         pictures = Pictures(choose_evenly(given), len(given), "picture")
@@ -106,8 +106,10 @@ def name_of(model: str) -> str:
     """The name that a report shows: that of the Hub or of the folder, and of the run's folder for one of its folders."""
     if not os.path.exists(model):
         return model
+    from binaryvit_hf.inspection.records import records_folder
+
     folder = Path(os.path.abspath(model))
-    is_part = folder.name == "latent" or folder.name.startswith(CHECKPOINT_PREFIX)
+    is_part = records_folder(folder) != folder
     return f"{folder.parent.name}/{folder.name}" if is_part else folder.name
 
 

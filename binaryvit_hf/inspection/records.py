@@ -10,7 +10,6 @@ from ..run_history import (
     ALL_RESULTS,
     TRAINER_STATE,
     TrainingHistory,
-    evaluation_images,
     find_values,
     finite_numbers,
     named_metrics,
@@ -28,7 +27,7 @@ RECORD_FILES = (RUN_ARGUMENTS, ALL_RESULTS, TRAINER_STATE, LEARNING_CURVES)
 class RunRecords(NamedTuple):
     """
     Args:
-        results: the metrics at the end of the run. Empty if they are not recorded.
+        results: the metrics at the end of the run, or of a checkpoint. Empty if they are not recorded.
         history: what the run logged. Without epochs if `trainer_state.json` is missing.
         dataset: what the run was trained on.
         learning_rates: the last and the highest that the run logged, by these names. Empty if it did not train with Adam,
@@ -51,9 +50,13 @@ class RunRecords(NamedTuple):
         return {}, ""
 
 
+def is_checkpoint(folder: Path) -> bool:
+    return folder.name.startswith(CHECKPOINT_PREFIX) and folder.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()
+
+
 def records_folder(folder: Path) -> Path:
-    """The folder of the run that made the model in `folder`."""
-    return folder.parent if folder.name == LATENT else folder
+    """The output directory of the run that made the model in `folder`, which may be its `latent` or a `checkpoint-N`."""
+    return folder.parent if folder.name == LATENT or is_checkpoint(folder) else folder
 
 
 def read_records(folder: Path) -> RunRecords:
@@ -64,20 +67,32 @@ def read_records(folder: Path) -> RunRecords:
     Raises:
         UserError: a file is damaged.
     """
-    history = read_training_history(folder)
-    of_run = folder.parent if folder.name.startswith(CHECKPOINT_PREFIX) else folder
-    history = history._replace(evaluation_images=evaluation_images(of_run))
+    of_run, checkpoint = records_folder(folder), folder if is_checkpoint(folder) else None
+    history = read_training_history(of_run, checkpoint)
     arguments = read_json(of_run / RUN_ARGUMENTS)
+    # With these two arguments a run evaluates other weights than those that a checkpoint resumes from.
+    is_evaluated = not (arguments.get("ema_decay") or arguments.get("batch_norm_reestimation_batches"))
+    if checkpoint is None:
+        results = finite_numbers(read_json(of_run / ALL_RESULTS))
+    else:
+        results = evaluation_at(history, checkpoint) if is_evaluated else {}
     dataset = next((arguments[name] for name in ("dataset_name", "train_dir") if arguments.get(name)), None)
     rates = [rate for _, rate in find_values(history, "learning_rate") if rate > 0]
     is_adam = str(arguments.get("optim")).startswith("adam")
     return RunRecords(
-        results=finite_numbers(read_json(folder / ALL_RESULTS)),
+        results=results,
         history=history,
         dataset=dataset if isinstance(dataset, str) else None,
         learning_rates={"last": rates[-1], "highest": max(rates)} if rates and is_adam else {},
-        curves_picture=read_picture(folder / LEARNING_CURVES),
+        curves_picture=None if checkpoint else read_picture(of_run / LEARNING_CURVES),
     )
+
+
+def evaluation_at(history: TrainingHistory, checkpoint: Path) -> dict[str, float]:
+    """The evaluation of a checkpoint, empty if the run evaluated at other steps."""
+    evaluations = [entry for entry in history.entries if "eval_accuracy" in entry and "step" in entry]
+    step = checkpoint.name.removeprefix(CHECKPOINT_PREFIX)
+    return next((entry for entry in evaluations if f"{entry['step']:.0f}" == step), {})
 
 
 def read_picture(file: Path) -> bytes | None:

@@ -1,6 +1,7 @@
 """Finds what lies beside a model: its files, records, example pictures and latent weights."""
 
 import contextlib
+import os
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from .records import RECORD_FILES, records_folder
 
 def files_folder(source: str, token: str | None) -> Path:
     """The folder of a model. For a model of the Hub, its folder in the local cache, after a download of its records."""
-    folder = Path(source)
+    folder = Path(os.path.abspath(source))  # the name of `.` tells a checkpoint, too
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download

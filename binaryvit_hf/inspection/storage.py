@@ -13,7 +13,7 @@ from ..ops import count_layers
 from .parts import part_of, parts_in_order, quantizable_layers, weight_shape
 
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # a checkpoint has more tensors, which are no weights
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,13 @@ def test_bytes_of_a_latent_checkpoint_in_several_files_and_in_bfloat16_add_up(tm
     assert sum(part.stored_bytes for part in found.parts) + header_bytes(tmp_path) == found.file_bytes
 
 
+def test_other_tensors_of_a_checkpoint_are_no_weights(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for name in ("average.safetensors", "oscillation.safetensors", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"1234")
+    assert measured(tmp_path).file_bytes == (tmp_path / "model.safetensors").stat().st_size
+
+
 def test_bits_of_a_part_are_those_of_its_packed_weights(packed):
     parts = {part.part: part for part in measured(packed).parts}
     channels, inner = 16, 64

@@ -193,6 +193,54 @@ def test_the_latent_folder_of_a_run_has_the_records_of_the_run(trained, tmp_path
     assert "at the highest learning rate of the run, 0.01" in printed
 
 
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """A checkpoint in a copy of the run `trained`, which was evaluated at its step."""
+    shutil.copytree(trained, tmp_path / "run")
+    edit_json(tmp_path / "run" / "run_arguments.json", dataset_name="sklearn-digits")
+    folder = shutil.copytree(trained / "latent", tmp_path / "run" / "checkpoint-60")
+    create_image_processor(tiny_config(), crop_pct=1.0).save_pretrained(folder)
+    log = [{**entry, "step": 10 * entry["epoch"]} for entry in LOG[:6]]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    return folder
+
+
+def test_a_checkpoint_has_the_records_of_its_run(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoint)
+    printed, page = report(capsys, ".", tmp_path / "report.html")
+    assert printed.startswith("run/checkpoint-60 (latent weights): 60.00 % top-1 accuracy (held-out images)")
+    assert page.text.count("Measured on 64 evaluation pictures of the run.") == 2
+    assert "Distillation loss" in page.text
+
+
+@pytest.mark.parametrize(
+    "changes, step", [({}, 50), ({"ema_decay": 0.999}, 60), ({"batch_norm_reestimation_batches": 9}, 60)]
+)
+def test_an_accuracy_of_other_weights_is_not_that_of_a_checkpoint(changes, step, checkpoint, capsys):
+    edit_json(checkpoint.parent / "run_arguments.json", **changes)
+    edit_json(checkpoint / "trainer_state.json", log_history=[{"epoch": 6, "eval_accuracy": 0.6, "step": step}])
+    assert "accuracy not recorded" in run(capsys, "inspect", checkpoint)
+
+
+def test_a_run_of_one_epoch_has_points(trained, photos, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": LOG[:1]}))
+    edit_json(tmp_path / "run" / "all_results.json", epoch=1, eval_accuracy=0.1, eval_loss=2)
+    _, page = report(capsys, tmp_path / "run", tmp_path / "report.html", "--images", photos)
+    assert len(page.named("circle")) == 4
+    assert not page.named("polyline")
+
+
+def test_the_table_of_a_run_that_logs_by_steps_has_its_evaluations(trained, photos, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    log = [{"epoch": step / 100, "loss": 1.0} for step in range(1, 3001)]
+    log += [{"epoch": epoch, "eval_accuracy": epoch / 1000} for epoch in range(1, 31)]
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    _, page = report(capsys, tmp_path / "run", tmp_path / "report.html", "--images", photos)
+    assert "40 of 3,000 points that the run logged" in page.text
+    assert [epoch for epoch in range(1, 31) if f"{epoch / 10:.4g}" not in page.cells] == []
+
+
 @pytest.mark.parametrize("name", sorted(shipped_models()))
 def test_a_shipped_model_is_reported_with_its_example(name, tmp_path, capsys):
     printed, page = report(capsys, name, tmp_path / "report.html")
