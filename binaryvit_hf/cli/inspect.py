@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         nargs="+",
         help="image files, folders or patterns to measure activations and attention on, at most 256 of them (default: the "
-        "model's example picture, or images that its run was evaluated on)",
+        f"model's example pictures; without any, {EVALUATION_PICTURES} images that the run in this folder was evaluated on, if "
+        "they are on this machine)",
     )
     add_token_argument(parser)
 
@@ -46,10 +47,11 @@ def run(options: argparse.Namespace) -> int:
     Describe a binary network: costs, signs, attention, latent weights and learning curves.
 
     A summary is printed, and --out writes a web page with figures and all numbers. Latent weights need the folder of a
-    training run or a latent checkpoint. A picture that cannot be read gets an error line, and the exit code is then 1.
+    training run or a latent checkpoint. A picture of --images that cannot be read gets an error line, and the exit code is
+    then 1.
     """
     from binaryvit_hf.inspection.measurements import measure
-    from binaryvit_hf.inspection.pictures import Pictures, choose_evenly
+    from binaryvit_hf.inspection.pictures import Pictures, choose_given
     from binaryvit_hf.inspection.records import read_records, records_folder
     from binaryvit_hf.inspection.report import Report, check_replaceable, write_report
     from binaryvit_hf.inspection.sources import example_pictures, files_folder, load_latent
@@ -73,33 +75,39 @@ def run(options: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     folder = files_folder(source, options.token)
     records = read_records(folder)
-    pictures: Pictures | None
+    pictures: Pictures | None = None
     if given:
-        pictures = Pictures(choose_evenly(given), len(given), "picture")
-    else:
-        pictures = example_pictures(folder) or evaluation_pictures(records_folder(folder))
+        pictures = choose_given(given)
+    elif processor is not None:
+        pictures = example_pictures(folder)
+        # Arguments of a stranger's run may name any dataset, or a folder that is another one here.
+        if pictures is None and os.path.isdir(source):
+            pictures = evaluation_pictures(records_folder(folder))
     latent = load_latent(model, source, options.token)
     learning_rates = [*records.learning_rates.values()]
     with Progress("Measuring the network"):
-        measurements = measure(
-            model, folder, latent, learning_rates, processor, None if processor is None else pictures
-        )
+        measurements = measure(model, folder, latent, learning_rates, processor, pictures)
     report = Report(
         name_of(options.model),
         config,
         measurements,
         records,
         pictures,
+        processor is not None,
         file_bytes(folder / LATENT),
     )
     if options.out is not None:
         write_report(report, options.out)
     print(summarize(report))
-    for fault in measurements.of_pictures.faults if measurements.of_pictures else []:
-        print_error(fault)
+    faults = measurements.of_pictures.faults if measurements.of_pictures else []
+    for fault in faults:
+        if given:
+            print_error(fault)
+        else:  # nobody asked for this picture
+            print(one_line(fault), file=sys.stderr)
     if options.out is not None:
         print(f"\n{options.out}: open it in a browser.")
-    return 1 if measurements.of_pictures and measurements.of_pictures.faults else 0
+    return 1 if given and faults else 0
 
 
 def name_of(model: str) -> str:
@@ -122,7 +130,7 @@ def evaluation_pictures(folder: Path) -> "Pictures | None":
     try:
         from binaryvit_hf.training.example_image import evaluation_images
 
-        images = evaluation_images(folder, EVALUATION_PICTURES)
+        images = evaluation_images(folder, EVALUATION_PICTURES, download=False)
     except Exception as error:  # datasets fail in many ways, and a report without pictures is still a report
         print(one_line(f"The evaluation images of the run cannot be loaded: {first_sentence(error)}"), file=sys.stderr)
         return None

@@ -66,9 +66,9 @@ def describe_attention(found: PictureMeasurements, input_bits: int) -> list[str]
     findings = [f"The attention of a head is 0 at {percent(mean)} of its keys on average."]
     all_keys = sum(share == 0 for share, _ in heads)
     if all_keys and input_bits == 1:  # more bits have several levels above 0
-        findings.append(f"{all_keys} of {counted(len(heads), 'head')} have no 0 at all: they take all keys alike.")
+        findings.append(f"Heads that have no 0 at all, and take all keys alike: {all_keys} of {len(heads)}.")
     if nothing := sum(share == 1 for share, _ in heads):
-        findings.append(f"{nothing} of {counted(len(heads), 'head')} are 0 everywhere: they pass nothing on.")
+        findings.append(f"Heads that are 0 everywhere, and pass nothing on: {nothing} of {len(heads)}.")
     return findings
 
 

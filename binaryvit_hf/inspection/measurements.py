@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from binaryvit_runtime.errors import UserError
+
 from ..network.layers_binaryvit import BinaryLayer
 from ..network.packing_binaryvit import packed_layers
 from .attention import HeadSparsity
 from .parts import Place, attentions, part_of, place_of, quantizable_layers
-from .pictures import Pictures, check_any, read_batches
+from .pictures import Pictures, read_batches
 from .signs import LatentWeights, WeightSigns, count_weight_signs, counted_signs, measure_latent_weights
 from .storage import PartCost, file_bytes, measure_parts
 
@@ -38,7 +40,7 @@ class PictureMeasurements:
     What depends on the pictures.
 
     Args:
-        pictures: number of pictures that were measured.
+        pictures: number of pictures that were measured. Without any there are faults only.
         faults: one sentence for each picture that was left out.
         inputs: signs of the layers' inputs. Empty if activations do not have 1 bit.
         operands: signs of query, key and value in the attention products. Empty likewise.
@@ -108,7 +110,7 @@ def measure(
         pictures: to measure activations and attention on.
 
     Raises:
-        UserError: none of the pictures can be read.
+        UserError: none of the pictures that the user gave can be read.
     """
     layers = {place_of(name): layer for name, layer in quantizable_layers(model).items() if layer.weight_bits < 32}
     latent_layers = {} if latent is None else quantizable_layers(latent)
@@ -140,7 +142,10 @@ def measure_on_pictures(
             for part, of_layer in zip(parts, probabilities if is_quantized else ()):
                 found = HeadSparsity.of(of_layer)
                 sparsity[part] = sparsity[part] + found if part in sparsity else found
-    check_any(pictures.pictures, faults)
+    if not count:
+        if pictures.kind == "picture":
+            raise UserError(f"None of the pictures can be read: {faults[0]}")
+        return PictureMeasurements(0, faults, {}, {}, {})
     as_signs = {
         kind: {
             place: ActivationSigns(counter.share, counter.constant, counter.channels)

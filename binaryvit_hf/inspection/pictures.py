@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.image_files import ImageFile
 from binaryvit_runtime.pixels import describe_unreadable, open_picture, read_background, to_rgb
 
@@ -37,6 +36,12 @@ def choose_evenly(pictures: Sequence[Picture], most: int = MOST_PICTURES) -> lis
     if len(pictures) <= most:
         return list(pictures)
     return [pictures[index * len(pictures) // most] for index in range(most)]
+
+
+def choose_given(files: Sequence[ImageFile]) -> Pictures:
+    """Pictures that the user gave. Names without a file are all kept, because each is an error to report."""
+    faults = [file for file in files if file.fault is not None]
+    return Pictures([*faults, *choose_evenly([file for file in files if file.fault is None])], len(files), "picture")
 
 
 def read_batches(
@@ -73,12 +78,3 @@ def read_batches(
 def read_picture(name: str, background: str | None) -> Image.Image:
     with open_picture(name) as picture:
         return to_rgb(picture, background)
-
-
-def check_any(pictures: Sequence[Picture], faults: Sequence[str]) -> None:
-    """
-    Raises:
-        UserError: none of the pictures could be read.
-    """
-    if len(faults) == len(pictures):
-        raise UserError(f"None of the pictures can be read: {faults[0]}")

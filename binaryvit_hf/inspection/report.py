@@ -38,6 +38,7 @@ class Report(NamedTuple):
         name: of the model.
         config: of the model.
         pictures: that activations and attention were measured on, None if there were none.
+        has_processor: whether the model has an image processor, which measurements on pictures need.
         latent_bytes: bytes of the files of latent weights beside a packed model, 0 if there are none.
     """
 
@@ -46,6 +47,7 @@ class Report(NamedTuple):
     measurements: Measurements
     records: RunRecords
     pictures: Pictures | None
+    has_processor: bool
     latent_bytes: int = 0
 
     @property
@@ -99,6 +101,7 @@ def page(report: Report) -> str:
             Raw(f"<style>{style}</style>"),
         ]
     )
+    on_pictures = (report.measurements.of_pictures, report.pictures, report.config, report.has_processor)
     main = tag(
         "main",
         facts(report),
@@ -110,8 +113,8 @@ def page(report: Report) -> str:
         ),
         sections.network(report.config),
         sections.cost(report.measurements),
-        sections.attention(report.measurements.of_pictures, report.pictures, report.config),
-        sections.activations(report.measurements.of_pictures, report.pictures, report.config),
+        sections.attention(*on_pictures),
+        sections.activations(*on_pictures),
         sections.weights(report.measurements, report.config),
         sections.latent(report.measurements, report.records, report.config),
         sections.learning_curves(report.records),

@@ -165,17 +165,30 @@ NO_PICTURES = (
     "Not measured: there is no picture of the model's data beside it, and random noise would say nothing about real pictures. "
     "Run again with --images FOLDER."
 )
+UNREADABLE_PICTURES = "Not measured: the pictures beside the model cannot be read. Run again with --images FOLDER."
+NO_PROCESSOR = (
+    "Not measured: the model has no image processor (preprocessor_config.json), so it is not known how its pictures are resized "
+    "and normalised."
+)
 
 
-def attention(found: PictureMeasurements | None, pictures: Pictures | None, config: PreTrainedConfig) -> Raw:
+def why_not_measured(found: PictureMeasurements | None, has_processor: bool) -> Raw:
+    if not has_processor:
+        return missing(NO_PROCESSOR)
+    return missing(NO_PICTURES if found is None else UNREADABLE_PICTURES)
+
+
+def attention(
+    found: PictureMeasurements | None, pictures: Pictures | None, config: PreTrainedConfig, has_processor: bool
+) -> Raw:
     title = "How sparse attention is"
     lead = "Share of the attention probabilities that are quantised to 0, for each head. A head with 100 % passes nothing on."
     if config.input_bits == 1:
         lead += " With 1 bit, a head with 0 % takes all keys alike: neither of the two chooses between keys."
     if config.input_bits == 32:
         return section("attention", title, missing("Not measured: the attention probabilities have 32 bits."))
-    if found is None or pictures is None:
-        return section("attention", title, tag("p", lead), missing(NO_PICTURES))
+    if found is None or pictures is None or not found.pictures:
+        return section("attention", title, tag("p", lead), why_not_measured(found, has_processor))
     heads = max(len(sparsity.shares) for sparsity in found.attention.values())
     rows = [
         (part, *pad([Cell(per_hundred(share), share) for share in sparsity.shares], heads))
@@ -206,7 +219,9 @@ def pad(cells: Sequence[object], length: int) -> list[object]:
     return [*cells, *[""] * (length - len(cells))]
 
 
-def activations(found: PictureMeasurements | None, pictures: Pictures | None, config: PreTrainedConfig) -> Raw:
+def activations(
+    found: PictureMeasurements | None, pictures: Pictures | None, config: PreTrainedConfig, has_processor: bool
+) -> Raw:
     title = "Signs of the activations"
     lead = (
         "A bit carries most information if it is +1 half of the time. A channel that never changes its sign carries none: "
@@ -216,8 +231,8 @@ def activations(found: PictureMeasurements | None, pictures: Pictures | None, co
         return section(
             "activations", title, missing(f"Not measured: activations have {config.input_bits} bits, not 1.")
         )
-    if found is None or pictures is None:
-        return section("activations", title, tag("p", lead), missing(NO_PICTURES))
+    if found is None or pictures is None or not found.pictures:
+        return section("activations", title, tag("p", lead), why_not_measured(found, has_processor))
     spread = max(
         LEAST_SPREAD, *(abs(signs.share - 0.5) for signs in (*found.inputs.values(), *found.operands.values()))
     )

@@ -28,7 +28,11 @@ def summarize(report: Report) -> str:
     pictures, found = report.pictures, measurements.of_pictures
     note = []
     if pictures is not None and found is not None:
-        note.append(f"Attention and activations are measured on {counted(found.pictures, pictures.kind)}.")
+        measured = ["attention"] * bool(found.attention) + ["activations"] * bool(found.inputs)
+        verb = "is" if measured == ["attention"] else "are"
+        if measured:
+            what = " and ".join(measured).capitalize()
+            note.append(f"{what} {verb} measured on {counted(found.pictures, pictures.kind)}.")
     kind = "packed" if measurements.is_packed else "latent weights"
     title = f"{report.name} ({kind}): {accuracy_line(report)}"
     return one_line_each([title, "", *align_columns(rows).splitlines(), "", *report.findings, *note])

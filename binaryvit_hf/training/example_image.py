@@ -2,14 +2,18 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 from datasets import Dataset
 from PIL.Image import Image
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from binaryvit_runtime.errors import UserError
+from binaryvit_runtime.hub import list_causes
 from binaryvit_runtime.pixels import read_background
 
 from ..data.arguments import DataArguments
@@ -35,8 +39,18 @@ def evaluation_image(output_dir: str | Path, cache_dir: str | None = None) -> Im
     return evaluation_images(output_dir, 1, cache_dir)[0]
 
 
-def evaluation_images(output_dir: str | Path, most: int, cache_dir: str | None = None) -> list[Image]:
-    """At most `most` images as `evaluation_image` gives one, spaced evenly; of a stream the first ones."""
+def evaluation_images(
+    output_dir: str | Path, most: int, cache_dir: str | None = None, download: bool = True
+) -> list[Image]:
+    """
+    At most `most` images as `evaluation_image` gives one, spaced evenly; of a stream the first ones. Without `download` a
+    dataset of the Hub comes from the cache, and is an error if it is not there.
+    """
+    with nullcontext() if download else no_downloads():
+        return load_evaluation_images(output_dir, most, cache_dir)
+
+
+def load_evaluation_images(output_dir: str | Path, most: int, cache_dir: str | None) -> list[Image]:
     recorded = read_json(Path(output_dir) / RUN_ARGUMENTS)
     if not recorded:
         raise UserError(f"{str(output_dir)!r} is no output directory of a run: it has no {RUN_ARGUMENTS}.")
@@ -50,6 +64,26 @@ def evaluation_images(output_dir: str | Path, most: int, cache_dir: str | None =
     if not pictures:
         raise UserError("No image of the validation split can be read.")
     return pictures
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Set HF_HUB_OFFLINE for a while. Its variable would be too late: both libraries read it when they are imported."""
+    modules = (datasets.config, huggingface_hub.constants)
+    before, verbosity = [module.HF_HUB_OFFLINE for module in modules], datasets.logging.get_verbosity()
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    datasets.logging.set_verbosity_error()  # it warns that the Hub does not have the dataset
+    try:
+        yield
+    except UserError as error:
+        if any(isinstance(cause, ConnectionError) for cause in list_causes(error)):
+            raise UserError("their dataset is not in the cache of this machine.") from error
+        raise
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        for module, value in zip(modules, before):
+            module.HF_HUB_OFFLINE = value
 
 
 def decode_spaced(images: Dataset, most: int, background: str | None, skip_broken: bool) -> Iterator[Image]:

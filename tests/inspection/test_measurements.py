@@ -11,7 +11,7 @@ from tiny import class_token_config, tiny_config, tiny_model
 
 from binaryvit_hf.inspection.measurements import measure, measure_on_pictures
 from binaryvit_hf.inspection.parts import Place, part_of, parts_in_order, quantizable_layers
-from binaryvit_hf.inspection.pictures import Pictures, choose_evenly
+from binaryvit_hf.inspection.pictures import Pictures, choose_evenly, choose_given
 from binaryvit_hf.inspection.signs import measure_latent_weights
 from binaryvit_hf.loading import load_classifier, load_image_processor
 from binaryvit_hf.network.functional_binaryvit import binary_sign
@@ -19,7 +19,7 @@ from binaryvit_hf.network.layers_binaryvit import BinaryLinear, BinaryPatchConv,
 from binaryvit_hf.network.packing_binaryvit import PackedLinear
 from binaryvit_hf.ops import count_operations, total
 from binaryvit_runtime.errors import UserError
-from binaryvit_runtime.image_files import list_images
+from binaryvit_runtime.image_files import ImageFile, list_images
 
 
 CONFIGS = {
@@ -193,6 +193,14 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(packed, pictures, t
     assert "broken.png" in found.faults[0]
     with pytest.raises(UserError, match=r"None of the pictures can be read: .*broken\.png"):
         measure_on_pictures(model, processor, Pictures(broken, 1, "picture"))
+
+
+def test_every_name_without_a_file_is_kept_beside_the_chosen_pictures():
+    files = [ImageFile(str(number), "does not exist" if number % 100 == 1 else None) for number in range(1000)]
+    chosen = choose_given(files)
+    assert sum(file.fault is not None for file in chosen.pictures) == 10
+    assert len(chosen.pictures) == 256 + 10
+    assert chosen.found == 1000
 
 
 def test_many_pictures_are_chosen_evenly():

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -168,7 +169,7 @@ def test_a_packed_model_without_records_says_what_is_missing(tmp_path, capsys):
     [
         ({"weight_bits": 2}, ["weights have 2 bits, not 1", "become numbers of 2 bits"]),
         ({"weight_bits": 32}, ["the weights have 32 bits", "all in full precision"]),
-        ({"input_bits": 4}, ["activations have 4 bits, not 1"]),
+        ({"input_bits": 4}, ["activations have 4 bits, not 1", "\nAttention is measured on 4 pictures."]),
         ({"input_bits": 32}, ["attention probabilities have 32 bits"]),
     ],
 )
@@ -176,8 +177,9 @@ def test_other_bit_widths_say_what_they_do_not_have(changes, sentences, photos, 
     config = tiny_config(**changes)
     tiny_model(config).save_pretrained(tmp_path / "model")
     create_image_processor(config, crop_pct=1.0).save_pretrained(tmp_path / "model")
-    _, page = report(capsys, tmp_path / "model", tmp_path / "report.html", "--images", photos)
-    assert [sentence for sentence in sentences if sentence not in page.text] == []
+    printed, page = report(capsys, tmp_path / "model", tmp_path / "report.html", "--images", photos)
+    assert [sentence for sentence in sentences if sentence not in page.text + printed] == []
+    assert ("measured on" in printed) == (config.input_bits < 32)
 
 
 def test_a_network_with_a_class_token_counts_it(tmp_path, capsys):
@@ -275,6 +277,47 @@ def test_a_report_without_the_runs_dataset_says_so(trained, tmp_path, capsys):
     assert "no picture of the model's data" in (tmp_path / "report.html").read_text(encoding="utf-8").replace(
         "&#x27;", "'"
     )
+
+
+def test_inspecting_downloads_no_images(trained, server, client, photos, tmp_path):
+    """A model of the Hub may name any dataset. That of a local run is measured if this machine has it."""
+    edit_json(shutil.copytree(trained, tmp_path / "run") / "run_arguments.json", dataset_name="alice/photos")
+    edit_json(shutil.copytree(trained, tmp_path / "of the hub") / "run_arguments.json", dataset_name="sklearn-digits")
+    for kind, folder in (("model", tmp_path / "of the hub"), ("dataset", photos)):
+        files = {
+            file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+        }
+        server.publish(f"alice/{folder.name if kind == 'dataset' else 'model'}", files, kind)
+
+    def inspect(model) -> subprocess.CompletedProcess:
+        done = client.run("-m", "binaryvit_cli", "inspect", model, folder=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        return done
+
+    assert "measured on" not in inspect("alice/model").stdout
+    server.requests.clear()
+    done = inspect(tmp_path / "run")
+    assert "cannot be loaded: their dataset is not in the cache of this machine." in done.stderr
+    assert server.requests == []
+    load = "import datasets; datasets.load_dataset('alice/photos')"
+    assert client.run("-c", load, folder=tmp_path / "home").returncode == 0
+    assert re.search(r"measured on \d+ evaluation picture", inspect(tmp_path / "run").stdout)
+
+
+def test_a_broken_example_picture_leaves_a_report_without_pictures(tmp_path, capsys):
+    folder = save_packed(tmp_path)
+    (folder / "example.png").write_bytes(b"no picture")
+    assert main(["inspect", str(folder), "--out", str(tmp_path / "report.html")]) == 0
+    assert re.fullmatch(r".*example\.png' cannot be read .*\n", capsys.readouterr().err)
+    assert (tmp_path / "report.html").read_text().count("the pictures beside the model cannot be read") == 2
+
+
+def test_a_model_without_an_image_processor_says_so(tmp_path, capsys):
+    folder = save_packed(tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    _, page = report(capsys, folder, tmp_path / "report.html")
+    assert page.text.count("the model has no image processor") == 2
+    assert "--images" not in page.text
 
 
 # ---- Wrong input ----
