@@ -199,6 +199,7 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
     if is_finished(output_dir):
         # Its folder may be moved; the checkpoints of an unfinished run name theirs. Evaluations share out the images.
         may_differ |= {"output_dir", PROCESSES}
+        may_differ |= {name for name in PATH_ARGUMENTS if have_moved_together(name, recorded, given)}
     elif processes != given[PROCESSES]:
         found = f"a run of {counted(processes, 'process')} (start {processes} to resume it, not {given[PROCESSES]})"
         raise EarlierRunError(output_dir, found, can_resume=False)
@@ -229,6 +230,18 @@ def identify_images(images: Dataset | ImageStream) -> dict:
 def normalize(name: str, value: Any) -> Any:
     """Make paths absolute: `photos`, `photos/` and `./photos` are one folder."""
     return os.path.abspath(value) if name in PATH_ARGUMENTS and isinstance(value, str) else value
+
+
+def have_moved_together(name: str, recorded: dict, given: dict) -> bool:
+    """Whether a path has the same place as before, seen from the output directory, such as `../teacher`."""
+    paths = [(arguments.get(name), arguments.get("output_dir")) for arguments in (recorded, given)]
+    if not all(isinstance(path, str) for pair in paths for path in pair):
+        return False
+    try:
+        before, now = (os.path.relpath(path, output_dir) for path, output_dir in paths)
+    except ValueError:  # on two drives of Windows
+        return False
+    return before == now
 
 
 def is_finished(output_dir: Path) -> bool:

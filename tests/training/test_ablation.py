@@ -21,6 +21,7 @@ from binaryvit_hf.benchmarks import trained
 from binaryvit_hf.training.ablation.results import mean_and_deviation
 from binaryvit_hf.training.ablation.runs import (
     Ablation,
+    check_learners,
     describe_left,
     in_use,
     is_tested,
@@ -362,6 +363,62 @@ def test_a_finished_run_may_be_moved_and_an_unfinished_one_may_not(folder, tmp_p
     (teacher.folder / "train_results.json").unlink()
     with pytest.raises(UserError, match="output_dir was"):
         is_tested(teacher)
+
+
+def all_tested(ablation: Ablation) -> bool:
+    return all(map(is_tested, ablation.runs().values()))
+
+
+def test_finished_runs_and_their_teacher_may_be_moved_together(folder, tmp_path):
+    finish(Ablation(folder, tmp_path / "before", (1,)))
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert all_tested(Ablation(folder, tmp_path / "after", (1,)))
+    change_table(folder, teacher="other")
+    with pytest.raises(UserError, match="teacher_model_name_or_path was"):
+        is_tested(Ablation(folder, tmp_path / "after", (1,)).runs()[tmp_path / "after" / "binary-seed1"])
+
+
+def test_finished_runs_of_relative_paths_are_found_from_another_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finish(Ablation(Path("recipes"), Path("out"), (1,)))
+    monkeypatch.chdir("/")
+    assert all_tested(Ablation(folder, tmp_path / "out", (1,)))
+
+
+def test_a_finished_run_of_another_network_is_refused(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    finish(Ablation(folder, out, (1,)))
+    tiny_config(image_size=16, hidden_sizes=[16, 16]).save_pretrained(folder / "binary")
+    words = ("binary-seed1' holds another model's run (its hidden_sizes is", "choose another OUT", "learned from it.")
+    assert_refused(capsys, ["ablation", folder, out, "--seeds", "1"], *words)
+
+
+def test_a_teacher_is_not_trained_again_beside_its_students(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    finish(Ablation(folder, out, (1, 2)))
+    shutil.rmtree(out / "vit")
+    (out / "binary-seed1" / "train_results.json").unlink()  # a student that has begun learned from it, too
+    out = out.rename(tmp_path / "moved")
+    change_table(folder, "options", rows={"other": {"name": "another row", "config": "binary"}})
+    words = "learned from an earlier 'vit', which is to be trained: remove them too, or move them elsewhere: "
+    command = ["ablation", folder, out, "--table", "options.json", "--seeds", "3"]
+    assert_refused(capsys, command, f"{words}'binary-seed1', 'binary-seed2'.")
+    (out / "vit").mkdir()
+    (out / "vit" / RUN_ARGUMENTS).write_text("{}")  # it has begun
+    for student in ("binary-seed1", "binary-seed2"):
+        shutil.rmtree(out / student)
+    check_learners(out, list(Ablation(folder, out, (3,)).runs().values()))
+
+
+def test_a_first_stage_is_not_trained_again_beside_its_second(folder, tmp_path):
+    change_table(folder, rows={"staged": {"name": "x", "config": "binary", "first_stage": {"num_train_epochs": 2}}})
+    ablation = Ablation(folder, tmp_path, (1,))
+    finish(ablation)
+    runs = list(ablation.runs().values())
+    check_learners(tmp_path, runs)
+    shutil.rmtree(tmp_path / "staged-first-stage-seed1")
+    with pytest.raises(UserError, match="earlier 'staged-first-stage-seed1'.*: 'staged-seed1'[.]"):
+        check_learners(tmp_path, runs)
 
 
 def test_the_runs_and_time_that_are_left_are_told(folder, tmp_path):

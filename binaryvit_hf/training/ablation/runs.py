@@ -17,10 +17,21 @@ import torch
 
 from binaryvit_runtime.errors import RunError, UserError, counted
 from binaryvit_runtime.progress import format_time
+from binaryvit_runtime.sources import list_names
 from binaryvit_runtime.writing import lock
 
 from ..arguments import RunArguments
-from ..run_folder import TEST_PREDICTIONS, TRAIN_RESULTS, compare_with_recorded, is_finished, read_json
+from ..models import load_config
+from ..preparation import check_same_network
+from ..run_folder import (
+    RUN_ARGUMENTS,
+    TEST_PREDICTIONS,
+    TRAIN_RESULTS,
+    EarlierRunError,
+    compare_with_recorded,
+    is_finished,
+    read_json,
+)
 from .results import RowResults, collect_results, output_file, write_results
 from .table import DEFAULT_TABLE, FIRST_STAGE, Row, Table, check_run, parse_student, read_table, to_flags
 
@@ -195,7 +206,9 @@ def run_ablation(ablation: Ablation, jobs: int) -> None:
     for run in runs:
         check_run(ablation.table, run.row, run.line)
     with in_use(ablation.out) as locks:
-        train(ablation, [run for run in runs if not is_tested(run)], jobs, locks)
+        waiting = [run for run in runs if not is_tested(run)]
+        check_learners(ablation.out, waiting)
+        train(ablation, waiting, jobs, locks)
         ablation.write_results()
 
 
@@ -301,9 +314,45 @@ def has_results(folder: Path) -> bool:
 
 
 def is_tested(run: Run) -> bool:
-    """Whether a run is trained and tested; raises UserError if its folder holds a run of other arguments."""
-    compare_with_recorded(run.folder, run.arguments)
+    """Whether a run is trained and tested; raises UserError if its folder holds a run of other arguments or another network."""
+    try:
+        if (run.folder / "config.json").is_file():
+            check_same_network(run.folder, load_config(run.arguments.model, do_train=True), run.folder)
+        compare_with_recorded(run.folder, run.arguments)
+    except EarlierRunError as error:
+        raise UserError(
+            f"{str(run.folder)!r} holds {error.found}: choose another OUT, restore what has changed, or remove this folder and "
+            "those of the runs that learned from it."
+        ) from error
     return has_results(run.folder)
+
+
+def check_learners(out: Path, waiting: list[Run]) -> None:
+    """
+    Raise UserError if runs in `out`, of any table and seed, learned from an earlier run in the folder of one that is to be
+    trained. Finished or not, they do not learn again.
+    """
+    to_train = {run.folder.name for run in waiting if not is_finished(run.folder)}
+    sources = {file.parent.name: sources_of(file) & to_train for file in sorted(out.glob(f"*/{RUN_ARGUMENTS}"))}
+    for name in sorted(to_train):
+        if learners := [learner for learner, names in sources.items() if name in names]:
+            raise UserError(
+                f"Runs in {str(out)!r} learned from an earlier {name!r}, which is to be trained: remove them too, or move them "
+                f"elsewhere: {list_names(learners)}."
+            )
+
+
+def sources_of(file: Path) -> set[str]:
+    """
+    The names of the folders beside a run's own that its teacher and its first weights are from.
+
+    Args:
+        file: the run's recorded arguments. Their paths are of then: the folder above may be moved since.
+    """
+    recorded = read_json(file)
+    paths = [recorded.get(name) for name in ("teacher_model_name_or_path", "init_from", "output_dir")]
+    *sources, output_dir = (Path(os.path.abspath(path)) if isinstance(path, str) else None for path in paths)
+    return {source.name for source in sources if source and output_dir and source.parent == output_dir.parent}
 
 
 def log_of(folder: Path) -> Path:
