@@ -173,7 +173,7 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
         - `data`: the name of the data set or folder,
         - `cpu`, `kernels`: see `describe_machine`,
         - `results`: for each network and runtime `network`, `engine`, `seeds`, `epochs` (`None` if not recorded), `accuracy`
-          (0 to 1), `accuracy_interval` (95 %; `None` if the seeds are too few for how much they differ),
+          (0 to 1), `accuracy_interval` (95 %; `None` if the seeds are too few),
           `file_bytes`, and the seconds of one image, `seconds` (median) and `seconds_10_90`. Runs that differ by their seed
           alone are one network: `network`, size and time are those of the first, and `accuracy` is the mean.
 

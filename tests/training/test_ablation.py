@@ -417,7 +417,7 @@ def test_a_first_stage_is_not_trained_again_beside_its_second(folder, tmp_path):
     runs = list(ablation.runs().values())
     check_learners(tmp_path, runs)
     shutil.rmtree(tmp_path / "staged-first-stage-seed1")
-    with pytest.raises(UserError, match="earlier 'staged-first-stage-seed1'.*: 'staged-seed1'[.]"):
+    with pytest.raises(UserError, match=r"earlier 'staged-first-stage-seed1'.*: 'staged-seed1'\."):
         check_learners(tmp_path, runs)
 
 

@@ -44,6 +44,31 @@ def test_intervals_of_differences_hold_the_truth_for_other_seeds_and_images():
     assert np.mean(found) == pytest.approx(1 - np.mean(held))
 
 
+def test_intervals_hold_the_truth_of_a_row_whose_seeds_differ_more_than_those_of_the_others():
+    """Scores instead of right answers, so that the truth is known: 0."""
+    rng, held, images = np.random.default_rng(0), [], 200
+    for _ in range(400):
+        of_images = rng.normal(0, 0.25, images)
+        rows = [
+            of_images
+            + rng.normal(0, deviation, (3, 1))
+            + rng.normal(0, 0.25, images)
+            + rng.normal(0, 0.15, (3, images))
+            for deviation in (*[0.05] * 8, 0.15)
+        ]
+        between_seeds = SeedVariance.of_rows(rows)
+        estimates = estimate_accuracy(rows[-1], between_seeds), estimate_difference(*rows[-2:], between_seeds)
+        held.append([estimate.low <= 0 <= estimate.high for estimate in estimates])
+    assert np.all(np.mean(held, axis=0) > 0.915)  # with the degrees of freedom of the table 0.87 and 0.90
+
+
+def test_an_accuracy_of_100_percent_has_the_interval_of_its_images():
+    right = np.ones((3, 100), dtype=bool)
+    for answers, ends in ((right, (100 / 103.8415, 1)), (~right, (0, 3.8415 / 103.8415))):
+        estimate = estimate_accuracy(answers, SeedVariance.of_rows([answers]))
+        assert (max(0, estimate.low), min(1, estimate.high)) == pytest.approx(ends, abs=1e-5)
+
+
 def test_a_difference_far_larger_than_its_interval_is_found():
     rows = draw_table(np.random.default_rng(0), [2.0, 3.0], seeds=3, images=2000)
     estimate = estimate_difference(rows[1], rows[0], SeedVariance.of_rows(rows))
@@ -77,14 +102,16 @@ def test_a_single_seed_has_no_interval_and_equal_answers_have_no_difference():
     between_seeds = SeedVariance.of_rows([several])
     assert estimate_accuracy(several[:1], between_seeds) is None
     assert estimate_difference(several, several[:1], between_seeds) is None
-    assert estimate_difference(several, several, between_seeds) == Estimate(0.0, 0.0, 1.0)
+    assert estimate_difference(several, several, SeedVariance(0.0, 2)) is None
 
 
-def test_two_seeds_that_differ_have_no_interval_and_their_difference_is_not_tested():
+def test_two_seeds_alone_have_no_interval_and_two_of_a_table_have_one():
     images = np.arange(200)
     apart, alike = np.array([images < 150, images < 190]), np.array([images < 150, images < 151])
     assert estimate_accuracy(apart, SeedVariance.of_rows([apart])) is None
-    assert estimate_accuracy(alike, SeedVariance.of_rows([alike])).half_width < 0.1
+    assert estimate_accuracy(alike, SeedVariance.of_rows([alike])) is None
+    assert estimate_accuracy(alike, SeedVariance.of_rows([alike, alike])).half_width < 0.1
+    assert estimate_accuracy(apart, SeedVariance.of_rows([alike, apart])) is not None
     three = np.concatenate([apart, apart[:1]])
     assert estimate_accuracy(three, SeedVariance.of_rows([three])) is not None
     assert estimate_accuracy(apart, SeedVariance.of_rows([apart, three])) is not None
@@ -139,10 +166,9 @@ def test_words_say_why_a_row_is_not_tested():
     assert words.endswith("compared with row a; not tested, as row b has one seed.")
     (words,) = in_words(results_of("a", base), results_of("b", other, "a", labels=np.ones(100, dtype=int)))
     assert words.endswith("not tested, as their test images differ.")
-    images = np.arange(100)
-    rows = {name: results_of(name, np.array([images < 10, images < 90]), "a") for name in "ab"}
-    comparison = compare_rows(rows, SeedVariance(0.3, 1))["b"]
-    assert comparison.in_words(1).endswith("not tested, as the seeds are too few for how much they differ.")
+    right = np.ones((3, 100), dtype=bool)
+    (words,) = in_words(results_of("a", right), results_of("b", right, "a"))
+    assert words.endswith("not tested, as all images and seeds have the same difference.")
 
 
 def test_p_is_readable():

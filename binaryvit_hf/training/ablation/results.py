@@ -24,7 +24,8 @@ SIGNIFICANT = 0.05
 METHOD = (
     "Intervals (95 %) and tests are for other seeds and other test images: t intervals with seeds and images as crossed random "
     "effects (Hillis, Statistics in Medicine 26, 2007). Images are paired, seeds are not. The variance between seeds is the row's "
-    "own or the mean of the table, whichever is larger."
+    "own or the mean of the table, whichever is larger, with the degrees of freedom of that one; a row of two seeds has those of "
+    "the table."
 )
 
 
@@ -72,7 +73,7 @@ class Comparison:
     Two rows.
 
     Args:
-        estimate: our accuracy minus theirs, in points, with its interval; `None` if the seeds are too few.
+        estimate: our accuracy minus theirs, in points, with its interval; `None` if there is an `obstacle`.
         p: of the estimate, corrected for the other comparisons of the table.
     """
 
@@ -94,7 +95,7 @@ class Comparison:
         if single:
             return f"{single[0].name} has one seed"
         few_images = len(self.ours.labels) < 2
-        return "there are too few test images" if few_images else "the seeds are too few for how much they differ"
+        return "there are too few test images" if few_images else "all images and seeds have the same difference"
 
     @property
     def is_shown(self) -> bool:
