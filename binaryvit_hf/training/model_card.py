@@ -55,10 +55,9 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         raise UserError(f"{str(processor)!r} is damaged: {error}") from error
     given = arguments or recipe
     teacher = text_value(given, "teacher_model_name_or_path")
-    dataset = (
-        text_value(given, "dataset_name") or text_value(given, "train_dir") or text_value(given, "validation_dir")
-    )
-    dataset = FASHION_MNIST_HUB_ID if dataset == FASHION_MNIST else dataset
+    named = text_value(given, "dataset_name")
+    named = FASHION_MNIST_HUB_ID if named == FASHION_MNIST else named
+    dataset = named or text_value(given, "train_dir") or text_value(given, "validation_dir")
     metrics = named_metrics(results, "eval")
     images, test_metrics = evaluation_images(folder), named_metrics(results, "test")
     if images == TEST and results.get("eval_samples") == results.get("test_samples"):
@@ -68,7 +67,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
     base_model = teacher if "teacher_revision" in recorded or not arguments else None  # a teacher on the Hub
     license = text_value(arguments, "license") or DEFAULT_LICENSE
     card = ModelCard.from_template(
-        card_metadata(name, binary, dataset, license, base_model, published),
+        card_metadata(name, binary, dataset, bool(named), license, base_model, published),
         template_path=str(shipped_folder("model_cards") / "template.md"),
         model_id=model_id,
         name=name,
@@ -117,11 +116,22 @@ def read_notes(card: Path) -> str:
 
 
 def card_metadata(
-    name: str, binary: bool, dataset: str | None, license: str, base_model: str | None, metrics: dict[str, float]
+    name: str,
+    binary: bool,
+    dataset: str | None,
+    is_named: bool,
+    license: str,
+    base_model: str | None,
+    metrics: dict[str, float],
 ) -> ModelCardData:
-    """The card's metadata in the Hub's format, which lists results only with a dataset and a model name."""
+    """
+    The card's metadata in the Hub's format, which lists results only with a dataset and a model name.
+
+    Args:
+        is_named: whether `dataset` is a `--dataset_name`, not a folder, which another machine may lack.
+    """
     # The metadata must name a dataset on the Hub: neither a local path nor scikit-learn's digits is one.
-    on_hub = dataset is not None and dataset != DIGITS and not os.path.exists(dataset)
+    on_hub = dataset is not None and is_named and dataset != DIGITS and not os.path.exists(dataset)
     metrics = metrics if dataset else {}
     results = [
         EvalResult(

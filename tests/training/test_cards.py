@@ -112,6 +112,17 @@ def test_the_card_lists_only_what_the_user_set_also_for_runs_of_earlier_versions
     assert chosen_arguments(run)["warmup_steps"] == 3
 
 
+def test_a_folder_of_pictures_that_another_machine_lacks_is_no_dataset_of_the_hub(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    (tmp_path / "all_results.json").write_text('{"train_samples": 9, "eval_samples": 30, "eval_accuracy": 0.4}')
+    for argument, datasets in (("train_dir", None), ("dataset_name", ["photos"])):
+        (tmp_path / "run_arguments.json").write_text(json.dumps({argument: "photos"}))
+        write_model_card(tmp_path, "me/photos")
+        card = ModelCard.load(tmp_path / "README.md").data
+        assert card.datasets == datasets
+        assert {result.dataset_type for result in card.eval_results} == {"photos" if datasets else "local"}
+
+
 def test_the_card_says_that_a_network_cannot_be_told_from_guessing(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     (tmp_path / "run_arguments.json").write_text(json.dumps({"train_dir": "photos"}))
