@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Tables that share OUT share the runs of equal rows",
     )
     parser.add_argument(
-        "--seeds", metavar="N", type=int, nargs="+", default=[1, 2, 3], help="seeds of the students (default: 1 2 3)"
+        "--seeds",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="seeds of the students (default: 1 2 3). The table has the runs of these alone: to add seeds, name all again",
     )
     parser.add_argument(
         "--jobs", metavar="N", type=int, default=1, help="students to train at the same time (default: 1)"

@@ -18,6 +18,8 @@ from transformers import ResNetConfig, ViTConfig
 
 from binaryvit_cli import main
 from binaryvit_hf.benchmarks import trained
+from binaryvit_hf.benchmarks.machine import describe_machine
+from binaryvit_hf.training.ablation import runs as runs_of_ablations
 from binaryvit_hf.training.ablation.results import mean_and_deviation
 from binaryvit_hf.training.ablation.runs import (
     Ablation,
@@ -272,6 +274,12 @@ def test_wrong_tables_are_refused(folder, tmp_path, capsys):
     assert_refused(capsys, command, "no 'rows'")
     change_table(folder, rows={"a/b": "x"})
     assert_refused(capsys, command, "'a/b'", "its key names folders")
+    change_table(folder, rows={"binary": "1 bit"}, teacher="../vit")
+    assert_refused(capsys, command, "The teacher of", "its key names folders")
+    change_table(folder, "results", rows={"binary": "1 bit"})
+    words = "results.json' would replace those of 'table.json': rename the table."
+    assert_refused(capsys, [*command, "--table", "results.json"], words)
+    (folder / "table.json").write_text(json.dumps(TABLE))
     change_table(folder, rows={"binary": "1 bit"}, epochs=3)
     assert_refused(capsys, command, "not have the field 'epochs'")
     staged = {"name": "x", "config": "binary", "first_stage": {"num_train_epochs": 1}}
@@ -453,6 +461,59 @@ def test_the_arguments_of_a_table_are_those_of_its_rows_but_not_of_its_teacher(f
     assert (first.num_train_epochs, first.learning_rate) == (4, 0.25)
     assert (second.num_train_epochs, second.learning_rate) == (4, 0.5)
     assert teacher.num_train_epochs != 4
+
+
+def test_a_table_of_one_seed_says_so_and_has_no_empty_columns(folder, tmp_path):
+    out = tmp_path / "out"
+    change_table(folder, rows={"vit": "the teacher", "binary": "1 - |w|"})
+    finish(Ablation(folder, out, (1, 2)))
+    Ablation(folder, out, (1,)).write_results()
+    text = (out / "results.md").read_text()
+    assert "\n\nOne seed of each row, 2 runs in all: no intervals and no tests.\n" in text
+    (head,) = [line for line in text.splitlines() if line.startswith("| row |")]
+    assert not {"95 % interval", "p", "ms"} & {cell.strip() for cell in head.split("|")}
+    assert "difference, points" in head
+    assert "\n| 1 - \\|w\\| | " in text
+    Ablation(folder, out, (1, 2)).write_results({"binary": 0.001})
+    text = (out / "results.md").read_text()
+    assert "Mean and standard deviation over the seeds, 3 runs in all." in text
+    assert f"CPU: {describe_machine()['cpu']}." in text
+
+
+def test_rows_of_one_network_have_no_overrides_in_their_recipes(folder):
+    change_table(folder, config="binary", rows={"a": "a", "b": {"name": "b", "recipe": "wide.json"}})
+    for overrides, is_one in (({}, True), ({"config_overrides": "weight_bits=32"}, False)):
+        (folder / "wide.json").write_text(json.dumps(RECIPE | overrides))
+        assert read_table(folder).has_one_network is is_one
+
+
+def test_a_place_that_cannot_be_written_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert_refused(capsys, ["ablation", folder, tmp_path / "out"], "is a file, not a folder")
+    assert_refused(capsys, ["ablation", folder, tmp_path / "out" / "runs"], "out' is a file")
+
+
+def test_runs_share_the_cpus_that_they_may_use(folder, tmp_path, monkeypatch):
+    """The last run alone has all of them. OMP_NUM_THREADS is kept."""
+    threads = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, line, *, env, **kwargs):
+            super().__init__([sys.executable, "-S", "-c", "pass"], **kwargs)
+            output_dir = Path(line[line.index("--output_dir") + 1])
+            threads.append((output_dir.name, env["OMP_NUM_THREADS"]))
+            output_dir.mkdir()
+            (output_dir / "all_results.json").write_text('{"test_accuracy": 0.5}')
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    monkeypatch.setattr(runs_of_ablations, "available_cpus", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert main(["ablation", str(folder), str(tmp_path / "out"), "--seeds", "1", "2", "3", "--jobs", "2"]) == 0
+    assert [number for _, number in threads] == ["8", "4", "4", "8"]
+    threads.clear()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert main(["ablation", str(folder), str(tmp_path / "again"), "--seeds", "1", "--jobs", "2"]) == 0
+    assert [number for _, number in threads] == ["3", "3"]
 
 
 def test_two_ablations_do_not_train_in_one_folder(folder, tmp_path, capsys):

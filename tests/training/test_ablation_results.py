@@ -182,6 +182,13 @@ def test_an_interval_of_accuracies_ends_at_100_percent():
     assert readable_interval(Estimate(-0.5, 1.0, 0.3), "+.2f") == "[-1.50, +0.50]"
 
 
+def test_a_title_may_have_dollars(tmp_path):
+    point = Point("row", 1e6, 90.0, None)
+    plot_accuracy([point], r"cost in $\eur and $", "OPs", tmp_path / "accuracy.png")
+    bar = pictures.Bar("row", 0.5, None, False)
+    pictures.plot_differences([bar], r"cost in $\eur and $", "other", tmp_path / "differences.png")
+
+
 def test_labels_lie_on_no_point_interval_or_other_label(tmp_path, monkeypatch):
     points = [
         Point("DeiT, full precision", 17.6e6, 92.4, Estimate(92.4, 0.5, 0.0)),

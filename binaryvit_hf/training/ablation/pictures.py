@@ -76,7 +76,8 @@ def plot_accuracy(points: list[Point], title: str, cost: str, path: Path) -> Non
         # A t interval may end above 100 % or begin below 0.
         reach = point.reach and [[min(point.reach, point.accuracy)], [min(point.reach, 100 - point.accuracy)]]
         axes.errorbar(point.cost, point.accuracy, reach, fmt="o", markersize=MARKER / 1.5, capsize=4)
-    axes.set(title=title, xlabel=cost, ylabel="test top-1 accuracy, %", xscale="log")
+    axes.set(xlabel=cost, ylabel="test top-1 accuracy, %", xscale="log")
+    axes.set_title(title, parse_math=False)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: readable(value) if value >= 1000 else f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())
@@ -152,7 +153,7 @@ def plot_differences(bars: Iterable[Bar], title: str, other: str, path: Path) ->
         )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars], parse_math=False)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     axes.set_xlabel(f"test top-1 accuracy minus that of: {other}, points (filled: p < 0.05)", parse_math=False)
     axes.margins(y=0.6 / max(1, len(bars)))
     axes.grid(alpha=0.3, axis="x")

@@ -10,6 +10,7 @@ import numpy as np
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.writing import write_file
 
+from ...benchmarks.machine import describe_machine
 from ...loading import load_config
 from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
 from ...run_history import HELD_OUT, evaluation_images
@@ -265,10 +266,10 @@ def columns_of(
     teacher: RowResults | None,
     seconds: dict[str, float],
 ) -> dict[str, list[str]]:
-    """The cells of each column, by its head."""
+    """The cells of each column, by its head. Columns that are empty in every row are left out."""
     results = list(rows.values())
     columns = {
-        "row": [row.name for row in results],
+        "row": [row.name.replace("|", "\\|") for row in results],
         "test top-1, %": [mean_and_deviation(row.test) for row in results],
         "seeds": [str(len(row.test)) for row in results],
         "95 % interval": [readable_interval(interval, ".2f", 0.0, 100.0) for interval in intervals.values()],
@@ -282,13 +283,17 @@ def columns_of(
     if any(row.held_out for row in results):
         columns["held-out top-1, %"] = [mean_and_deviation(row.held_out) if row.held_out else "" for row in results]
     if table.has_one_network:
-        return columns
+        return without_empty(columns)
     columns["weights on disk"] = [readable(row.weight_bytes, "B") for row in results]
     for head, name in (("BOPs", "bops"), ("FLOPs", "flops"), ("OPs", "ops")):
         columns[head] = ["" if row.cost is None else readable(getattr(row.cost, name)) for row in results]
     if seconds:
         columns["ms"] = [f"{1000 * seconds[key]:.2f}" if key in seconds else "" for key in rows]
-    return columns
+    return without_empty(columns)
+
+
+def without_empty(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {head: cells for head, cells in columns.items() if any(cells) or not cells}  # no cells: no row is finished
 
 
 def describe_columns(
@@ -300,10 +305,11 @@ def describe_columns(
 ) -> str:
     """What the numbers of the table are."""
     runs = counted(sum(len(row.test) for row in rows.values()), "run")
-    sentences = [f"Mean and standard deviation over the seeds, {runs} in all."]
-    tests = sum(comparison.p is not None for comparison in comparisons.values())
     if any(len(row.folders) > 1 for row in rows.values()):
-        sentences.append(METHOD)
+        sentences = [f"Mean and standard deviation over the seeds, {runs} in all.", METHOD]
+    else:
+        sentences = [f"One seed of each row, {runs} in all: no intervals and no tests."]
+    tests = sum(comparison.p is not None for comparison in comparisons.values())
     if any(len(row.folders) > 1 and intervals[key] is None for key, row in rows.items()):
         sentences.append(NO_INTERVAL)
     if tests:
@@ -315,7 +321,7 @@ def describe_columns(
     elif seconds:
         sentences.append(
             "ms is the median time of one image on one thread, measured in turns: packed networks on the engine, others in "
-            "PyTorch in float32."
+            f"PyTorch in float32. CPU: {describe_machine()['cpu']}."
         )
     return " ".join(sentences)
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.errors import RunError, UserError, counted
 from binaryvit_runtime.progress import format_time
 from binaryvit_runtime.sources import list_names
-from binaryvit_runtime.writing import lock
+from binaryvit_runtime.writing import check_writable, lock
 
 from ..arguments import RunArguments
 from ..models import load_config
@@ -221,8 +222,9 @@ def in_use(out: Path) -> Iterator[list[int]]:
         File descriptors that the runs inherit: the folder is in use until the last one ends.
 
     Raises:
-        UserError: another one is training in this folder.
+        UserError: another one is training in this folder, or it cannot be written.
     """
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     locks: list[int] = []
     with contextlib.ExitStack() as stack:
@@ -253,7 +255,8 @@ def train(ablation: Ablation, runs: list[Run], jobs: int, locks: list[int]) -> N
                 waiting.remove(run)
                 started[run.folder] = time.monotonic()
                 place = places[run.folder] = min(set(range(jobs)) - set(places.values()))
-                at_once = 1 if run.folder == ablation.teacher_folder else jobs
+                left = len(running) + 1 + len(waiting)
+                at_once = 1 if run.folder == ablation.teacher_folder else min(jobs, left)
                 running[start(run, at_once, gpus[place % len(gpus)] if gpus else None, locks)] = run
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
@@ -265,8 +268,8 @@ def train(ablation: Ablation, runs: list[Run], jobs: int, locks: list[int]) -> N
                 now = time.monotonic()
                 seconds[run.folder] = now - started[run.folder]
                 elapsed = {other.folder: now - started[other.folder] for other in running.values()}
-                left = describe_left(ablation, [*waiting, *running.values()], elapsed, seconds, jobs)
-                logger.info("%s: %.2f %%; %s", run.folder, accuracy, left)
+                described = describe_left(ablation, [*waiting, *running.values()], elapsed, seconds, jobs)
+                logger.info("%s: %.2f %%; %s", run.folder, accuracy, described)
                 ablation.write_results()
     finally:
         for process in running:
@@ -330,7 +333,7 @@ def is_tested(run: Run) -> bool:
 def check_learners(out: Path, waiting: list[Run]) -> None:
     """
     Raise UserError if runs in `out`, of any table and seed, learned from an earlier run in the folder of one that is to be
-    trained. Finished or not, they do not learn again.
+    trained: finished ones are not trained again, and others would resume with another teacher.
     """
     to_train = {run.folder.name for run in waiting if not is_finished(run.folder)}
     sources = {file.parent.name: sources_of(file) & to_train for file in sorted(out.glob(f"*/{RUN_ARGUMENTS}"))}
@@ -373,15 +376,15 @@ def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
 
 def start(run: Run, at_once: int, gpu: str | None, locks: list[int]) -> subprocess.Popen:
     """
-    Start a run.
+    Start a run. OMP_NUM_THREADS, if it is set, is its number of threads.
 
     Args:
         at_once: number of runs that share the cores.
         gpu: the one that the run may use, or `None` if there is none.
         locks: file descriptors that it inherits.
     """
-    threads = max((os.cpu_count() or 1) // at_once, 1)
-    environment = {"OMP_NUM_THREADS": str(threads)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    threads = max(available_cpus() // at_once, 1)
+    given = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     logger.info("%s: training, its log is %s", run.folder, log_of(run.folder))
     with log_of(run.folder).open("a", encoding="utf-8") as log:
@@ -391,5 +394,5 @@ def start(run: Run, at_once: int, gpu: str | None, locks: list[int]) -> subproce
             stderr=subprocess.STDOUT,
             pass_fds=locks,
             start_new_session=True,  # only this process gets Ctrl-C, and ends the others by SIGTERM
-            env={**os.environ, **environment},
+            env={"OMP_NUM_THREADS": str(threads), **os.environ, **given},
         )

@@ -18,6 +18,7 @@ from ..preparation import check_arguments
 DEFAULT_TABLE = "table.json"
 TEACHER_RECIPE, STUDENT_RECIPE = "teacher.json", "student.json"
 FIRST_STAGE = "-first-stage"
+NAMES_OF_RESULTS = ("results", "ablation", "ablation_ms")  # of the results and pictures of DEFAULT_TABLE
 # Arguments that the ablation gives to every run.
 GIVEN_TO_RUNS = {
     *("output_dir", "seed", "config_name", "model_name_or_path", "teacher_model_name_or_path", "init_from", "teacher"),
@@ -100,8 +101,12 @@ class Table:
     @property
     def has_one_network(self) -> bool:
         """Whether several rows have the same network, so that they differ in training alone."""
-        networks = {(row.config, row.arguments.get("config_overrides")) for row in self.rows.values()}
+        networks = {(row.config, self.arguments_of(row).get("config_overrides")) for row in self.rows.values()}
         return len(self.rows) > 1 and len(networks) == 1
+
+    def arguments_of(self, row: Row) -> dict[str, Any]:
+        """The arguments of a row's recipe and its own."""
+        return read_argument_file(self.folder / row.recipe) | row.arguments
 
 
 def read_table(folder: Path, name: str = DEFAULT_TABLE) -> Table:
@@ -122,12 +127,15 @@ def read_table(folder: Path, name: str = DEFAULT_TABLE) -> Table:
         tables = list_names(beside.name for beside in sorted(folder.glob("*.json")) if is_table(beside))
         found = f"it has {tables}" if tables else "it is not the folder of an ablation"
         raise UserError(f"{str(folder)!r} has no table {name!r}: {found}.")
+    if file.stem in NAMES_OF_RESULTS:
+        raise UserError(f"Results of {str(file)!r} would replace those of {DEFAULT_TABLE!r}: rename the table.")
     content = read_argument_file(file)
     check_fields(content, TABLE_FIELDS, str(file))
     for required in ("title", "teacher", "rows"):
         if not content.get(required):
             raise UserError(f"{str(file)!r} has no {required!r}: add it.")
     teacher, rows = content["teacher"], {}
+    check_key(f"The teacher of {str(file)!r}", teacher)
     for key, row in content["rows"].items():
         above = next(reversed(rows), None)
         rows[key] = read_row(describe_row(file, key), key, row, key == teacher, above, content)
@@ -155,10 +163,7 @@ def read_row(place: str, key: str, content: str | dict, is_teacher: bool, above:
         defaults: `config` and `compared_with` of rows that have none, and `arguments` that those of a row override. The
             teacher takes none of them, and no row is compared with itself.
     """
-    if not re.fullmatch(r"\w[\w.+-]*", key):
-        raise UserError(
-            f"{place}: its key names folders, so it may have letters, digits and the characters . _ + - alone."
-        )
+    check_key(place, key)
     content = {"name": content} if isinstance(content, str) else content
     if not isinstance(content, dict):
         raise UserError(f"{place} must be its name, or an object with a 'name'.")
@@ -185,6 +190,13 @@ def read_row(place: str, key: str, content: str | dict, is_teacher: bool, above:
         content.get("compared_with", None if other == key else other),
         content.get("seeds", 1 if is_teacher else None),
     )
+
+
+def check_key(place: str, key: str) -> None:
+    if not re.fullmatch(r"\w[\w.+-]*", key):
+        raise UserError(
+            f"{place}: its key names folders, so it may have letters, digits and the characters . _ + - alone."
+        )
 
 
 def check_fields(content: dict, known: dict[str, Any], place: str) -> None:
