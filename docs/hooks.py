@@ -80,10 +80,23 @@ def how_to_repeat(results: Path) -> str:
     if results.stem != "results" and not table_file.is_file():
         return ""
     table = "" if results.stem == "results" else f" --table {table_file.name}"
-    command = f"binaryvit ablation configs/{name} outputs/{name}{table}"
+    command = f"binaryvit ablation configs/{name} outputs/{name}{table}{seeds_of(results)}"
     return (
         f"\n\n## How to repeat it\n\n```bash\n{command}\n```\n\n[The guide](../../guides/ablation.md) explains it.\n"
     )
+
+
+def seeds_of(results: Path) -> str:
+    """The argument of the seeds of a table: from 1 to the largest number in its column "seeds". Empty without a table."""
+    rows = []
+    if results.is_file():
+        lines = results.read_text(encoding="utf-8").splitlines()
+        rows = [[cell.strip() for cell in line.split(" | ")] for line in lines if line.startswith("| ")]
+    if not rows or "seeds" not in rows[0]:
+        return ""
+    column = rows[0].index("seeds")
+    most = max((int(row[column]) for row in rows[2:]), default=0)
+    return f" --seeds {' '.join(str(seed + 1) for seed in range(most))}" if most else ""
 
 
 def pictures() -> dict[str, Path]:

@@ -441,10 +441,13 @@ def test_pages_of_results_have_the_command_that_made_them(hooks, commands):
     assert {"results/fashion-mnist/results.md", "results/binaryvit-digits/card.md"} <= pages.keys()
     folder = ROOT / "configs" / "fashion-mnist"
     for name, arguments in {"results.md": [], "recipes.md": ["--table", "recipes.json"]}.items():
+        arguments += hooks["seeds_of"](folder / name).split()
         command = re.search(r"^binaryvit ablation (.*)$", hooks["how_to_repeat"](folder / name), re.MULTILINE)[1]
         assert command.split()[2:] == arguments
         commands["ablation"].parse_args(command.split())
     assert hooks["how_to_repeat"](folder / "other.md") == ""
+    repeat = hooks["how_to_repeat"](ROOT / "configs" / "digits" / "results.md")
+    assert "\nbinaryvit ablation configs/digits outputs/digits --seeds 1 2 3 4 5\n" in repeat
 
 
 def test_formulas_become_mathml_outside_of_code(hooks):
