@@ -16,6 +16,7 @@ The modules beside the folders are shared by the upper ones:
 - `pixels`: pictures as the same pixels everywhere.
 - `argument_checks`: types and ranges of command-line arguments.
 - `small_networks`: networks of timm for small images, to compare with.
+- `card_text`: the parts of a model card.
 - `ops`, `convert`, `comparison`: commands.
 - `errors`, `resources`, `host_memory`: exceptions, shipped files, and memory of the process.
 """

@@ -16,6 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from warm_python import WITHOUT_PACKAGE
 
 from binaryvit_cli import main as binaryvit
+from binaryvit_hf import BinaryViTForImageClassification
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_runtime.hub import suggest_name
 from binaryvit_runtime.pixels import write_background
@@ -286,6 +287,32 @@ def test_push_takes_a_packed_folder_as_it_is(server, client, latent, tmp_path):
         name for name in files if "latent" in name or "checkpoint" in name or "secret" in name or name[0] == "_"
     ]
     assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "binaryvit"
+
+
+def test_push_deletes_the_weights_of_an_earlier_model(server, client, latent, tmp_path):
+    parts = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    weights = [*parts, "model.safetensors.index.json", "pytorch_model.bin", "latent/config.json"]
+    others = ["model.onnx", "other/model.safetensors"]
+    server.publish("alice/pyramid", dict.fromkeys([*weights, "latent/model.safetensors", *others], b"earlier"))
+    assert binaryvit(["pack", str(latent), str(tmp_path / "packed")]) == 0
+    result = push(client, tmp_path, ALICE, tmp_path / "packed", "alice/pyramid")
+    assert result.returncode == 0, result.stderr
+    files = server.files("alice/pyramid")
+    assert [name for name, content in files.items() if content == b"earlier"] == others
+    assert "latent/config.json" not in files
+    assert len(server.commits("alice/pyramid")) == 3  # of the empty repository, the earlier model and this one
+
+
+def test_push_leaves_out_the_parts_of_sharded_weights_that_it_packs(server, client, latent, tmp_path):
+    model = BinaryViTForImageClassification.from_pretrained(latent)
+    (latent / "model.safetensors").unlink()
+    model.save_pretrained(latent, max_shard_size="5KB")
+    assert (latent / "model.safetensors.index.json").exists()
+    result = push(client, tmp_path, ALICE, latent, "alice/pyramid")
+    assert result.returncode == 0, result.stderr
+    files = server.files("alice/pyramid")
+    assert_shipped(files)
+    assert not [name for name in files if "index" in name or "-of-" in name]
 
 
 @pytest.mark.parametrize(

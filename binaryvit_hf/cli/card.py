@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     Write the model card of a folder: its results, training, size and examples.
 
     All of it is from the folder's files. Training writes the card already; this command writes it again. Your own text stays
-    if it is below the comment at the end of the card.
+    if it is below the comment at the end of the card. A README.md that is no such card becomes that text.
     """
     check_model_folder(options.folder)
     out = options.out or options.folder / "README.md"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.progress import Progress
+from binaryvit_runtime.writing import reported_write_errors
 
 from .card import write_card_if_possible
 from .common import add_token_argument, check_model_folder, prepare_libraries
@@ -59,8 +60,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def push_model(options: argparse.Namespace) -> None:
+    from binaryvit_hf.card_text import read_card
     from binaryvit_hf.network.quantization_binaryvit import NOTHING_TO_PACK, QUANT_METHOD, ShippedModel, is_latent
-    from binaryvit_runtime.hub import NOT_UPLOADED, create_repository, resumable_upload, upload_folder
+    from binaryvit_runtime.hub import create_repository, resumable_upload, upload_folder
 
     from .models import load_model
 
@@ -70,29 +72,67 @@ def push_model(options: argparse.Namespace) -> None:
     model, _ = load_model(str(folder), str(folder), options.token)
     if model.config.model_type == QUANT_METHOD and model.config.weight_bits == 32:
         print(NOTHING_TO_PACK, file=sys.stderr)
-    repository = create_repository(options.repository, options.token, options.private)
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging) / "model"
-        shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
-        (ShippedModel(model) if is_latent(model) else model).save_pretrained(staged)  # also copies the modelling code
+        copy_folder(folder, staged, is_latent(model))
+        with reported_write_errors(staged):
+            # Also copies the modelling code.
+            (ShippedModel(model) if is_latent(model) else model).save_pretrained(staged)
         readme = staged / "README.md"
-        if readme.is_file():
-            text = name_repository(readme.read_text(encoding="utf-8"), folder, repository)
-            readme.write_text(text, encoding="utf-8")
-        else:
-            write_card_if_possible(staged, repository)
+        card = read_card(readme)
+        # Only now: a fault of the folder or a full disk leaves no empty repository.
+        repository = create_repository(options.repository, options.token, options.private)
         with resumable_upload(folder, repository, options.revision):
+            if card:
+                readme.write_bytes(name_repository(card, folder, repository).encode(errors="surrogateescape"))
+            else:
+                write_card_if_possible(staged, repository)
             message = options.message or MODEL_MESSAGE
             with Progress("Uploading"):
                 address = upload_folder(staged, repository, options.token, options.revision, message)
             print(address)
 
 
+def copy_folder(folder: Path, staged: Path, latent: bool) -> None:
+    """
+    Copy what is uploaded of a model's folder, without its weights, which are saved anew.
+
+    Args:
+        latent: whether the weights of the folder are latent, so that a folder of latent weights is saved anew, too.
+
+    Raises:
+        UserError: a file cannot be read or written.
+    """
+    from binaryvit_hf.network.quantization_binaryvit import LATENT
+    from binaryvit_runtime.hub import NOT_UPLOADED, WEIGHTS
+
+    not_copied = shutil.ignore_patterns(*NOT_UPLOADED, *([LATENT] if latent else []))
+
+    def ignore(path: str, names: list[str]) -> set[str]:
+        saved_anew = {name for name in names if WEIGHTS.fullmatch(name)} if Path(path) == folder else set()
+        return not_copied(path, names) | saved_anew
+
+    with reported_write_errors(staged):
+        try:
+            shutil.copytree(folder, staged, ignore=ignore)
+        except shutil.Error as error:  # one for all files
+            source, _, reason = error.args[0][0]
+            reason = re.sub(r"\[Errno \d+\] ([^:]*).*", r"\1", reason)
+            raise UserError(f"{source!r} cannot be copied to {str(staged)!r} for the upload: {reason}.") from error
+
+
 def name_repository(card: str, folder: Path, repository: str) -> str:
-    """A card whose examples load the model from the Hub. They name its folder as it was called when the card was written."""
-    for name in {str(folder), *EXAMPLE_OF_CARD.findall(card)}:
-        card = card.replace(f'"{name}"', f'"{repository}"')
-    return card
+    """
+    A card whose examples load the model from the Hub. They name its folder as it was called when the card was written. The
+    user's text stays as it is: it may name other models.
+    """
+    from binaryvit_hf.card_text import split_card
+
+    ours, _ = split_card(card)
+    notes = card[len(ours) :]
+    for name in {str(folder), *EXAMPLE_OF_CARD.findall(ours)}:
+        ours = ours.replace(f'"{name}"', f'"{repository}"')
+    return ours + notes
 
 
 def push_page(options: argparse.Namespace) -> None:

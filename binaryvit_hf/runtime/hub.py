@@ -14,7 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, is_offline_mode, set_client_factory
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    is_offline_mode,
+    set_client_factory,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -35,6 +42,8 @@ NOT_UPLOADED = [
     *("checkpoint-*", ".*", "_*", "training_args.bin"),
     *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"),  # of a checkpoint that is uploaded as a model
 ]
+# Weights in a folder of a model and in its folder of latent weights, with the index of files that are parts.
+WEIGHTS = re.compile(r"latent/.*|(pytorch_)?model([.-][^/]*)?\.(safetensors|bin)(\.index\.json)?")
 STATIC = "static"  # a Space of files that run in the browser
 LOG_IN = "log in with `hf auth login`, or pass a token with access"
 CAUSES = {
@@ -232,7 +241,11 @@ def suggest_name(folder: Path) -> str:
 def upload_folder(
     folder: Path, repo_id: str, token: str | None, revision: str | None, message: str, repo_type: str = "model"
 ) -> str:
-    """Upload a folder in one commit, so that it arrives whole or not at all. Returns the URL of the repository."""
+    """
+    Upload a folder in one commit, so that it arrives whole or not at all. Returns the URL of the repository.
+
+    Weights of a model that was there before are deleted: loaders would take them for the new model's.
+    """
     api = HfApi(token=token)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
@@ -242,7 +255,10 @@ def upload_folder(
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]
-    commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision, repo_type=repo_type)
+    there = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type) if repo_type == "model" else []
+    stale = {name for name in there if WEIGHTS.fullmatch(name)} - {addition.path_in_repo for addition in additions}
+    operations = [*additions, *map(CommitOperationDelete, sorted(stale))]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, repo_type=repo_type)
     return commit.repo_url
 
 

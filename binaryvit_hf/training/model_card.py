@@ -6,11 +6,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from binaryvit_runtime.errors import LoadingError, UserError, first_sentence
+from binaryvit_runtime.errors import LoadingError, UserError
 from binaryvit_runtime.pixels import read_background
 from binaryvit_runtime.resources import shipped_folder
 from binaryvit_runtime.writing import write_file
 
+from ..card_text import NOTES, TAG, read_card, split_card
 from ..data.arguments import DataArguments
 from ..data.known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
 from ..loading import load_config
@@ -24,13 +25,11 @@ from .run_folder import PROCESSES, RUN_ARGUMENTS, arguments_to_json
 # Defaults of earlier versions, which their runs recorded: nobody chose them.
 EARLIER_DEFAULTS = [("logging_nan_inf_filter", True), ("ddp_find_unused_parameters", False)]
 
-NOTES = "<!-- Text below this line stays when the card is written again. -->"
-
 
 def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> None:
     """
-    Write the card of a model, with metadata in the Hub's format, from the files in its folder. Text below the line `NOTES` of
-    the card that it replaces stays; so does that of the folder's card if `path` has none.
+    Write the card of a model, with metadata in the Hub's format, from the files in its folder. The user's text in the card
+    that it replaces (`split_card`) stays below the line `NOTES`; so does that in the folder's card if `path` has none.
 
     Args:
         folder: a run's output directory, or a folder of a config without weights. It must hold `config.json`. The card uses
@@ -95,24 +94,11 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         chosen=chosen_arguments(arguments),
     )
     path = path or folder / "README.md"
-    content, notes = f"{str(card).rstrip()}\n", read_notes(path) or read_notes(folder / "README.md")
+    content = f"{str(card).rstrip()}\n"
+    notes = next(filter(None, (split_card(read_card(known))[1] for known in (path, folder / "README.md"))), "")
     if arguments or notes or weight_bytes(folder):
         content += f"\n{NOTES}\n" + (f"\n{notes}\n" if notes else "")
     write_file(path, content.encode(errors="surrogateescape"))
-
-
-def read_notes(card: Path) -> str:
-    """
-    What a person wrote below the line `NOTES` of a card; empty if there is none. Bytes that are not UTF-8 are surrogates.
-
-    Raises:
-        UserError: the card cannot be read.
-    """
-    try:
-        content = card.read_bytes() if card.is_file() else b""
-    except OSError as error:
-        raise UserError(f"{str(card)!r} cannot be read: {first_sentence(error)}") from error
-    return content.partition(NOTES.encode())[2].decode(errors="surrogateescape").replace("\r\n", "\n").strip()
 
 
 def card_metadata(
@@ -148,7 +134,7 @@ def card_metadata(
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["image-classification", "binaryvit_hf", *(["1-bit"] if binary else [])],
+        tags=["image-classification", TAG, *(["1-bit"] if binary else [])],
         datasets=[dataset] if on_hub else None,
         base_model=base_model,
         model_name=name if results else None,

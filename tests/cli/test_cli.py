@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from command_line import assert_refused, run
+from full_disk import files_up_to
 from golden_data import CONFIGS, golden_expectations, original_state_dict
 from PIL import Image
 from tiny import tiny_config, tiny_images, tiny_model
@@ -23,8 +24,10 @@ import binaryvit_hf
 from binaryvit_cli import COMMANDS, create_command_parser, main
 from binaryvit_cli.push import name_repository
 from binaryvit_hf import engine, onnx_export
+from binaryvit_hf.card_text import NOTES, TAG
 from binaryvit_hf.data.model_inputs import create_image_processor
 from binaryvit_hf.onnx_export import ExportedFile
+from binaryvit_runtime import hub
 from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.resources import check_torchvision
 
@@ -362,9 +365,56 @@ def test_classify_refuses_wrong_files_models_and_arguments(latent, photos, capsy
 
 @pytest.mark.parametrize("folder", ["outputs/photos", "photos", "/data/outputs/photos"])
 def test_the_examples_of_an_uploaded_card_name_the_repository_however_the_folder_is_called(folder):
-    card = """classify = pipeline("image-classification", model="outputs/photos", trust_remote_code=True)
+    card = f"""---
+tags:
+- {TAG}
+---
+classify = pipeline("image-classification", model="outputs/photos", trust_remote_code=True)
 `AutoModelForImageClassification.from_pretrained("outputs/photos", subfolder="latent")`"""
-    assert name_repository(card, pathlib.Path(folder), "alice/ants") == card.replace("outputs/photos", "alice/ants")
+    renamed = card.replace("outputs/photos", "alice/ants")
+    assert name_repository(card, pathlib.Path(folder), "alice/ants") == renamed
+    notes = f'\n{NOTES}\npipeline("image-classification", model="google/vit-base-patch16-224")'
+    assert name_repository(card + notes, pathlib.Path(folder), "alice/ants") == renamed + notes
+    assert name_repository(notes[-60:], pathlib.Path(folder), "alice/ants") == notes[-60:]  # a card that is not ours
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> dict[str, dict[str, bytes]]:
+    """The files of each repository that is created, by their names."""
+    repositories = {}
+
+    def create_repository(repository, *_):
+        repositories[repository] = {}
+        return repository
+
+    def upload_folder(folder, repository, *_):
+        repositories[repository] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        return f"https://huggingface.co/{repository}"
+
+    monkeypatch.setattr(hub, "create_repository", create_repository)
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    return repositories
+
+
+def test_push_creates_no_repository_for_a_folder_that_cannot_be_copied(latent, capsys, uploads):
+    (latent / "best").symlink_to(latent / "removed")
+    assert_refused(capsys, ["push", latent, "me/x"], "best", "No such file or directory")
+    (latent / "best").unlink()
+    (latent / "pictures.zip").write_bytes(bytes(2_000_000))
+    with files_up_to(1_000_000):
+        assert_refused(capsys, ["push", latent, "me/x"], "pictures.zip", "File too large")
+    for file in (latent / "pictures.zip", *latent.glob("*.py")):
+        file.unlink()
+    with files_up_to(10_000):
+        assert_refused(capsys, ["push", latent, "me/x"], "cannot be written", "File too large")
+    assert not uploads
+
+
+def test_push_keeps_a_card_that_is_not_utf_8(latent, capsys, uploads):
+    card = f'pipeline("image-classification", model="{latent}")\n{NOTES}\nMade by Andr'.encode() + b"\xe9"
+    (latent / "README.md").write_bytes(card)
+    run(capsys, "push", latent, "me/x")
+    assert uploads["me/x"]["README.md"] == card.replace(str(latent).encode(), b"me/x")
 
 
 def test_push_refuses_folders_without_a_model_that_loads(latent, tmp_path, capsys):

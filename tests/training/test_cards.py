@@ -11,11 +11,12 @@ from tiny import tiny_config
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from binaryvit_cli import main
+from binaryvit_hf.card_text import NOTES
 from binaryvit_hf.data.decoding import decode_image
 from binaryvit_hf.data.known_datasets import FASHION_MNIST_FOLDER, load_digits_splits, load_fashion_mnist_splits
 from binaryvit_hf.ops import count_operations, readable, total
 from binaryvit_hf.training.command_line import parse, parse_runs
-from binaryvit_hf.training.model_card import NOTES, chosen_arguments, write_model_card
+from binaryvit_hf.training.model_card import chosen_arguments, write_model_card
 from binaryvit_hf.training.run_folder import arguments_to_json
 
 
@@ -73,6 +74,17 @@ def test_text_below_the_last_line_of_a_card_stays_when_it_is_written_again(tmp_p
     other.write_bytes(f"{NOTES}\n".encode() + b"caf\xe9")  # no UTF-8
     write_model_card(folder, "model", other)
     assert other.read_bytes() == card.encode() + b"\ncaf\xe9\n"
+
+
+def test_a_readme_that_is_no_card_becomes_the_text_below_the_card(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Three classes of insects\n\nPhotographed in May.\n")
+    for _ in range(2):
+        assert main(["card", str(tmp_path)]) == 0
+        card = (tmp_path / "README.md").read_text()
+        assert card.startswith("---\n")
+        assert card.endswith(f"\n{NOTES}\n\n# Three classes of insects\n\nPhotographed in May.\n")
+        assert card.count("insects") == 1
 
 
 @pytest.mark.parametrize("row", sorted(path.parent.name for path in CONFIGS.glob("*/train.json")))
