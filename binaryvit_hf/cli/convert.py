@@ -43,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(
             f"Name the network: --config with one of {', '.join(sorted(shipped_configs()))}; or --teacher."
         )
+    if options.config and options.teacher:
+        raise UserError(f"Give --config or --teacher, not both: --teacher is the same as --config {TEACHER_ROW}.")
     with new_folder(options.out) as folder:
         _, config = find_model(options.config or TEACHER_ROW, None, shipped_configs())
         with Progress(f"Reading {str(options.checkpoint)!r}"):

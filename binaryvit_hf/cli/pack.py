@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.progress import Progress
@@ -12,6 +13,9 @@ from binaryvit_runtime.writing import new_folder
 from .card import write_card_if_possible
 from .common import add_token_argument
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EXAMPLE = "binaryvit pack binaryvit-digits digits-half --half"
 RUN_FILES = (
@@ -43,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     Training writes a packed model already. This command packs latent float weights (the folder latent of a run), or packs
     a model again with --half. The outputs of a 1-bit model stay the same.
     """
-    from binaryvit_hf.network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig, fits_half
+    from binaryvit_hf.network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
     from binaryvit_hf.ops import readable
 
     from .models import find_model, load_model
@@ -64,18 +68,29 @@ def run(options: argparse.Namespace) -> None:
         write_card_if_possible(folder, str(options.out))
     print(f"{options.out}: {readable(sum(file.stat().st_size for file in options.out.glob('*.safetensors')), 'B')}")
     if options.half:
-        floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-        wide = [name for name, tensor in floats.items() if not fits_half(name, tensor)]
-        total = counted(len(floats), "float tensor")
-        summary = f"Out of the range of half precision, so in float32: {len(wide)} of {total}"
-        print("\n  ".join([f"{summary}:", *wide]) if wide else f"{summary}.")
+        print(describe_half(model))
+
+
+def describe_half(model: "PreTrainedModel") -> str:
+    """Which float tensors of a model `--half` has left as they were."""
+    from binaryvit_hf.network.quantization_binaryvit import in_half
+
+    floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    kind = str(model.dtype).removeprefix("torch.")
+    if model.dtype.itemsize == 2:
+        return f"The float tensors stay in {kind}, which takes no more bytes than half precision."
+    wide = [name for name, tensor in floats.items() if not in_half(name, tensor)]
+    summary = (
+        f"Out of the range of half precision, so in {kind}: {len(wide)} of {counted(len(floats), 'float tensor')}"
+    )
+    return "\n  ".join([f"{summary}:", *wide]) if wide else f"{summary}."
 
 
 def copy_run_files(source: str, folder: Path) -> None:
     """Copy the records of a local training run, from which the model card is made."""
-    from binaryvit_hf.network.quantization_binaryvit import LATENT
+    from binaryvit_hf.inspection.records import records_folder
 
-    run_folder = Path(source).parent if Path(source).name == LATENT else Path(source)
+    run_folder = records_folder(Path(source))
     for name in RUN_FILES:
         if (run_folder / name).is_file():
             shutil.copy(run_folder / name, folder)

@@ -55,8 +55,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def records_folder(folder: Path) -> Path:
-    """The output directory of the run that made the model in `folder`, which may be its `latent` or a `checkpoint-N`."""
-    return folder.parent if folder.name == LATENT or is_checkpoint(folder) else folder
+    """
+    The output directory of the run that made the model in `folder`, which may be its `latent`, a `checkpoint-N`, `.` or a link.
+    """
+    names = (folder, folder.absolute(), folder.resolve())
+    return next((path.parent for path in names if path.name == LATENT or is_checkpoint(path)), folder)
 
 
 def read_records(folder: Path) -> RunRecords:

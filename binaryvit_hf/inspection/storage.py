@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..network.quantization_binaryvit import fits_half
+from ..network.quantization_binaryvit import in_half
 from ..ops import count_layers
 from .parts import part_of, parts_in_order, quantizable_layers, weight_shape
 
@@ -73,8 +73,7 @@ def measure_parts(model: PreTrainedModel) -> list[PartCost]:
 def stored_bytes(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> int:
     """Bytes of a tensor in the checkpoint. With `half`, it stores the floats that fit in half precision."""
     half = getattr(getattr(model.config, "quantization_config", None), "half", False)
-    in_half = half and tensor.dtype == torch.float32 and fits_half(name, tensor)
-    return tensor.nbytes // 2 if in_half else tensor.nbytes
+    return 2 * tensor.numel() if half and in_half(name, tensor) else tensor.nbytes
 
 
 def file_bytes(folder: Path) -> int:

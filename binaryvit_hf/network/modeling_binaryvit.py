@@ -714,14 +714,17 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
         """
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
-            labels: `(batch,)` class indices.
+            labels: `(batch,)` class indices. For `problem_type="regression"`, numbers in the shape of the logits, or
+                `(batch,)` if there is one logit. For `"multi_label_classification"`, floats from 0 to 1 in the shape of
+                the logits.
             interpolate_pos_encoding: take images of another size than the config's, with bicubic interpolation of
                 the position embeddings of all stages.
 
         Returns:
-            `logits` `(batch, num_labels)`; `loss`, the cross-entropy, if there are labels; `hidden_states`,
-            `reshaped_hidden_states` and `attentions` of the backbone, if `output_hidden_states` and
-            `output_attentions` ask for them.
+            `logits` `(batch, num_labels)`; `loss` if there are labels; `hidden_states`, `reshaped_hidden_states` and
+            `attentions` of the backbone, if `output_hidden_states` and `output_attentions` ask for them. The loss is the
+            cross-entropy, the mean squared error of a regression, or the binary cross-entropy of several labels. Without a
+            `problem_type`, the first labels set it in the config: one logit is a regression, float labels are several.
 
         Raises:
             ValueError: the images have another number of channels than the config, or another size without

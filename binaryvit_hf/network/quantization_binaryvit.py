@@ -7,7 +7,7 @@ safetensors file of format 2 stores the tensors of a module together. The module
 patch embeddings of a stage (`stages.1.patch_embeddings`), each layer (`stages.1.layers.0`) and the last norm (`norm`).
 Their names start with `binaryvit.` in a classifier. Each module has two tensors of one dimension in the file:
 
-- `<module>.floats`: the values of all its float tensors, as float32, float16 or bfloat16;
+- `<module>.floats`: the values of all its float tensors, as float32, float16, bfloat16 or float64;
 - `<module>.bytes`, uint8: the bytes of its packed weights and of its int64 counters, least significant byte first.
 
 In both, the tensors follow one another in the order of their names (ASCII), each by rows, without gaps. The config
@@ -131,6 +131,11 @@ def fits_half(name: str, tensor: torch.Tensor) -> bool:
     largest = magnitude.max()
     smallest = magnitude.min() if name.endswith("running_var") else largest
     return bool((largest <= HALF_MAX) & ((smallest >= HALF_SMALLEST_NORMAL) | (largest == 0)))
+
+
+def in_half(name: str, tensor: torch.Tensor) -> bool:
+    """Whether `half` of the quantization_config stores a tensor in half precision. bfloat16 would not become smaller."""
+    return tensor.dtype in (torch.float32, torch.float64) and fits_half(name, tensor)
 
 
 def config_fields(config) -> dict:
@@ -342,10 +347,12 @@ def check_config(checkpoint: PackedCheckpoint, config) -> None:
 
 def check_tensors(tensors: dict[str, torch.Tensor], checkpoint: PackedCheckpoint, model: PreTrainedModel) -> None:
     shapes = packed_shapes(model)
+    names = {name: stored_name(name, tensors, model) for name in model.state_dict()}
+    if missing := [name for name, stored in names.items() if stored is None]:
+        remedy = "load it with the class that saved it" if are_of_other_class(missing, model) else "download it again"
+        raise ValueError(f"The packed checkpoint lacks the tensor {missing[0]!r}: {remedy}.")
     for name, expected in model.state_dict().items():
-        stored = stored_name(name, tensors, model)
-        if stored is None:
-            raise ValueError(f"The packed checkpoint lacks the tensor {name!r}: download it again.")
+        stored = names[name]
         file = checkpoint.origin.get(stored)
         if file is None:  # `split_tensors` made its shape and dtype
             continue
@@ -382,6 +389,16 @@ def stored_name(name: str, stored: dict, model: nn.Module) -> str | None:
     return next((known for known in (name, prefix + name, name.removeprefix(prefix)) if known in stored), None)
 
 
+def are_of_other_class(missing: list[str], model: PreTrainedModel) -> bool:
+    """Whether a checkpoint lacks exactly what a backbone (norm, classifier) or a model without a head does not have."""
+
+    def part(name: str) -> str:
+        return name.removeprefix(model.base_model_prefix + ".").split(".")[0]
+
+    parts = {part(name) for name in missing}
+    return parts <= {"norm", "classifier"} and missing == [name for name in model.state_dict() if part(name) in parts]
+
+
 def is_new_head(name: str, model: PreTrainedModel) -> bool:
     """Whether a tensor belongs to the head and may have another shape in the checkpoint."""
     of_head = model.base_model is not model and not name.startswith(model.base_model_prefix + ".")
@@ -401,7 +418,7 @@ class BinaryViTQuantizationConfig(QuantizationConfigMixin):
     Pass it to `from_pretrained` to pack a latent checkpoint: `weight_bits` of the model's config per weight.
 
     Args:
-        half: save all other floats that fit in half precision (`fits_half`). The loaded model computes in float32.
+        half: save all other floats that fit in half precision (`in_half`). The loaded model computes in the config's dtype.
 
     Raises:
         ValueError: an argument does not exist or has the wrong type.
@@ -691,7 +708,7 @@ class PackableModel(PreTrainedModel):
         Tensors and metadata of a packed checkpoint.
 
         Args:
-            half: store the floats that fit in half precision (`fits_half`).
+            half: store the floats that fit in half precision (`in_half`).
 
         Raises:
             ValueError: weights are offloaded.
@@ -699,10 +716,7 @@ class PackableModel(PreTrainedModel):
         tensors = self.state_dict()
         check_not_offloaded(self, "save it packed")
         if half:
-            tensors = {
-                name: tensor.half() if tensor.dtype == torch.float32 and fits_half(name, tensor) else tensor
-                for name, tensor in tensors.items()
-            }
+            tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
         tensors = join_tensors(tensors, plain_backbone(self), prefix)
         metadata = {

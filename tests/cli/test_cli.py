@@ -17,6 +17,7 @@ from command_line import assert_refused, run
 from full_disk import files_up_to
 from golden_data import CONFIGS, golden_expectations, original_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -255,6 +256,36 @@ def test_pack_stores_packed_weights_in_half_precision_and_lists_tensors_that_sta
     assert sizes[1] < sizes[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pack_says_what_half_precision_does_to_other_floats(dtype, latent, tmp_path, capsys):
+    AutoModelForImageClassification.from_pretrained(latent, dtype=dtype).save_pretrained(latent)
+    printed = run(capsys, "pack", latent, tmp_path / "half", "--half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors").values()
+    stored = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if dtype == torch.bfloat16:
+        assert stored == {torch.bfloat16}
+        assert "stay in bfloat16" in printed
+    else:
+        assert stored == {torch.float16}
+        assert "so in float64: 0 of " in printed
+        assert AutoModelForImageClassification.from_pretrained(tmp_path / "half").dtype == torch.float64
+
+
+def test_pack_finds_the_records_of_a_run_from_inside_of_its_latent_folder_and_through_links(
+    latent, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "all_results.json").write_text("{}")
+    (tmp_path / "link").symlink_to(latent)
+    monkeypatch.chdir(latent)
+    for number, name in enumerate([".", tmp_path / "link", latent]):
+        run(capsys, "pack", name, tmp_path / f"packed-{number}")
+        assert (tmp_path / f"packed-{number}" / "all_results.json").is_file()
+    latent.rename(tmp_path / "other disk")
+    latent.symlink_to(tmp_path / "other disk")
+    run(capsys, "pack", latent, tmp_path / "packed")
+    assert (tmp_path / "packed" / "all_results.json").is_file()
+
+
 def test_pack_refuses_models_that_it_cannot_pack_and_leaves_nothing_behind(latent, tmp_path, capsys):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
@@ -285,6 +316,11 @@ def test_convert_reads_checkpoints_of_the_public_code_and_prints_every_tensor(ro
     assert set(mapped.values()) == set(ours)
     assert all(torch.equal(state_dict[theirs].flatten(), ours[name].flatten()) for theirs, name in mapped.items())
     assert AutoImageProcessor.from_pretrained(tmp_path / "out").size == {"shortest_edge": 256}
+
+
+def test_convert_refuses_two_networks(tmp_path, capsys):
+    which = ["--teacher", "--config", "binaryvit-small-patch4-224"]
+    assert_refused(capsys, ["convert", tmp_path / "checkpoint.pth", tmp_path / "out", *which], "not both")
 
 
 class RunsCode:

@@ -647,8 +647,19 @@ def test_a_model_whose_layers_are_unpacked_and_packed_again_is_saved_as_it_is(pa
 
 def test_a_packed_backbone_is_not_loaded_as_a_classifier(packed, tmp_path):
     AutoModel.from_pretrained(packed).save_pretrained(tmp_path / "backbone")
-    with pytest.raises(ValueError, match=r"lacks the tensor 'classifier"):
+    with pytest.raises(ValueError, match=r"lacks the tensor 'classifier\.\S+ load it with the class that saved it\."):
         AutoModelForImageClassification.from_pretrained(tmp_path / "backbone")
+    BinaryViTBackbone.from_pretrained(packed).save_pretrained(tmp_path / "maps")
+    for auto_class in (AutoModel, AutoModelForImageClassification):
+        with pytest.raises(ValueError, match=r"lacks the tensor \S*norm\.\S+ load it with the class that saved it\."):
+            auto_class.from_pretrained(tmp_path / "maps")
+
+
+@pytest.mark.parametrize("name", ["classifier.bias", "binaryvit.norm.bytes", f"{LAYER}.floats"])
+def test_a_checkpoint_that_lacks_a_tensor_is_downloaded_again(packed, name):
+    edit_tensors(packed, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=r"lacks the tensor \S+ download it again\."):
+        AutoModelForImageClassification.from_pretrained(packed)
 
 
 def test_a_trained_model_with_a_flipped_bit_loads_bit_identical_or_raises_one_clear_error(tmp_path):
