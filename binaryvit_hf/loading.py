@@ -312,14 +312,14 @@ def check_sizes(processor: BaseImageProcessor) -> None:
 
 def check_image_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
     """
-    Try a processor on a picture that is half black, half white.
+    Try a processor on an oblong picture that is half black, half white.
 
     Raises:
         LoadingError: it fails, its image does not have the network's size, or black and white do not become different
             finite numbers.
     """
-    picture = Image.new("RGB", (64, 64))
-    picture.paste((255, 255, 255), (32, 0, 64, 64))
+    picture = Image.new("RGB", (96, 64))
+    picture.paste((255, 255, 255), (48, 0, 96, 64))
     try:
         images = processor(picture, return_tensors="pt")["pixel_values"]
     except Exception as error:  # unusual settings may raise anything

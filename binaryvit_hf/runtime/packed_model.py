@@ -119,7 +119,7 @@ def read_json(file: Path) -> Any:
 
 def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
     """
-    The preprocessing of a preprocessor_config.json, tried on a picture that is half black, half white.
+    The preprocessing of a preprocessor_config.json, tried on an oblong picture that is half black, half white.
 
     Raises:
         UnsupportedModelError: it asks for a step that only transformers has.
@@ -146,8 +146,8 @@ def read_preprocessor(fields: Any, architecture: Architecture) -> Preprocessor:
         raise UnsupportedModelError(str(error).rstrip(".")) from error
     except RuntimeError as error:
         raise UnsupportedModelError(first_sentence(error).rstrip(".")) from error
-    picture = np.zeros((64, 64, CHANNELS), np.uint8)
-    picture[:, 32:] = 255
+    picture = np.zeros((64, 96, CHANNELS), np.uint8)
+    picture[:, 48:] = 255
     expected = (architecture.num_channels, *pair(architecture.image_size))
     check_image_shape((CHANNELS, *preprocessor.output_size(*picture.shape[:2])), expected)
     check_pixel_values(preprocessor(picture), None)

@@ -144,6 +144,9 @@ def outcomes(shelf, tmp_path_factory) -> dict[str, tuple[dict, dict]]:
             shelf,
             lambda folder, changes=changes: edit_json(folder / "preprocessor_config.json", **changes),
         )
+    square = save_packed(root / "square", tiny_config(image_size=32))
+    edit_json(square / "preprocessor_config.json", size={"shortest_edge": 32}, do_center_crop=False)
+    cases.add("processor: of square pictures alone", square)
     for changes in CONFIGS:
         cases.add(
             f"config: {changes}", shelf, lambda folder, changes=changes: edit_json(folder / "config.json", **changes)
@@ -251,6 +254,7 @@ def test_an_undamaged_model_answers_and_damages_are_refused(outcomes):
     assert whole[0] == whole[1] == whole[2]
     assert whole[3] == whole[4] == whole[5]
     assert outcomes["shards: undamaged"][1]["verdict"] == ANSWER
+    assert "(3, 32, 48)" in outcomes["processor: of square pictures alone"][1]["message"]  # of the trial picture
     assert python.count(REFUSAL) > 150
     assert python.count(UNSUPPORTED_MODEL) > 15
     assert python.count(ANSWER) > 15

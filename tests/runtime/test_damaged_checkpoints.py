@@ -146,6 +146,14 @@ def test_an_image_processor_of_large_images_is_refused_before_it_makes_one(folde
         Classifier.from_pretrained(folder)
 
 
+def test_an_image_processor_that_fits_square_pictures_alone_is_refused(tmp_path, picture_file, capsys, monkeypatch):
+    folder = save_packed(tmp_path, tiny_config(image_size=32))
+    edit_json(folder / "preprocessor_config.json", size={"shortest_edge": 32}, do_center_crop=False)
+    for engine in ("", "torch"):
+        monkeypatch.setenv("BINARYVIT_ENGINE", engine)
+        assert_refused(capsys, ["classify", folder, picture_file], "(3, 32, 48), the network takes (3, 32, 32)")
+
+
 def test_variances_below_zero_are_refused_by_their_answers(folder, picture_file, capsys, monkeypatch):
     rewrite(folder, set_value(NORM, -1.0, 40), True)  # of running_var
     for engine in ("", "torch"):

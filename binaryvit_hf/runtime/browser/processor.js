@@ -147,10 +147,10 @@ const unsupported = (name, value, supported) =>
     `${name} is ${quote(value)}, which is not supported without transformers; supported: ${supported}`,
   );
 
-/** A picture that is half black, half white, to try a processor. */
+/** An oblong picture that is half black, half white, to try a processor. */
 export function halfWhitePicture() {
-  const picture = { data: new Uint8Array(64 * 64 * CHANNELS), width: 64, height: 64 };
-  picture.data.forEach((_, index) => (picture.data[index] = index % (64 * CHANNELS) < 32 * CHANNELS ? 0 : 255));
+  const picture = { data: new Uint8Array(96 * 64 * CHANNELS), width: 96, height: 64 };
+  picture.data.forEach((_, index) => (picture.data[index] = index % (96 * CHANNELS) < 48 * CHANNELS ? 0 : 255));
   return picture;
 }
 
