@@ -62,6 +62,7 @@ def load_config(source: str | Path, shipped: Iterable[str] = (), **arguments) ->
     Load a config and check the bounds of its sizes (`AutoConfig.from_pretrained`).
 
     Args:
+        source: as of a model, or the config's JSON file.
         shipped: names that the user could have given beside those of the shipped models, to suggest one.
 
     Raises:
@@ -76,7 +77,7 @@ def load_config(source: str | Path, shipped: Iterable[str] = (), **arguments) ->
         check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
         return read_config(source, trust_remote_code, **arguments)
 
-    return fetch(load, source, shipped, **arguments)
+    return fetch(load, source, shipped, of_config=True, **arguments)
 
 
 def read_config(source: str | Path, trust_remote_code: bool, **arguments) -> PreTrainedConfig:
@@ -213,7 +214,7 @@ def has_file(source: str, name: str, arguments: dict) -> bool:
         return True
 
 
-def fetch(load: Callable, source: str | Path, shipped: Iterable[str] = (), **arguments):
+def fetch(load: Callable, source: str | Path, shipped: Iterable[str] = (), of_config: bool = False, **arguments):
     """
     Call `load(source, **arguments)`. `source` may be the name of a shipped model. See `binaryvit_runtime.sources.fetch`.
 
@@ -228,6 +229,7 @@ def fetch(load: Callable, source: str | Path, shipped: Iterable[str] = (), **arg
         shipped,
         arguments.get("cache_dir"),
         arguments.get("subfolder", ""),
+        of_config,
     )
 
 

@@ -334,23 +334,26 @@ def check_description(steps: dict, processor: BaseImageProcessor) -> None:
         (length // 2 + 1, length * 2 // 3 + 1),
         (length * 2 // 3 + 1, length * 3),
     ]
-    # Pillow and torchvision round a pixel differently, by two of 255 levels if they enlarge, before it is normalised.
-    rounding = 4 * (steps["rescale_factor"] or 1) / np.min(steps["std"] or 1)
-    agrees = steps["resize"] is None or set(steps["resize"]) in ({"height", "width"}, {"shortest_edge"})
-    for height, width in [*sizes, *((width, height) for height, width in sizes)] if agrees else []:
-        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-        expected = processor(picture, return_tensors="np")["pixel_values"][0]
-        try:
-            described = preprocess(picture, steps)
-        except ValueError:  # pictures without a common shape
-            agrees = False
-        else:
-            agrees &= described.shape == expected.shape and np.abs(described - expected).max() < rounding
-    if not agrees:
+    sizes += [(width, height) for height, width in sizes]
+    has_known_edges = steps["resize"] is None or set(steps["resize"]) in ({"height", "width"}, {"shortest_edge"})
+    if not (has_known_edges and all(describes(steps, processor, *size) for size in sizes)):
         raise UserError(
             f"The {type(processor).__name__} (preprocessor_config.json) does more than the metadata of ONNX can "
             "describe, which is to resize, crop, rescale and normalise: give the model a ViTImageProcessor."
         )
+
+
+def describes(steps: dict, processor: BaseImageProcessor, height: int, width: int) -> bool:
+    """Whether the steps give the numbers of the processor for a picture of this size."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    expected = processor(picture, return_tensors="np")["pixel_values"][0]
+    # Pillow and torchvision round a pixel differently, by two of 255 levels if they enlarge, before it is normalised.
+    rounding = 4 * (steps["rescale_factor"] or 1) / np.min(steps["std"] or 1)
+    try:
+        described = preprocess(picture, steps)
+        return described.shape == expected.shape and bool(np.abs(described - expected).max() < rounding)
+    except (KeyError, ValueError):  # an edge of another name, or pictures without a common shape
+        return False
 
 
 def preprocess(picture: Image.Image, steps: dict) -> np.ndarray:
@@ -365,8 +368,8 @@ def preprocess(picture: Image.Image, steps: dict) -> np.ndarray:
         picture = picture.resize((width, height), Image.Resampling[steps["resample"].upper()])
     pixels = np.asarray(picture, np.float32)
     if crop := steps["crop"]:
-        height, width = (max(crop[edge] - length, 0) for edge, length in zip(("height", "width"), pixels.shape))
-        pixels = np.pad(pixels, ((height // 2, height - height // 2), (width // 2, width - width // 2), (0, 0)))
+        missing = [max(crop[edge] - length, 0) for edge, length in zip(("height", "width"), pixels.shape)]
+        pixels = np.pad(pixels, [*((length // 2, length - length // 2) for length in missing), (0, 0)])
         top, left = (pixels.shape[0] - crop["height"]) // 2, (pixels.shape[1] - crop["width"]) // 2
         pixels = pixels[top : top + crop["height"], left : left + crop["width"]]
     if steps["channel_order"] == "BGR":

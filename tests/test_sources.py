@@ -121,6 +121,14 @@ def test_commands_that_take_only_folders_say_that_there_is_none(command, unfinis
     assert_refused(capsys, command, "There is no folder 'ou'; did you mean 'out'?")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_model_is_no_model(name, unfinished, capsys):
+    file = f"out/checkpoint-12/{name}"
+    for command in (["classify", file, "a.png"], ["pack", file, "new"], ["card", file], ["push", file, "me/x"]):
+        assert_refused(capsys, command, f"'{file}'", "is a file: name its folder, 'out/checkpoint-12'.")
+    assert loading.load_config("out/checkpoint-12/config.json").model_type == "binaryvit"
+
+
 @pytest.mark.parametrize(
     "command", [["classify", "empty", "a.png"], ["push", "empty", "me/x"], ["export", "empty", "a.onnx"]]
 )

@@ -34,6 +34,8 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         UserError: the folder has no config.json.
     """
+    if folder.is_file():
+        raise UserError(f"{str(folder)!r} is a file: name its folder, {str(folder.parent)!r}.")
     if not folder.exists():
         raise UserError(f"There is no folder {str(folder)!r}{describe_neighbours(str(folder)) or '.'}")
     if unfinished := describe_unfinished_run(folder):

@@ -347,12 +347,13 @@ def check_config(checkpoint: PackedCheckpoint, config) -> None:
 
 def check_tensors(tensors: dict[str, torch.Tensor], checkpoint: PackedCheckpoint, model: PreTrainedModel) -> None:
     shapes = packed_shapes(model)
-    names = {name: stored_name(name, tensors, model) for name in model.state_dict()}
-    if missing := [name for name, stored in names.items() if stored is None]:
-        remedy = "load it with the class that saved it" if are_of_other_class(missing, model) else "download it again"
-        raise ValueError(f"The packed checkpoint lacks the tensor {missing[0]!r}: {remedy}.")
     for name, expected in model.state_dict().items():
-        stored = names[name]
+        stored = stored_name(name, tensors, model)
+        if stored is None:
+            remedy = (
+                "load it with the class that saved it" if is_of_other_class(tensors, model) else "download it again"
+            )
+            raise ValueError(f"The packed checkpoint lacks the tensor {name!r}: {remedy}.")
         file = checkpoint.origin.get(stored)
         if file is None:  # `split_tensors` made its shape and dtype
             continue
@@ -389,14 +390,16 @@ def stored_name(name: str, stored: dict, model: nn.Module) -> str | None:
     return next((known for known in (name, prefix + name, name.removeprefix(prefix)) if known in stored), None)
 
 
-def are_of_other_class(missing: list[str], model: PreTrainedModel) -> bool:
-    """Whether a checkpoint lacks exactly what a backbone (norm, classifier) or a model without a head does not have."""
+def is_of_other_class(tensors: dict, model: PreTrainedModel) -> bool:
+    """Whether a checkpoint lacks the whole norm, classifier or both, as that of a backbone or of a model without a head."""
 
     def part(name: str) -> str:
         return name.removeprefix(model.base_model_prefix + ".").split(".")[0]
 
+    names = list(model.state_dict())
+    missing = [name for name in names if stored_name(name, tensors, model) is None]
     parts = {part(name) for name in missing}
-    return parts <= {"norm", "classifier"} and missing == [name for name in model.state_dict() if part(name) in parts]
+    return parts <= {"norm", "classifier"} and missing == [name for name in names if part(name) in parts]
 
 
 def is_new_head(name: str, model: PreTrainedModel) -> bool:

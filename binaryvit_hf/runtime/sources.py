@@ -23,7 +23,14 @@ OUTPUTS = "outputs"  # the folder of the recipes' output directories
 NAMED_FOLDERS = 5
 
 
-def fetch(load: Callable, name: str, shipped: Iterable[str] = (), cache_dir: str | None = None, subfolder: str = ""):
+def fetch(
+    load: Callable,
+    name: str,
+    shipped: Iterable[str] = (),
+    cache_dir: str | None = None,
+    subfolder: str = "",
+    of_config: bool = False,
+):
     """
     Return `load(source)`. If it fails, damaged files in the Hub's local cache are downloaded again, once.
 
@@ -32,6 +39,7 @@ def fetch(load: Callable, name: str, shipped: Iterable[str] = (), cache_dir: str
         name: a folder, the name of a shipped model, or an id of the Hub.
         shipped: more names to suggest for a misspelt one.
         cache_dir, subfolder: of the model.
+        of_config: whether `load` takes the JSON file of a config, too.
 
     Raises:
         NoModelError: `name` is of no model, or the Hub does not give it. The Hub is asked only for ids.
@@ -39,7 +47,7 @@ def fetch(load: Callable, name: str, shipped: Iterable[str] = (), cache_dir: str
         LoadingError: `load` raised anything else.
     """
     source, known = find_source(name), sorted({*shipped_models(), *shipped})
-    if fault := describe_fault(source, subfolder, known):
+    if fault := describe_fault(source, subfolder, known, of_config):
         raise NoModelError(fault)
     try:
         return load(source)
@@ -92,14 +100,19 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
     return LoadingError(sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})")
 
 
-def describe_fault(source: str, subfolder: str = "", shipped: Iterable[str] = ()) -> str | None:
+def describe_fault(
+    source: str, subfolder: str = "", shipped: Iterable[str] = (), of_config: bool = False
+) -> str | None:
     """
     Why `source` names no model, and what to do; `None` if it is a folder or may be an id of the Hub.
 
     Args:
         subfolder: of the model in `source`.
         shipped: names of models that come with the package, to suggest one.
+        of_config: whether it may also be the JSON file of a config.
     """
+    if os.path.isfile(source) and not (of_config and source.endswith(".json")):
+        return f"it is a file: name its folder, {str(Path(source).parent)!r}."
     if os.path.exists(source):
         return describe_unfinished_run(Path(source, subfolder))
     # The Hub's names without an owner are older than its image classifiers.
