@@ -17,6 +17,7 @@ FLOORS = {
     "row_kernels": 2,
     "network": 3,
     "argument_checks": 4,
+    "card_text": 4,
     "compiled_layers": 4,
     "convert": 4,
     "cuda_graphs": 5,
