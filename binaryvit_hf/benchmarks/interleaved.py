@@ -8,8 +8,9 @@ import contextlib
 import multiprocessing
 import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,7 +35,8 @@ class Worker:
         self.name = name
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=serve, args=(other_end, create, arguments), daemon=True)
-        self.process.start()
+        with ignore_interrupts():
+            self.process.start()
         other_end.close()
 
     def request(self, message: Any) -> Any:
@@ -68,6 +70,22 @@ class Worker:
     def stop(self) -> None:
         self.pipe.close()
         self.process.join()
+
+
+@contextlib.contextmanager
+def ignore_interrupts() -> Iterator[None]:
+    """
+    Processes that start in this context ignore Ctrl-C, which a terminal sends to all processes of a command. The command
+    itself ends in one sentence, and its workers with it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other thread may change how signals are handled
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def serve(pipe: Connection, create: Callable, arguments: tuple) -> None:

@@ -31,6 +31,18 @@ def refuse(_: int):
     raise ValueError("the network is damaged")
 
 
+def ignores_interrupts(_: int):
+    return lambda message: signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_an_interrupt_ends_the_command_alone(forked):
+    before = signal.getsignal(signal.SIGINT)
+    worker = Worker("resnet on engine", ignores_interrupts, 0)
+    assert worker.request("ready")
+    assert signal.getsignal(signal.SIGINT) is before
+    worker.process.kill()  # a forked worker holds both ends of its pipe, so it would not see the end
+
+
 @pytest.mark.parametrize(
     "create, argument, reason",
     [
