@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from binaryvit_runtime.classifier import Classifier
@@ -35,6 +35,7 @@ from ..network.configuration_binaryvit import as_pair
 from ..network.engine_binaryvit import ENGINE_VARIABLE
 from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from ..ops import align_columns, readable
+from ..run_history import read_json
 from .interleaved import Worker, describe_seconds
 from .simulation import simulate
 
@@ -42,6 +43,7 @@ from .simulation import simulate
 PEER, PEER_ENGINE = "deit-small-patch16-224", "PyTorch float32"
 CROP_PCT = 0.875  # of the image processors
 RUNTIME = "runtime"
+ONNX_LIBRARIES = ("onnxruntime", "timm", "onnx", "onnxscript")  # of `onnx_peers` and its exports
 TURN_SECONDS = 0.1  # a turn lasts at least this long
 TABLE_HEAD = ("model", "engine", "threads", "batch", "ms, median", "10-90 %", "images/s", "x DeiT-S", "file")
 
@@ -107,7 +109,8 @@ def check_binary_row(network: str) -> None:
         UserError: configs/ has no binary row of this name.
     """
     configs = shipped_configs()
-    rows = [row for row in sorted(configs) if AutoConfig.from_pretrained(configs[row]).model_type == QUANT_METHOD]
+    # Not AutoConfig: it cannot read the rows of timm where timm is not installed.
+    rows = [row for row in sorted(configs) if read_json(configs[row] / CONFIG_NAME)["model_type"] == QUANT_METHOD]
     if network not in rows:
         others = f"; there are {', '.join(rows)}."
         raise UserError(f"There is no binary row {network!r} in configs/{did_you_mean(network, rows, others)}")
@@ -133,14 +136,20 @@ def create_competitors(network: str, folder: Path) -> list[Competitor]:
         for model_name, engine_name, file, options in in_pytorch
     ]
     competitors.insert(0, Competitor(network, RUNTIME, packed, load_in_runtime))
-    if importlib.util.find_spec("onnxruntime"):
+    if has_onnx_peers():
         from .onnx_peers import export_networks, export_packed, load_onnx
 
         competitors.append(Competitor(network, "onnxruntime, exported", export_packed(packed.parent), load_onnx))
         competitors += [Competitor(*exported, load_onnx) for exported in export_networks(folder)]
-    else:
-        logger.info("All networks in onnxruntime are left out; to measure them, %s.", installation("benchmark"))
     return competitors
+
+
+def has_onnx_peers() -> bool:
+    """Whether networks in onnxruntime can be exported and measured. If not, logs how to install what they need."""
+    if all(map(importlib.util.find_spec, ONNX_LIBRARIES)):
+        return True
+    logger.info("All networks in onnxruntime are left out; to measure them, %s.", installation("benchmark"))
+    return False
 
 
 def save_row(row: str, folder: Path, packed: bool = False) -> Path:

@@ -5,7 +5,6 @@ Pillow.
 Weights are random, and pictures are noise: the times depend on neither.
 """
 
-import importlib.util
 import logging
 import statistics
 import tempfile
@@ -27,11 +26,10 @@ from binaryvit_runtime.classifier import Classifier
 from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.errors import counted
 from binaryvit_runtime.progress import with_progress
-from binaryvit_runtime.resources import installation
 
 from ..ops import align_columns, readable
 from .cold_start import benchmark_processes, format_processes
-from .inference import CROP_PCT, check_binary_row, save_row
+from .inference import CROP_PCT, check_binary_row, has_onnx_peers, save_row
 from .interleaved import Worker, describe_seconds
 from .photographs import HEIGHT, WIDTH, write_photographs
 
@@ -127,8 +125,7 @@ def create_contestants(network: str, folder: Path, batch_sizes: tuple[int, ...])
         Contestant(network, PIPELINE, ours, load_pipeline, batch_sizes),
         Contestant(PEER, PIPELINE, peer, load_pipeline, batch_sizes),
     ]
-    if not importlib.util.find_spec("onnxruntime"):
-        logger.info("All networks in onnxruntime are left out; to measure them, %s.", installation("benchmark"))
+    if not has_onnx_peers():
         return contestants
     from .onnx_peers import export_networks
 

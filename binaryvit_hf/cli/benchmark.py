@@ -131,7 +131,9 @@ def time_pipeline(options: argparse.Namespace) -> None:
 
 def time_browser(options: argparse.Namespace) -> None:
     with needs_extra("benchmark", "Benchmarks in WebAssembly"):
+        import onnx  # noqa: F401
         import onnxruntime  # noqa: F401 -- quantises the peers
+        import onnxscript  # noqa: F401 -- exports them
         import timm  # noqa: F401 -- their networks
     from binaryvit_hf.benchmarks.browser import benchmark_browser, format_browser
 

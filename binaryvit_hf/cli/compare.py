@@ -35,7 +35,9 @@ def run(options: argparse.Namespace) -> None:
     if options.out:
         check_writable_file(options.out)
     with needs_extra("benchmark", "Comparisons"):
+        import onnx  # noqa: F401
         import onnxruntime  # noqa: F401 -- runs the others
+        import onnxscript  # noqa: F401 -- writes them
         import timm  # noqa: F401
     with needs_extra("train", "Comparisons"):
         from binaryvit_hf.comparison import compare_runs, format_markdown, format_text

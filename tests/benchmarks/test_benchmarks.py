@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import logging
 import platform
@@ -192,6 +193,23 @@ def test_a_competitor_that_cannot_run_is_left_out_unless_it_is_the_peer(tmp_path
     assert len(starts) == 1
     with pytest.raises(UserError, match=r"on PyTorch float32 failed: There is no compiler\.$"):
         compete(dataclasses.replace(peer, load=load_broken))
+
+
+def test_the_binary_rows_are_found_without_timm(monkeypatch):
+    def lack_timm(*_):
+        raise ImportError("TimmWrapperConfig requires the timm library")
+
+    monkeypatch.setattr(inference.AutoConfig, "from_pretrained", lack_timm)
+    inference.check_binary_row("binaryvit-digits")
+
+
+@pytest.mark.parametrize("library", inference.ONNX_LIBRARIES)
+def test_networks_in_onnxruntime_are_left_out_where_a_library_is_missing(library, monkeypatch, caplog):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find(name))
+    with caplog.at_level(logging.INFO):
+        assert not inference.has_onnx_peers()
+    assert "All networks in onnxruntime are left out; to measure them, run `pip install '.[benchmark]'`" in caplog.text
 
 
 def test_wrong_benchmarks_are_refused(tmp_path, capsys):
