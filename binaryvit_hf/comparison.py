@@ -34,9 +34,9 @@ from .benchmarks.machine import describe_machine
 from .benchmarks.onnx_peers import FLOAT32, INT8, export_float32, hide_warnings, load_onnx, open_session, quantize
 from .data.arguments import DataArguments
 from .data.decoding import decode_image
-from .data.image_checks import check_images, evenly_spaced
+from .data.image_checks import evenly_spaced, leave_out_broken
 from .data.label_names import compare_labels
-from .data.loading import load_described_images
+from .data.loading import load_described_images, load_images
 from .data.model_inputs import describe_input
 from .data.transforms import TransformedImages, process_image
 from .loading import load_classifier, load_config, load_image_processor
@@ -45,7 +45,16 @@ from .ops import align_columns, readable
 from .run_history import ALL_RESULTS, TEST, finite_numbers
 from .training.ablation.estimates import NO_INTERVAL, SeedVariance, estimate_accuracy
 from .training.confusion import predict_classes, wilson_interval
-from .training.run_folder import NOT_RECORDED, PROCESSES, RUN_ARGUMENTS, WITHOUT_EFFECT_ON_WEIGHTS, read_json
+from .training.run_folder import (
+    NOT_RECORDED,
+    PROCESSES,
+    RUN_ARGUMENTS,
+    TRAINING_IMAGES,
+    WITHOUT_EFFECT_ON_WEIGHTS,
+    identify_images,
+    normalize,
+    read_json,
+)
 
 
 ENGINE = "engine"
@@ -53,12 +62,10 @@ CALIBRATION_IMAGES = 512
 BATCH = 100  # images that are evaluated at once
 TABLE_HEAD = ("network", "runs on", "epochs", "top-1, %", "95 % interval", "ms", "10-90 %", "file")
 # Arguments of a run that choose its test images, and its held-out ones.
-TEST_IMAGES = (
-    *("dataset_name", "dataset_config_name", "test_split_name", "image_column_name", "label_column_name"),
-    "class_names",
-)
+ALL_IMAGES = ("dataset_name", "dataset_config_name", "image_column_name", "label_column_name", "class_names")
+TEST_IMAGES = (*ALL_IMAGES, "test_split_name")
 HELD_OUT_IMAGES = (
-    *TEST_IMAGES,
+    *ALL_IMAGES,
     *("train_dir", "validation_dir", "train_files", "validation_files", "train_split_name", "validation_split_name"),
     *("train_val_split", "max_eval_samples"),
 )
@@ -88,8 +95,9 @@ class TrainedRun:
             raise UserError(f"{name!r} was trained on a stream, and a comparison needs images that can be read again.")
         names = {field.name for field in fields(DataArguments)}
         self.arguments = DataArguments(**{key: value for key, value in self.recorded.items() if key in names})
+        self.results = finite_numbers(read_json(self.folder / ALL_RESULTS))
         # Epochs of training, of the last of several stages alone; None if they are not recorded.
-        self.epochs: float | None = finite_numbers(read_json(self.folder / ALL_RESULTS)).get("epoch")
+        self.epochs: float | None = self.results.get("epoch")
 
     @property
     def seed(self) -> int:
@@ -101,11 +109,17 @@ class TrainedRun:
 
     @cached_property
     def described(self) -> str:
-        """What equal runs of other seeds have in common, with a teacher that was trained in the same command."""
+        """
+        What equal runs of other seeds have in common, with a teacher that was trained in the same command, and a first stage
+        of the same seed (`...-seed1`), as those of an ablation.
+        """
         left_out = {"seed", "data_seed", "output_dir", PROCESSES} | NOT_RECORDED | WITHOUT_EFFECT_ON_WEIGHTS
-        arguments = {name: value for name, value in self.recorded.items() if name not in left_out}
-        if arguments.get("teacher_model_name_or_path") == f"{self.recorded.get('output_dir')}-teacher":
+        arguments = {name: normalize(name, value) for name, value in self.recorded.items() if name not in left_out}
+        output_dir = normalize("output_dir", self.recorded.get("output_dir"))
+        if arguments.get("teacher_model_name_or_path") == f"{output_dir}-teacher":
             arguments["teacher_model_name_or_path"] = "its own"
+        if isinstance(first_stage := arguments.get("init_from"), str):
+            arguments["init_from"] = first_stage.removesuffix(f"-seed{self.seed}")
         config = self.config.to_dict() | {"_name_or_path": None}
         return json.dumps([arguments, config], sort_keys=True, default=str)
 
@@ -181,6 +195,8 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
         UserError: a run cannot be compared with the others, or cannot be exported.
     """
     runs = load_runs(names)
+    for run in runs:
+        _ = run.processor  # a damaged one is refused before images are loaded and networks exported
     split = "test" if all(run.recorded.get("do_predict") for run in runs) else "validation"
     images, kind = load_common_images(runs, split)
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +208,10 @@ def compare_runs(names: list[str], turns: int = 7) -> dict:
         groups = group_by_network(contestants)
         answers = dict(zip(contestants, find_correct(contestants, images[split])))
         correct = [np.stack([answers[contestant] for contestant in group]) for group in groups]
-        between_seeds = SeedVariance.of_rows(correct)
+        # A network in 8 bits has the seeds of its float32 one, which must not count twice.
+        between_seeds = SeedVariance.of_rows(
+            of_group for (first, *_), of_group in zip(groups, correct) if first.competitor.engine != INT8
+        )
         seconds = take_turns([first.competitor for first, *_ in groups], turns)
         return {
             "data": runs[0].arguments.dataset_name or runs[0].arguments.train_dir,
@@ -251,24 +270,56 @@ def load_common_images(runs: list[TrainedRun], split: str) -> tuple[dict[str, Da
     for other in others:
         for name in TEST_IMAGES if split == "test" else HELD_OUT_IMAGES:
             before, now = getattr(first.arguments, name), getattr(other.arguments, name)
-            if before != now:
+            if normalize(name, before) != normalize(name, now):
                 raise UserError(
                     f"{first.name!r} and {other.name!r} have different images ({name} is {before} and {now}): compare runs on "
                     "the same images."
                 )
     loaded: dict[str, Any]
-    loaded, kind = load_described_images(first.arguments, first.seed, None, None, test=split == "test")
+    arguments = DataArguments(**vars(first.arguments) | {"max_train_samples": None})
+    loaded, kind = load_described_images(arguments, first.seed, None, None, test=split == "test")
     if "train" not in loaded:
         raise UserError(f"The images of {first.name!r} have no training images, which quantisation needs.")
     train = loaded["train"]
-    chosen = train.select(evenly_spaced(range(len(train)), CALIBRATION_IMAGES))
-    skip = any(run.arguments.skip_broken_images for run in runs)
-    images, broken = check_images({"train": chosen, split: loaded[split]}, skip)
-    if broken:
-        logger.warning("Left out %s: broken, or too large.", counted(len(broken), "image"))
     for run in runs:
         compare_labels(run.config, train.features["label"].names, repr(run.name), "compare runs on the same images")
+        if split != "test" and (not arguments.validation_dir or arguments.train_val_split is not None):
+            check_training_images(run, train)
+    chosen = train.select(evenly_spaced(range(len(train)), CALIBRATION_IMAGES))
+    skip = any(run.arguments.skip_broken_images for run in runs)
+    images: dict[str, Dataset] = {}
+    broken: list[str] = []
+    for name, of_split in (("train", chosen), (split, loaded[split])):
+        # Not `check_images`: a class may have a single image among the chosen ones.
+        images[name], names, _ = leave_out_broken(of_split, name, skip)
+        broken += names
+    if broken:
+        logger.warning("Left out %s: broken, or too large.", counted(len(broken), "image"))
     return images, TEST if split == "test" else kind
+
+
+def check_training_images(run: TrainedRun, train: Dataset) -> None:
+    """
+    Images that are added to a folder change which ones are held out, and a run would be measured on images that it learned.
+
+    Args:
+        train: all images of today that are not held out.
+
+    Raises:
+        UserError: the run was trained on others.
+    """
+    recorded = read_json(run.folder / TRAINING_IMAGES)
+    if not recorded or "skipped_images" in run.results:  # it recorded the images without the broken ones
+        return
+    if run.arguments.max_train_samples is not None:
+        train = load_images(run.arguments, run.seed, None, None)["train"]
+    now = identify_images(train)
+    if recorded != now:
+        place = run.arguments.train_dir or run.arguments.dataset_name
+        raise UserError(
+            f"{run.name!r} was trained on other images than are in {place!r} now ({recorded.get('images')} then, "
+            f"{now['images']} now), so its held-out images are others, too: train it again."
+        )
 
 
 # ---- Networks and runtimes ----

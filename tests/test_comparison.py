@@ -11,16 +11,21 @@ import onnx
 import pytest
 import torch
 from command_line import assert_refused, run
+from PIL import Image
 from tiny import tiny_config
 from transformers import ResNetConfig
 from workers import InThisProcess
 
 from binaryvit_hf import comparison
+from binaryvit_hf.benchmarks import inference
 from binaryvit_hf.benchmarks.inference import Competitor
+from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.training.ablation.estimates import SeedVariance, estimate_accuracy
 from binaryvit_hf.training.confusion import wilson_interval
 from binaryvit_hf.training.run import main as train
-from binaryvit_hf.training.run_folder import RUN_ARGUMENTS
+from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, TRAINING_IMAGES, identify_images
+from binaryvit_runtime.errors import UserError
 
 
 ARGUMENTS = ["--dataset_name=sklearn-digits", "--do_train", "--do_eval", "--max_steps=2", "--use_cpu"]
@@ -139,6 +144,8 @@ def changed(runs, tmp_path):
         copy = tmp_path / name
         copy.mkdir()
         for file in runs["binary"].glob("*.*"):
+            if file.name == TRAINING_IMAGES:
+                continue  # those of another seed are others
             (copy / file.name).write_bytes(file.read_bytes())
         recorded = json.loads((copy / RUN_ARGUMENTS).read_text())
         (copy / RUN_ARGUMENTS).write_text(json.dumps(recorded | {"output_dir": str(copy)} | values))
@@ -217,9 +224,104 @@ def test_runs_without_common_images_are_refused(runs, changed, capsys, tmp_path)
     other = changed("other", train_val_split=0.25)
     words = ("different images (train_val_split is None and 0.25)", "compare runs on the same images")
     assert_refused(capsys, ["compare", runs["binary"], other], *words)
+    other = changed("of-split", test_split_name="validation")
+    both = [comparison.TrainedRun(str(folder)) for folder in (runs["binary"], other)]
+    assert len(comparison.load_common_images(both, "validation")[0]["validation"]) == 48
+    with pytest.raises(UserError, match=r"different images \(test_split_name is test and validation\)"):
+        comparison.load_common_images(both, "test")
     assert_refused(capsys, ["compare", changed("stream", streaming=True)], "was trained on a stream")
     assert_refused(capsys, ["compare", tmp_path / "none"], "is no output directory of a run")
     assert_refused(capsys, ["compare", runs["binary"], "--steps", "1"], "--steps is 2 or more")
+
+
+def test_a_damaged_image_processor_is_refused_before_anything_is_measured(changed, capsys, monkeypatch):
+    folder = changed("damaged")
+    (folder / "preprocessor_config.json").write_text("{")
+    monkeypatch.setattr(comparison, "load_common_images", None)
+    assert_refused(capsys, ["compare", folder], f"{str(folder)!r} cannot be loaded")
+
+
+def test_runs_with_a_first_stage_of_their_own_differ_by_their_seed(changed):
+    seeds = [changed(f"seed-{seed}", seed=seed, init_from=f"out/first-stage-seed{seed}") for seed in (1, 2)]
+    one, two = (comparison.TrainedRun(str(folder)) for folder in seeds)
+    assert one.differs_by_seed(two)
+    of_the_same_stage = comparison.TrainedRun(str(changed("seed-3", seed=3, init_from="out/first-stage-seed1")))
+    assert not one.differs_by_seed(of_the_same_stage)
+
+
+def test_the_seeds_of_a_network_in_float32_and_8_bits_count_once(changed, quick, capsys, monkeypatch):
+    def create(run, calibration, folder):
+        file = run.folder / "model.safetensors"
+        engines = comparison.FLOAT32, comparison.INT8
+        return [comparison.Contestant(run, Competitor(run.name, engine, file, None), None) for engine in engines]
+
+    answers = {str(changed(f"seed-{seed}", seed=seed)): np.arange(48) % (seed + 1) > 0 for seed in (1, 2, 3)}
+    monkeypatch.setattr(comparison, "create_contestants", create)
+    monkeypatch.setattr(
+        comparison, "find_correct", lambda contestants, images: [answers[each.run.name] for each in contestants]
+    )
+    correct = np.stack(list(answers.values()))
+    expected = estimate_accuracy(correct, SeedVariance.of_rows([correct]))
+    rows = json.loads(run(capsys, "compare", *answers, "--json"))["results"]
+    assert [row["accuracy_interval"] for row in rows] == 2 * [[max(0, expected.low), min(1, expected.high)]]
+
+
+@pytest.fixture
+def photos(runs, tmp_path, monkeypatch):
+    """
+    A folder `photos` with twenty images of each of ten classes, and `photo_run(name, **arguments)`, the name of a run on it.
+    """
+    monkeypatch.chdir(tmp_path)
+    add_photos(range(20))
+
+    def photo_run(name: str, **values) -> str:
+        Path(name).mkdir()
+        shutil.copy(runs["binary"] / "config.json", name)
+        arguments = {"train_dir": "photos", "seed": 1, "output_dir": name} | values
+        Path(name, RUN_ARGUMENTS).write_text(json.dumps(arguments))
+        images = load_images(DataArguments(train_dir="photos"), 1, None, None)["train"]
+        Path(name, TRAINING_IMAGES).write_text(json.dumps(identify_images(images)))
+        return name
+
+    return photo_run
+
+
+def add_photos(numbers: range) -> None:
+    for label in map(str, range(10)):
+        Path("photos", label).mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(Path("photos", label, f"{number:03}.png"))
+
+
+def load_photos(*names: str) -> dict:
+    return comparison.load_common_images(list(map(comparison.TrainedRun, names)), "validation")[0]
+
+
+def test_a_run_is_not_measured_on_photos_that_it_learned(photos):
+    name = photos("before")
+    trained = len(load_photos(name)["train"])
+    add_photos(range(20, 30))
+    with pytest.raises(
+        UserError, match=rf"'before' was trained on other images .* \({trained} then, .*: train it again"
+    ):
+        load_photos(name)
+    assert load_photos(photos("after"))
+
+
+def test_a_folder_under_another_spelling_has_the_same_images(photos):
+    names = photos("one"), photos("two", train_dir=f"{Path.cwd()}/photos/", seed=2)
+    assert load_photos(*names)
+    one, two = map(comparison.TrainedRun, names)
+    assert one.differs_by_seed(two)
+
+
+def test_a_class_may_lose_its_only_image_for_calibration(photos, monkeypatch):
+    name = photos("run", skip_broken_images=True)
+    monkeypatch.setattr(comparison, "CALIBRATION_IMAGES", 10)
+    train = load_photos(name)["train"]
+    assert len(train) == 10
+    Path(train[0]["image"]["path"]).write_bytes(b"no image")
+    assert len(load_photos(name)["train"]) == 9
 
 
 def test_a_latent_run_is_refused_before_anything_is_measured(runs, capsys, tmp_path):
@@ -236,8 +338,9 @@ def test_a_run_without_weights_is_not_said_to_be_beyond_the_engine(runs, tmp_pat
     assert_refused(capsys, ["compare", unfinished], "cannot be compared: The weights", "there is no model.safetensors")
 
 
-def test_a_missing_library_is_named_before_anything_is_loaded(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+@pytest.mark.parametrize("library", inference.ONNX_LIBRARIES)
+def test_a_missing_library_is_named_before_anything_is_loaded(library, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
     assert_refused(
-        capsys, ["compare", "none"], "Comparisons need 'onnxruntime': run `pip install '.[benchmark]'` in a clone"
+        capsys, ["compare", "none"], f"Comparisons need {library!r}: run `pip install '.[benchmark]'` in a clone"
     )
