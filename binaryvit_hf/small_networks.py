@@ -11,12 +11,30 @@ are built from the same blocks with any number of stages. Importing this module 
 """
 
 import functools
+from collections.abc import Iterable
 
 from timm.models import register_model
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.efficientnet import EfficientNet
 from torch import nn
+
+
+GIVEN_BY_TIMM = {
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+}  # `create_model` passes them to every network
+
+
+def check_given_by_timm(arguments: Iterable[str]) -> None:
+    """
+    Raises:
+        TypeError: the config has a `model_args` that no network takes, such as a misspelt one.
+    """
+    unknown = sorted(set(arguments) - GIVEN_BY_TIMM)
+    if unknown:
+        raise TypeError(f"the network has no argument {unknown[0]!r}")
 
 
 @register_model
@@ -26,7 +44,7 @@ def resnet_for_small_images(
     depths: tuple[int, ...] = (2, 2, 2),
     stem_stride: int = 1,
     num_classes: int = 10,
-    **_,
+    **of_timm,
 ) -> ByobNet:
     """
     ResNet of basic blocks (He et al., CVPR 2016): `(batch, 3, height, width) -> (batch, num_classes)`.
@@ -36,6 +54,7 @@ def resnet_for_small_images(
         hidden_sizes: channels of each stage. The stem, a 3 x 3 convolution, has those of the first stage.
         depths: blocks of each stage. All stages but the first halve height and width.
     """
+    check_given_by_timm(of_timm)
     stages = tuple(
         ByoBlockCfg(type="basic", d=depth, c=channels, s=1 if index == 0 else 2)
         for index, (channels, depth) in enumerate(zip(hidden_sizes, depths, strict=True))
@@ -53,7 +72,7 @@ def mobilenetv2_for_small_images(
     num_features: int = 128,
     stem_stride: int = 1,
     num_classes: int = 10,
-    **_,
+    **of_timm,
 ) -> EfficientNet:
     """
     MobileNetV2 (Sandler et al., CVPR 2018): `(batch, 3, height, width) -> (batch, num_classes)`.
@@ -65,6 +84,7 @@ def mobilenetv2_for_small_images(
         stem_size: channels of the stem, a 3 x 3 convolution.
         num_features: channels of the last 1 x 1 convolution.
     """
+    check_given_by_timm(of_timm)
     network = EfficientNet(
         decode_arch_def([list(stage) for stage in blocks]),
         num_classes=num_classes,

@@ -54,6 +54,12 @@ def test_a_resnet_has_one_depth_for_each_stage():
         timm.create_model("resnet_for_small_images", hidden_sizes=[8, 16], depths=[1])
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_misspelt_argument_is_refused(architecture):
+    with pytest.raises(TypeError, match="no argument 'stem_strides'"):
+        timm.create_model(architecture, stem_strides=2)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The output directory of a run on the digits."""
