@@ -36,7 +36,7 @@ from ..network.engine_binaryvit import ENGINE_VARIABLE
 from ..network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
 from ..ops import align_columns, readable
 from ..run_history import read_json
-from .interleaved import Worker, describe_seconds
+from .interleaved import Worker, describe_ratio, describe_seconds
 from .simulation import simulate
 
 
@@ -85,7 +85,7 @@ def benchmark_inference(network: str, batch_sizes: list[int], threads: list[int]
 
         - `results`, in the order of the table: `model`, `engine`, `threads`, `batch_size`, `seconds` of a batch,
           `seconds_10_90`, `images_per_second`, `file_bytes`, and `ratio`, the speed divided by the speed of DeiT-S in
-          float32 in PyTorch with the same threads and batch size.
+          float32 in PyTorch with the same threads and batch size (`None` if DeiT-S has images of another size).
         - `starts`, for each competitor and number of threads: `model`, `engine`, `threads`, `seconds` of the first
           forward after loading, of one image, and `bytes`, the growth of memory during it (`None` except on Linux).
 
@@ -114,6 +114,20 @@ def check_binary_row(network: str) -> None:
     if network not in rows:
         others = f"; there are {', '.join(rows)}."
         raise UserError(f"There is no binary row {network!r} in configs/{did_you_mean(network, rows, others)}")
+
+
+def has_images_of(network: str, peer: str) -> bool:
+    """
+    Whether a network has images of the peer's size. If not, a ratio of their times says little about them.
+
+    Args:
+        network: a row of configs/, or a network of timm, which has the size of DeiT-S.
+    """
+    configs = shipped_configs()
+    if network not in configs:
+        return True
+    ours, theirs = (as_pair(read_json(configs[row] / CONFIG_NAME)["image_size"]) for row in (network, peer))
+    return ours == theirs
 
 
 def create_competitors(network: str, folder: Path) -> list[Competitor]:
@@ -195,7 +209,9 @@ def compete(
                 "threads": threads,
                 "batch_size": batch_size,
                 **describe_seconds(times, batch_size),
-                "ratio": statistics.median(peer_seconds) / statistics.median(times),
+                "ratio": statistics.median(peer_seconds) / statistics.median(times)
+                if has_images_of(competitor.model, PEER)
+                else None,
                 "file_bytes": competitor.file.stat().st_size,
             }
             for competitor, times in seconds.items()
@@ -328,7 +344,7 @@ def format_forwards(measured: dict) -> str:
             f"{1000 * result['seconds']:.1f}",
             "-".join(f"{1000 * seconds:.1f}" for seconds in result["seconds_10_90"]),
             f"{result['images_per_second']:.1f}",
-            f"{result['ratio']:.2f}",
+            describe_ratio(result["ratio"]),
             readable(result["file_bytes"], "B"),
         )
         for result in measured["results"]

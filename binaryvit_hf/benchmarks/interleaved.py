@@ -119,6 +119,10 @@ def wait_for_idle_threads() -> None:
             return
 
 
+def describe_ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
 def describe_seconds(seconds: Sequence[float], batch_size: int) -> dict:
     """Median, first and last decile of the seconds of batches, two or more, and the images per second."""
     deciles, median = statistics.quantiles(seconds, n=10, method="inclusive"), statistics.median(seconds)

@@ -29,8 +29,8 @@ from binaryvit_runtime.progress import with_progress
 
 from ..ops import align_columns, readable
 from .cold_start import benchmark_processes, format_processes
-from .inference import CROP_PCT, check_binary_row, has_onnx_peers, save_row
-from .interleaved import Worker, describe_seconds
+from .inference import CROP_PCT, check_binary_row, has_images_of, has_onnx_peers, save_row
+from .interleaved import Worker, describe_ratio, describe_seconds
 from .photographs import HEIGHT, WIDTH, write_photographs
 
 
@@ -91,7 +91,8 @@ def benchmark_pipeline(network: str, batch_sizes: list[int] | None, threads: lis
         - `pictures`, their number, `picture_bytes`, the size of the median file,
         - `results`, in the order of the table: `model`, `library`, `threads`, `batch_size`, `seconds` of a picture,
           `seconds_10_90`, `images_per_second`, and the speed divided by that of the fastest setting of DeiT-S
-          (`ratio_to_peer`) and of the binary network (`ratio_to_pipeline`) in transformers' pipeline with the same threads,
+          (`ratio_to_peer`) and of the binary network (`ratio_to_pipeline`) in transformers' pipeline with the same threads
+          (`None` between images of different sizes),
         - `processes`: see `benchmark_processes`.
 
     Raises:
@@ -166,7 +167,8 @@ def compete(contestants: list[Contestant], files: list[str], threads: int, turns
     ours = contestants[0].model
     for result in results:
         for name, model in (("ratio_to_peer", PEER), ("ratio_to_pipeline", ours)):
-            result[name] = fastest_by_pipeline(results, model) / result["seconds"]
+            seconds = fastest_by_pipeline(results, model)
+            result[name] = seconds / result["seconds"] if has_images_of(result["model"], model) else None
     return results
 
 
@@ -271,8 +273,8 @@ def format_pipeline(measured: dict) -> str:
             str(result["batch_size"]),
             f"{1000 * result['seconds']:.2f}",
             "-".join(f"{1000 * seconds:.2f}" for seconds in result["seconds_10_90"]),
-            f"{result['ratio_to_peer']:.2f}",
-            f"{result['ratio_to_pipeline']:.2f}",
+            describe_ratio(result["ratio_to_peer"]),
+            describe_ratio(result["ratio_to_pipeline"]),
         )
         for result in measured["results"]
     ]

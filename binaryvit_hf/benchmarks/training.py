@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from binaryvit_runtime.errors import UserError, counted, did_you_mean
+from binaryvit_runtime.errors import counted
 from binaryvit_runtime.progress import with_progress
 from binaryvit_runtime.resources import shipped_configs
 
@@ -29,7 +29,8 @@ from ..host_memory import forget_peak, keep_freed_memory, peak_of_process
 from ..loading import load_config
 from ..network.configuration_binaryvit import as_pair
 from ..ops import align_columns, readable
-from .interleaved import Worker, describe_seconds
+from .inference import check_binary_row, has_images_of
+from .interleaved import Worker, describe_ratio, describe_seconds
 from .simulation import simulate
 
 
@@ -54,7 +55,7 @@ class Competitor:
 
 def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict:
     """
-    Time training steps of a row of configs/, of its simulation and of DeiT: forward, cross-entropy, backward, AdamW.
+    Time training steps of a binary row of configs/, of its simulation and of DeiT: forward, cross-entropy, backward, AdamW.
 
     The CPU trains in float32, a GPU under autocast to bfloat16. The row and DeiT also run compiled, as `--torch_compile`
     does, with no code from earlier runs, and as CUDA graphs (`--cuda_graphs`); not where there is no compiler or NVIDIA GPU.
@@ -69,15 +70,12 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
         A dictionary of `device`, `threads`, `batch_size` and `results`, a list in the order of the table:
         `contestant`, `first_seconds` of the first step with its compilation, `seconds` of a later step,
         `seconds_10_90`, `images_per_second`, `peak_bytes` after the first step, and `ratio`, the time divided by the time
-        of the eager DeiT.
+        of the eager DeiT (`None` if that has images of another size).
 
     Raises:
-        UserError: there is no such row, or not enough memory.
+        UserError: there is no such binary row, or not enough memory.
     """
-    if network not in shipped_configs():
-        rows = sorted(shipped_configs())
-        others = f"; there are {', '.join(rows)}."
-        raise UserError(f"There is no row {network!r} in configs/{did_you_mean(network, rows, others)}")
+    check_binary_row(network)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = batch_size or (128 if device == "cuda" else 8)
     missing = missing_compiler(torch.device(device))
@@ -86,7 +84,8 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
     modes = [mode for mode in MODES if not (missing and mode in (COMPILED, COMPILED_GRAPH))]
     if device != "cuda":
         modes = [mode for mode in modes if mode not in (GRAPH, COMPILED_GRAPH)]
-    competitors = [Competitor(name, mode) for name in (peer_of(network), network) for mode in modes]
+    peer = peer_of(network)
+    competitors = [Competitor(name, mode) for name in (peer, network) for mode in modes]
     competitors.append(Competitor(network, "simulated"))
     first_seconds, seconds, peaks = take_turns(competitors, batch_size, steps, device)
     peer_seconds = statistics.median(seconds[0])
@@ -100,7 +99,7 @@ def benchmark_training(network: str, batch_size: int | None, steps: int) -> dict
                 "first_seconds": first,
                 **describe_seconds(times, batch_size),
                 "peak_bytes": peak,
-                "ratio": statistics.median(times) / peer_seconds,
+                "ratio": statistics.median(times) / peer_seconds if has_images_of(competitor.network, peer) else None,
             }
             for competitor, first, times, peak in zip(competitors, first_seconds, seconds, peaks)
         ],
@@ -125,7 +124,7 @@ def format_steps(measured: dict) -> str:
             "-".join(f"{1000 * seconds:.0f}" for seconds in result["seconds_10_90"]),
             f"{result['images_per_second']:.1f}",
             readable(result["peak_bytes"], "B"),
-            f"{result['ratio']:.2f}",
+            describe_ratio(result["ratio"]),
         )
         for result in measured["results"]
     ]

@@ -14,6 +14,7 @@ from .common import needs_extra
 
 
 EXAMPLE = "binaryvit benchmark --threads 1 --batch-size 1 --steps 2\nbinaryvit benchmark --loader"
+MODEL, STEPS = "binaryvit-small-patch4-224", 7
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -44,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure image loading on one core and compare with the paper's public code",
     )
     how = parser.add_argument_group("how to measure")
-    how.add_argument(
-        "--model", metavar="ROW", default="binaryvit-small-patch4-224", help="row of configs/ (default: %(default)s)"
-    )
+    how.add_argument("--model", metavar="ROW", help=f"binary row of configs/ (default: {MODEL})")
     how.add_argument(
         "--batch-size",
         metavar="N",
@@ -60,10 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         nargs="+",
-        help="threads (default: 1 and all; with --pipeline, all)",
+        help="threads of forwards (default: 1 and all) or with --pipeline (default: all)",
     )
     how.add_argument(
-        "--steps", metavar="N", type=int, default=7, help="timed turns of each contestant, 2 or more (default: 7)"
+        "--steps", metavar="N", type=int, help=f"timed turns of each contestant, 2 or more (default: {STEPS})"
     )
     how.add_argument(
         "--node-modules",
@@ -84,6 +83,14 @@ def run(options: argparse.Namespace) -> None:
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("binaryvit_hf").setLevel(logging.INFO)
+    how = (options.model, options.batch_size, options.threads, options.steps, options.plot)
+    if options.loader and any(value is not None for value in how):
+        raise UserError(
+            "--loader loads a fixed number of batches without a network: leave out --model, --batch-size, --threads, --steps "
+            "and --plot."
+        )
+    options.model = MODEL if options.model is None else options.model
+    options.steps = STEPS if options.steps is None else options.steps
     if options.steps < 2:
         raise UserError(f"--steps is 2 or more, not {options.steps}.")
     if min(options.batch_size or [1]) < 1 or min(options.threads or [1]) < 1:
@@ -96,13 +103,14 @@ def run(options: argparse.Namespace) -> None:
                 "--browser measures one image on one thread: leave out --threads, --batch-size and --plot."
             )
         time_browser(options)
-    elif options.train or options.loader:
+    elif options.loader:
+        time_loader(options)
+    elif options.train:
         if options.threads or options.plot or len(options.batch_size or [1]) > 1:
             raise UserError(
-                "--threads, --plot and several values of --batch-size need a benchmark of forwards: leave out --train "
-                "and --loader."
+                "--threads, --plot and several values of --batch-size need a benchmark of forwards: leave out --train."
             )
-        (time_training if options.train else time_loader)(options)
+        time_training(options)
     elif options.pipeline:
         if options.plot:
             raise UserError("--plot needs a benchmark of forwards: leave out --pipeline.")
