@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
         from binaryvit_hf.training.ablation.runs import Ablation, run_ablation
         from binaryvit_hf.training.callbacks.termination import ending_signals
     from binaryvit_hf.benchmarks import trained
+    from binaryvit_hf.benchmarks.machine import describe_machine
 
     folder = Path(find_config_path(options.folder))
     ablation = Ablation(folder, options.out, tuple(dict.fromkeys(options.seeds)), options.table)
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         run_ablation(ablation, options.jobs)
         if folders := ablation.folders_to_time():
-            ablation.write_results(trained.time_trained(folders))
+            ablation.write_results(trained.time_trained(folders), describe_machine()["cpu"])
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)

@@ -10,7 +10,6 @@ import numpy as np
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.writing import write_file
 
-from ...benchmarks.machine import describe_machine
 from ...loading import load_config
 from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
 from ...run_history import HELD_OUT, evaluation_images
@@ -174,7 +173,9 @@ def compare_rows(results: dict[str, RowResults], between_seeds: SeedVariance | N
     return {key: replace(comparison, p=corrected.get(key)) for key, comparison in comparisons.items()}
 
 
-def write_results(table: Table, results: dict[str, RowResults], out: Path, seconds: dict[str, float]) -> None:
+def write_results(
+    table: Table, results: dict[str, RowResults], out: Path, seconds: dict[str, float], cpu: str | None = None
+) -> None:
     """
     Write the table of results and its pictures to `out`: `results.md`, `ablation.png` and `ablation_ms.png`, or, for a table
     NAME.json of another name, `NAME.md`, `NAME.png` and `NAME_ms.png`.
@@ -182,6 +183,7 @@ def write_results(table: Table, results: dict[str, RowResults], out: Path, secon
     Args:
         results: of the rows, and of the teacher, which need not be a row; by key.
         seconds: of a forward, by row. Without them there are no milliseconds.
+        cpu: the name of the CPU that they were measured on.
     """
     text = output_file(table, out)
     teacher = results.get(table.teacher.key)
@@ -195,7 +197,7 @@ def write_results(table: Table, results: dict[str, RowResults], out: Path, secon
         lines += [table.description, ""]
     lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values())]
-    lines += ["", describe_columns(table, rows, intervals, comparisons, seconds), ""]
+    lines += ["", describe_columns(table, rows, intervals, comparisons, seconds, cpu), ""]
     if comparisons:
         count = sum(comparison.p is not None for comparison in comparisons.values())
         lines += ["What this shows:", ""]
@@ -302,6 +304,7 @@ def describe_columns(
     intervals: dict[str, Estimate | None],
     comparisons: dict[str, Comparison],
     seconds: dict[str, float],
+    cpu: str | None,
 ) -> str:
     """What the numbers of the table are."""
     runs = counted(sum(len(row.test) for row in rows.values()), "run")
@@ -321,8 +324,10 @@ def describe_columns(
     elif seconds:
         sentences.append(
             "ms is the median time of one image on one thread, measured in turns: packed networks on the engine, others in "
-            f"PyTorch in float32. CPU: {describe_machine()['cpu']}."
+            "PyTorch in float32."
         )
+        if cpu is not None:
+            sentences.append(f"CPU: {cpu}.")
     return " ".join(sentences)
 
 

@@ -172,14 +172,15 @@ class Ablation:
                 results[key] = collect_results(row, finished)
         return results
 
-    def write_results(self, seconds: dict[str, float] | None = None) -> None:
+    def write_results(self, seconds: dict[str, float] | None = None, cpu: str | None = None) -> None:
         """
         Write the table and its pictures from the runs that are finished.
 
         Args:
             seconds: of a forward of each network, by the key of its row.
+            cpu: the name of the CPU that they were measured on.
         """
-        write_results(self.table, self.results(), self.out, seconds or {})
+        write_results(self.table, self.results(), self.out, seconds or {}, cpu)
 
     def folders_to_time(self) -> dict[str, Path]:
         """The folder of a run of each row, by its key; none if all rows have the same network."""
