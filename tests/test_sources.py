@@ -278,7 +278,7 @@ def test_a_silent_hub_is_told_from_one_that_refuses():
             "'http://x/a.png?b' is a URL: download the picture first.",
         ),
         (["benchmark", "--model", "binaryvit-small-patch4-22"], "did you mean 'binaryvit-small-patch4-224'?"),
-        (["benchmark", "--train", "--model", "vit-digit"], "did you mean 'vit-digits'?"),
+        (["benchmark", "--train", "--model", "binaryvit-digit"], "did you mean 'binaryvit-digits'?"),
     ],
 )
 def test_misspelt_files_and_rows_get_a_suggestion(command, words, unfinished, capsys):

@@ -42,7 +42,7 @@ ARGUMENTS = {
     'model.classify({ data: new Uint8Array(0), width: 0, height: 5 })': "Width and height of a picture must be whole numbers from 1, not 0 and 5.",
     'model.classify("digit.png")': "Only browsers decode pictures; give { data, width, height } with the bytes of a decoder, such as sharp or pngjs.",
     'model.classify()': "Only browsers decode pictures; give { data, width, height } with the bytes of a decoder, such as sharp or pngjs.",
-    'uncropped.classify(picture(50, 40))': "The picture cannot be classified: its image has the shape (3, 32, 40), not (3, 32, 32).",
+    'binaryvit.load({ ...parts, preprocessor: uncropped }, { engine: wasm })': "The image processor of 'model' (preprocessor_config.json) cannot be used: it makes images of (channels, height, width) (3, 32, 48), the network takes (3, 32, 32).",
     'model.preprocess("digit.png")': "A picture must be { data, width, height }: decodePicture makes one.",
     'model.computeLogits(new Float32Array(5))': "An image must be a Float32Array of 3072 numbers, (3, 32, 32).",
     'model.computeLogits(new Float64Array(3072))': "An image must be a Float32Array of 3072 numbers, (3, 32, 32).",
@@ -67,8 +67,7 @@ def test_wrong_arguments_are_named_in_one_sentence():
     const model = await binaryvit.load(given, { engine: wasm });
     const read = (name) => readFileSync(`${given}/${name}`);
     const parts = { config: String(read("config.json")), preprocessor: String(read("preprocessor_config.json")), weights: read("model.safetensors") };
-    const preprocessor = { ...JSON.parse(parts.preprocessor), do_center_crop: false };
-    const uncropped = await binaryvit.load({ ...parts, preprocessor }, { engine: wasm });
+    const uncropped = { ...JSON.parse(parts.preprocessor), do_center_crop: false };
     """
     calls = ", ".join(f"await message(() => {call})" for call in ARGUMENTS)
     for call, expected, actual in zip(ARGUMENTS, ARGUMENTS.values(), run(f"{script} print([{calls}]);", DIGITS)):
