@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from shelf import assert_whole, classify, read_scores, training_arguments, write_pth
 
 from binaryvit_cli import main
+from binaryvit_hf.card_text import NOTES
 from binaryvit_hf.training.run import main as train
 
 
@@ -91,15 +92,15 @@ def test_kills_of_convert(cases, assert_withstood, shelf, tmp_path):
 @few_or_many(2, 200)
 def test_kills_of_card(cases, assert_withstood, shelf, tmp_path):
     assert run(main, "card", shelf / "latent", "--out", tmp_path / "README.md").code == 0
-    whole = (tmp_path / "README.md").read_text()
+    whole, before = (tmp_path / "README.md").read_text(), f"the card before\n\n{NOTES}\n"
 
     def attack(rng: Random, folder: Path) -> str:
         def command() -> Said:
             return run(main, "card", shelf / "latent", "--out", folder / "README.md")
 
-        (folder / "README.md").write_text("the card before")
+        (folder / "README.md").write_text(before)
         kill(rng, command, 0.1)
-        if (folder / "README.md").read_text() not in ("the card before", whole):
+        if (folder / "README.md").read_text() not in (before, whole):
             raise Wrong("the card is neither that of before nor the new one")
         succeed(command)
         if (folder / "README.md").read_text() != whole:
