@@ -21,7 +21,7 @@ from binaryvit_runtime.resources import shipped_models
 
 from ..ops import align_columns, readable
 from .inference import check_binary_row, save_row
-from .interleaved import describe_seconds
+from .interleaved import describe_ratio, describe_seconds
 
 
 DRIVER = Path(__file__).with_name("browser.mjs")
@@ -196,7 +196,7 @@ def format_browser(measured: dict) -> str:
             f"{1000 * result['cpu_seconds']:.2f}",
             "-".join(f"{1000 * seconds:.2f}" for seconds in result["cpu_seconds_10_90"]),
             f"{1000 * result['seconds']:.2f}",
-            "-" if result["ratio"] is None else f"{result['ratio']:.2f}",
+            describe_ratio(result["ratio"]),
             f"{1000 * result['loading_seconds']:.0f}",
             readable(result["engine_bytes"], "B"),
             readable(result["file_bytes"], "B"),

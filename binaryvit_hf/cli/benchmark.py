@@ -10,7 +10,7 @@ from pathlib import Path
 from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.writing import check_writable_file
 
-from .common import needs_extra
+from .common import needs_extra, needs_onnx_libraries
 
 
 EXAMPLE = "binaryvit benchmark --threads 1 --batch-size 1 --steps 2\nbinaryvit benchmark --loader"
@@ -138,11 +138,7 @@ def time_pipeline(options: argparse.Namespace) -> None:
 
 
 def time_browser(options: argparse.Namespace) -> None:
-    with needs_extra("benchmark", "Benchmarks in WebAssembly"):
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401 -- quantises the peers
-        import onnxscript  # noqa: F401 -- exports them
-        import timm  # noqa: F401 -- their networks
+    needs_onnx_libraries("Benchmarks in WebAssembly")
     from binaryvit_hf.benchmarks.browser import benchmark_browser, format_browser
 
     measured = benchmark_browser(options.model, options.steps, options.node_modules)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import shlex
 import sys
@@ -59,6 +60,15 @@ def needs_extra(extra: str, subject: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UserError(f"{subject} need {error.name!r}: {installation(extra)}.") from error
+
+
+def needs_onnx_libraries(subject: str) -> None:
+    """Import what networks in onnxruntime are exported and run with; raises UserError as `needs_extra` does."""
+    from binaryvit_hf.benchmarks.inference import ONNX_LIBRARIES
+
+    with needs_extra("benchmark", subject):
+        for library in ONNX_LIBRARIES:
+            importlib.import_module(library)
 
 
 def has_pytorch() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.writing import check_writable_file, write_file
 
-from .common import needs_extra
+from .common import needs_extra, needs_onnx_libraries
 
 
 EXAMPLE = "binaryvit compare outputs/photos outputs/resnet --out table.md"
@@ -34,11 +34,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--steps is 2 or more, not {options.steps}.")
     if options.out:
         check_writable_file(options.out)
-    with needs_extra("benchmark", "Comparisons"):
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401 -- runs the others
-        import onnxscript  # noqa: F401 -- writes them
-        import timm  # noqa: F401
+    needs_onnx_libraries("Comparisons")
     with needs_extra("train", "Comparisons"):
         from binaryvit_hf.comparison import compare_runs, format_markdown, format_text
 

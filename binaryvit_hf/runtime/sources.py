@@ -128,14 +128,20 @@ def describe_fault(
     return f"{reason}{describe_neighbours(source) or '.'}"
 
 
+def checkpoint_step(folder: Path) -> int | None:
+    """The step in the name of a folder `checkpoint-STEP`; `None` for other names."""
+    number = folder.name.removeprefix(CHECKPOINT_PREFIX)
+    return int(number) if number != folder.name and number.isdecimal() else None
+
+
 def describe_unfinished_run(folder: Path) -> str | None:
     """Why the output directory of a run has no model yet, and what to do; `None` for other folders."""
     if not folder.is_dir() or (folder / "config.json").is_file():
         return None
     checkpoints = {
-        int(number): path
+        step: path
         for path in folder.glob(f"{CHECKPOINT_PREFIX}*")
-        if (number := path.name.removeprefix(CHECKPOINT_PREFIX)).isdecimal()
+        if (step := checkpoint_step(path)) is not None
         and (path / "config.json").is_file()
         and any(path.glob("model*.safetensors"))
     }

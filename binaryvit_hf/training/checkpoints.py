@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from binaryvit_runtime.errors import first_sentence
+from binaryvit_runtime.sources import checkpoint_step
 
 
 STATE_TYPES: dict[str, Any] = {
@@ -39,9 +40,7 @@ def last_whole_checkpoint(folder: Path, more_files: Iterable[str] = ()) -> Path 
         more_files: names of additional files that a checkpoint of this run must hold.
     """
     numbered = {
-        int(number): path
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit()
+        step: path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := checkpoint_step(path)) is not None
     }
     for _, path in sorted(numbered.items(), reverse=True):
         damage = describe_damage(path, more_files)

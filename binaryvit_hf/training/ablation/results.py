@@ -192,6 +192,8 @@ def write_results(
     comparisons = compare_rows(rows, between_seeds)
     intervals = {key: in_percent(estimate_accuracy(row.correct, between_seeds)) for key, row in rows.items()}
     columns = columns_of(table, rows, intervals, comparisons, teacher, seconds)
+    # Without cells no row is finished, and the heads alone are shown.
+    columns = {head: cells for head, cells in columns.items() if any(cells) or not cells}
     lines = [f"# {table.title}", ""]
     if table.description:
         lines += [table.description, ""]
@@ -268,7 +270,7 @@ def columns_of(
     teacher: RowResults | None,
     seconds: dict[str, float],
 ) -> dict[str, list[str]]:
-    """The cells of each column, by its head. Columns that are empty in every row are left out."""
+    """The cells of each column, by its head."""
     results = list(rows.values())
     columns = {
         "row": [row.name.replace("|", "\\|") for row in results],
@@ -285,17 +287,13 @@ def columns_of(
     if any(row.held_out for row in results):
         columns["held-out top-1, %"] = [mean_and_deviation(row.held_out) if row.held_out else "" for row in results]
     if table.has_one_network:
-        return without_empty(columns)
+        return columns
     columns["weights on disk"] = [readable(row.weight_bytes, "B") for row in results]
     for head, name in (("BOPs", "bops"), ("FLOPs", "flops"), ("OPs", "ops")):
         columns[head] = ["" if row.cost is None else readable(getattr(row.cost, name)) for row in results]
     if seconds:
         columns["ms"] = [f"{1000 * seconds[key]:.2f}" if key in seconds else "" for key in rows]
-    return without_empty(columns)
-
-
-def without_empty(columns: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {head: cells for head, cells in columns.items() if any(cells) or not cells}  # no cells: no row is finished
+    return columns
 
 
 def describe_columns(
