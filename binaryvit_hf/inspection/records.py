@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from binaryvit_runtime.sources import CHECKPOINT_PREFIX, RUN_ARGUMENTS
+from binaryvit_runtime.sources import RUN_ARGUMENTS, checkpoint_step
 
 from ..network.quantization_binaryvit import LATENT
 from ..run_history import (
@@ -50,16 +50,16 @@ class RunRecords(NamedTuple):
         return {}, ""
 
 
-def is_checkpoint(folder: Path) -> bool:
-    return folder.name.startswith(CHECKPOINT_PREFIX) and folder.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()
+def find_part(folder: Path) -> Path | None:
+    """A folder, which may be `.` or a link, as its run named it: `latent` or `checkpoint-N`; `None` if it is neither."""
+    names = (folder, folder.absolute(), folder.resolve())
+    return next((path for path in names if path.name == LATENT or checkpoint_step(path) is not None), None)
 
 
 def records_folder(folder: Path) -> Path:
-    """
-    The output directory of the run that made the model in `folder`, which may be its `latent`, a `checkpoint-N`, `.` or a link.
-    """
-    names = (folder, folder.absolute(), folder.resolve())
-    return next((path.parent for path in names if path.name == LATENT or is_checkpoint(path)), folder)
+    """The output directory of the run that made the model in `folder`."""
+    part = find_part(folder)
+    return folder if part is None else part.parent
 
 
 def read_records(folder: Path) -> RunRecords:
@@ -70,7 +70,8 @@ def read_records(folder: Path) -> RunRecords:
     Raises:
         UserError: a file is damaged.
     """
-    of_run, checkpoint = records_folder(folder), folder if is_checkpoint(folder) else None
+    of_run, part = records_folder(folder), find_part(folder)
+    checkpoint = None if part is None or part.name == LATENT else part
     history = read_training_history(of_run, checkpoint)
     arguments = read_json(of_run / RUN_ARGUMENTS)
     # With these two arguments a run evaluates other weights than those that a checkpoint resumes from.
@@ -94,8 +95,7 @@ def read_records(folder: Path) -> RunRecords:
 def evaluation_at(history: TrainingHistory, checkpoint: Path) -> dict[str, float]:
     """The evaluation of a checkpoint, empty if the run evaluated at other steps."""
     evaluations = [entry for entry in history.entries if "eval_accuracy" in entry and "step" in entry]
-    step = checkpoint.name.removeprefix(CHECKPOINT_PREFIX)
-    return next((entry for entry in evaluations if f"{entry['step']:.0f}" == step), {})
+    return next((entry for entry in evaluations if entry["step"] == checkpoint_step(checkpoint)), {})
 
 
 def read_picture(file: Path) -> bytes | None:

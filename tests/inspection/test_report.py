@@ -215,6 +215,15 @@ def test_a_checkpoint_has_the_records_of_its_run(checkpoint, tmp_path, monkeypat
     assert "Distillation loss" in page.text
 
 
+def test_a_link_to_a_checkpoint_has_its_accuracy(checkpoint, tmp_path, capsys):
+    edit_json(checkpoint.parent / "all_results.json", eval_accuracy=0.9)
+    try:
+        (tmp_path / "best").symlink_to(checkpoint, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system makes no links")
+    assert "60.00 % top-1 accuracy (held-out images)" in run(capsys, "inspect", tmp_path / "best")
+
+
 @pytest.mark.parametrize(
     "changes, step", [({}, 50), ({"ema_decay": 0.999}, 60), ({"batch_norm_reestimation_batches": 9}, 60)]
 )
