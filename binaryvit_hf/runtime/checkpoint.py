@@ -77,16 +77,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
     The weight files of a folder.
 
     Raises:
-        LoadingError: a file is missing, or the index of a checkpoint in several files is damaged.
+        FileNotFoundError: a file is missing.
+        LoadingError: the index of a checkpoint in several files is damaged.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).is_file():
-        raise LoadingError(f"there is no {WEIGHTS}.")
+        raise FileNotFoundError(f"there is no {WEIGHTS}.")
     names = names_in_index((folder / WEIGHTS_INDEX).read_bytes())
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:
-        raise LoadingError(f"the file {missing!r} is missing, which {WEIGHTS_INDEX} names.")
+        raise FileNotFoundError(f"the file {missing!r} is missing, which {WEIGHTS_INDEX} names.")
     return [folder / name for name in names]
 
 
