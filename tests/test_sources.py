@@ -230,7 +230,7 @@ def cache_snapshot(cache: Path, names: list[str]) -> Path:
 @pytest.mark.parametrize("missing", FILES)
 def test_an_incomplete_download_is_told_from_a_broken_model(missing, tmp_path):
     cache_snapshot(tmp_path, [name for name in FILES if name != missing])
-    with pytest.raises(UserError, match="is not complete, and you are offline.*: load it once online"):
+    with pytest.raises(UserError, match=r"is not complete, and you are offline.*: load it once online"):
         Classifier.from_pretrained("me/photos", cache_dir=str(tmp_path))
 
 
@@ -274,7 +274,7 @@ def test_an_old_client_of_the_hub_is_named_for_models_of_the_hub_alone(tmp_path,
         Classifier.from_pretrained("me/photos")
     Path("model").mkdir()
     Path("model", "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is damaged"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         Classifier.from_pretrained("model")
 
 

@@ -167,15 +167,6 @@ class Architecture:
         height, width = (size // patch for size, patch in zip(pair(self.image_size), pair(self.patch_size)))
         return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
 
-    @property
-    def multiplications(self) -> int:
-        """Multiplications of the linear layers for one image, roughly the cost of a forward."""
-        per_token = (
-            depth * (4 * hidden**2 + 2 * hidden * inner)
-            for depth, hidden, inner in zip(self.depths, self.hidden_sizes, self.intermediate_sizes)
-        )
-        return sum(height * width * each for (height, width), each in zip(self.grid_sizes, per_token))
-
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """
         Names and shapes of the tensors of a packed backbone, in any order.
@@ -231,6 +222,20 @@ class Architecture:
         for scale in scales:
             yield f"{name}.{scale}.scale", (channels,)
             yield f"{name}.{scale}.shift", (channels,)
+
+
+def count_multiplications(network: Any) -> int:
+    """
+    Multiplications of the linear layers for one image, roughly the cost of a forward.
+
+    Args:
+        network: an Architecture or a BinaryViTConfig.
+    """
+    per_token = (
+        depth * (4 * hidden**2 + 2 * hidden * inner)
+        for depth, hidden, inner in zip(network.depths, network.hidden_sizes, network.intermediate_sizes)
+    )
+    return sum(height * width * each for (height, width), each in zip(network.grid_sizes, per_token))
 
 
 def norm(name: str, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
