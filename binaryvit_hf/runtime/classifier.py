@@ -102,8 +102,8 @@ class Classifier:
                 huggingface_hub.
             threads: number of threads to use. A single picture takes at most one for each CPU, and one if the network is
                 small. Default: the CPUs of this process.
-            max_pixels: files of larger pictures are refused before they are decoded. Default: 134,217,728, which take 2 GB of
-                memory.
+            max_pixels: files of larger pictures are refused before they are decoded. Default: 134,217,728, which take more
+                than 1 GB of memory.
             token, revision, cache_dir: of the Hub, as for `from_pretrained` of transformers.
             shipped: more names to suggest for a misspelt one.
 
@@ -256,7 +256,7 @@ class Classifier:
             logits = self.network.classify(images, *self.head, threads=threads)[0]
             self.spare_images.append(images)
         except (UserError, ValueError, MemoryError) as error:
-            answer.error = f"{answer.image!r} cannot be classified: {first_sentence(error)}."
+            answer.error = f"{answer.image!r} cannot be classified: {first_sentence(error).rstrip('.')}."
             return answer
         if not np.isfinite(logits).all():
             raise UserError(
