@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from binaryvit_runtime import engine
+from binaryvit_runtime.architecture import count_multiplications
+from binaryvit_runtime.cpus import largest_team
 from binaryvit_runtime.engine import cpu_features, kernels_built, kernels_here, library, problem
 
 
@@ -28,6 +30,14 @@ class Engine(engine.Engine):
 
     float32 = torch.float32
     address = staticmethod(torch.Tensor.data_ptr)
+
+    def __init__(self, config, tensors, kernels: str):
+        super().__init__(config, tensors, kernels)
+        self.largest_team = largest_team(count_multiplications(config))
+
+    def threads_for(self, images: torch.Tensor) -> int:
+        """How many of PyTorch's threads should compute a batch: each whole images, or a team one image at once."""
+        return min(torch.get_num_threads(), max(self.largest_team, len(images)))
 
     @staticmethod
     def contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,10 @@ import errno
 import logging
 import shutil
 import socket
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from command_line import assert_refused, refusal, run
@@ -14,9 +18,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 
 from binaryvit_hf import loading
 from binaryvit_hf.data.model_inputs import create_image_processor
-from binaryvit_runtime.errors import NoModelError
+from binaryvit_runtime import Classifier
+from binaryvit_runtime.errors import NoModelError, UserError
 from binaryvit_runtime.hub import CONNECTION_TRIES, NOT_UPLOADED, is_offline, prepare_hub_client
-from binaryvit_runtime.resources import shipped_configs, shipped_models
+from binaryvit_runtime.resources import HUB_CLIENT, shipped_configs, shipped_models
 from binaryvit_runtime.sources import RUN_ARGUMENTS, describe_fault, fetch
 
 
@@ -205,6 +210,81 @@ def test_a_model_in_the_cache_is_suggested_too(tmp_path, monkeypatch):
 
 def raise_offline(source):
     raise OfflineModeIsEnabled
+
+
+FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+
+
+def cache_snapshot(cache: Path, names: list[str]) -> Path:
+    """Put these files of a shipped model into a cache of the Hub, as those of `me/photos`. Returns their folder."""
+    repository = cache / "models--me--photos"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for name in names:
+        shutil.copy(shipped_models()["binaryvit-digits"] / name, snapshot)
+    return snapshot
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_an_incomplete_download_is_told_from_a_broken_model(missing, tmp_path):
+    cache_snapshot(tmp_path, [name for name in FILES if name != missing])
+    with pytest.raises(UserError, match=r"is not complete, and you are offline.*: load it once online"):
+        Classifier.from_pretrained("me/photos", cache_dir=str(tmp_path))
+
+
+def test_the_name_that_was_typed_is_no_suggestion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache_snapshot(tmp_path, FILES)
+    with pytest.raises(UserError, match="you are offline") as refusal:
+        Classifier.from_pretrained("me/photos", revision="v1", cache_dir=str(tmp_path))
+    assert "did you mean" not in str(refusal.value)
+
+
+def test_a_damaged_file_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
+    blob = cache_snapshot(tmp_path, FILES).parents[1] / "blobs" / ("b" * 40)
+    blob.parent.mkdir()
+    blob.touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Path, "unlink", refuse_access)
+    with pytest.raises(UserError, match=f"{blob}' is damaged and cannot be replaced .Permission denied."):
+        fetch(lambda source: [][0], "me/photos", cache_dir=str(tmp_path))
+
+
+def refuse_access(path, **options):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("command", [["classify", "out", "a.png"], ["card", "out"]], ids=lambda command: command[0])
+def test_a_folder_of_another_user_cannot_be_read(command, unfinished, monkeypatch, capsys):
+    monkeypatch.setattr("binaryvit_runtime.sources.describe_unfinished_run", refuse_access)
+    monkeypatch.setattr("binaryvit_cli.common.describe_unfinished_run", refuse_access)
+    assert_refused(capsys, command, "'out' cannot be ", "cannot be read (Permission denied).")
+
+
+def test_an_old_client_of_the_hub_is_named_for_models_of_the_hub_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = ModuleType("huggingface_hub")
+    old.snapshot_download = None
+    monkeypatch.delattr("binaryvit_runtime.hub")
+    monkeypatch.delitem(sys.modules, "binaryvit_runtime.hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", old)
+    with pytest.raises(UserError, match=f"need {HUB_CLIENT}: pip install {HUB_CLIENT}"):
+        Classifier.from_pretrained("me/photos")
+    Path("model").mkdir()
+    Path("model", "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        Classifier.from_pretrained("model")
+
+
+def test_messages_and_guides_have_the_client_of_the_package():
+    root, setup = Path(__file__).parents[1], ConfigParser()
+    setup.read(root / "setup.cfg")
+    client = HUB_CLIENT.strip("'")
+    assert f"{client}," in setup["options"]["install_requires"].replace(" ", "")
+    for guide in ("hub.md", "runtime.md"):
+        assert f'pip install "{client}"' in (root / "docs" / "pages" / "guides" / guide).read_text()
 
 
 def count_tries(error: Exception | None) -> int:

@@ -198,4 +198,4 @@ def test_uploads_without_the_hubs_client_say_what_to_install(warm_python, packed
     code = WITHOUT_PYTORCH.replace('"torch"', '"torch", "huggingface_hub", "huggingface_hub.utils"')
     for extra in (["--space"], []):
         result = warm_python.run("-c", code, "push", packed, "alice/pyramid", *extra, folder=tmp_path / "home")
-        assert_refused(result, "pip install huggingface_hub" if extra else "needs PyTorch")
+        assert_refused(result, "pip install 'huggingface_hub>=1.31'" if extra else "needs PyTorch")

@@ -33,13 +33,17 @@ def print_error(message: str) -> None:
 def check_model_folder(folder: Path) -> None:
     """
     Raises:
-        UserError: the folder has no config.json.
+        UserError: the folder has no config.json, or cannot be read.
     """
     if folder.is_file():
         raise UserError(f"{str(folder)!r} is a file: name its folder, {str(folder.parent)!r}.")
     if not folder.exists():
         raise UserError(f"There is no folder {str(folder)!r}{describe_neighbours(str(folder)) or '.'}")
-    if unfinished := describe_unfinished_run(folder):
+    try:
+        unfinished = describe_unfinished_run(folder)
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be read ({error.strerror}).") from error
+    if unfinished:
         raise UserError(f"{str(folder)!r} has no model yet: {unfinished}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} is not a model folder: it has no config.json.")

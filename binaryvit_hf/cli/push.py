@@ -9,6 +9,7 @@ from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.progress import Progress
+from binaryvit_runtime.resources import HUB_CLIENT
 from binaryvit_runtime.writing import reported_write_errors
 
 from .card import write_card_if_possible
@@ -138,11 +139,12 @@ def name_repository(card: str, folder: Path, repository: str) -> str:
 def push_page(options: argparse.Namespace) -> None:
     try:
         from huggingface_hub.utils import disable_progress_bars
-    except ModuleNotFoundError as error:
-        raise UserError("Uploads need 'huggingface_hub': pip install huggingface_hub.") from error
+
+        from binaryvit_runtime.hub import create_repository, prepare_hub_client, resumable_upload, upload_folder
+    except ImportError as error:
+        raise UserError(f"Uploads need {HUB_CLIENT}: pip install {HUB_CLIENT}.") from error
     from binaryvit_runtime.browser.page import write_page
     from binaryvit_runtime.browser.space import check_replaceable, write_readme
-    from binaryvit_runtime.hub import create_repository, prepare_hub_client, resumable_upload, upload_folder
 
     disable_progress_bars()
     prepare_hub_client()

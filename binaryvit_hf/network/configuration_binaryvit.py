@@ -22,6 +22,7 @@ MAX_LAYERS = 200
 MAX_LABELS = 100_000
 MAX_PARAMETERS = 10**10
 MAX_ACTIVATIONS = 2**32  # of one layer, for one image
+MAX_TOKENS = 2**22  # of one image: the engine counts the numbers of 16 channels in 32 bits
 RANGES = {
     "image_size": (1, 2**14),
     "patch_size": (1, 2**14),
@@ -301,7 +302,7 @@ class BinaryViTConfig(BackboneConfigMixin, PreTrainedConfig):
             parameters += self.depths[stage] * channels * (projections * channels + 2 * inner)
             inputs = 4 * channels
             probabilities = self.num_attention_heads[stage] * tokens * (tokens // ratio**2)
-            if max(probabilities, tokens * inner) > MAX_ACTIVATIONS:
+            if tokens > MAX_TOKENS or max(probabilities, tokens * inner) > MAX_ACTIVATIONS:
                 raise ValueError(
                     f"Stage {stage} has {tokens} tokens an image, too many for its attention or MLP: choose a smaller "
                     "image_size or a larger patch_size."

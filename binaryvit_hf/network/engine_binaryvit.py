@@ -53,7 +53,7 @@ def outputs_by_engine(
     usable = usable_engine(model, images, interpolate_pos_encoding)
     if usable is None:
         return None
-    last, pooled, hidden_states = usable.forward(images.float(), torch.get_num_threads(), output_hidden_states)
+    last, pooled, hidden_states = usable.forward(images.float(), usable.threads_for(images), output_hidden_states)
     return last, pooled, tuple(hidden_states) or None
 
 
@@ -70,7 +70,7 @@ def maps_by_engine(
         wanted: whether to return the map, of the stem and of each stage. The other maps are None.
     """
     usable = usable_engine(model, images, interpolate_pos_encoding)
-    return None if usable is None else usable.feature_maps(images.float(), torch.get_num_threads(), wanted)
+    return None if usable is None else usable.feature_maps(images.float(), usable.threads_for(images), wanted)
 
 
 def logits_by_engine(
@@ -99,7 +99,7 @@ def logits_by_engine(
     usable = usable_engine(model, images, interpolate_pos_encoding)
     if usable is None:
         return None
-    return usable.classify(images.float(), weight, bias, threads=torch.get_num_threads())
+    return usable.classify(images.float(), weight, bias, threads=usable.threads_for(images))
 
 
 def usable_engine(

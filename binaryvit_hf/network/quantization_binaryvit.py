@@ -303,7 +303,7 @@ def read_checkpoint(files: list[Path]) -> PackedCheckpoint:
                 found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, not a dictionary
                 metadata = content.metadata() or {}
         except SafetensorError as error:
-            raise ValueError(f"{describe_damage(file)} ({error}): download it again.") from error
+            raise ValueError(describe_damage(file, error)) from error
         stored |= found
         origin |= dict.fromkeys(found, file.name)
         if metadata.get("binaryvit_format") not in FORMATS:
@@ -323,17 +323,20 @@ def read_checkpoint(files: list[Path]) -> PackedCheckpoint:
     return PackedCheckpoint(stored, origin, config, shapes if has_shapes else None, checksums)
 
 
-def describe_damage(file: Path) -> str:
-    """Describe a file that safetensors refuses. Names the first tensor that is cut off, if the header can be read."""
+def describe_damage(file: Path, error: SafetensorError) -> str:
+    """A sentence about a file that safetensors refuses. Names the first tensor that is cut off, if the header can be read."""
     content = file.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        return f"{file.name!r} is a pointer of Git LFS, not the file: run `git lfs pull` in its folder."
     start = 8 + int.from_bytes(content[:8], "little")
     try:
         header = json.loads(content[8:start])
         ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         _, first_cut = min((end, name) for name, end in ends.items() if end > len(content))
-    except (ValueError, TypeError, KeyError, IndexError):
-        return f"{file.name!r} is damaged"
-    return f"{file.name!r} is cut off before the end of tensor {first_cut!r}"
+        damage = f"is cut off before the end of tensor {first_cut!r}"
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        damage = "is damaged"
+    return f"{file.name!r} {damage} ({error}): download it again."
 
 
 def check_config(checkpoint: PackedCheckpoint, config) -> None:

@@ -55,7 +55,8 @@ SETTINGS: dict[str, tuple] = {
     "configuration_files": (),
     "pretrained_cfg": (),
 }
-MAX_LIST_LENGTH, MAX_LAYERS, MAX_LABELS, MAX_PARAMETERS, MAX_ACTIVATIONS = 16, 200, 100_000, 10**10, 2**32
+MAX_LIST_LENGTH, MAX_LAYERS, MAX_LABELS = 16, 200, 100_000
+MAX_PARAMETERS, MAX_ACTIVATIONS, MAX_TOKENS = 10**10, 2**32, 2**22
 TRAINING_FIELDS = ("layer_scale_init_value", "attention_clip_init_value", "batch_norm_momentum", "initializer_range")
 OUTPUT_RANGES = [field for field in RANGES if field not in TRAINING_FIELDS]
 FLAGS = ("use_class_token", "use_stem_norm", "use_layer_scale", "binarize_patch_embeddings")
@@ -142,7 +143,7 @@ class Architecture:
             inner, tokens = self.intermediate_sizes[stage], height * width
             ratio = self.sequence_reduction_ratios[stage]
             probabilities = self.num_attention_heads[stage] * tokens * (tokens // ratio**2)
-            if max(probabilities, tokens * inner) > MAX_ACTIVATIONS:
+            if tokens > MAX_TOKENS or max(probabilities, tokens * inner) > MAX_ACTIVATIONS:
                 raise LoadingError(f"stage {stage} has {tokens} tokens an image, too many for its attention or MLP.")
 
     def check_size(self, labels: int) -> None:
@@ -166,15 +167,6 @@ class Architecture:
         """Height and width in tokens of each stage's map."""
         height, width = (size // patch for size, patch in zip(pair(self.image_size), pair(self.patch_size)))
         return [(height // 2**stage, width // 2**stage) for stage in range(len(self.hidden_sizes))]
-
-    @property
-    def multiplications(self) -> int:
-        """Multiplications of the linear layers for one image, roughly the cost of a forward."""
-        per_token = (
-            depth * (4 * hidden**2 + 2 * hidden * inner)
-            for depth, hidden, inner in zip(self.depths, self.hidden_sizes, self.intermediate_sizes)
-        )
-        return sum(height * width * each for (height, width), each in zip(self.grid_sizes, per_token))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """
@@ -231,6 +223,20 @@ class Architecture:
         for scale in scales:
             yield f"{name}.{scale}.scale", (channels,)
             yield f"{name}.{scale}.shift", (channels,)
+
+
+def count_multiplications(network: Any) -> int:
+    """
+    Multiplications of the linear layers for one image, roughly the cost of a forward.
+
+    Args:
+        network: an Architecture or a BinaryViTConfig.
+    """
+    per_token = (
+        depth * (4 * hidden**2 + 2 * hidden * inner)
+        for depth, hidden, inner in zip(network.depths, network.hidden_sizes, network.intermediate_sizes)
+    )
+    return sum(height * width * each for (height, width), each in zip(network.grid_sizes, per_token))
 
 
 def norm(name: str, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:

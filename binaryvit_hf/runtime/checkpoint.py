@@ -77,16 +77,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
     The weight files of a folder.
 
     Raises:
-        LoadingError: a file is missing, or the index of a checkpoint in several files is damaged.
+        FileNotFoundError: a file is missing.
+        LoadingError: the index of a checkpoint in several files is damaged.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).is_file():
-        raise LoadingError(f"there is no {WEIGHTS}.")
+        raise FileNotFoundError(f"there is no {WEIGHTS}.")
     names = names_in_index((folder / WEIGHTS_INDEX).read_bytes())
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:
-        raise LoadingError(f"the file {missing!r} is missing, which {WEIGHTS_INDEX} names.")
+        raise FileNotFoundError(f"the file {missing!r} is missing, which {WEIGHTS_INDEX} names.")
     return [folder / name for name in names]
 
 
@@ -115,7 +116,7 @@ def read_checkpoint(files: Iterable[Path]) -> Checkpoint:
                 check_dtypes(dtypes)
                 found = {name: content.get_tensor(name) for name in dtypes}
         except SafetensorError as error:
-            raise LoadingError(f"{describe_damage(file)} ({error}): download it again.") from error
+            raise LoadingError(describe_damage(file, error)) from error
         stored |= found
         origin |= dict.fromkeys(found, file.name)
         if metadata.get("binaryvit_format") not in FORMATS:
@@ -173,17 +174,20 @@ def check_dtypes(dtypes: dict[str, str]) -> None:
             raise UnsupportedModelError(f"its tensor {name!r} has the dtype {dtype}")
 
 
-def describe_damage(file: Path) -> str:
-    """Describe a file that safetensors refuses. Names the first tensor that is cut off, if the header can be read."""
+def describe_damage(file: Path, error: SafetensorError) -> str:
+    """A sentence about a file that safetensors refuses. Names the first tensor that is cut off, if the header can be read."""
     content = file.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        return f"{file.name!r} is a pointer of Git LFS, not the file: run `git lfs pull` in its folder."
     start = 8 + int.from_bytes(content[:8], "little")
     try:
         header = json.loads(content[8:start])
         ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         _, first_cut = min((end, name) for name, end in ends.items() if end > len(content))
-    except (ValueError, TypeError, KeyError, IndexError):
-        return f"{file.name!r} is damaged"
-    return f"{file.name!r} is cut off before the end of tensor {first_cut!r}"
+        damage = f"is cut off before the end of tensor {first_cut!r}"
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        damage = "is damaged"
+    return f"{file.name!r} {damage} ({error}): download it again."
 
 
 def check_config(checkpoint: Checkpoint, architecture: Architecture) -> None:

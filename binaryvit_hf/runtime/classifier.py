@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from .cpus import available_cpus
+from .architecture import count_multiplications
+from .cpus import available_cpus, largest_team
 from .engine.preprocessing import CHANNELS
 from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
 from .image_files import ImageFile, list_images
@@ -26,7 +27,6 @@ from .sources import fetch
 
 
 MAX_THREADS = 1024
-SMALL_NETWORK = 5 * 10**7  # multiplications; below, two threads are no faster than one
 MOST_LAYERS = 9  # of file objects, each of which reads from the next
 LOOKAHEAD = 4  # pictures for each thread that are read ahead
 
@@ -73,10 +73,7 @@ class Classifier:
 
     def __init__(self, name: str, folder: Path, model: PackedModel, threads: int, max_pixels: int | None):
         self.name, self.folder, self.threads, self.max_pixels = name, folder.absolute(), threads, max_pixels
-        # Threads that compute one picture wait for each other. That is slow with more threads than CPUs, in a small network
-        # also where other processes use the CPUs.
-        is_small = model.architecture.multiplications < SMALL_NETWORK
-        self.team_size = 1 if is_small else min(threads, available_cpus())
+        self.team_size = min(threads, largest_team(count_multiplications(model.architecture)))
         self.network, self.head, self.labels, self.to_scores = model.network, model.head, model.labels, model.to_scores
         self.preprocessor, self.background = model.preprocessor, model.background
         self.spare_images: list[np.ndarray] = []
@@ -208,8 +205,9 @@ class Classifier:
 
     def answers(self, iterator: Iterator[Picture | ImageFile], top_k: int, background: str | None) -> Iterator[Answer]:
         """See `stream`."""
-        first = list(itertools.islice(iterator, 2))
-        if len(first) < 2 or self.threads == 1:
+        # With one thread, the first answer does not wait for the second picture.
+        first = [] if self.threads == 1 else list(itertools.islice(iterator, 2))
+        if len(first) < 2:
             for image in itertools.chain(first, iterator):
                 yield self.answer(image, top_k, background, self.team_size)
             return
@@ -258,7 +256,7 @@ class Classifier:
             logits = self.network.classify(images, *self.head, threads=threads)[0]
             self.spare_images.append(images)
         except (UserError, ValueError, MemoryError) as error:
-            answer.error = f"{answer.image!r} cannot be classified: {first_sentence(error)}."
+            answer.error = f"{answer.image!r} cannot be classified: {first_sentence(error).rstrip('.')}."
             return answer
         if not np.isfinite(logits).all():
             raise UserError(

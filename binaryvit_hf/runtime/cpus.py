@@ -11,6 +11,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 OF_PROCESS = Path("/proc/self/cgroup")
 SPINS = "20000"  # of a waiting thread before it sleeps, about 1 ms
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+SMALL_NETWORK = 5 * 10**7  # multiplications of one image; below, two threads are no faster than one
 
 
 def available_cpus() -> int:
@@ -20,6 +21,16 @@ def available_cpus() -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = container_cpus(OF_PROCESS, CGROUPS)
     return cpus if limit >= cpus else max(1, math.ceil(limit))
+
+
+def largest_team(multiplications: int) -> int:
+    """
+    The most threads that should compute one image of a network at once.
+
+    They wait for each other. That is slow with more threads than CPUs, in a small network also where other processes use
+    the CPUs.
+    """
+    return 1 if multiplications < SMALL_NETWORK else available_cpus()
 
 
 def limit_spinning(variables: MutableMapping[str, str] = os.environ) -> None:

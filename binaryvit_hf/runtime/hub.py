@@ -309,7 +309,7 @@ def damaged_blobs(source: str, cache_dir: str | None) -> list[Path]:
 
 
 def is_damaged(blob: Path) -> bool:
-    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) or not blob.is_file():
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) or not os.access(blob, os.R_OK) or not blob.is_file():
         return False
     in_git = len(blob.name) == 40
     digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size) if in_git else hashlib.sha256()

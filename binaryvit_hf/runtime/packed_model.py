@@ -18,6 +18,7 @@ from .engine.library import pair
 from .engine.preprocessing import CHANNELS, Preprocessor
 from .errors import LoadingError, UnsupportedModelError, UserError, first_sentence
 from .pixels import read_background
+from .resources import HUB_CLIENT
 from .sources import describe_neighbours
 
 
@@ -100,7 +101,7 @@ def named_errors(subject: str, name: str) -> Iterator[None]:
         yield
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"The model {name!r} needs PyTorch: {error}.") from error
-    except (UserError, ValueError, MemoryError) as error:
+    except (UserError, FileNotFoundError, ValueError, MemoryError) as error:
         raise LoadingError(f"{subject}: {error}") from error
 
 
@@ -239,10 +240,12 @@ def local_folder(source: str, token: str | None, revision: str | None, cache_dir
         return Path(source)
     try:
         from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
+
+        from . import hub  # noqa: F401 -- what explains errors of the Hub, and an old version of its client lacks
+    except ImportError as error:
         raise LoadingError(
-            f"There is no folder {source!r}{describe_neighbours(source) or '.'} Models of the Hub need 'huggingface_hub': "
-            "pip install huggingface_hub."
+            f"There is no folder {source!r}{describe_neighbours(source) or '.'} Models of the Hub need "
+            f"{HUB_CLIENT}: pip install {HUB_CLIENT}."
         ) from error
     patterns = [CONFIG, PROCESSOR, NESTED_PROCESSOR, ADAPTER, "model*.safetensors", "model.safetensors.index.json"]
     return Path(

@@ -23,7 +23,7 @@ ORIENTATION_TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_ASPECT_RATIO = 1000  # resizing the shorter side of a longer picture would run out of memory
-MAX_PIXELS = 2**27  # decoding and resizing them takes 2 GB of memory
+MAX_PIXELS = 2**27  # decoding and resizing them takes more than 1 GB of memory
 NO_BACKGROUND = "none"  # as an argument: transparency is dropped, whatever the model's background
 PIXEL_LIMIT_LOCK = threading.Lock()  # held while Pillow's limit is disabled for the process
 if hasattr(os, "register_at_fork"):  # a forked process gets the lock free and the limit enabled

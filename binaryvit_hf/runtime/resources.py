@@ -6,6 +6,9 @@ from pathlib import Path
 from .errors import UserError
 
 
+HUB_CLIENT = "'huggingface_hub>=1.31'"  # in quotes for a shell; the version is that of setup.cfg
+
+
 def package_version() -> str:
     from importlib import metadata  # takes as long as the rest of `binaryvit --help`
 

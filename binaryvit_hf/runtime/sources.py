@@ -56,8 +56,13 @@ def fetch(
     except Exception as error:
         if not (damaged := damaged_files(source, cache_dir)):
             raise explain_loading(error, source, known, cache_dir) from error
-    for blob in damaged:
-        blob.unlink()
+    try:
+        for blob in damaged:
+            blob.unlink(missing_ok=True)  # another process may have done it
+    except OSError as error:
+        raise LoadingError(
+            f"{str(blob)!r} is damaged and cannot be replaced ({error.strerror}): delete it, or use another cache."
+        ) from error
     try:
         return load(source)
     except UnsupportedModelError:
@@ -75,7 +80,7 @@ def damaged_files(source: str, cache_dir: str | None) -> list[Path]:
         from huggingface_hub import is_offline_mode
 
         from .hub import damaged_blobs
-    except ModuleNotFoundError:  # then nothing was downloaded
+    except ImportError:  # without huggingface_hub, or with an old one, nothing was downloaded
         return []
     return [] if is_offline_mode() else damaged_blobs(source, cache_dir)
 
@@ -84,11 +89,12 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
     """The error to raise: what the Hub says about a name, after the models here that it may mean, or what is damaged."""
     sentence = str(error) if isinstance(error, UserError) else first_sentence(error)
     try:
-        from .hub import cache_folder, cached_models, explain_hub_error, is_offline, is_offline_mode
-    except ModuleNotFoundError:
+        from .hub import cache_folder, cached_models, explain_hub_error, is_offline, is_offline_mode, list_causes
+    except ImportError:
         return LoadingError(sentence)
     if cause := explain_hub_error(error):
-        shipped = [*shipped, *cached_models(cache_dir)]
+        # The cache may have the model itself, in another revision.
+        shipped = [*shipped, *(model for model in cached_models(cache_dir) if model != source)]
         if close := close_models(source, shipped):
             return NoModelError(f"did you mean {close}? {cause[0].upper()}{cause[1:]}.")
         no_folder = "" if os.path.exists(source) else "there is no such folder, and "
@@ -97,6 +103,11 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
         here = describe_folder(source) or f"this machine has {list_names([*neighbours(source), *shipped])}"
         return NoModelError(f"{here}; {cause}." if is_offline_mode() else f"{no_folder}{cause}; {here}.")
     cached = cache_folder(source, cache_dir)
+    if cached and is_offline_mode() and any(isinstance(cause, FileNotFoundError) for cause in list_causes(error)):
+        return NoModelError(
+            f"its download into {str(cached)!r} is not complete, and you are offline, because HF_HUB_OFFLINE is set: load "
+            "it once online."
+        )
     return LoadingError(sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})")
 
 
@@ -114,7 +125,10 @@ def describe_fault(
     if os.path.isfile(source) and not (of_config and source.endswith(".json")):
         return f"it is a file: name its folder, {str(Path(source).parent)!r}."
     if os.path.exists(source):
-        return describe_unfinished_run(Path(source, subfolder))
+        try:
+            return describe_unfinished_run(Path(source, subfolder))
+        except OSError as error:
+            return f"it cannot be read ({error.strerror})."
     # The Hub's names without an owner are older than its image classifiers.
     if "/" in source and is_repository_id(source):
         return None
@@ -228,7 +242,7 @@ def is_repository_id(name: str) -> bool:
     try:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
-    except ModuleNotFoundError:  # the loader says what to install
+    except ImportError:  # the loader says what to install
         return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
     try:
         validate_repo_id(name)

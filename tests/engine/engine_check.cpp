@@ -348,6 +348,9 @@ int main(int, char **arguments) {
         "whole words", rounds);
     check_network(Network({{20}, {2}, {4}, {40}, {1}, {}, 8, 8, 4, 1, true, false, false, true}), "class token",
                   rounds);
+    // Where the second stage has no keys, there are still signs of the first one's, 32 for each head instead of 8.
+    check_network(Network({{32, 64}, {1, 1}, {1, 8}, {64, 128}, {1, 1}, {}, 12, 12, 2, 3, false, true, true, true}),
+                  "narrow heads after a wide one", rounds);
     check_preprocessing();
     std::printf("%s: %s\n", binaryvit_kernels(), failures == 0 ? "all equal" : "failed");
     return failures != 0;

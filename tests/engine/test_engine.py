@@ -23,6 +23,7 @@ from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification, engin
 from binaryvit_hf.engine import Engine
 from binaryvit_hf.network.configuration_binaryvit import as_pair
 from binaryvit_hf.network.packing_binaryvit import pack_levels
+from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.engine import library
 from binaryvit_runtime.engine.library import count_differing_bits
 
@@ -291,14 +292,32 @@ import os, torch
 from tiny import tiny_config, tiny_images, tiny_model
 torch.set_num_threads(2)
 model = tiny_model(tiny_config()).eval(); model.pack_weights(); model.requires_grad_(False)
-expected = model(tiny_images(1)).logits
+expected = model(tiny_images(2)).logits
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(model(tiny_images(1)).logits, expected) else 3)
+    os._exit(0 if torch.equal(model(tiny_images(2)).logits, expected) else 3)
 assert os.waitpid(child, 0)[1] == 0
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_one_image_takes_a_thread_for_each_cpu_and_one_in_a_small_network_and_a_batch_all_of_pytorchs(
+    is_small, monkeypatch
+):
+    if not is_small:
+        monkeypatch.setattr("binaryvit_runtime.cpus.SMALL_NETWORK", 0)
+    asked, wanted = [], []
+    model = packed(tiny_config()).requires_grad_(False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
+    monkeypatch.setattr(
+        engine.Engine, "classify", lambda self, images, *head, threads: asked.append(threads) or images.new_zeros(1, 2)
+    )
+    for threads, images in ((1, 1), (1000, 1), (3, 5), (1000, 900)):
+        wanted.append(threads)
+        model(tiny_images(images))
+    assert asked == [1, 1 if is_small else available_cpus(), 3, 900]
 
 
 @pytest.mark.parametrize("limit", [None, "2"], ids=["as many as asked for", "fewer than asked for"])
@@ -310,11 +329,11 @@ import os, torch
 from tiny import tiny_config, tiny_images, tiny_model
 model = tiny_model(tiny_config()).eval(); model.pack_weights(); model.requires_grad_(False)
 torch.set_num_threads(1)
-expected = model(tiny_images(1)).logits
+expected = model(tiny_images(3)).logits
 torch.set_num_threads(3)
 torch.ones(10**7).exp_()
 before = len(os.listdir("/proc/self/task"))
-assert torch.equal(model(tiny_images(1)).logits, expected)
+assert torch.equal(model(tiny_images(3)).logits, expected)
 assert len(os.listdir("/proc/self/task")) == before
 """
     environment = (

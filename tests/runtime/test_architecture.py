@@ -13,6 +13,7 @@ from config_changes import (
     OF_ANOTHER_TYPE,
     PACKED,
     TINY,
+    TOO_MANY_TOKENS,
     UNSUPPORTED,
     config_json,
 )
@@ -86,7 +87,7 @@ def test_fields_defaults_and_ranges_are_those_of_the_config():
     assert runtime.RANGES == configuration_binaryvit.RANGES
     assert runtime.PER_STAGE == configuration_binaryvit.PER_STAGE_FIELDS
     assert runtime.PROBABILITIES == configuration_binaryvit.PROBABILITIES
-    for bound in ("MAX_LIST_LENGTH", "MAX_LAYERS", "MAX_LABELS", "MAX_PARAMETERS", "MAX_ACTIVATIONS"):
+    for bound in ("MAX_LIST_LENGTH", "MAX_LAYERS", "MAX_LABELS", "MAX_PARAMETERS", "MAX_ACTIVATIONS", "MAX_TOKENS"):
         assert getattr(runtime, bound) == getattr(configuration_binaryvit, bound)
 
 
@@ -162,6 +163,13 @@ def test_every_field_of_another_type_is_read_or_refused_as_transformers_does(nam
 )
 def test_networks_at_the_bounds_are_read_or_refused_as_transformers_does(changes):
     assert_same(TINY | changes)
+
+
+def test_more_tokens_than_the_engine_can_count_are_refused():
+    few = {"image_size": 2**11, "sequence_reduction_ratios": [2**10, 2**9]}
+    for accepts in (by_runtime, by_transformers):
+        assert accepts(TINY | TOO_MANY_TOKENS | few) is not None
+        assert accepts(TINY | TOO_MANY_TOKENS) is None
 
 
 @pytest.mark.parametrize("changes", LABELS.values(), ids=LABELS)

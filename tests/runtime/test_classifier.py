@@ -157,6 +157,15 @@ def test_pictures_are_read_as_the_answers_need_them(classifier, arrays, expected
     assert threading.active_count() < before  # the threads of the stream ended with it
 
 
+def test_with_one_thread_the_first_answer_does_not_wait_for_the_second_picture(folder, arrays, expected):
+    def pictures():
+        yield arrays[0]
+        pytest.fail("the second picture is read")
+
+    stream = Classifier.from_pretrained(folder, threads=1).stream(pictures())
+    assert next(stream).labels == expected[0]
+
+
 def test_an_error_of_the_iterable_is_raised(classifier, arrays):
     def broken():
         yield from arrays[:5]

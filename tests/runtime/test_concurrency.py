@@ -185,7 +185,7 @@ def test_many_threads_share_a_classifier(classifier, expected):
 def test_one_picture_takes_a_thread_for_each_cpu_and_one_in_a_small_network(is_small, expected, monkeypatch):
     """Threads of one picture spin while they wait for each other: hundreds of them would take all CPUs for minutes."""
     if not is_small:
-        monkeypatch.setattr("binaryvit_runtime.classifier.SMALL_NETWORK", 0)
+        monkeypatch.setattr("binaryvit_runtime.cpus.SMALL_NETWORK", 0)
     classifier, teams = Classifier.from_pretrained("binaryvit-digits", threads=1000), []
 
     def classify(*inputs, threads: int):

@@ -131,6 +131,30 @@ def test_damaged_weights_are_refused_by_the_name_of_the_tensor(
         assert_refused(capsys, ["classify", folder, picture_file], word)
 
 
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        (b"[]", "'model.safetensors' is damaged ("),
+        (b"[" * 200_000, "'model.safetensors' is damaged ("),
+        (None, "'model.safetensors' is a pointer of Git LFS, not the file: run `git lfs pull`"),
+    ],
+    ids=["a list", "deeply nested", "a pointer"],
+)
+def test_a_file_without_a_header_of_tensors_is_refused(header, words, folder, picture_file, capsys, monkeypatch):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    content = pointer if header is None else len(header).to_bytes(8, "little") + header
+    (folder / "model.safetensors").write_bytes(content)
+    for engine in ("", "torch"):
+        monkeypatch.setenv("BINARYVIT_ENGINE", engine)
+        assert_refused(capsys, ["classify", folder, picture_file], words)
+
+
+def test_a_number_that_no_float_holds_is_refused_by_its_field(folder):
+    edit_json(folder / "preprocessor_config.json", rescale_factor=10**400)
+    with pytest.raises(UnsupportedModelError, match="rescale_factor"):
+        Classifier.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
 def test_a_missing_file_is_named(name, folder, picture_file, capsys, monkeypatch):
     (folder / name).unlink()

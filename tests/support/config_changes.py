@@ -41,6 +41,15 @@ NAMES = sorted(
 )
 CHANGES = st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=2)
 OF_ANOTHER_TYPE = [None, True, False, 0, 1, 1.0, "1", 1e-5, float("nan"), [], [1], [8, 16], [8.0, 16.0], {}]
+# Few channels and keys, so that no other bound refuses it.
+TOO_MANY_TOKENS = {
+    "image_size": 2**12,
+    "patch_size": 1,
+    "hidden_sizes": [1, 1],
+    "num_attention_heads": [1, 1],
+    "intermediate_sizes": [1, 1],
+    "sequence_reduction_ratios": [2**11, 2**10],
+}
 BOUNDS = [
     {"image_size": 64},
     {"image_size": [64]},
@@ -48,6 +57,7 @@ BOUNDS = [
     {"image_size": [64, 63]},
     {"patch_size": [4, 8]},
     {"image_size": 2**14, "patch_size": 1},
+    TOO_MANY_TOKENS,
     {"hidden_sizes": [2**16, 2**16], "intermediate_sizes": [2**16, 2**16]},
     {"hidden_sizes": [16, 8]},
     {"hidden_sizes": [8, 12]},

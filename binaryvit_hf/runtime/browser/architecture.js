@@ -49,7 +49,8 @@ const SETTINGS = {
   configuration_files: [],
   pretrained_cfg: [],
 };
-const [MAX_LIST_LENGTH, MAX_LAYERS, MAX_LABELS, MAX_PARAMETERS, MAX_ACTIVATIONS] = [16, 200, 100_000, 1e10, 2 ** 32];
+const [MAX_LIST_LENGTH, MAX_LAYERS, MAX_LABELS] = [16, 200, 100_000];
+const [MAX_PARAMETERS, MAX_ACTIVATIONS, MAX_TOKENS] = [1e10, 2 ** 32, 2 ** 22];
 const TRAINING_FIELDS = [
   "layer_scale_init_value",
   "attention_clip_init_value",
@@ -266,7 +267,7 @@ function checkMap(fields) {
     const tokens = height * width;
     const keys = Math.floor(tokens / fields.sequence_reduction_ratios[stage] ** 2);
     const probabilities = fields.num_attention_heads[stage] * tokens * keys;
-    if (Math.max(probabilities, tokens * fields.intermediate_sizes[stage]) > MAX_ACTIVATIONS)
+    if (tokens > MAX_TOKENS || Math.max(probabilities, tokens * fields.intermediate_sizes[stage]) > MAX_ACTIVATIONS)
       throw new BinaryViTError(`stage ${stage} has ${tokens} tokens an image, too many for its attention or MLP.`);
   });
 }

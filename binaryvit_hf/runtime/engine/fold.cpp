@@ -371,7 +371,10 @@ private:
         layer.value_sign = thresholds(name + ".value_shift", channels, layer.value.deferred);
 
         auto exponential = [&](int score) { return float(std::exp(score / std::sqrt(double(layer.head_dim)))); };
-        for (int i = 0; i <= layer.head_dim; ++i) layer.exponentials.push_back(exponential(layer.head_dim - 2 * i));
+        // For whole words: places without a key may hold any bits of a head's words, also those after its last channel.
+        // Their exponentials are multiplied by 0, so they must be finite.
+        for (int i = 0; i <= 32 * layer.head_words(); ++i)
+            layer.exponentials.push_back(exponential(layer.head_dim - 2 * i));
         layer.exponentials_fine = Array<float>(kLanes);
         layer.exponentials_coarse = Array<float>(kLanes);
         for (int i = 0; i < kLanes; ++i) {

@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -281,7 +281,7 @@ def numbers_of(name: str, value, zero: bool) -> list[float]:
 
 
 def number_of(name: str, value, zero: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise unsupported(name, value, "finite numbers")
     if value == 0 and not zero:
         raise unsupported(name, value, "numbers other than 0")
