@@ -32,7 +32,8 @@ def standardize_columns(
     if features is None:
         raise UserError("The dataset does not declare its columns, so it cannot be streamed; leave out --streaming.")
     image, label = find_column("image", image_column, features), find_column("label", label_column, features)
-    dataset = dataset.select_columns([image, label])
+    # A format, such as torch's, would turn labels into tensors.
+    dataset = dataset.with_format(None).select_columns([image, label])
     for column in (image, label):
         dtype = getattr(features[column], "dtype", None)
         if dtype in ("string_view", "binary_view"):  # Arrow cannot cast them to images, and datasets loses nulls

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets import config as datasets_config
 from PIL import Image as PILImage
 from streams import encode, tell_numbers, write_archives, write_class_names
@@ -193,6 +193,16 @@ def test_a_dataset_that_was_saved_to_disk_is_loaded(tmp_path, many):
     assert len(images["train"]) == (4 if many else 2)
     with pytest.raises(UserError, match="leave out --streaming"):
         load(tmp_path / "saved", streaming=True)
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy", "pandas"])
+def test_the_format_that_a_dataset_was_saved_with_does_not_matter(tmp_path, format):
+    numbers = labelled([0, 1, 1, 0]).cast_column("label", Value("int64"))
+    for name, dataset in (("classes", labelled([0, 1, 1, 0])), ("numbers", numbers)):
+        dataset.with_format(format).save_to_disk(tmp_path / name)
+        train = load(tmp_path / name, validation_split_name="train")["train"]
+        assert train["label"][:] == [0, 1, 1, 0]
+        assert train[3]["image"]["bytes"] == dataset.cast_column("image", Image(decode=False))[3]["image"]["bytes"]
 
 
 def labelled(labels: list[int | None]) -> Dataset:
