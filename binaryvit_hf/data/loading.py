@@ -12,7 +12,7 @@ from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
 from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
 from binaryvit_runtime.hub import explain_hub_error
-from binaryvit_runtime.image_files import is_image_name
+from binaryvit_runtime.image_files import is_hidden, is_image_name
 from binaryvit_runtime.sources import did_you_mean_path
 
 from ..run_history import HELD_OUT, TEST, TRAINING
@@ -223,22 +223,16 @@ def refuse_classes_as_splits(arguments: DataArguments) -> None:
     folder = Path(arguments.dataset_name)
     if not folder.is_dir() or arguments.train_files or arguments.validation_files:
         return
-    if any(
-        path.name == "README.md" or path.stem == "metadata"
-        for path in [*folder.glob("*"), *folder.glob("*/metadata.*")]
-    ):
-        return  # it says itself what the splits are, or what the labels
-    classes = [
-        child
-        for child in sorted(folder.iterdir())
-        if child.is_dir() and any(is_image_name(file.name) for file in child.iterdir())
-    ]
-    names = [child.name.lower() for child in classes]
+    children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not is_hidden(child.name)]
+    names = [child.name.lower() for child in children]
     if SPLIT_NAMES.issuperset(names) or not any(word in name for name in names for word in SPLIT_NAMES):
         return
-    files = load_dataset_builder(**dataset_source(arguments)).config.data_files
+    if (folder / "README.md").is_file() or any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
+        return  # they say what the splits are, or what the labels
+    classes = [child for child in children if any(is_image_name(file.name) for file in child.iterdir())]
+    files = load_dataset_builder(**dataset_source(arguments)).config.data_files or {}
     read = files.get(arguments.train_split_name) or [file for of_split in files.values() for file in of_split]
-    parents = {Path(file).parent for file in read}
+    parents = {folder.resolve() for folder in {Path(file).parent for file in read}}
     left_out = [child.name for child in classes if child.resolve() not in parents]
     if left_out:
         raise UserError(

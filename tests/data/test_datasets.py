@@ -218,7 +218,9 @@ def test_a_split_for_evaluation_is_found_under_its_usual_names(tmp_path, name):
 
 def test_a_dataset_without_the_usual_splits_names_the_argument_of_training_first(tmp_path):
     DatasetDict({"full": labelled([0, 1])}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match="split 'train' nor .*'full'.* --train_split_name, .* --validation_split_name"):
+    with pytest.raises(
+        UserError, match=r"split 'train' nor .*'full'.* --train_split_name, .* --validation_split_name"
+    ):
         load(tmp_path / "saved")
 
 
