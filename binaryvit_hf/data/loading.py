@@ -224,12 +224,12 @@ def refuse_classes_as_splits(arguments: DataArguments) -> None:
     if not folder.is_dir() or arguments.train_files or arguments.validation_files:
         return
     children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not is_hidden(child.name)]
-    names = [child.name.lower() for child in children]
+    classes = [child for child in children if any(is_image_name(file.name) for file in child.iterdir())]
+    names = [child.name.lower() for child in classes]
     if SPLIT_NAMES.issuperset(names) or not any(word in name for name in names for word in SPLIT_NAMES):
         return
     if (folder / "README.md").is_file() or any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
         return  # they say what the splits are, or what the labels
-    classes = [child for child in children if any(is_image_name(file.name) for file in child.iterdir())]
     files = load_dataset_builder(**dataset_source(arguments)).config.data_files or {}
     read = files.get(arguments.train_split_name) or [file for of_split in files.values() for file in of_split]
     parents = {folder.resolve() for folder in {Path(file).parent for file in read}}
