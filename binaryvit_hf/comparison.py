@@ -277,13 +277,13 @@ def load_common_images(runs: list[TrainedRun], split: str) -> tuple[dict[str, Da
                 )
     loaded: dict[str, Any]
     arguments = DataArguments(**vars(first.arguments) | {"max_train_samples": None})
-    loaded, kind = load_described_images(arguments, first.seed, None, None, test=split == "test")
+    loaded, kind, divided = load_described_images(arguments, first.seed, None, None, test=split == "test")
     if "train" not in loaded:
         raise UserError(f"The images of {first.name!r} have no training images, which quantisation needs.")
     train = loaded["train"]
     for run in runs:
         compare_labels(run.config, train.features["label"].names, repr(run.name), "compare runs on the same images")
-        if split != "test" and (not arguments.validation_dir or arguments.train_val_split is not None):
+        if split != "test" and divided:
             check_training_images(run, train)
     chosen = train.select(evenly_spaced(range(len(train)), CALIBRATION_IMAGES))
     skip = any(run.arguments.skip_broken_images for run in runs)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 # From glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+CONTAINER = Path("/sys/fs/cgroup")  # the container's own control group; a host's root has no limit
 LARGEST_KEPT = (2**30, 2**25)  # bytes; older versions of glibc accept only the second
 
 
@@ -44,11 +45,34 @@ def forget_peak() -> None:
 
 def available_memory() -> int | None:
     """Memory that this process has and can get without swapping, in bytes. `None` except on Linux."""
-    status, machine = read_status(), Path("/proc/meminfo")
-    if not status or not machine.is_file():
+    free = free_memory()
+    return None if free is None else free + read_status()["VmRSS"]
+
+
+def free_memory() -> int | None:
+    """Memory that this process can get without swapping, in bytes. `None` except on Linux."""
+    machine = Path("/proc/meminfo")
+    if not read_status() or not machine.is_file():
         return None
     available = next(line for line in machine.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024 + status["VmRSS"]
+    free, of_container = int(available.split()[1]) * 1024, free_in_container(CONTAINER)
+    return free if of_container is None else min(free, of_container)
+
+
+def free_in_container(group: Path) -> int | None:
+    """
+    Memory that a control group leaves, in bytes; `None` without a limit or a group.
+
+    Args:
+        group: folder of a control group, version 2.
+    """
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # The kernel frees cached files when memory runs short.
+        return max(0, limit - used + int(statistics["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # a limit of `max` is no number
+        return None
 
 
 def measure_growth(work: Callable[[], object]) -> int | None:

@@ -11,6 +11,7 @@ from .schema import CLASS_NAMES
 
 
 HELD_OUT_SHARE = 0.15
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
 @dataclass
@@ -32,7 +33,9 @@ class DataArguments(AugmentationArguments):
         None, "Evaluate only on these files of --dataset_name: a pattern such as 'val-*.tar'."
     )
     train_split_name: str = argument("train", "Split to train on.")
-    validation_split_name: str | None = argument(None, "Split to evaluate on. Default: 'validation', or else 'test'.")
+    validation_split_name: str | None = argument(
+        None, "Split to evaluate on. Default: the first of " + ", ".join(map(repr, EVALUATION_SPLITS)) + "."
+    )
     test_split_name: str = argument("test", "Split that --do_predict tests on.")
     image_column_name: str = argument(
         "image", "Column of the images. Default: 'image', or else the only column of images."
@@ -42,7 +45,7 @@ class DataArguments(AugmentationArguments):
     )
     class_names: str | None = argument(
         None,
-        "File of class names, one per line, for labels that are numbers without names. Default: "
+        "File of class names, one per line, label 0 first, for labels that are numbers without names. Default: "
         f"{CLASS_NAMES} in --dataset_name, or else the numbers.",
     )
     streaming: bool = argument(
@@ -56,8 +59,12 @@ class DataArguments(AugmentationArguments):
         "Evaluate on this share (below 1) or number (from 1) of the training images, which are not trained on. Every "
         f"class gives the same share, whatever the seed. Default: {HELD_OUT_SHARE} if there are no evaluation images.",
     )
-    max_train_samples: int | None = argument(None, "Train on at most this many images.")
-    max_eval_samples: int | None = argument(None, "Evaluate on at most this many images.")
+    max_train_samples: int | None = argument(
+        None,
+        "Train on at most this many images. In a stream, an epoch has this many, drawn anew from the shuffled images; if "
+        "the stream does not state its number of images, this states it, and fewer are an error.",
+    )
+    max_eval_samples: int | None = argument(None, "Evaluate on at most this many images; in a stream, the first ones.")
     skip_broken_images: bool = argument(
         False, "Decode all images before training, and leave out broken and too large ones instead of stopping."
     )

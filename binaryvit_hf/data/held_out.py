@@ -21,7 +21,8 @@ NAMED_CLASSES = 10
 def hold_out(splits: dict[str, Dataset], size: float | None) -> dict[str, Dataset]:
     """
     Divide the training images into `train` and `validation`. The division depends on the images alone, not on the run's
-    seed, so a teacher and its student get the same one.
+    seed, so a teacher and its student get the same one. An image that is added or removed changes all of the division:
+    images that were held out before are trained on, and the other way round.
 
     Both parts have the classes in the same proportions. Every class with two or more images is in both parts, if `size` is
     large enough. The only image of a class stays in `train`.

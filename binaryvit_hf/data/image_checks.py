@@ -24,7 +24,7 @@ from binaryvit_runtime.pixels import (
 from binaryvit_runtime.progress import Progress
 
 from .decoding import draft, is_jpeg, open_encoded, unquote_path
-from .streaming import ImageSplits, ImageStream
+from .streaming import ImageSplits, ImageStream, warn_of_one_class
 
 
 MAX_EMBEDDED_HEADERS = 100_000  # images inside a dataset whose header is checked: it is read with the whole image
@@ -47,14 +47,15 @@ def check_images(
     images: ImageSplits, skip_broken: bool, background: str | None = None
 ) -> tuple[ImageSplits, list[str]]:
     """
-    Stop at broken images, or leave them out. Warn of images that are transparent or of one colour.
+    Stop at broken images, or leave them out. Warn of images that are transparent or of one colour, and of
+    streams that begin with one class.
 
     It checks
 
     - the headers of all image files, and of at most 100,000 images inside a dataset, evenly spaced,
     - the pixels of images that may be transparent, and of at most 1,000 other training images, evenly spaced,
     - with `skip_broken`, the pixels of every image,
-    - in a stream, the pixels of the first 100 evaluation images.
+    - in a stream, the pixels and classes of the first 100 evaluation images.
 
     Args:
         skip_broken: leave out images that are broken or too large.
@@ -70,8 +71,8 @@ def check_images(
     broken: list[str] = []
     for split, dataset in images.items():
         if isinstance(dataset, ImageStream):
-            if split != "train" and background is None:
-                warn_of_transparent_stream(dataset, split)
+            if split != "train":
+                check_first_images(dataset, split, background)
         else:
             whole, names, maybe_transparent = leave_out_broken(dataset, split, skip_broken)
             if split == "train" and names:
@@ -159,8 +160,16 @@ def warn_of_appearance(
         )
 
 
-def warn_of_transparent_stream(stream: ImageStream, split: str) -> None:
-    images = [row["image"] for _, _, row in islice(stream.read(0), MAX_STREAMED_IMAGES)]
+def check_first_images(stream: ImageStream, split: str, background: str | None) -> None:
+    """Warn if the first images of a stream have one class, or are transparent and the run has no background."""
+    rows = [row for _, _, row in islice(stream.read(0), MAX_STREAMED_IMAGES)]
+    remedy = "shuffle it" + (", or leave out --max_eval_samples" if split == "validation" else "")
+    warn_of_one_class(stream, [row["label"] for row in rows], split, remedy)
+    if background is None:
+        warn_of_transparent_images([row["image"] for row in rows], split)
+
+
+def warn_of_transparent_images(images: list[dict | None], split: str) -> None:
     transparent = []
     for index, encoded in enumerate(images):
         try:

@@ -1,19 +1,20 @@
 """Datasets of image folders: one sub-folder per class."""
 
 import logging
+import unicodedata
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
 
 from binaryvit_runtime.errors import UserError, did_you_mean
-from binaryvit_runtime.image_files import describe_left_out, find_images
+from binaryvit_runtime.image_files import describe_left_out, find_images, is_hidden
 from binaryvit_runtime.sources import did_you_mean_path
 
 from .arguments import DataArguments
 from .decoding import quote_path
 
 
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
     folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
     files = {split: list_image_folder(Path(folder), split) for split, folder in folders.items() if folder}
     names = sorted(files.get("train") or files["validation"])
+    indices = {name: index for index, name in enumerate(names)}
     for split, classes in files.items():
         unknown = sorted(set(classes) - set(names))
         if unknown:
@@ -40,7 +42,7 @@ def load_folder_splits(arguments: DataArguments) -> dict[str, Dataset]:
         split: Dataset.from_dict(
             {
                 "image": [quote_path(str(path)) for paths in classes.values() for path in paths],
-                "label": [names.index(name) for name, paths in classes.items() for _ in paths],
+                "label": [indices[name] for name, paths in classes.items() for _ in paths],
             },
             features=features,
         )
@@ -55,17 +57,19 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
             raise UserError(
                 f"--{split}_dir: there is no folder {str(folder)!r}{did_you_mean_path(folder, Path.is_dir)}"
             )
-        children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+        children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not is_hidden(child.name)]
     except OSError as error:
         raise UserError(f"--{split}_dir: {str(folder)!r} cannot be read ({error.strerror}).") from error
-    classes, left_out = {}, []
+    classes: dict[str, list[Path]] = {}
+    left_out: list[Path] = []
     for child in children:
         if quote_path(str(child)) != str(child):
             raise UserError(f"--{split}_dir: the name of the class folder {str(child)!r} is not UTF-8; rename it.")
         found = find_images(child)
         for fault in found.unreadable:
             raise UserError(f"--{split}_dir: {fault.filename!r} cannot be read ({fault.strerror}).")
-        classes[child.name] = found.images
+        # macOS and other systems write accents in different ways, so a folder's name may change in an archive.
+        classes.setdefault(unicodedata.normalize("NFC", child.name), []).extend(found.images)
         left_out += found.left_out
     if not any(classes.values()):
         raise UserError(
@@ -85,7 +89,7 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
 
 def refuse_nested_classes(folder: Path, split: str, classes: dict[str, list[Path]]) -> None:
     """Raise UserError if `folder` is one level too high: it holds splits, or the folder of the classes."""
-    if any(path.parent == folder / name for name, paths in classes.items() for path in paths):
+    if any(path.parent.parent == folder for paths in classes.values() for path in paths):
         return
     if SPLIT_NAMES.issuperset(name.lower() for name in classes):
         raise UserError(

@@ -1,6 +1,7 @@
 """Compares the class names of a model with a dataset's."""
 
 import re
+import unicodedata
 from collections import Counter
 
 from transformers import PreTrainedConfig
@@ -100,4 +101,5 @@ def synonyms(label: str) -> set[str]:
 
 
 def normalize_spelling(name: str) -> str:
-    return IGNORED_CHARACTERS.sub("", name.casefold())
+    # NFC: macOS and other systems write accents in different ways.
+    return IGNORED_CHARACTERS.sub("", unicodedata.normalize("NFC", name).casefold())

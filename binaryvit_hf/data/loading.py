@@ -1,27 +1,38 @@
 """The splits of a run: loaded from folders, files, the Hub or this machine, and divided into training and evaluation."""
 
+import glob
 import logging
 import os
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
 from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
 from binaryvit_runtime.hub import explain_hub_error
+from binaryvit_runtime.image_files import is_hidden, is_image_name
 from binaryvit_runtime.sources import did_you_mean_path
 
 from ..run_history import HELD_OUT, TEST, TRAINING
-from .arguments import DataArguments
+from .arguments import EVALUATION_SPLITS, DataArguments
 from .held_out import hold_out
-from .image_folders import load_folder_splits
+from .image_folders import SPLIT_NAMES, load_folder_splits
 from .known_datasets import FASHION_MNIST, FASHION_MNIST_HUB_ID, KNOWN_DATASETS, load_known_splits
 from .schema import is_unlabelled, map_labels, read_class_names, standardize_columns, standardize_labels
 from .streaming import ImageSplits, ImageStream, declared_num_images
 
 
 logger = logging.getLogger(__name__)
+
+
+class DescribedImages(NamedTuple):
+    """Images that are loaded."""
+
+    splits: ImageSplits
+    evaluation_images: str  # the kind of those to evaluate on: "held-out", "test" or "training"
+    divided: bool  # whether the evaluation images were held out of the training split or folder
 
 
 def load_images(
@@ -33,13 +44,13 @@ def load_images(
     Raises:
         UserError: the arguments name no images, or a split, column or label is missing or unfit.
     """
-    return load_described_images(arguments, seed, cache_dir, token, test)[0]
+    return load_described_images(arguments, seed, cache_dir, token, test).splits
 
 
 def load_described_images(
     arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None, test: bool = False
-) -> tuple[ImageSplits, str]:
-    """The splits as `load_images` loads them, and the kind of those to evaluate on: "held-out", "test" or "training"."""
+) -> DescribedImages:
+    """The splits as `load_images` loads them, and what the images to evaluate on are."""
     if arguments.dataset_name and (arguments.train_dir or arguments.validation_dir):
         raise UserError("Give either --dataset_name or --train_dir and --validation_dir, not both.")
     if arguments.dataset_name:
@@ -57,15 +68,18 @@ def load_described_images(
     if test and "test" not in splits:
         raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")
     if arguments.streaming:
-        return stream_splits(splits, arguments, seed), name_evaluation_images(sources, arguments)
-    if "validation" not in splits or arguments.train_val_split is not None:
+        return DescribedImages(
+            stream_splits(splits, arguments, seed), name_evaluation_images(sources, arguments), divided=False
+        )
+    divided = "validation" not in splits or arguments.train_val_split is not None
+    if divided:
         splits |= hold_out(splits, arguments.train_val_split)
         sources.pop("validation", None)
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in splits and limit < len(splits[split]):
             # Image folders are sorted by class, so shuffle first.
             splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
-    return splits, name_evaluation_images(sources, arguments)
+    return DescribedImages(splits, name_evaluation_images(sources, arguments), divided)
 
 
 def name_evaluation_images(sources: dict[str, str], arguments: DataArguments) -> str:
@@ -97,11 +111,14 @@ def stream_splits(splits: dict[str, IterableDataset], arguments: DataArguments, 
         split: ImageStream(dataset, None if some_files else declared_num_images(dataset))
         for split, dataset in splits.items()
     }
-    for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
-        if limit is not None and split in streams:
-            streams[split] = streams[split].take(limit)
     if "train" in streams:
         streams["train"] = streams["train"].shuffle(seed, arguments.shuffle_buffer_size)
+        if arguments.max_train_samples is not None:  # after shuffling: many datasets are sorted by class
+            limited = streams["train"].take(arguments.max_train_samples)
+            # If the number of images is unknown, the argument states it.
+            streams["train"] = ImageStream(limited.dataset, limited.num_images or arguments.max_train_samples)
+    if arguments.max_eval_samples is not None:
+        streams["validation"] = streams["validation"].take(arguments.max_eval_samples)
     return streams
 
 
@@ -109,9 +126,9 @@ def load_named_splits(
     arguments: DataArguments, cache_dir: str | None, token: str | bool | None, test: bool
 ) -> tuple[dict[str, Dataset | IterableDataset], dict[str, str]]:
     """
-    The splits of `--dataset_name`, and the dataset's own name of each. The default evaluation split is `validation`, or
-    else `test`. Without streaming, a default split that has no labels is skipped, because training images can be held out
-    instead.
+    The splits of `--dataset_name`, and the dataset's own name of each. The default evaluation split is the first of
+    `EVALUATION_SPLITS`. Without streaming, a default split that has no labels is skipped, because training images can be
+    held out instead.
 
     Raises:
         UserError: the dataset cannot be loaded, or lacks a split or column that the arguments name.
@@ -122,7 +139,7 @@ def load_named_splits(
     if arguments.validation_split_name:
         candidates["validation"] = [arguments.validation_split_name]
     elif arguments.train_val_split is None:
-        candidates["validation"] = ["validation", "test"]
+        candidates["validation"] = sorted(EVALUATION_SPLITS, key=lambda split: split == arguments.train_split_name)
     if test:
         candidates["test"] = [arguments.test_split_name]
     required = {"train": arguments.train_val_split is not None, "validation": bool(arguments.validation_split_name)}
@@ -137,7 +154,13 @@ def load_named_splits(
                 continue
             splits[split], sources[split] = dataset, found
             break
-        if split not in splits and (required.get(split, True) or (split == "validation" and not splits)):
+        if not splits and split == "validation" and not required[split]:
+            raise UserError(
+                f"--dataset_name {name!r} has neither a split {arguments.train_split_name!r} nor one to evaluate on; it has "
+                f"{', '.join(map(repr, loaded))}. Name one to train on with --train_split_name, or one to evaluate on with "
+                f"--validation_split_name{did_you_mean(arguments.train_split_name, loaded)}"
+            )
+        if split not in splits and required.get(split, True):
             raise UserError(
                 f"--dataset_name {name!r} has no split {names[0]!r}; it has {', '.join(map(repr, loaded))}. "
                 f"Name one with --{split}_split_name{did_you_mean(names[0], loaded)}"
@@ -163,23 +186,59 @@ def load_named_dataset(
     name, saved = arguments.dataset_name, is_saved_to_disk(Path(arguments.dataset_name))
     if saved and arguments.streaming:
         raise UserError(f"--dataset_name {name!r} was written by save_to_disk; leave out --streaming.")
+    if saved and (arguments.train_files or arguments.validation_files):
+        raise UserError(
+            f"--dataset_name {name!r} was written by save_to_disk, which chooses no files: leave out --train_files and "
+            "--validation_files."
+        )
     source = dataset_source(arguments)
     try:
         if saved:
             loaded = load_from_disk(name)
             return loaded if isinstance(loaded, dict) else {arguments.train_split_name: loaded}
+        refuse_classes_as_splits(arguments)
         # Chosen files hold fewer images than the dataset's README says, which datasets < 5.2 takes for damage.
         verified = "no_checks" if source["data_files"] else None
         return load_known_splits(name) or load_dataset(
             **source, cache_dir=cache_dir, token=token, streaming=arguments.streaming, verification_mode=verified
         )
+    except UserError:
+        raise
     except Exception as error:  # file systems, networks and dataset builders raise any exception
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         reason = explain_hub_error(error) or first_sentence(cause)
+        if isinstance(error, DataFilesNotFoundError) and source["data_files"]:
+            reason = f"no file in it matches {' or '.join(map(repr, source['data_files'].values()))}."
         suggestion = "" if Path(name).exists() else did_you_mean_path(name, known=KNOWN_DATASETS, otherwise="")
         if suggestion:
             reason = f"{suggestion.removeprefix('; ')} {reason[0].upper()}{reason[1:]}"
         raise UserError(f"--dataset_name {name!r} cannot be loaded: {reason}") from error
+
+
+def refuse_classes_as_splits(arguments: DataArguments) -> None:
+    """
+    Raise UserError if `datasets` would take the names of class folders for names of splits: of `bus`, `car` and `train` it
+    reads `train` alone.
+    """
+    folder = Path(arguments.dataset_name)
+    if not folder.is_dir() or arguments.train_files or arguments.validation_files:
+        return
+    children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not is_hidden(child.name)]
+    classes = [child for child in children if any(is_image_name(file.name) for file in child.iterdir())]
+    names = [child.name.lower() for child in classes]
+    if SPLIT_NAMES.issuperset(names) or not any(word in name for name in names for word in SPLIT_NAMES):
+        return
+    if (folder / "README.md").is_file() or any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
+        return  # they say what the splits are, or what the labels
+    files = load_dataset_builder(**dataset_source(arguments)).config.data_files or {}
+    read = files.get(arguments.train_split_name) or [file for of_split in files.values() for file in of_split]
+    parents = {folder.resolve() for folder in {Path(file).parent for file in read}}
+    left_out = [child.name for child in classes if child.resolve() not in parents]
+    if left_out:
+        raise UserError(
+            f"--dataset_name {str(folder)!r} is a folder of classes, and some of their names would be taken for names of "
+            f"splits, which leaves out {left_out[0]!r}: give a folder of classes with --train_dir."
+        )
 
 
 def dataset_source(arguments: DataArguments) -> dict:
@@ -197,7 +256,7 @@ def dataset_source(arguments: DataArguments) -> dict:
                 f"--train_files and --validation_files choose files of a folder, and --dataset_name {name!r} is a file: give "
                 "its folder."
             )
-        name, patterns = str(path.absolute().parent), {arguments.train_split_name: path.name}
+        name, patterns = str(path.absolute().parent), {arguments.train_split_name: glob.escape(path.name)}
     return {"path": name, "name": arguments.dataset_config_name, "data_files": patterns or None}
 
 

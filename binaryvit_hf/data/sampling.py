@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .streaming import ImageStream
+from .streaming import MANY_OF_ONE_CLASS, ImageStream, warn_of_one_class
 
 
 # The generator of numpy inside `seeded_rng`. Exchanging generators takes 1 % of the time of saving and restoring a state.
@@ -45,7 +45,7 @@ def create_train_sampler(
     """
     stream = getattr(dataset, "stream", None)
     if stream is not None:
-        return StreamSampler(stream, repeats, batch_size, num_processes)
+        return StreamSampler(stream, repeats, batch_size, num_processes, training=True)
     yield_keys = getattr(dataset, "accepts_sample_keys", False)
     labels = dataset.labels if balance_classes else None
     return TrainSampler(len(dataset), repeats, batch_size, num_processes, seed, yield_keys, labels)
@@ -148,10 +148,18 @@ class StreamSampler(Sampler):
         repeats: number of times that an epoch shows an image.
         batch_size: batch size of one process.
         num_processes: number of processes that share the batches.
+        training: warn if the images are sorted by class.
     """
 
-    def __init__(self, stream: ImageStream, repeats: int = 1, batch_size: int = 1, num_processes: int = 1):
-        self.stream, self.repeats = stream, repeats
+    def __init__(
+        self,
+        stream: ImageStream,
+        repeats: int = 1,
+        batch_size: int = 1,
+        num_processes: int = 1,
+        training: bool = False,
+    ):
+        self.stream, self.repeats, self.training = stream, repeats, training
         self.batch_size, self.num_processes = batch_size, num_processes
         self.epoch = 0
 
@@ -164,10 +172,22 @@ class StreamSampler(Sampler):
     def __iter__(self) -> Iterator[StreamedSample]:
         samples = (
             StreamedSample(SampleKey(epoch, index, repeat), row)
-            for epoch, index, row in self.stream.read(self.epoch)
+            for epoch, index, row in self.watch_labels(self.stream.read(self.epoch))
             for repeat in range(self.repeats)
         )
         yield from interleave_processes(islice(samples, len(self)), self.batch_size, self.num_processes)
+
+    def watch_labels(self, rows: Iterator[tuple[int, int, dict]]) -> Iterator[tuple[int, int, dict]]:
+        """The same rows. Warns in the first epoch of training if they begin with many of one class."""
+        labels: list[int] = []
+        for epoch, index, row in rows:
+            if self.training and epoch == 0 and len(labels) < MANY_OF_ONE_CLASS:
+                labels.append(row["label"])
+                if len(labels) == MANY_OF_ONE_CLASS:
+                    warn_of_one_class(
+                        self.stream, labels, "training", "shuffle it, or give a larger --shuffle_buffer_size"
+                    )
+            yield epoch, index, row
 
 
 def interleave_processes(items: Iterable, batch_size: int, num_processes: int) -> Iterator:

@@ -1,5 +1,6 @@
 """The schema of every dataset here: columns `image` (encoded) and `label` (a `ClassLabel`)."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,8 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 
 from binaryvit_runtime.errors import UserError, counted, did_you_mean, first_sentence
 
+
+logger = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"  # in the folder of a WebDataset's archives
 STRINGS = ("string", "large_string", "string_view")
@@ -32,7 +35,13 @@ def standardize_columns(
     if features is None:
         raise UserError("The dataset does not declare its columns, so it cannot be streamed; leave out --streaming.")
     image, label = find_column("image", image_column, features), find_column("label", label_column, features)
-    dataset = dataset.select_columns([image, label])
+    if image == label:
+        raise UserError(
+            f"{image!r} is the column of the images and of the labels: name another with --image_column_name or "
+            "--label_column_name."
+        )
+    # A format, such as torch's, would turn labels into tensors.
+    dataset = dataset.with_format(None).select_columns([image, label])
     for column in (image, label):
         dtype = getattr(features[column], "dtype", None)
         if dtype in ("string_view", "binary_view"):  # Arrow cannot cast them to images, and datasets loses nulls
@@ -144,7 +153,7 @@ def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
     if not file and not path.is_file():
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows writes a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class_names {str(path)!r} cannot be read: {first_sentence(error)}") from error
     names = [line.strip() for line in lines if line.strip()]
@@ -156,16 +165,23 @@ def read_class_names(file: str | None, dataset_name: str) -> list[str] | None:
 
 def standardize_labels(splits: dict, names: list[str] | None) -> dict:
     """
-    Convert the labels of all splits to one `ClassLabel`. Its names are the first split's if it has a `ClassLabel`, or else
-    `names`, or else the sorted values of the first split.
+    Convert the labels of all splits to one `ClassLabel`. Its names are the first split's if it has a `ClassLabel` of more
+    than numbers, or else `names`, or else the sorted values of the first split.
 
     Raises:
         UserError: a label is of no class, or the names of a stream are unknown.
     """
     first = next(iter(splits.values()))
     feature = first.features["label"]
+    from_file = names is not None and not isinstance(feature, ClassLabel)
     if isinstance(feature, ClassLabel):
-        names = feature.names
+        from_file = names is not None and is_numbered(feature) and len(names) == feature.num_classes
+        if names not in (None, feature.names) and not from_file:
+            logger.warning(
+                "The file of %s has no effect: the dataset names its %d classes itself, %r first.",
+                *(counted(len(names), "class name"), feature.num_classes, feature.names[0]),
+            )
+        names = names if from_file else feature.names
     elif names is None and isinstance(first, IterableDataset):
         raise UserError(
             "The labels of the stream have no names: give --class_names with a file of them, one per line, label 0 first."
@@ -179,13 +195,18 @@ def standardize_labels(splits: dict, names: list[str] | None) -> dict:
     for split, dataset in splits.items():
         feature, new_labels = dataset.features["label"], indices
         same_names = isinstance(feature, ClassLabel) and feature.names == names
-        if isinstance(feature, ClassLabel) and not same_names:
+        if isinstance(feature, ClassLabel) and not same_names and not (from_file and is_numbered(feature)):
             new_labels = {index: indices[name] for index, name in enumerate(feature.names) if name in indices}
         if isinstance(dataset, Dataset):
             check_labels(dataset, new_labels, len(names), split)
         unchanged = isinstance(dataset, Dataset) and same_names  # a stream is checked by map_labels
         result[split] = dataset if unchanged else map_labels(dataset, new_labels, names, split)
     return result
+
+
+def is_numbered(feature: ClassLabel) -> bool:
+    """Whether the names of the classes are their numbers, as in a dataset without names."""
+    return feature.names == [str(index) for index in range(feature.num_classes)]
 
 
 def name_label(value: str | float) -> str:
@@ -218,7 +239,9 @@ def map_labels(dataset: Dataset | IterableDataset, indices: dict, names: list[st
 def map_label(indices: dict, num_classes: int, split: str, label) -> int:
     if label not in indices:
         if is_null(label) or label == -1:
-            raise UserError(f"One of the {split} images has no label ({label!r}); remove it.")
+            raise UserError(
+                f"One of the {split} images has no label ({label!r}); remove it, or choose another split with --{split}_split_name."
+            )
         raise UserError(f"The {split} images have the label {label!r}, which is not one of the {num_classes} classes.")
     return indices[label]
 
@@ -231,10 +254,17 @@ def check_labels(dataset: Dataset, indices: dict, num_classes: int, split: str) 
         count = sum(label not in indices for label in labels)
         raise UserError(
             f"Without a label ({missing[0]!r}): {count} of {counted(len(labels), f'{split} image')}. Remove them, or choose other "
-            "images."
+            f"images.{explain_null(dataset) if any(map(is_null, missing)) else ''}"
         )
     for label in unknown:
         map_label(indices, num_classes, split, label)
+
+
+def explain_null(dataset: Dataset) -> str:
+    """A sentence about the class names that pandas reads as nothing, if the dataset is a CSV file."""
+    if dataset.info.builder_name != "csv":
+        return ""
+    return " In a CSV file, empty cells and the words None, NA, nan and null are no label: give such a class another name."
 
 
 def is_null(label) -> bool:

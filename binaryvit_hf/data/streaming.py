@@ -9,6 +9,8 @@ from datasets import Dataset, Features, IterableDataset
 from binaryvit_runtime.errors import UserError, counted, first_sentence
 
 
+MANY_OF_ONE_CLASS = 100  # images in a row that are no coincidence
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,10 +43,10 @@ class ImageStream:
         return ImageStream(self.dataset.shuffle(seed=seed, buffer_size=buffer_size), self.num_images)
 
     def take(self, most: int) -> "ImageStream":
-        """The first `most` images. A stream of unknown length is assumed to have that many."""
+        """At most the first `most` images. An unknown number stays unknown."""
         if self.num_images is not None and self.num_images <= most:
             return self
-        return ImageStream(self.dataset.take(most), most)
+        return ImageStream(self.dataset.take(most), None if self.num_images is None else most)
 
     def for_evaluation(self) -> "ImageStream":
         """
@@ -101,6 +103,25 @@ class ImageStream:
                 break
         if self.num_images is not None and images < self.num_images:
             raise UserError(f"The stream of images ended after {images}, but it should have {self.num_images}.")
+
+
+def warn_of_one_class(stream: ImageStream, labels: list[int], split: str, remedy: str) -> None:
+    """
+    Warn if all images, or the first 100, have one label: many datasets are sorted by class.
+
+    Args:
+        labels: of the first images.
+        remedy: what to do about it, for the message.
+    """
+    are_all = len(labels) == stream.num_images
+    if len(set(labels)) == 1 and (are_all or len(labels) >= MANY_OF_ONE_CLASS):
+        logger.warning(
+            "%s %s have one class, %r: if the dataset is sorted by class, %s.",
+            "All" if are_all else "The first",
+            counted(len(labels), f"{split} image"),
+            stream.features["label"].names[labels[0]],
+            remedy,
+        )
 
 
 def declared_num_images(dataset: IterableDataset) -> int | None:

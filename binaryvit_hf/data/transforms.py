@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.pixels import read_background, to_rgb
 
-from ..host_memory import available_memory
+from ..host_memory import free_memory
 from .arguments import DataArguments
 from .augmentation import create_train_transform
 from .batch_crops import BatchCrops
@@ -54,7 +54,7 @@ class ImagesInMemory(torch.utils.data.Dataset):
     def __init__(self, images: Dataset, convert: Callable, split: str, argument: str = "keep_images_in_memory"):
         self.labels = images["label"][:]
         some = list(self.read(images, evenly_spaced(range(len(images)), SAMPLED_IMAGES), convert))
-        need, free = len(images) * sum(image.nbytes for image in some) / len(some), available_memory()
+        need, free = len(images) * sum(image.nbytes for image in some) / len(some), free_memory()
         if free is not None and need > free:
             images_name, limit = LIMITS[split]
             raise UserError(

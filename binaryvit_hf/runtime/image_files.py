@@ -16,6 +16,8 @@ from .sources import close_paths
 # Pillow opens these formats, but decodes them not at all or only with other programs.
 UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
+SYSTEM_FOLDERS = {"@eaDir", "__MACOSX"}  # thumbnails of Synology's disks, and the metadata in macOS's archives
+
 
 class FolderFiles(NamedTuple):
     """Sorted image files of a folder and its sub-folders, other files and links, and errors."""
@@ -39,7 +41,7 @@ def find_images(folder: Path) -> FolderFiles:
     for parent, folders, files in os.walk(folder, onerror=found.unreadable.append):
         for name in sorted(folders):
             path = Path(parent, name)
-            if name.startswith(".") or os.path.islink(path):
+            if is_hidden(name) or os.path.islink(path):
                 found.left_out.append(path)
                 folders.remove(name)
         for name in files:
@@ -53,7 +55,11 @@ def find_images(folder: Path) -> FolderFiles:
 
 
 def is_image_name(name: str) -> bool:
-    return Path(name).suffix.lower() in image_extensions() and not name.startswith(".")
+    return Path(name).suffix.lower() in image_extensions() and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 @functools.cache
@@ -65,8 +71,8 @@ def image_extensions() -> set[str]:
 
 def describe_left_out(paths: list[Path], folder: str | Path) -> str:
     """One sentence about the files that `find_images` left out: how many, why, and the first."""
-    hidden = sum(path.name.startswith(".") for path in paths)
-    others = sum(not path.name.startswith(".") and not is_image_name(path.name) and path.is_file() for path in paths)
+    hidden = sum(is_hidden(path.name) for path in paths)
+    others = sum(not is_hidden(path.name) and not is_image_name(path.name) and path.is_file() for path in paths)
     counts = [
         (hidden, "hidden"),
         (others, "without an image's extension"),

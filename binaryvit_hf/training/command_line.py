@@ -95,7 +95,7 @@ def read_argument_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no file of arguments {str(path)!r}{did_you_mean_path(path, is_argument_file)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows writes a byte-order mark
         if path.suffix.lower() == ".json":
             values = json.loads(text, object_pairs_hook=object_without_duplicates)
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from binaryvit_runtime.errors import UserError, counted
@@ -33,7 +34,14 @@ from .models import (
     load_first_weights,
     load_processor,
 )
-from .run_folder import EarlierRunError, compare_training_images, compare_with_recorded, is_finished, read_json
+from .run_folder import (
+    EarlierRunError,
+    compare_training_images,
+    compare_with_recorded,
+    compare_with_training_images,
+    is_finished,
+    read_json,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +53,7 @@ class CheckedImages(NamedTuple):
     images: ImageSplits
     broken: list[str]  # files that --skip_broken_images left out
     evaluation_images: str  # their kind (`run_history.EVALUATION_KINDS`)
+    divided: bool  # whether they were held out of the training split or folder
 
 
 class CheckedNetwork(NamedTuple):
@@ -178,7 +187,9 @@ def prepare(
     source, loaded = describe_source(arguments, background), {} if loaded is None else loaded
     if source not in loaded:
         loaded[source] = load_checked_images(arguments, background)
-    images, broken, evaluation_images = loaded[source]
+    images, broken, evaluation_images, divided = loaded[source]
+    if divided:
+        warn_of_learned_images(arguments, images["train"])
     labels = images["validation"].features["label"].names
     if meta is not None:
         new_head = adopt_labels(config, labels, model_arguments)
@@ -205,6 +216,25 @@ def prepare(
     return Inputs(
         images, broken, evaluation_images, config, checkpoint, finished, processor, background, first_weights, new_head
     )
+
+
+def warn_of_learned_images(arguments: RunArguments, images: Dataset) -> None:
+    """
+    Warn if a run that this one starts from was trained on other images of the same folder: images that are added or removed
+    change which ones are held out.
+
+    Args:
+        images: all images that are not held out.
+    """
+    for name in ("model_name_or_path", "init_from", "teacher_model_name_or_path"):
+        source = getattr(arguments.model, name)
+        counts = source and compare_with_training_images(Path(source), arguments.data, images)
+        if counts:
+            logger.warning(
+                "--%s %r was trained on other images than are in %r now (%s), and may have learned some of those that are "
+                "held out now, so this run's accuracy may be too high: train it again.",
+                *(name, source, arguments.data.train_dir or arguments.data.dataset_name, counts),
+            )
 
 
 def find_background(given: str | None, processor: BaseImageProcessor | None, of_teacher: str | None) -> str | None:
@@ -249,7 +279,7 @@ def load_checked_images(arguments: RunArguments, background: str | None) -> Chec
     source = data_arguments.dataset_name or data_arguments.train_dir or data_arguments.validation_dir
     if source:
         logger.info("Reading and checking the images of %s.", source)
-    images, evaluation_images = load_described_images(
+    images, evaluation_images, divided = load_described_images(
         data_arguments,
         training_arguments.seed,
         model_arguments.cache_dir,
@@ -269,7 +299,8 @@ def load_checked_images(arguments: RunArguments, background: str | None) -> Chec
         evaluation_images = UNKNOWN  # the model may have been trained on any images
     if evaluation_images == TRAINING:
         logger.warning("The run is evaluated on its training images, which says nothing about other images.")
-    return CheckedImages(*check_images(images, data_arguments.skip_broken_images, background), evaluation_images)
+    checked = check_images(images, data_arguments.skip_broken_images, background)
+    return CheckedImages(*checked, evaluation_images, divided)
 
 
 def adopt_labels(config: PreTrainedConfig, labels: list[str], arguments: ModelArguments) -> bool:

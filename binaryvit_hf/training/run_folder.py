@@ -15,9 +15,10 @@ import numpy as np
 from datasets import Dataset
 
 from binaryvit_runtime.errors import UserError, counted, first_sentence
-from binaryvit_runtime.sources import RUN_ARGUMENTS  # the arguments of the run that made the weights in the folder
+from binaryvit_runtime.sources import RUN_ARGUMENTS, checkpoint_step  # the arguments of the run that made the weights
 from binaryvit_runtime.writing import lock, write_file
 
+from ..data.arguments import DataArguments
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
 from ..run_history import read_json
@@ -62,6 +63,10 @@ PATH_ARGUMENTS = {
     *("model_name_or_path", "config_name", "init_from", "teacher_model_name_or_path", "output_dir"),
     *("dataset_name", "train_dir", "validation_dir", "class_names"),
 }
+
+
+# Arguments that name where the training images are.
+TRAINING_SOURCE = ("dataset_name", "dataset_config_name", "train_dir", "train_split_name")
 
 
 class FolderLocks(contextlib.ExitStack):
@@ -215,6 +220,30 @@ def compare_training_images(output_dir: Path, images: Dataset | ImageStream) -> 
     if recorded and recorded != given:
         counts = f"{recorded.get('images')} before, {given['images']} now"
         raise EarlierRunError(output_dir, f"a run on other training images ({counts})")
+
+
+def compare_with_training_images(folder: Path, arguments: DataArguments, images: Dataset) -> str | None:
+    """
+    The numbers of training images, `340 then, 341 now`, if the run in `folder` had others of the same source; otherwise
+    `None`, also if this is not known.
+
+    Args:
+        folder: of a run or of its checkpoint, or anything else.
+        arguments: that choose `images`.
+    """
+    run = folder.parent if checkpoint_step(folder) is not None else folder
+    recorded, source = read_json(run / TRAINING_IMAGES), read_json(run / RUN_ARGUMENTS)
+    limited = arguments.max_train_samples or source.get("max_train_samples")
+    if (
+        not recorded
+        or limited
+        or any(
+            normalize(name, source.get(name)) != normalize(name, getattr(arguments, name)) for name in TRAINING_SOURCE
+        )
+    ):
+        return None
+    now = identify_images(images)
+    return None if now == recorded else f"{recorded.get('images')} then, {now['images']} now"
 
 
 def identify_images(images: Dataset | ImageStream) -> dict:

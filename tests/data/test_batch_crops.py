@@ -146,7 +146,7 @@ def test_a_warning_says_that_large_images_load_faster_otherwise(icons, caplog, m
 @pytest.mark.parametrize("split, limit", [("train", "max_train_samples"), ("validation", "max_eval_samples")])
 def test_too_little_memory_names_the_images_and_the_argument_that_limits_them(split, limit, icons, monkeypatch):
     free = iter([1] if split == "train" else [None, 1])
-    monkeypatch.setattr(transforms, "available_memory", lambda: next(free))
+    monkeypatch.setattr(transforms, "free_memory", lambda: next(free))
     with pytest.raises(UserError, match=f"--crop_in_batches needs .* for 6 .* images, .* --{limit}"):
         load(icons)
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets import config as datasets_config
 from PIL import Image as PILImage
 from streams import encode, tell_numbers, write_archives, write_class_names
@@ -193,6 +193,35 @@ def test_a_dataset_that_was_saved_to_disk_is_loaded(tmp_path, many):
     assert len(images["train"]) == (4 if many else 2)
     with pytest.raises(UserError, match="leave out --streaming"):
         load(tmp_path / "saved", streaming=True)
+    with pytest.raises(UserError, match="leave out --train_files"):
+        load(tmp_path / "saved", validation_files="test/*.arrow")
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy", "pandas"])
+def test_the_format_that_a_dataset_was_saved_with_does_not_matter(tmp_path, format):
+    numbers = labelled([0, 1, 1, 0]).cast_column("label", Value("int64"))
+    for name, dataset in (("classes", labelled([0, 1, 1, 0])), ("numbers", numbers)):
+        dataset.with_format(format).save_to_disk(tmp_path / name)
+        train = load(tmp_path / name, validation_split_name="train")["train"]
+        assert train["label"][:] == [0, 1, 1, 0]
+        assert train[3]["image"]["bytes"] == dataset.cast_column("image", Image(decode=False))[3]["image"]["bytes"]
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_a_split_for_evaluation_is_found_under_its_usual_names(tmp_path, name):
+    split = labelled([0, 1, 1])
+    saved = tmp_path / "saved"
+    DatasetDict({"train": labelled([0] * 5), name: split, "test": split.select([0])}).save_to_disk(saved)
+    assert len(load(saved)["validation"]) == 3
+    assert len(load(saved, train_split_name=name)["validation"]) == 1  # not the images that it trains on
+
+
+def test_a_dataset_without_the_usual_splits_names_the_argument_of_training_first(tmp_path):
+    DatasetDict({"full": labelled([0, 1])}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(
+        UserError, match=r"split 'train' nor .*'full'.* --train_split_name, .* --validation_split_name"
+    ):
+        load(tmp_path / "saved")
 
 
 def labelled(labels: list[int | None]) -> Dataset:
@@ -246,11 +275,61 @@ def test_a_number_that_is_missing_in_a_table_is_a_missing_label(tmp_path):
         load(tmp_path / "train.csv")
 
 
+def test_words_that_a_csv_reads_as_no_label_are_named(tmp_path):
+    (tmp_path / "train.csv").write_text("image,label\na.jpg,None\nb.jpg,scratch\nc.jpg,NA\n")
+    with pytest.raises(UserError, match=r"\(None\): 2 of 3 train images.*In a CSV file, .* NA, .*another name"):
+        load(tmp_path / "train.csv")
+
+
+def test_a_table_whose_name_is_a_pattern_is_read(pictures, tmp_path):
+    (tmp_path / "photos [1].csv").write_text(
+        "image,label\n" + "".join(f"pictures/{n}.jpg,{n % 2}\n" for n in range(4))
+    )
+    assert load(tmp_path / "photos [1].csv", train_val_split=2)["train"].num_rows == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_names_classes_that_have_only_numbers(tmp_path, streaming, caplog):
+    named, numbered = write_splits(tmp_path / "named", train=[0, 1], test=[1, 0]), tmp_path / "numbered"
+    (tmp_path / "names.txt").write_text("wasp\ncat\n", encoding="utf-8-sig")  # as Windows writes it
+    for split in ("train", "test"):
+        numbers = labelled([0, 1]).cast_column("label", ClassLabel(names=["0", "1"]))
+        numbers.to_parquet(numbered / f"{split}.parquet")
+    arguments = {"class_names": str(tmp_path / "names.txt"), "streaming": streaming, "shuffle_buffer_size": 1}
+    for images in load(numbered, **arguments).values():
+        assert images.features["label"].names == ["wasp", "cat"]
+        rows = [row for _, _, row in images.read(0)] if streaming else list(images)
+        assert [row["label"] for row in rows] == [0, 1]
+    assert caplog.text == ""
+    assert load(named, **arguments)["train"].features["label"].names == ["ant", "bee"]
+    assert (
+        "The file of 2 class names has no effect: the dataset names its 2 classes itself, 'ant' first." in caplog.text
+    )
+
+
+@pytest.mark.parametrize("left_out, classes", [("bus", ["bus", "train"]), ("beaker", ["test tube", "beaker"])])
+def test_classes_that_are_named_like_splits_are_refused_as_a_dataset(left_out, classes, tmp_path):
+    for name in classes:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "0.jpg").write_bytes(encode(0))
+    with pytest.raises(UserError, match=f"leaves out '{left_out}': give a folder of classes with --train_dir"):
+        load(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("names", [["train/ant", "train/bee", "test/ant", "more"], ["trainer", "sandal"]], ids=str)
+def test_folders_of_splits_and_of_other_classes_are_datasets(names, tmp_path):
+    for name in names:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(encode(number))
+    assert len(load(tmp_path / "photos")["train"].features["label"].names) == 2
+
+
 @pytest.mark.parametrize("labels", [[-1, -1], [0, -1]], ids=["none", "some"])
 def test_a_stream_without_labels_is_refused_before_training_or_while_it_is_read(tmp_path, labels):
     folder = write_splits(tmp_path / "data", train=[0, 1], validation=labels)
     validation = load(folder, streaming=True)["validation"]
-    with pytest.raises(UserError, match=r"validation images has no label \(-1\)"):
+    with pytest.raises(UserError, match=r"validation images has no label \(-1\); .* --validation_split_name"):
         validation.for_evaluation()
     validation.num_images = 2
     with pytest.raises(UserError, match=r"validation images has no label \(-1\)"):
@@ -265,7 +344,7 @@ def test_a_stream_without_labels_is_refused_before_training_or_while_it_is_read(
             {"train_split_name": "trian", "train_val_split": 0.5},
             "no split 'trian'.*--train_split_name",
         ),
-        ({"train": [0, 1]}, {"train_split_name": "trian"}, "no split 'validation'; it has 'train'"),
+        ({"train": [0, 1]}, {"label_column_name": "image"}, "'image' is .*--label_column_name"),
         ({"train": [0, 1]}, {"validation_split_name": "dev"}, "no split 'dev'; it has 'train'"),
         ({"train": [0, 1]}, {"test": True}, "no split 'test'"),
         ({"train": [0]}, {}, "No image can be held out.*has 1"),

@@ -143,6 +143,24 @@ def test_a_class_folder_without_image_files_is_refused(tmp_path):
         load_images(DataArguments(train_dir=str(tmp_path)), 0, None, None)
 
 
+def test_the_same_class_in_two_spellings_of_unicode_is_one(tmp_path):
+    for split, name in (("train", "caf\u00e9"), ("validation", "cafe\u0301")):
+        save(tmp_path / split / name / "a.png")
+        save(tmp_path / split / "bar" / "a.png")
+    folders = {f"{split}_dir": str(tmp_path / split) for split in ("train", "validation")}
+    images = load_images(DataArguments(**folders), 0, None, None)
+    assert images["validation"].features["label"].names == ["bar", "caf\u00e9"]
+    assert [Path(image["path"]).is_file() for image in images["validation"]["image"]] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX"])
+def test_folders_that_systems_add_are_no_classes_and_have_no_images(name, tmp_path):
+    for folder in ("ant", "bee", name, f"ant/{name}/a.png"):
+        save(tmp_path / folder / "a.png")
+    images = load_images(DataArguments(train_dir=str(tmp_path), validation_dir=str(tmp_path)), 0, None, None)["train"]
+    assert (len(images), images.features["label"].names) == (2, ["ant", "bee"])
+
+
 @pytest.mark.parametrize("below", ["", "bee", "bee/more"])
 def test_a_folder_that_cannot_be_read_stops_training(tmp_path, monkeypatch, below):
     for name in ("ant", "bee", "bee/more"):

@@ -24,6 +24,7 @@ def config(*names: str) -> ViTConfig:
         (["C", "C#", "C++"], ["C", "C#", "C++"]),
         (["A", "b"], ["a", "B"]),
         (["-1", "0"], ["-1", "0"]),
+        (["cafe\u0301", "bar"], ["caf\u00e9", "bar"]),
     ],
 )
 def test_names_that_differ_only_in_spelling_match(theirs, ours):

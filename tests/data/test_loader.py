@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from transformers import set_seed
 
 import binaryvit_cli as cli
+from binaryvit_hf import host_memory
 from binaryvit_hf.benchmarks import loader as benchmark_loader
 from binaryvit_hf.benchmarks.photographs import draw_photograph
 from binaryvit_hf.data.arguments import DataArguments
@@ -165,11 +166,24 @@ def test_a_broken_image_stops_before_it_is_kept(large_photos, tmp_path):
 
 def test_more_images_than_the_memory_holds_are_refused_before_they_are_read(large_photos, monkeypatch):
     processor = create_image_processor(BinaryViTConfig(image_size=32), crop_pct=0.875)
-    monkeypatch.setattr("binaryvit_hf.data.transforms.available_memory", lambda: 50_000)
+    monkeypatch.setattr("binaryvit_hf.data.transforms.free_memory", lambda: 50_000)
     with pytest.raises(UserError, match=r"needs 0.0 GB for 4 training images, and 0.0 GB are free: leave it out"):
         add_transforms(load_images(large_photos, 0, None, None), processor, large_photos, 0, keep=True)
-    monkeypatch.setattr("binaryvit_hf.data.transforms.available_memory", lambda: 60_000)
+    monkeypatch.setattr("binaryvit_hf.data.transforms.free_memory", lambda: 60_000)
     add_transforms(load_images(large_photos, 0, None, None), processor, large_photos, 0, keep=True)
+
+
+def test_the_limit_of_a_container_counts_without_cached_files(tmp_path):
+    for name, content in (
+        ("memory.max", "1000"),
+        ("memory.current", "700"),
+        ("memory.stat", "anon 100\ninactive_file 50"),
+    ):
+        (tmp_path / name).write_text(content + "\n")
+    assert host_memory.free_in_container(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.free_in_container(tmp_path) is None
+    assert host_memory.free_in_container(tmp_path / "none") is None
 
 
 def test_the_loader_is_measured_beside_the_papers_public_code(monkeypatch, capsys):

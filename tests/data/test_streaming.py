@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.data.augmentation import AugmentationArguments, create_train_transform
 from binaryvit_hf.data.decoding import CroppingDecoder
+from binaryvit_hf.data.image_checks import check_images
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.data.sampling import StreamSampler
 from binaryvit_hf.data.transforms import TransformedImages, collate_images
@@ -261,3 +262,37 @@ def test_streamed_images_of_a_table_keep_their_encoding(tmp_path, column, monkey
     for number in range(10):
         row = read[f"{number}.jpg"]
         assert (row["image"]["bytes"], row["label"]) == (encode(number), number % 2)
+
+
+def write_table(folder: Path, train: int, validation: int) -> Path:
+    """A table that does not state its length. The first half of each split are ants, the others bees."""
+    features = Features({"image": Image(), "label": ClassLabel(names=["ant", "bee"])})
+    for split, number in (("train", train), ("validation", validation)):
+        rows = {"image": [{"bytes": encode(0), "path": None}] * number}
+        rows["label"] = [int(2 * index >= number) for index in range(number)]
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("most, number", [(4, 4), (6, 6), (10, 6)])
+def test_at_most_so_many_images_of_a_stream_of_unknown_length_are_evaluated(tmp_path, most, number):
+    table = write_table(tmp_path / "table", train=4, validation=6)
+    arguments = DataArguments(dataset_name=str(table), streaming=True, max_eval_samples=most)
+    validation = load_images(arguments, 0, None, None)["validation"].for_evaluation()
+    assert len(validation) == len(list(validation.read(0))) == number
+
+
+def test_a_part_of_a_sorted_stream_has_all_classes_or_causes_a_warning(tmp_path, caplog):
+    table = str(write_table(tmp_path / "table", train=300, validation=300))
+    arguments = {"dataset_name": table, "streaming": True, "max_train_samples": 120}
+    for buffer_size, sorted_by_class in ((300, False), (1, True)):
+        images = load_images(DataArguments(**arguments, shuffle_buffer_size=buffer_size), 0, None, None)
+        rows = [row for _, row in StreamSampler(images["train"], training=True)]
+        assert len(rows) == 120
+        assert len({row["label"] for row in rows}) == (1 if sorted_by_class else 2)
+        assert ("The first 100 training images have one class, 'ant'" in caplog.text) is sorted_by_class
+    caplog.clear()
+    images = load_images(DataArguments(**arguments, max_eval_samples=20), 0, None, None)
+    check_images({"validation": images["validation"].for_evaluation()}, skip_broken=False, background="white")
+    assert "All 20 validation images have one class, 'ant'" in caplog.text
+    assert "leave out --max_eval_samples" in caplog.text

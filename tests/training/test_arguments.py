@@ -142,7 +142,7 @@ def test_training_does_not_overwrite_a_model_that_it_needs(capsys, tmp_path, mon
 
 
 def test_unknown_key_in_a_file_is_named(capsys, tmp_path):
-    (tmp_path / "run.json").write_text('{"learning_rat": 1}')
+    (tmp_path / "run.json").write_text('{"learning_rat": 1}', encoding="utf-8-sig")  # as Windows writes it
     assert "did you mean 'learning_rate'" in refusal(capsys, tmp_path / "run.json")
     (tmp_path / "run.json").write_text('{"learning_rate": ')
     assert "run.json' cannot be read" in refusal(capsys, tmp_path / "run.json")

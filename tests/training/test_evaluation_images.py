@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from dataclasses import replace
 
 import pytest
 from command_line import refusal
@@ -11,17 +13,17 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from pictures import write_pictures
 from streams import encode
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 
 from binaryvit_cli import main as binaryvit
 from binaryvit_hf.data.arguments import DataArguments
-from binaryvit_hf.data.loading import load_described_images
+from binaryvit_hf.data.loading import load_described_images, load_images
 from binaryvit_hf.run_history import ALL_RESULTS, evaluation_images
 from binaryvit_hf.training.command_line import parse
 from binaryvit_hf.training.model_card import write_model_card
-from binaryvit_hf.training.preparation import load_checked_images
+from binaryvit_hf.training.preparation import load_checked_images, warn_of_learned_images
 from binaryvit_hf.training.run import main
-from binaryvit_hf.training.run_folder import RUN_ARGUMENTS
+from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, TRAINING_IMAGES, record_start
 
 
 def write_splits(folder, *names: str, labels=(0, 1) * 4):
@@ -69,7 +71,7 @@ def test_the_split_that_was_loaded_says_what_the_images_are(splits, arguments, k
     chosen = DataArguments(dataset_name=str(folder), **arguments)
     if test and chosen.test_split_name not in splits:
         pytest.skip("there is nothing to test on")
-    assert load_described_images(chosen, 0, None, None, test=test)[1] == kind
+    assert load_described_images(chosen, 0, None, None, test=test).evaluation_images == kind
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,51 @@ def test_a_folder_of_evaluation_images_may_be_the_training_folder(validation, sp
         write_pictures(tmp_path / name, ("ant", "bee"), 2)
     folder = validation and str(tmp_path / validation)
     arguments = DataArguments(train_dir=str(tmp_path / "photos"), validation_dir=folder, train_val_split=split)
-    assert load_described_images(arguments, 0, None, None)[1] == kind
+    loaded = load_described_images(arguments, 0, None, None)
+    assert loaded.evaluation_images == kind
+    assert loaded.divided is (validation is None or split is not None)
+
+
+@pytest.mark.parametrize("argument", ["init_from", "model_name_or_path", "teacher_model_name_or_path"])
+@pytest.mark.parametrize("source", ["earlier", "earlier/checkpoint-7"])
+def test_a_run_that_starts_from_one_on_other_photos_of_the_folder_is_told(argument, source, tmp_path, caplog):
+    photos, earlier = tmp_path / "photos", tmp_path / "earlier"
+    write_pictures(photos, ("ant", "bee"), 5)
+    values = {"train_dir": str(photos), "use_cpu": True, "do_train": True}
+    first = parse(values | {"output_dir": str(earlier), "config_name": "any"}, [])
+    earlier.mkdir()
+    record_start(earlier, first, load_images(first.data, 42, None, None)["train"])
+    second = parse(values | {"output_dir": str(tmp_path / "out"), argument: str(tmp_path / source)}, [])
+
+    def warning(**changes) -> str:
+        caplog.clear()
+        data = replace(second.data, **changes)
+        warn_of_learned_images(second._replace(data=data), load_images(data, 42, None, None)["train"])
+        return caplog.text
+
+    assert warning() == ""
+    (photos / "ant" / "0.png").rename(photos / "ant" / "new.png")
+    assert f"--{argument} '{tmp_path / source}' was trained on other images than are in '{photos}' now" in warning()
+    assert "(8 then, 8 now)" in warning()
+    assert warning(max_train_samples=2) == ""  # nobody knows
+    assert warning(train_dir=str(shutil.copytree(photos, tmp_path / "others"))) == ""
+
+
+def test_a_model_is_evaluated_with_a_warning_if_it_learned_the_held_out_photos(tmp_path, caplog):
+    write_pictures(tmp_path / "photos", ("ant", "bee"), 5)
+    command = ["--train_dir", str(tmp_path / "photos"), "--do_eval", "--use_cpu", "--report_to=none"]
+    model = tiny_model(tiny_config(num_labels=2))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / RUN_ARGUMENTS).write_text(
+        json.dumps({"train_dir": str(tmp_path / "photos"), "train_split_name": "train"})
+    )
+    (tmp_path / "model" / TRAINING_IMAGES).write_text(json.dumps({"images": 7}))
+    command += ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "(7 then, 8 now)" in caplog.text
+    caplog.clear()
+    assert main([*command, "--validation_dir", str(tmp_path / "photos")]) == 0
+    assert "then" not in caplog.text
 
 
 @pytest.fixture
