@@ -114,7 +114,7 @@ def usable_engine(
     Raises:
         ValueError: the network cannot take images of this size.
     """
-    if model.training or is_traced(images):
+    if model.training or not isinstance(images, torch.Tensor) or is_traced(images):
         return None
     slot = model.engine_slot
     if slot.compares_values and torch.is_grad_enabled() and wants_gradients(model.parameters()):
