@@ -485,6 +485,7 @@ class BinaryViTPreTrainedModel(PackableModel):
             module.grid_size = grid_size
         backbone.embeddings.image_shape = (self.config.num_channels, *as_pair(image_size))
         self.config.image_size = backbone.config.image_size = image_size
+        backbone.built_from["image_size"] = config_fields(self.config)["image_size"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -710,6 +711,9 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
     Raises:
         ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
     """
+
+    # The loss is the mean over a batch. Because of **kwargs the Trainer would take it for one over all accumulated batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: BinaryViTConfig):
         super().__init__(config)
