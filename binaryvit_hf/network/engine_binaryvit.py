@@ -23,7 +23,7 @@ from transformers.utils import logging, output_capturing
 
 from .functional_binaryvit import ENGINE_VARIABLE, TORCH
 from .packing_binaryvit import expect_packed_layers
-from .quantization_binaryvit import config_fields
+from .quantization_binaryvit import config_fields, describe_other_modules
 
 
 try:  # code that came with a checkpoint uses the package if it is installed
@@ -33,8 +33,6 @@ except ImportError:
 
 RESIZED_ENGINES = 4  # engines that a model keeps for images of other sizes than the config's
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may compute something else
-# Attributes of modules that evaluation does not read.
-TRAINING_ATTRIBUTES = {"momentum", "p", "drop_prob", "init_value", "probability_clip_init", "gradient_checkpointing"}
 in_place_changes = operator.attrgetter("_version")
 
 logger = logging.get_logger(__name__)
@@ -114,7 +112,7 @@ def usable_engine(
     Raises:
         ValueError: the network cannot take images of this size.
     """
-    if model.training or is_traced(images):
+    if model.training or not isinstance(images, torch.Tensor) or is_traced(images):
         return None
     slot = model.engine_slot
     if slot.compares_values and torch.is_grad_enabled() and wants_gradients(model.parameters()):
@@ -388,18 +386,13 @@ def describe_difference(model: torch.nn.Module) -> str | None:
         expected = expected_network(model.backbone_class, json.dumps(config_fields(model.config)))
     except Exception as error:  # the checks of a config raise errors of several kinds
         return f"its config was edited and describes no network ({type(error).__name__})"
-    modules, expected_modules = dict(model.named_modules()), dict(expected.named_modules())
-    for name in modules | expected_modules:
-        module, expected_module = modules.get(name), expected_modules.get(name)
-        if type(module) is not type(expected_module):
-            return f"its module {name or 'binaryvit'!r} is not the one of its config"
+    if difference := describe_other_modules(model, expected):
+        return difference
+    for name, module in model.named_modules():
+        if module.training:
+            return f"its module {name!r} is in training mode"
         if "forward" in vars(module):
             return f"its module {name or 'binaryvit'!r} has a forward of its own"
-        if module is model:
-            continue  # its plain attributes, such as the folder it was loaded from, do not change the outputs
-        for attribute, value in plain_attributes(expected_module).items():
-            if getattr(module, attribute, None) != value:
-                return f"{attribute} of its module {name!r} is {getattr(module, attribute, None)}, not {value}"
     tensors, expected_tensors = model.state_dict(keep_vars=True), expected.state_dict()
     for name in tensors | expected_tensors:
         if name not in tensors or name not in expected_tensors:
@@ -421,15 +414,6 @@ def describe_tensor(tensor: torch.Tensor, expected: torch.Tensor) -> str | None:
         return f"has the shape {tuple(tensor.shape)}, not {tuple(expected.shape)}"
     dtype = torch.float32 if expected.is_floating_point() else expected.dtype
     return None if tensor.dtype == dtype else f"is {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def plain_attributes(module: torch.nn.Module) -> dict:
-    """Settings that decide what a module computes in evaluation, such as `eps` and `num_heads`."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in TRAINING_ATTRIBUTES and isinstance(value, (int, float, str, tuple))
-    }
 
 
 @functools.lru_cache(maxsize=8)

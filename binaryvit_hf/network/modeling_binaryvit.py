@@ -56,11 +56,12 @@ from .layers_binaryvit import (
     binary_mlp_products,
     drop_path_rates,
     gather_patches,
+    has_hooks,
     pool_tokens,
     resize_positions,
     upsample_tokens,
 )
-from .quantization_binaryvit import PackableModel
+from .quantization_binaryvit import PackableModel, config_fields
 
 
 @dataclass
@@ -249,12 +250,19 @@ class BinaryViTMLP(nn.Module):
         self.fc2 = BinaryProjection(config, intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # A wrapper of a layer, such as PEFT's, computes something else.
-        are_plain = isinstance(self.fc1.linear, BinaryLinear) and isinstance(self.fc2.linear, BinaryLinear)
-        if self.training and self.bits == (1, 1) and are_plain:
+        if self.training and self.is_plain():
             product, pooled = binary_mlp_products(self.fc1, self.fc2.linear, hidden_states)
             return self.fc2.norm_activation(product, pooled)
         return self.fc2(self.fc1(hidden_states))
+
+    def is_plain(self) -> bool:
+        """Whether fused products may compute this MLP: nobody has wrapped its parts or hooks into them."""
+        linears = self.fc1.linear, self.fc2.linear
+        return (
+            self.bits == (1, 1)
+            and all(isinstance(linear, BinaryLinear) for linear in linears)  # no wrapper, such as PEFT's
+            and not any(map(has_hooks, (self.fc1, self.fc1.norm_activation, self.fc2, *linears)))
+        )
 
 
 class BinaryViTLayer(GradientCheckpointingLayer):
@@ -415,8 +423,13 @@ class BinaryViTPreTrainedModel(PackableModel):
         Height and width in tokens of each stage's map of these images.
 
         Raises:
-            ValueError: the model does not take images of this shape.
+            ValueError: the model does not take images of this shape, or they are no tensor.
         """
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                f"pixel_values must be a tensor (batch, channels, height, width), not {type(pixel_values).__name__}: an "
+                'image processor makes one with return_tensors="pt".'
+            )
         shape, own_shape = tuple(pixel_values.shape[1:]), self.base_model.embeddings.image_shape
         if shape == own_shape:
             return [module.grid_size for module in self.positioned_embeddings().values()]
@@ -472,6 +485,7 @@ class BinaryViTPreTrainedModel(PackableModel):
             module.grid_size = grid_size
         backbone.embeddings.image_shape = (self.config.num_channels, *as_pair(image_size))
         self.config.image_size = backbone.config.image_size = image_size
+        backbone.built_from["image_size"] = config_fields(self.config)["image_size"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -508,7 +522,9 @@ class BinaryViTPreTrainedModel(PackableModel):
                 "batch normalisation's statistics."
             )
         checkpoint_once = functools.partial(
-            gradient_checkpointing_func, context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self))
+            gradient_checkpointing_func,
+            use_reentrant=False,  # PyTorch wants it said, and a caller's other arguments replace transformers' default
+            context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self)),
         )
         super()._set_gradient_checkpointing(enable, checkpoint_once, **kwargs)
 
@@ -695,6 +711,9 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
     Raises:
         ValueError: the config has a quantization_config, whose packed weights only `from_pretrained` loads.
     """
+
+    # The loss is the mean over a batch. Because of **kwargs the Trainer would take it for one over all accumulated batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: BinaryViTConfig):
         super().__init__(config)

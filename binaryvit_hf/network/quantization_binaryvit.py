@@ -97,10 +97,22 @@ CONFIG_FIELDS = (
     "batch_norm_eps",
 )
 SIZE_FIELDS = ("image_size", "patch_size")
+# Attributes of modules that evaluation does not read.
+TRAINING_ATTRIBUTES = {
+    "training",
+    "momentum",
+    "p",
+    "drop_prob",
+    "init_value",
+    "probability_clip_init",
+    "gradient_checkpointing",
+}
 # Arguments of `from_pretrained` that say where a repository's files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments of the `from_pretrained` that runs, which modules and quantizer are not told; None outside of it.
 LOADING: contextvars.ContextVar[dict | None] = contextvars.ContextVar("LOADING", default=None)
+# The `state_dict` of the `save_pretrained` that runs, which the quantizer is not told.
+SAVING: contextvars.ContextVar[dict | None] = contextvars.ContextVar("SAVING", default=None)
 # auto_map of saved configs, for machines without this package. transformers would write only the saved class.
 AUTO_MAP = {
     "AutoConfig": "configuration_binaryvit.BinaryViTConfig",
@@ -295,6 +307,30 @@ def plain_backbone(model: PreTrainedModel) -> PreTrainedModel:
     return backbone
 
 
+def describe_other_modules(model: nn.Module, expected: nn.Module) -> str | None:
+    """How the modules of a backbone differ from those of the `expected` network of its config, or None."""
+    modules, expected_modules = dict(model.named_modules()), dict(expected.named_modules())
+    for name in modules | expected_modules:
+        module, expected_module = modules.get(name), expected_modules.get(name)
+        if type(module) is not type(expected_module):
+            return f"its module {name or 'binaryvit'!r} is not the one of its config"
+        if module is model:
+            continue  # its plain attributes, such as the folder it was loaded from, do not change the outputs
+        for attribute, value in plain_attributes(expected_module).items():
+            if getattr(module, attribute, None) != value:
+                return f"{attribute} of its module {name!r} is {getattr(module, attribute, None)}, not {value}"
+    return None
+
+
+def plain_attributes(module: nn.Module) -> dict:
+    """Settings that decide what a module computes in evaluation, such as `eps` and `num_heads`."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in TRAINING_ATTRIBUTES and isinstance(value, (int, float, str, tuple))
+    }
+
+
 def read_checkpoint(files: list[Path]) -> PackedCheckpoint:
     stored, origin, metadata = {}, {}, {}
     for file in files:
@@ -341,11 +377,18 @@ def describe_damage(file: Path, error: SafetensorError) -> str:
 
 def check_config(checkpoint: PackedCheckpoint, config) -> None:
     for name, value in config_fields(config).items():
-        if checkpoint.config.get(name) != value:
+        stored = checkpoint.config.get(name)
+        is_same = both_sides(stored) == both_sides(value) if name in SIZE_FIELDS else stored == value
+        if not is_same:
             raise ValueError(
                 f"The config has {name}={value}, but the packed weights were saved with "
-                f"{name}={checkpoint.config.get(name)}: load the config.json that was saved with them."
+                f"{name}={stored}: load the config.json that was saved with them."
             )
+
+
+def both_sides(size):
+    """A size of JSON as a list. Unlike `as_pair` it takes whatever a damaged file may hold."""
+    return [size, size] if isinstance(size, int) else size
 
 
 def check_tensors(tensors: dict[str, torch.Tensor], checkpoint: PackedCheckpoint, model: PreTrainedModel) -> None:
@@ -353,9 +396,10 @@ def check_tensors(tensors: dict[str, torch.Tensor], checkpoint: PackedCheckpoint
     for name, expected in model.state_dict().items():
         stored = stored_name(name, tensors, model)
         if stored is None:
-            remedy = (
-                "load it with the class that saved it" if is_of_other_class(tensors, model) else "download it again"
-            )
+            is_of_other = is_of_other_class(tensors, model)
+            if is_of_other and is_new_head(name, model):
+                continue
+            remedy = describe_other_class(name, model) if is_of_other else "download it again"
             raise ValueError(f"The packed checkpoint lacks the tensor {name!r}: {remedy}.")
         file = checkpoint.origin.get(stored)
         if file is None:  # `split_tensors` made its shape and dtype
@@ -406,9 +450,18 @@ def is_of_other_class(tensors: dict, model: PreTrainedModel) -> bool:
 
 
 def is_new_head(name: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor belongs to the head and may have another shape in the checkpoint."""
-    of_head = model.base_model is not model and not name.startswith(model.base_model_prefix + ".")
-    return may_mismatch() and of_head
+    """Whether a tensor belongs to the head and may be missing in the checkpoint, or have another shape there."""
+    return may_mismatch() and is_of_head(name, model)
+
+
+def is_of_head(name: str, model: PreTrainedModel) -> bool:
+    return model.base_model is not model and not name.startswith(model.base_model_prefix + ".")
+
+
+def describe_other_class(name: str, model: PreTrainedModel) -> str:
+    """What to do with the checkpoint of another class, which lacks the tensor `name`."""
+    new_head = ", or give it a new classifier with ignore_mismatched_sizes=True" if is_of_head(name, model) else ""
+    return f"load it with the class that saved it{new_head}"
 
 
 def may_mismatch() -> bool:
@@ -494,6 +547,7 @@ class PackableModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         check_quantization_config(getattr(config, "quantization_config", None))
         super().__init__(config, *args, **kwargs)
+        self.built_from = config_fields(config)  # the config may be edited later
 
     def post_init(self):
         """
@@ -535,7 +589,8 @@ class PackableModel(PreTrainedModel):
         `image_size`, or a `config` with another `image_size` than the checkpoint's, resizes the position embeddings
         (`resize_position_embeddings`).
 
-        With `ignore_mismatched_sizes`, only the classifier of a packed model may have another shape: it is made anew.
+        With `ignore_mismatched_sizes`, only the classifier of a packed model may be missing or have another shape: it is
+        made anew.
 
         Raises:
             ValueError: packed weights are damaged, incomplete or of another config; the message names the tensor.
@@ -567,10 +622,14 @@ class PackableModel(PreTrainedModel):
         align_weights(model)
         return (model, loading_info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
         self.match_quantizer()
-        super().save_pretrained(*args, **kwargs)
+        token = SAVING.set(state_dict)
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        finally:
+            SAVING.reset(token)
 
     def match_quantizer(self) -> None:
         """
@@ -606,13 +665,16 @@ class PackableModel(PreTrainedModel):
         Switch to training mode, or to evaluation mode.
 
         A bit has no gradient. So a packed backbone stays in evaluation mode and keeps its running statistics. Heads on it
-        go to training mode, and so do adapters in it.
+        go to training mode, and so do adapters in it. A packed classifier without a parameter to train, such as the
+        teacher in a larger module, stays in evaluation mode.
 
         Raises:
-            ValueError: a packed classifier has nothing to train, or its layers of bits are not frozen.
+            ValueError: the layers of bits of a packed classifier are not frozen.
         """
         if not mode or not self.is_packed:
             return super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return super().train(False)
         if self.base_model is not self:
             self.check_trains_without_bits()
             return super().train()
@@ -629,9 +691,9 @@ class PackableModel(PreTrainedModel):
     def check_trains_without_bits(self) -> None:
         """
         Raises:
-            ValueError: no parameter of this packed model requires a gradient, or one in a layer of bits does.
+            ValueError: a parameter in a layer of bits of this packed model requires a gradient.
         """
-        if bits_want_gradients(self) or not any(parameter.requires_grad for parameter in self.parameters()):
+        if bits_want_gradients(self):
             raise ValueError(
                 "Packed weights cannot be trained, because a bit has no gradient. Train the latent checkpoint that they "
                 "were packed from, or this model after .dequantize(latent=True); to train only its classifier, freeze its "
@@ -702,6 +764,10 @@ class PackableModel(PreTrainedModel):
         """
         check_packable(self.config)
         check_not_offloaded(self, "pack it")
+        if any(layer.weight.dtype.itemsize < 4 for layer in binary_layers(self).values()):
+            logger.warning_once(
+                "Rounding of the latent weights changes signs: keep them in float32 until they are packed."
+            )
         layers = {name: PackedLinear(layer) for name, layer in binary_layers(self).items()}
         for name, packed in layers.items():
             packed.pack(self.get_submodule(name), name)
@@ -711,16 +777,19 @@ class PackableModel(PreTrainedModel):
 
     def packed_state_dict(self, half: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """
-        Tensors and metadata of a packed checkpoint.
+        Tensors and metadata of a packed checkpoint: of the `state_dict` that `save_pretrained` got, else of this model.
 
         Args:
             half: store the floats that fit in half precision (`in_half`).
 
         Raises:
-            ValueError: weights are offloaded.
+            ValueError: weights are offloaded, or the config was edited and describes another network.
         """
-        tensors = self.state_dict()
         check_not_offloaded(self, "save it packed")
+        check_edited_config(self)
+        tensors = SAVING.get()
+        if tensors is None:
+            tensors = self.state_dict()
         if half:
             tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
@@ -821,6 +890,21 @@ def check_not_offloaded(model: nn.Module, action: str) -> None:
         raise ValueError(f"Tensor {offloaded[0]!r} is offloaded: load the model without a device_map to {action}.")
 
 
+def check_edited_config(model: PackableModel) -> None:
+    """
+    Raises:
+        ValueError: the config was edited after the packed model was made, and describes another network.
+    """
+    if config_fields(model.config) == model.base_model.built_from:
+        return  # modules that a user has replaced are the user's matter
+    try:
+        difference = describe_other_modules(model.base_model, plain_backbone(model))
+    except Exception as error:  # the checks of a config raise errors of several kinds
+        difference = f"it describes no packed network: {type(error).__name__}"
+    if difference:
+        raise ValueError(f"The config was edited and does not describe this network ({difference}): undo the edit.")
+
+
 def at_stored_image_size(config_class: type[PreTrainedConfig], source, options: dict) -> tuple[dict, Any]:
     """
     Arguments of `from_pretrained` that load a checkpoint at the image size that it was saved with.
@@ -908,10 +992,11 @@ def check_loading(model: PackableModel, loading_info: dict) -> None:
     packed = [key for key in loading_info["unexpected_keys"] if holds_module(key) and key.endswith(BYTES)]
     if packed and not model.is_packed:
         raise ValueError(not_expected(max(packed)))  # the last, a stage's: it has packed weights
-    mismatched = {key for key, *_ in loading_info["mismatched_keys"] if not is_new_head(key, model)}
-    missing = {*loading_info["missing_keys"], *mismatched}
+    mismatched = {key for key, *_ in loading_info["mismatched_keys"]}
+    missing = {key for key in mismatched.union(loading_info["missing_keys"]) if not is_new_head(key, model)}
     if model.is_packed and missing:
-        raise ValueError(f"The checkpoint lacks the tensor {min(missing)!r}: load it with the class that saved it.")
+        name = min(missing)  # one of the backbone, if any: its names come first
+        raise ValueError(f"The checkpoint lacks the tensor {name!r}: {describe_other_class(name, model)}.")
 
 
 # ---- Upload of a packed model with its latent weights ----

@@ -271,6 +271,16 @@ def test_threads_with_images_of_many_sizes_share_a_model():
 # ---- In a model, for good ----
 
 
+def test_one_size_may_be_written_in_two_ways(tmp_path):
+    config = tiny_config(image_size=32)
+    model = tiny_model(config).eval()
+    model.pack_weights()
+    model.save_pretrained(tmp_path)
+    for sizes in ({"image_size": [32, 32]}, {"image_size": (32, 32), "patch_size": [4, 4]}, {"patch_size": (4, 4)}):
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path, **sizes)
+        torch.testing.assert_close(loaded(images_of((32, 32))).logits, model(images_of((32, 32))).logits)
+
+
 def test_resizing_keeps_all_other_tensors_and_the_order_of_parameters(model):
     other = resized(model, (24, 40))
     assert list(other.state_dict()) == list(model.state_dict())

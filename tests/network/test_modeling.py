@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune as prune
 from golden_data import CONFIGS, ROWS, TINY
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -88,6 +89,47 @@ def test_fused_attention_has_the_gradients_of_single_operations_for_losses_on_bo
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ValueError, match="use_reentrant=False"):
         tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_checkpointing_takes_other_arguments_of_pytorch():
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"preserve_rng_state": False})
+    model(tiny_images()).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["", ".linear", ".norm_activation"])
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_hooks_in_the_mlp_are_called_in_training(layer, name):
+    model, called = tiny_model().train(), []
+    module = model.binaryvit.stages[0].layers[0].mlp.get_submodule(layer + name)
+    module.register_forward_pre_hook(lambda *_: called.append("before"))
+    module.register_forward_hook(lambda *_: called.append("after"))
+    module.register_full_backward_hook(lambda *_: called.append("backward"))
+    model(tiny_images()).logits.sum().backward()
+    assert called == ["before", "after", "backward"]
+
+
+def test_a_pruned_mlp_trains():
+    """PyTorch multiplies the mask and the weight in a hook before every call of the layer."""
+    model = tiny_model().train()
+    linear = model.binaryvit.stages[0].layers[0].mlp.fc1.linear
+    prune.l1_unstructured(linear, "weight", 0.5)
+    for _ in range(2):
+        model(tiny_images()).logits.sum().backward()
+    assert torch.equal(linear.weight, linear.weight_orig * linear.weight_mask)
+    assert linear.weight_orig.grad.any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("images", [None, [tiny_images()], tiny_images().numpy()], ids=["None", "list", "ndarray"])
+def test_images_that_are_no_tensor_are_refused(images, packed):
+    model = tiny_model().eval()
+    if packed:
+        model.pack_weights()
+    for call in (model, model.binaryvit, BinaryViTBackbone(tiny_config())):
+        with pytest.raises(ValueError, match=rf"must be a tensor .*, not {type(images).__name__}: an image processor"):
+            call(images)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 16), (2, 1, 16, 32)], ids=str)

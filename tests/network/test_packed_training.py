@@ -46,15 +46,20 @@ def logits(model) -> torch.Tensor:
         return model(tiny_images()).logits
 
 
-def train(model, output_dir, resume_from_checkpoint=None, **arguments) -> list[float]:
+def train(model, output_dir, **arguments) -> list[float]:
     """Train with transformers' own Trainer. Returns the loss of every step."""
+    return [step["loss"] for step in train_steps(model, output_dir, **arguments)]
+
+
+def train_steps(model, output_dir, resume_from_checkpoint=None, **arguments) -> list[dict]:
+    """Train with transformers' own Trainer. Returns its records of every step."""
     examples = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(tiny_images(6))]
     options = {"per_device_train_batch_size": 6, "learning_rate": 0.05, "max_steps": 8, "logging_steps": 1}
     options |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     trainer = Trainer(model, TrainingArguments(str(output_dir), **(options | arguments)), train_dataset=examples)
     trainer.add_callback(StatesOfTraining())
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 class StatesOfTraining(TrainerCallback):
@@ -213,9 +218,27 @@ def test_whoever_trains_a_packed_classifier_is_told_once_that_its_bits_stay(pack
     assert caplog.text.count("its bits do not train") == 1
 
 
-@pytest.mark.parametrize("unfrozen", [False, True], ids=["all frozen", "layers of bits not frozen"])
-def test_a_packed_classifier_that_would_learn_nothing_or_bits_refuses_training(packed, unfrozen, tmp_path):
-    packed.requires_grad_(unfrozen)
+def test_accumulated_batches_have_the_loss_and_the_gradient_of_one_batch(packed, tmp_path):
+    options = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 1e9}
+    whole, parts = (
+        train_steps(
+            packed, tmp_path, per_device_train_batch_size=6 // steps, gradient_accumulation_steps=steps, **options
+        )
+        for steps in (1, 3)
+    )
+    assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-3)
+    assert parts[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-3)
+
+
+def test_a_frozen_packed_classifier_in_a_larger_module_stays_in_evaluation_mode(packed):
+    packed.requires_grad_(False)
+    model = nn.ModuleDict({"student": tiny_model(), "teacher": packed}).train()
+    assert model["student"].training
+    assert not any(module.training for module in packed.modules())
+
+
+def test_a_packed_classifier_whose_layers_of_bits_are_not_frozen_refuses_training(packed, tmp_path):
+    packed.requires_grad_(True)
     with pytest.raises(ValueError, match=r"a bit has no gradient.*dequantize\(latent=True\)"):
         packed.train()
     assert not any(module.training for module in packed.modules())

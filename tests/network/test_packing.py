@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.utils import logging as transformers_logging
 
 from binaryvit_hf import (
     BinaryViTBackbone,
@@ -647,12 +648,83 @@ def test_a_model_whose_layers_are_unpacked_and_packed_again_is_saved_as_it_is(pa
 
 def test_a_packed_backbone_is_not_loaded_as_a_classifier(packed, tmp_path):
     AutoModel.from_pretrained(packed).save_pretrained(tmp_path / "backbone")
-    with pytest.raises(ValueError, match=r"lacks the tensor 'classifier\.\S+ load it with the class that saved it\."):
+    message = (
+        r"lacks the tensor 'classifier\.\S+ load it with the class that saved it, or .* ignore_mismatched_sizes=True\."
+    )
+    with pytest.raises(ValueError, match=message):
         AutoModelForImageClassification.from_pretrained(tmp_path / "backbone")
     BinaryViTBackbone.from_pretrained(packed).save_pretrained(tmp_path / "maps")
     for auto_class in (AutoModel, AutoModelForImageClassification):
         with pytest.raises(ValueError, match=r"lacks the tensor \S*norm\.\S+ load it with the class that saved it\."):
             auto_class.from_pretrained(tmp_path / "maps")
+
+
+def test_a_packed_backbone_gets_a_new_classifier_if_that_is_asked_for(packed, tmp_path):
+    load(packed, kind=AutoModel).save_pretrained(tmp_path / "backbone")
+    model = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "backbone", num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert logits(model).shape == (2, 5)
+    assert logits(model).isfinite().all()
+    assert_same_bits(model, bits_of(load(packed)))
+    edit_tensors(packed, lambda tensors: tensors.pop("classifier.bias"))
+    with pytest.raises(ValueError, match=r"lacks the tensor 'classifier\.bias': download it again\."):
+        AutoModelForImageClassification.from_pretrained(packed, ignore_mismatched_sizes=True)
+
+
+def test_the_state_dict_that_is_given_is_saved(packed, tmp_path):
+    model = load(packed)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    average["classifier.bias"] += 5
+    average["binaryvit.norm.batch_norm.bias"] += 1
+    model.save_pretrained(tmp_path / "average", state_dict=average)
+    saved = load(tmp_path / "average").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in average.items())
+    model.save_pretrained(tmp_path / "own")
+    assert_same_checkpoint(tmp_path / "own", packed)
+
+
+EDITS = {
+    "heads": {"num_attention_heads": [1, 4]},
+    "layers": {"depths": [1, 1]},
+    "stages": {"depths": [2, 1, 1]},
+    "LayerScale": {"use_layer_scale": False},
+    "eps": {"batch_norm_eps": 1e-3},
+    "bits": {"weight_bits": 32},
+    "size": {"image_size": 32},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_model_whose_edited_config_is_of_another_network_is_not_saved(packed, tmp_path, edit):
+    model = load(packed)
+    for name, value in edit.items():
+        setattr(model.config, name, value)
+    with pytest.raises(
+        ValueError, match=r"config was edited and does not describe this network \(.*\): undo the edit\."
+    ):
+        model.save_pretrained(tmp_path / "edited")
+    assert not (tmp_path / "edited" / "model.safetensors").exists()
+
+
+def test_a_model_is_saved_if_its_config_is_edited_as_its_modules_or_its_modules_alone(packed, tmp_path):
+    model = load(packed)
+    del model.binaryvit.stages[0].layers[1]
+    model.config.depths, model.config.drop_path_rate = [1, 1], 0.1
+    model.save_pretrained(tmp_path / "shorter")
+    assert torch.equal(logits(load(tmp_path / "shorter")), logits(model))
+    model = load(packed)
+    model.classifier = torch.nn.Sequential(model.classifier)
+    model.binaryvit.norm = torch.nn.Identity()
+    model.save_pretrained(tmp_path / "replaced")
+
+
+def test_latent_weights_of_low_precision_are_packed_with_a_warning(caplog):
+    transformers_logging.warning_once.cache_clear()
+    tiny_model().pack_weights()
+    assert "keep them in float32" not in caplog.text
+    tiny_model().bfloat16().pack_weights()
+    assert "keep them in float32" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["classifier.bias", "binaryvit.norm.bytes", f"{LAYER}.floats"])
