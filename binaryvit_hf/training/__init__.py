@@ -49,6 +49,7 @@ def start(arguments: list[str]) -> int:
         from .run import main
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: Training needs {error.name!r}: {installation('train')}.") from error
-    if is_usual:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    finally:
+        if is_usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return main(arguments)
