@@ -16,8 +16,14 @@ Train, distil and evaluate image classifiers, 1-bit and full precision.
 An installed package does the same with `python -m binaryvit_hf.training`.
 """
 
+import signal
 import sys
 
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # no stack trace of the imports on Ctrl-C; `start` sets Python's handler again
 
 try:
     from binaryvit_hf.training import start

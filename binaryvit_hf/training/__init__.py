@@ -26,19 +26,30 @@ The files, in the order in which a run uses them:
     metrics.py, confusion.py, learning_curves.py, model_card.py
     example_image.py an evaluation image for the commands at the end
 
-`process_errors.py` shows an error once for several processes. `ablation/` starts the runs of a whole table.
+`process_errors.py` shows an error once for several processes, `memory_errors.py` describes a full memory. `ablation/` starts the runs of a whole table.
 
 These files import `network/`, `data/` and the files beside those folders. They must not import `cli/`, `benchmarks/` or
 the script `run_image_classification.py`.
 """
 
+import signal
+
 from binaryvit_runtime.resources import installation
 
 
 def start(arguments: list[str]) -> int:
-    """`main` of `run.py`. One sentence and exit code 1 if a library that training needs is not installed."""
+    """
+    `main` of `run.py`. One sentence and exit code 1 if a library that training needs is not installed. A Ctrl-C during the
+    imports ends the process without a word.
+    """
+    is_usual = signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler)  # a job may ignore it
+    if is_usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from .run import main
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: Training needs {error.name!r}: {installation('train')}.") from error
+    finally:
+        if is_usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return main(arguments)

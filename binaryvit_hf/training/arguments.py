@@ -140,7 +140,8 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     resume_from_checkpoint: str | None = argument(
         None,
         "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Arguments "
-        "may differ from the checkpoint's run. Default: the same command resumes by itself.",
+        "may differ from the checkpoint's run, but --optim, and --ema_decay and --oscillation_freezing_threshold may not be new; "
+        "a finished teacher is taken as it is. Default: the same command resumes by itself.",
         nargs="?",
         const="true",
     )

@@ -5,8 +5,9 @@ import logging
 import math
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -32,12 +33,12 @@ STATE_TYPES: dict[str, Any] = {
 logger = logging.getLogger(__name__)
 
 
-def last_whole_checkpoint(folder: Path, more_files: Iterable[str] = ()) -> Path | None:
+def last_whole_checkpoint(folder: Path, more_files: Mapping[str, str] = MappingProxyType({})) -> Path | None:
     """
     Find the newest whole checkpoint of a run, and log newer ones that training cannot resume from.
 
     Args:
-        more_files: names of additional files that a checkpoint of this run must hold.
+        more_files: names of additional files that a checkpoint of this run must hold, and the argument of each.
     """
     numbered = {
         step: path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := checkpoint_step(path)) is not None
@@ -46,19 +47,21 @@ def last_whole_checkpoint(folder: Path, more_files: Iterable[str] = ()) -> Path 
         damage = describe_damage(path, more_files)
         if damage is None:
             return path
-        if holds_weights_only(path):
+        if holds_weights_only(path) or lacking_argument(path, more_files):
             logger.warning("%s %s: training cannot resume from it.", path, damage)
         else:
             logger.warning("%s is damaged (%s): training resumes from an earlier one.", path, damage)
     return None
 
 
-def describe_damage(checkpoint: Path, more_files: Iterable[str] = ()) -> str | None:
+def describe_damage(checkpoint: Path, more_files: Mapping[str, str] = MappingProxyType({})) -> str | None:
     """Why training cannot resume from a checkpoint, such as the first missing or unreadable file; `None` if it can."""
     if holds_weights_only(checkpoint):
         return "holds weights only (--save_only_model)"
+    if argument := lacking_argument(checkpoint, more_files):
+        return f"was saved without --{argument}"
     weights = [file.name for file in sorted(checkpoint.glob("model*.safetensors"))] or ["model.safetensors"]
-    for name in (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *more_files, *weights):
+    for name in (CONFIG_NAME, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, *weights):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     for file in sorted(checkpoint.iterdir()):
@@ -87,6 +90,11 @@ def check_state(state: Any, checkpoint: Path) -> None:
             raise ValueError(f"{name} is missing or has a wrong type")
     if checkpoint.name != f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}":
         raise ValueError(f"global_step is {state['global_step']}")
+
+
+def lacking_argument(checkpoint: Path, more_files: Mapping[str, str]) -> str | None:
+    """The first argument that the run of a checkpoint did not have: a checkpoint is written whole, so no file is lost."""
+    return next((name for file, name in more_files.items() if not (checkpoint / file).is_file()), None)
 
 
 def holds_weights_only(checkpoint: Path) -> bool:

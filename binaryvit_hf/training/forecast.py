@@ -151,7 +151,9 @@ def steps_left(run: RunArguments, inputs: Inputs) -> int:
     if not arguments.do_train or inputs.finished:
         return 0
     done = read_json(Path(inputs.checkpoint) / TRAINER_STATE_NAME).get("global_step", 0) if inputs.checkpoint else 0
-    per_epoch = math.ceil(len(inputs.images["train"]) / arguments.effective_batch_size)
+    batches = len(inputs.images["train"]) / (arguments.train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
     return max(0, steps - done)
 

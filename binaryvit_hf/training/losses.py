@@ -9,7 +9,7 @@ from torch import nn
 def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     label_loss_weight: float | None = None,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
@@ -20,13 +20,13 @@ def distillation_loss(
 
     Args:
         student_logits, teacher_logits: `(batch, labels)`.
-        labels: class indices `(batch,)`, or soft labels `(batch, labels)`.
+        labels: class indices `(batch,)`, or soft labels `(batch, labels)`. None if their share of the loss is 0.
         label_loss_weight: w; `None` means the paper's value: 0 for class indices, 0.1 for the soft labels of mixup and CutMix.
         temperature: T.
         label_smoothing: share of the labels that is spread over all classes.
     """
     if label_loss_weight is None:
-        label_loss_weight = 0.1 if labels.is_floating_point() else 0.0
+        label_loss_weight = 0.1 if labels is not None and labels.is_floating_point() else 0.0
     soft_targets = nn.functional.softmax(teacher_logits / temperature, dim=-1)
     loss = temperature**2 * nn.functional.cross_entropy(student_logits / temperature, soft_targets)
     if label_loss_weight == 0:

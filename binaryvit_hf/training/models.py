@@ -188,8 +188,13 @@ def load_processor(
     The student's image processor: the earlier run's, or else the one of `--model_name_or_path`, or else a new one with the
     mean, deviation and background of `--init_from`. `None` if there is none of these; a new one then follows the teacher's.
     """
-    for source in (earlier_run, arguments.model_name_or_path):
-        if source and (processor := load_image_processor(str(source), arguments)):
+    # A model in a subfolder may share the image processor of its repository.
+    for source, subfolder in (
+        (earlier_run, ""),
+        (arguments.model_name_or_path, arguments.subfolder),
+        (arguments.model_name_or_path, ""),
+    ):
+        if source and (processor := load_image_processor(str(source), arguments, subfolder)):
             describe_input(processor, str(source))  # raises its error now, not after the teacher's training
             return processor
     if arguments.init_from and (first := load_image_processor(arguments.init_from, arguments)):
@@ -205,9 +210,9 @@ def load_processor(
     return None
 
 
-def load_image_processor(source: str, arguments: ModelArguments) -> BaseImageProcessor | None:
+def load_image_processor(source: str, arguments: ModelArguments, subfolder: str = "") -> BaseImageProcessor | None:
     try:
-        return loading.load_image_processor(source, **hub_arguments(arguments))
+        return loading.load_image_processor(source, subfolder=subfolder, **hub_arguments(arguments))
     except LoadingError as error:
         raise UserError(f"The image processor of {source!r} cannot be loaded: {error}") from error
 

@@ -8,9 +8,12 @@ from binaryvit_runtime.errors import UserError
 
 from ..argument_checks import argument
 from .callbacks.averaging import WeightAverage
-from .callbacks.checkpointed import CheckpointedCallback
 from .callbacks.oscillation import OscillationFreezing
 from .callbacks.sign_gradient import SignGradient
+
+
+# Files in the checkpoints of a run with an argument. Training cannot resume with it from a checkpoint that lacks the file.
+ARGUMENTS_OF_FILES = {"ema_decay": WeightAverage.file, "oscillation_freezing_threshold": OscillationFreezing.file}
 
 
 @dataclass
@@ -74,6 +77,6 @@ class OptionalMethodArguments:
         return callbacks
 
     @property
-    def checkpoint_files(self) -> list[str]:
-        """Files that the methods add to every checkpoint."""
-        return [callback.file for callback in self.create_callbacks() if isinstance(callback, CheckpointedCallback)]
+    def checkpoint_files(self) -> dict[str, str]:
+        """Files that the methods add to every checkpoint, and the argument of each."""
+        return {file: name for name, file in ARGUMENTS_OF_FILES.items() if getattr(self, name) is not None}

@@ -25,7 +25,7 @@ from ..data.streaming import ImageSplits
 from ..run_history import TEST, TRAINING, UNKNOWN
 from .arguments import DistillationTrainingArguments, ModelArguments, RunArguments
 from .batch_checks import check_batches
-from .checkpoints import describe_damage, last_whole_checkpoint
+from .checkpoints import describe_damage, lacking_argument, last_whole_checkpoint
 from .models import (
     background_of_teacher,
     build_meta_network,
@@ -38,7 +38,11 @@ from .run_folder import (
     EarlierRunError,
     compare_training_images,
     compare_with_recorded,
+<<<<<<< HEAD
     compare_with_training_images,
+=======
+    holds_weights,
+>>>>>>> abl
     is_finished,
     read_json,
 )
@@ -64,6 +68,7 @@ class CheckedNetwork(NamedTuple):
     last: Path | None  # the newest whole checkpoint in the output directory
     checkpoint: str | None  # folder to resume from
     finished: bool  # whether the output directory holds this run, trained to its end
+    is_kept: bool = False  # whether a finished teacher is taken as it is, whatever arguments and images it had
 
 
 @dataclass
@@ -180,7 +185,7 @@ def prepare(
     """
     model_arguments, data_arguments, training_arguments = arguments
     output_dir, new_head = Path(training_arguments.output_dir), None
-    config, meta, last, checkpoint, finished = network
+    config, meta, last, checkpoint, finished, is_kept = network
     processor = load_processor(model_arguments, data_arguments, config, output_dir if finished else checkpoint)
     of_teacher = teacher.background if teacher else background_of_teacher(model_arguments)
     background = find_background(data_arguments.background, processor, of_teacher)
@@ -203,7 +208,7 @@ def prepare(
         indices = match_labels(config, labels, f"--model_name_or_path {model_arguments.model_name_or_path!r}")
         warn_of_absent_labels(config, indices)
         images = relabel(images, indices, config.num_labels)
-    check_earlier_run(output_dir, last, config, arguments, images)
+    check_earlier_run(output_dir, last, config, arguments, images, is_kept)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
             training_arguments.hub_model_id or output_dir.absolute().name,
@@ -358,12 +363,24 @@ def check_output_folder(arguments: RunArguments, network: CheckedNetwork) -> Non
     for folder in filter(None, (output_dir, network.last)):
         if (folder / "config.json").is_file():
             check_same_network(folder, network.config, output_dir)
-    if arguments.training.do_train and not arguments.training.resume_from_checkpoint:
+    if takes_over(arguments, network.is_kept):
         compare_with_recorded(output_dir, arguments)
 
 
+def takes_over(arguments: RunArguments, is_kept: bool) -> bool:
+    """Whether a run trains as the one before in its output directory did, and its arguments and images must be the same."""
+    training = arguments.training
+    is_changed = is_kept or training.resume_from_checkpoint
+    return training.do_train and not is_changed and holds_weights(Path(training.output_dir))
+
+
 def check_earlier_run(
-    output_dir: Path, last: Path | None, config: PreTrainedConfig, arguments: RunArguments, images: ImageSplits
+    output_dir: Path,
+    last: Path | None,
+    config: PreTrainedConfig,
+    arguments: RunArguments,
+    images: ImageSplits,
+    is_kept: bool = False,
 ) -> None:
     """
     Check that the output directory holds no run of other images, and log whether this one resumes.
@@ -379,9 +396,11 @@ def check_earlier_run(
             check_same_labels(folder, config, output_dir)
     if training_arguments.resume_from_checkpoint or not training_arguments.do_train:
         return
-    compare_training_images(output_dir, images["train"])
+    if takes_over(arguments, is_kept):
+        compare_training_images(output_dir, images["train"])
     if is_finished(output_dir):
-        logger.info("%s is trained already; it is evaluated again.", output_dir)
+        kept = " and taken as it is" if is_kept else ""
+        logger.info("%s is trained already%s; it is evaluated again.", output_dir, kept)
     elif last is not None:
         logger.info("Resuming from %s.", last)
 
@@ -424,12 +443,21 @@ def chosen_checkpoint(arguments: DistillationTrainingArguments, last: Path | Non
     if not name:
         return None
     if name.lower() == "true":
-        if last is None:
+        if last is not None:
+            return str(last)
+        lacking = last_whole_checkpoint(Path(arguments.output_dir)) if arguments.checkpoint_files else None
+        if lacking is None:
             raise UserError(f"--resume_from_checkpoint: {arguments.output_dir!r} holds no checkpoint to resume from.")
-        return str(last)
+        name = str(lacking)
     if not Path(name).is_dir():
         raise UserError(f"--resume_from_checkpoint: there is no folder {name!r}{did_you_mean_path(name, Path.is_dir)}")
-    damage = describe_damage(Path(name), arguments.checkpoint_files)
-    if damage and not (arguments.deepspeed or arguments.fsdp):  # their checkpoints have files of other names
+    if arguments.deepspeed or arguments.fsdp:  # their checkpoints have files of other names
+        return name
+    if argument := lacking_argument(Path(name), arguments.checkpoint_files):
+        raise UserError(
+            f"--resume_from_checkpoint: {name!r} was saved without --{argument}, so training cannot resume from it with that "
+            "argument: train its weights with --init_from and another --output_dir."
+        )
+    if damage := describe_damage(Path(name)):
         raise UserError(f"--resume_from_checkpoint: training cannot resume from {name!r}: {damage}.")
     return name

@@ -14,7 +14,14 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from binaryvit_runtime.errors import NonFiniteLossError, TerminatedError, UploadError, UserError, counted
+from binaryvit_runtime.errors import (
+    NonFiniteLossError,
+    TerminatedError,
+    UploadError,
+    UserError,
+    counted,
+    first_sentence,
+)
 from binaryvit_runtime.hub import prepare_hub_client, suggest_name
 from binaryvit_runtime.packed_model import check_engine_variable
 from binaryvit_runtime.writing import describe_full_disk, discard_stdout
@@ -25,6 +32,7 @@ from ..host_memory import keep_freed_memory
 from .arguments import RunArguments
 from .command_line import parse_runs
 from .forecast import describe_images, log_forecast
+from .memory_errors import FullMemoryError, is_full_memory
 from .preparation import CheckedNetwork, Inputs, check_arguments, check_network, check_output_folder, prepare
 from .process_errors import leave, rank, show_error, shown_error_code
 from .run_folder import WAIT_FOR_KILLED_RUN, EarlierRunError, FolderLocks, explain_earlier_runs
@@ -50,7 +58,7 @@ def main(arguments: list[str]) -> int:
         # A worker of the data loader puts its stack trace before the message.
         message = str(error).strip().splitlines()[-1].removeprefix("binaryvit_runtime.errors.UserError: ")
         return leave(show_error(message, 2))
-    except (NonFiniteLossError, UploadError) as error:
+    except (NonFiniteLossError, UploadError, FullMemoryError) as error:
         return leave(show_error(str(error), 1))
     except TerminatedError as error:
         return leave(show_error(str(error), 128 + signal.SIGTERM))
@@ -62,6 +70,8 @@ def main(arguments: list[str]) -> int:
         if reason := describe_dead_worker(error):
             message = f"{reason}. The same command then resumes from the last checkpoint, if there is one."
             return leave(show_error(message, 1))
+        if is_full_memory(error):  # not in a batch
+            return leave(show_error(f"The memory is full: {first_sentence(error)}", 1))
         if failure := describe_full_disk(error):
             return leave(show_error(f"The run can write no more to its output directory: {failure}.", 1))
         if (code := shown_error_code()) is None:
@@ -98,6 +108,9 @@ def train_and_evaluate(arguments: list[str]) -> None:
 def run_all(runs: list[RunArguments], locks: FolderLocks) -> None:
     # Check and prepare every run first: an error in the student's inputs must not wait for its teacher's training.
     networks = [check_network(run_arguments, run_arguments is not runs[0]) for run_arguments in runs]
+    if len(runs) == 2 and networks[0].finished and runs[-1].training.resume_from_checkpoint:
+        # The student goes on with other arguments, which its finished teacher got from the same command line.
+        networks[0] = networks[0]._replace(is_kept=True)
     check_output_folders(runs, networks)
     loaded: dict = {}
     prepared: list[Inputs] = []

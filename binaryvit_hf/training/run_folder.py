@@ -21,15 +21,16 @@ from binaryvit_runtime.writing import lock, write_file
 from ..data.arguments import DataArguments
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
-from ..run_history import read_json
+from ..run_history import ALL_RESULTS, read_json
 from .arguments import RunArguments
+from .optional_methods import ARGUMENTS_OF_FILES
 
 
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
 TRAINING_IMAGES = "_training_images.json"  # of the run that started last; never uploaded
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 TEST_PREDICTIONS = "test_predictions.csv"  # the answer to every test image
-RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", "all_results.json", TEST_PREDICTIONS)
+RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", ALL_RESULTS, TEST_PREDICTIONS)
 WAIT_FOR_KILLED_RUN = 10.0  # seconds; processes that read its images see after 5 that it has ended
 # Secrets, and arguments that may differ each time a run is resumed.
 NOT_RECORDED = {
@@ -100,6 +101,23 @@ class FolderLocks(contextlib.ExitStack):
                 return
             else:
                 self.held.add(output_dir)
+
+
+def write_results(output_dir: Path, split: str, metrics: dict) -> None:
+    """Write the results of a split, `train`, `eval` or `test`, and add them to those of all."""
+    for name, results in (
+        (f"{split}_results.json", metrics),
+        (ALL_RESULTS, read_json(output_dir / ALL_RESULTS) | metrics),
+    ):
+        write_file(output_dir / name, json.dumps(results, indent=4, sort_keys=True) + "\n")
+
+
+def read_train_results(output_dir: Path) -> dict:
+    """The results of the training in an output directory; empty if it has not ended, or was killed while it wrote them."""
+    try:
+        return read_json(output_dir / TRAIN_RESULTS)
+    except UserError:
+        return {}
 
 
 def write_test_predictions(output_dir: Path, labels: np.ndarray, predicted: np.ndarray) -> None:
@@ -174,7 +192,10 @@ def explain_earlier_runs(errors: list[EarlierRunError], teacher_dir: Path, outpu
         folders = (
             f"--output_dir {str(output_dir)!r} and its teacher's folder {str(teacher_dir)!r} hold {of_student.found}"
         )
-        return f"{folders}: choose {another}{follow}, or remove both folders."
+        resume = ""
+        if of_student.can_resume and of_teacher.can_resume and is_finished(teacher_dir):
+            resume = " --resume_from_checkpoint continues the student, with the teacher as it is."
+        return f"{folders}: choose {another}{follow}, or remove both folders.{resume}"
     holds = f"The teacher's folder {str(teacher_dir)!r} holds {of_teacher.found}"
     if any((output_dir / name).is_file() for name in (RUN_ARGUMENTS, "config.json")):
         holds += f", and --output_dir {str(output_dir)!r} holds its student"
@@ -208,10 +229,17 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
     elif processes != given[PROCESSES]:
         found = f"a run of {counted(processes, 'process')} (start {processes} to resume it, not {given[PROCESSES]})"
         raise EarlierRunError(output_dir, found, can_resume=False)
-    for name in sorted((recorded.keys() | given.keys()) - may_differ):
-        before, now = recorded.get(name), given.get(name)
-        if normalize(name, before) != normalize(name, now):
-            raise EarlierRunError(output_dir, f"a run of other arguments ({name} was {before}, not {now})")
+    compared = sorted((recorded.keys() | given.keys()) - may_differ)
+    changed = [name for name in compared if normalize(name, recorded.get(name)) != normalize(name, given.get(name))]
+    if changed:
+        name = changed[0]
+        found = f"a run of other arguments ({name} was {recorded.get(name)}, not {given.get(name)})"
+        raise EarlierRunError(output_dir, found, not any(needs_new_run(name, recorded) for name in changed))
+
+
+def needs_new_run(name: str, recorded: dict) -> bool:
+    """Whether training cannot resume with another value of an argument: its checkpoints lack the state of the new one."""
+    return name == "optim" or (name in ARGUMENTS_OF_FILES and recorded.get(name) is None)
 
 
 def compare_training_images(output_dir: Path, images: Dataset | ImageStream) -> None:
@@ -275,7 +303,15 @@ def have_moved_together(name: str, recorded: dict, given: dict) -> bool:
 
 def is_finished(output_dir: Path) -> bool:
     """Whether the last training in this folder ended."""
-    return (output_dir / TRAIN_RESULTS).is_file() and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
+    return bool(read_train_results(output_dir)) and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
+
+
+def holds_weights(output_dir: Path) -> bool:
+    """Whether a training in this folder has saved anything that another one could continue, or would overwrite."""
+    names = (TRAIN_RESULTS, "config.json")
+    return any((output_dir / name).is_file() for name in names) or any(
+        checkpoint_step(path) is not None for path in output_dir.glob("checkpoint-*")
+    )
 
 
 def record_start(output_dir: Path, arguments: RunArguments, images: Dataset | ImageStream) -> None:

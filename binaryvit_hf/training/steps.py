@@ -1,6 +1,7 @@
 """The steps of one run: load, train, evaluate, test, report, upload."""
 
 import logging
+import shlex
 import signal
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from binaryvit_runtime.errors import TerminatedError, counted
 from binaryvit_runtime.hub import resumable_upload
@@ -31,11 +33,19 @@ from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe, predict_classes
 from .forecast import steps_left
 from .learning_curves import plot_learning_curves
+from .memory_errors import is_full_memory, training_memory_error
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
 from .preparation import Inputs
-from .run_folder import TRAIN_RESULTS, FolderLocks, record_end, record_start, write_test_predictions
+from .run_folder import (
+    FolderLocks,
+    read_train_results,
+    record_end,
+    record_start,
+    write_results,
+    write_test_predictions,
+)
 from .stochastic_depth import add_drop_path
 from .trainer import DistillationTrainer
 
@@ -142,8 +152,8 @@ class TrainingRun:
             record_start(self.output_dir, self.arguments, self.inputs.images["train"])
         steps = steps_left(self.arguments, self.inputs)
         self.announce("Training: %s.", describe_length(arguments, steps))
-        earlier_metrics = read_json(self.output_dir / TRAIN_RESULTS)
-        result = trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
+        earlier_metrics = read_train_results(self.output_dir)
+        result = self.train_steps()
         if number := trainer.termination.terminated:
             saved = "the weights only (--save_only_model)" if arguments.save_only_model else "a checkpoint"
             outcome = "start again" if arguments.save_only_model else "resume"
@@ -160,7 +170,28 @@ class TrainingRun:
         metrics = {**result.metrics, "train_samples": len(self.inputs.images["train"])}
         if "train_loss" not in metrics:  # training resumed after its last step
             metrics = earlier_metrics or metrics
-        trainer.save_metrics("train", metrics | {EVALUATION_IMAGES: self.inputs.evaluation_images})
+        self.save_metrics("train", metrics | {EVALUATION_IMAGES: self.inputs.evaluation_images})
+
+    def train_steps(self) -> TrainOutput:
+        """Raises FullMemoryError if the memory does not hold a batch."""
+        trainer = self.trainer
+        try:
+            return trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
+        except (RuntimeError, MemoryError) as error:
+            if not is_full_memory(error):
+                raise
+            device, batch_size = trainer.args.device, trainer._train_batch_size
+            raise training_memory_error(error, device, batch_size, self.arguments_to_go_on()) from error
+
+    def arguments_to_go_on(self) -> str:
+        """What continues this run with another batch, which the same command alone refuses; empty before its first checkpoint."""
+        is_teacher, is_student = (self.name.startswith(name) for name in ("teacher", "student"))
+        if last := get_last_checkpoint(str(self.output_dir)):
+            return f"--{'teacher.' if is_teacher else ''}resume_from_checkpoint, to go on from {last}"
+        if is_student:
+            teacher = shlex.quote(self.arguments.model.teacher_model_name_or_path)
+            return f"--teacher_model_name_or_path {teacher}, which is trained already"
+        return ""
 
     def evaluate(self) -> None:
         """Evaluate student and teacher on the validation images."""
@@ -226,7 +257,8 @@ class TrainingRun:
         return results
 
     def save_metrics(self, split: str, metrics: dict) -> None:
-        self.trainer.save_metrics(split, metrics)
+        if self.trainer.is_world_process_zero():
+            write_results(self.output_dir, split, metrics)
 
     def report(self) -> None:
         """Write `learning_curves.png` and the model card, `README.md`, from the files of the run."""

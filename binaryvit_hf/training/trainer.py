@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -34,6 +34,7 @@ from ..data.workers import shield_workers
 from ..network.packing_binaryvit import binary_layers, packed_layers
 from ..network.quantization_binaryvit import LATENT, ShippedModel, is_latent, pack_folder, stored_tensors
 from ..ops import CONFIG_CLASSES
+from .arguments import DistillationTrainingArguments
 from .callbacks.averaging import WeightAverage
 from .callbacks.batch_norm_reestimation import first_batches, reestimate_batch_norm
 from .callbacks.checkpointed import CheckpointedCallback
@@ -42,6 +43,8 @@ from .callbacks.termination import EvaluationStopped, SaveOnTermination
 from .checkpoints import flush_to_disk
 from .compilation import StepCompiler
 from .losses import FiniteLosses, distance_from_one, distillation_loss
+from .memory_errors import evaluation_memory_error, is_full_memory
+from .run_folder import UNFINISHED_RUN_ARGUMENTS
 from .step_graph import StepGraph
 
 
@@ -55,25 +58,45 @@ class DistillationTrainer(Trainer):
     Trainer that distils from a teacher, or, without one, trains on the labels.
 
     Args:
+        args: `DistillationTrainingArguments`.
         teacher: full-precision classifier of the same labels. It is set to evaluation mode; it is neither trained nor saved.
         mix: takes and returns a training batch of images and labels (`data.augmentation.create_mix`).
+
+    Raises:
+        TypeError: `args` are of another class, or there is a `compute_loss_func`: the loss is that of `batch_loss`.
     """
 
     # compute_loss returns a mean over its batch, so the Trainer must divide by the steps of gradient accumulation.
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, model=None, *args, teacher: PreTrainedModel | None = None, mix: Callable | None = None, **kwargs
+        self,
+        model=None,
+        args: DistillationTrainingArguments | None = None,
+        *more,
+        teacher: PreTrainedModel | None = None,
+        mix: Callable | None = None,
+        **kwargs,
     ):
+        if not isinstance(args, DistillationTrainingArguments):
+            given = "none" if args is None else type(args).__name__
+            raise TypeError(
+                "DistillationTrainer needs args=DistillationTrainingArguments(...) of binaryvit_hf.training.arguments, which "
+                f"takes all of transformers' TrainingArguments; there are {given}."
+            )
         # The Trainer refuses packed models even for evaluation. `PackableModel.train` refuses to train them.
         is_packed = getattr(model, "is_quantized", False)
         if is_packed:
             model.is_quantized = False
         try:
-            super().__init__(model, *args, **kwargs)
+            super().__init__(model, args, *more, **kwargs)
         finally:
             if is_packed:
                 model.is_quantized = True
+        if self.compute_loss_func is not None:
+            raise TypeError(
+                "DistillationTrainer has a loss of its own: leave out compute_loss_func, and override batch_loss for another one."
+            )
         self.label_smoother = None  # compute_loss smooths labels itself, in training alone
         self.mix = mix
         self.train_sampler = None
@@ -139,13 +162,22 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
-        images, labels = inputs["pixel_values"], inputs["labels"]
-        if self.mix is not None:
+        images, labels = inputs["pixel_values"], inputs.get("labels")
+        if labels is None:
+            self.check_labels_are_not_needed()
+        elif self.mix is not None:
             images, labels = self.mix(images, labels)
-        if self.is_full_batch and not return_outputs:
+        if self.is_full_batch and not return_outputs and labels is not None:
             return self.graph.loss(model, images, labels, self.loss_settings)
         loss, outputs = self.batch_loss(model, images, labels)
         return (loss, outputs) if return_outputs else loss
+
+    def check_labels_are_not_needed(self) -> None:
+        """Raise UserError if the loss needs labels: that of a teacher, without a share of the labels, does not."""
+        if self.teacher is None or self.args.label_loss_weight or self.mix is not None:
+            raise UserError(
+                "The training batches have no 'labels': only a teacher without label_loss_weight and mix trains without them."
+            )
 
     @property
     def loss_settings(self) -> tuple:
@@ -154,8 +186,10 @@ class DistillationTrainer(Trainer):
         numbers = args.label_smoothing_factor, args.label_loss_weight, args.distillation_temperature
         return self.compiler.layers, self.teacher, *numbers, args.weight_regularization
 
-    def batch_loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The training loss of a batch, and the outputs of the model."""
+    def batch_loss(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        """The training loss of a batch, and the outputs of the model. `labels` may be None if the loss ignores them."""
         outputs = model(pixel_values=images)
         smoothing = self.args.label_smoothing_factor
         if self.teacher is None:
@@ -183,10 +217,11 @@ class DistillationTrainer(Trainer):
         try:
             output = super().train(*args, **kwargs)
             self.check_losses(wait=True)
+            self.check_weights()
         finally:
-            self.termination.restore()
             self.is_full_batch = False
             self.graph.forget()
+            self.termination.restore()
         # A run that resumes after its last step has no losses to average.
         if self.state.global_step == self._initial_global_step:
             output.metrics.pop("train_loss", None)
@@ -206,6 +241,8 @@ class DistillationTrainer(Trainer):
         epochs_trained, steps_trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if resume_from_checkpoint:
+            self.find_moved_best_checkpoint(Path(resume_from_checkpoint))
         lacks = self.lacks_evaluation(num_update_steps_per_epoch, max_steps)
         self.checkpoint_to_evaluate = resume_from_checkpoint if lacks else None
         step, before = self.state.global_step, self.state.epoch
@@ -225,6 +262,15 @@ class DistillationTrainer(Trainer):
                 )
             logger.warning("Training goes on at another place: %s.", moved)
         return epochs_trained, steps_trained
+
+    def find_moved_best_checkpoint(self, checkpoint: Path) -> None:
+        """Find the best checkpoint beside the resumed one: its path is of the place where the run was before it was moved."""
+        recorded = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+        if recorded is None or not (beside := checkpoint.parent / Path(recorded).name).is_dir():
+            return
+        if self.state.best_model_checkpoint is None:  # the Trainer has warned that it does not exist
+            logger.info("The best checkpoint so far is %s.", beside)
+        self.state.best_model_checkpoint = str(beside)
 
     def _run_epoch(self, *args, **kwargs):
         """Train an epoch. A run that resumes after its last step trains no further: the Trainer would add a step."""
@@ -257,12 +303,12 @@ class DistillationTrainer(Trainer):
         by_steps = args.eval_strategy == IntervalStrategy.STEPS
         return by_steps and args.eval_delay <= step and (step % state.eval_steps == 0 or is_last)
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
         self.termination.leaves_evaluations = True
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except EvaluationStopped:
-            self._save_checkpoint(self.model, trial=None)
+            self._save_checkpoint(self.model, trial)
             self.callback_handler.on_save(self.args, self.state, self.control)
         finally:
             self.termination.leaves_evaluations = False
@@ -294,6 +340,13 @@ class DistillationTrainer(Trainer):
         if broken := self.losses.first_broken(wait):
             step, value = broken
             self.raise_non_finite(f"The loss became {value} at step {step}")
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteLossError if a weight is not finite: a finite loss may have a gradient that is not."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # each process has a part
+            return
+        if not all(tensor.isfinite().all() for tensor in self.plain_model.state_dict().values()):
+            self.raise_non_finite(f"Weights became NaN or infinite at step {self.state.global_step}")
 
     def raise_non_finite(self, fault: str) -> None:
         """Raise NonFiniteLossError, with the last checkpoint in its message."""
@@ -367,6 +420,10 @@ class DistillationTrainer(Trainer):
         shuffled = self.args.train_sampling_strategy == "random" and has_length(dataset)
         if not shuffled and getattr(dataset, "stream", None) is None:
             return super()._get_train_sampler(train_dataset)
+        if self.args.balance_classes and not hasattr(dataset, "labels"):
+            raise UserError(
+                "balance_classes needs a dataset with an attribute `labels`: the class index of each image."
+            )
         self.train_sampler = create_train_sampler(
             dataset,
             self.args.repeated_augmentations,
@@ -390,12 +447,18 @@ class DistillationTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: the loss is not finite, so it must not choose a best model.
+            FullMemoryError: the memory does not hold a batch.
         """
-        if not self.is_in_train:
-            metrics = super().evaluate(*args, **kwargs)
-        else:
-            with seeded_rng(self.args.seed), self.final_weights():  # the loader draws a seed for its workers
+        try:
+            if not self.is_in_train:
                 metrics = super().evaluate(*args, **kwargs)
+            else:
+                with seeded_rng(self.args.seed), self.final_weights():  # the loader draws a seed for its workers
+                    metrics = super().evaluate(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_full_memory(error):
+                raise
+            raise evaluation_memory_error(error, self.args.device, self.args.eval_batch_size) from error
         for name, value in metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):
                 if self.is_in_train:
@@ -437,13 +500,14 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save latent weights in a checkpoint; save the final model packed, with its latent weights in `latent/`."""
         folder = Path(output_dir or self.args.output_dir)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if self.is_staging:
             super()._save(str(folder), state_dict)  # `_save_checkpoint` gives the mode
             return
         latent_folder = folder / LATENT if self.saves_packed else folder
         super()._save(str(latent_folder), state_dict)
-        # This pickle of all arguments may hold the token of the Hub, so it must not be published.
-        (latent_folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        # This pickle of all arguments may hold the token of the Hub, and `push_to_hub` of the Trainer would upload it.
+        for place in (folder, latent_folder):
+            (place / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.saves_packed and self.args.should_save:
             pack_folder(type(self.plain_model), latent_folder, folder)
             if self.processing_class is not None:
@@ -453,7 +517,8 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint to the staging folder, then rename it: every `checkpoint-…` is whole."""
         self.check_losses(wait=True)  # no checkpoint may hold their weights
-        folder = Path(self.args.output_dir)
+        self.check_weights()
+        folder = Path(self._get_output_dir(trial))
         staged = folder / STAGING / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         checkpoint = folder / staged.name
         if self.args.should_save:
@@ -477,7 +542,7 @@ class DistillationTrainer(Trainer):
             staged.rename(checkpoint)
             staged.parent.rmdir()
             rotate_checkpoints(
-                self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -494,15 +559,37 @@ class DistillationTrainer(Trainer):
             load_weights(model or self.plain_model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """Load their states. `--resume_from_checkpoint` may come with other arguments, which the states hold too."""
+        """
+        Load their states. `--resume_from_checkpoint` may come with other arguments, which the states hold too.
+
+        Raises:
+            UserError: the checkpoint has the state of another optimiser.
+        """
         given = None if self.is_fsdp_enabled or self.is_deepspeed_enabled else Hyperparameters.of(self)
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint and given is not None:
+            self.load_optimizer_and_scheduler_of(checkpoint)
             given.apply(self)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint) if checkpoint else None
         self.compiler.begin(folder)
         for callback in self.checkpointed:
             callback.checkpoint = folder
+
+    def load_optimizer_and_scheduler_of(self, checkpoint: str) -> None:
+        names = [set(group) for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            # Loading replaces the settings, and adds those that a newer PyTorch has.
+            is_other = any(known - group.keys() for known, group in zip(names, self.optimizer.param_groups))
+        except (KeyError, ValueError):
+            is_other = True
+        if is_other:
+            raise UserError(
+                f"{checkpoint!r} has the state of another optimiser than --optim {self.args.optim.value}, so training cannot "
+                "resume from it: give the --optim of its run, or train its weights with --init_from or --model_name_or_path "
+                "and another --output_dir."
+            )
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -528,13 +615,15 @@ class DistillationTrainer(Trainer):
         if is_uploading and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        model = self.plain_model
-        (ShippedModel(model) if self.saves_packed else model).save_pretrained(self.args.output_dir)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(self.args.output_dir)
-        give_usual_mode(Path(self.args.output_dir), Path(self.args.output_dir, LATENT))
-
-        uploads: list[tuple[str, str | None]] = [(self.args.output_dir, None)]
+        folder, model = Path(self.args.output_dir), self.plain_model
+        uploads: list[tuple[str, str | None]] = []
+        # A finished run that continues keeps its weights, and the repository too: the card is that of the finished run.
+        if not (folder / UNFINISHED_RUN_ARGUMENTS).is_file():
+            (ShippedModel(model) if self.saves_packed else model).save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            give_usual_mode(folder, folder / LATENT)
+            uploads.append((self.args.output_dir, None))
         if self.args.hub_strategy == HubStrategy.CHECKPOINT:
             uploads.append((checkpoint_folder, "last-checkpoint"))
         elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
@@ -543,7 +632,7 @@ class DistillationTrainer(Trainer):
         jobs = [
             api.upload_folder(
                 repo_id=self.hub_model_id,
-                folder_path=folder,
+                folder_path=source,
                 path_in_repo=path_in_repo,
                 commit_message=f"Training in progress, step {self.state.global_step}",
                 token=self.args.hub_token,
@@ -551,7 +640,7 @@ class DistillationTrainer(Trainer):
                 ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", TRAINING_ARGS_NAME],
                 run_as_future=True,
             )
-            for folder, path_in_repo in uploads
+            for source, path_in_repo in uploads
         ]
         self.push_in_progress: PushInProgress | None = PushInProgress(
             (self.push_in_progress.jobs if is_uploading else []) + jobs

@@ -3,10 +3,12 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tiny_training import EVERY_STEP, tiny_trainer
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 from binaryvit_hf.training.callbacks.termination import SaveOnTermination
 from binaryvit_hf.training.checkpoints import describe_damage, last_whole_checkpoint
@@ -42,6 +44,50 @@ def test_a_truncated_checkpoint_is_skipped_for_an_earlier_one(run, tmp_path, nam
     file.unlink()
     if name != "rng_state.pth":  # each process writes one, and a checkpoint does not record how many
         assert describe_damage(copy / "checkpoint-3") == f"{name} is missing"
+
+
+def test_a_folder_called_checkpoints_gets_the_final_model_without_the_arguments_and_their_token(tmp_path):
+    folder = tmp_path / "checkpoints"
+    trainer = tiny_trainer(folder)
+    (folder / "training_args.bin").touch()  # of transformers' Trainer
+    trainer.save_model()
+    assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "latent"}
+    assert not list(folder.rglob("training_args.bin"))
+
+
+def test_the_best_checkpoint_of_a_moved_run_is_found(tmp_path):
+    saving = {**EVERY_STEP, "load_best_model_at_end": True, "save_total_limit": 1}
+    interrupted = tiny_trainer(tmp_path / "before", **saving, metric_for_best_model="loss", max_steps=3)
+    interrupted.add_callback(Losses({1: 1.0, 2: 5.0}))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = tiny_trainer(tmp_path / "after", **saving, metric_for_best_model="loss", max_steps=3)
+    moved.add_callback(Losses({3: 5.0}))
+    moved.train(resume_from_checkpoint=str(tmp_path / "after" / "checkpoint-2"))
+    assert moved.state.best_model_checkpoint == str(tmp_path / "after" / "checkpoint-1")
+    assert [path.name for path in (tmp_path / "after").iterdir()] == ["checkpoint-1"]
+
+
+class Losses(TrainerCallback):
+    """Replaces the losses of evaluations, by the step, and interrupts the first one that has none."""
+
+    def __init__(self, losses: dict[int, float]):
+        self.losses = losses
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if state.global_step not in self.losses:
+            raise KeyboardInterrupt
+        metrics["eval_loss"] = self.losses[state.global_step]
+
+
+def test_checkpoints_of_a_hyperparameter_search_are_in_the_folder_of_their_trial(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
+    trainer.hp_space = lambda trial: {}
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # knows those of optuna
+    trainer.train(trial=SimpleNamespace(number=7, params={}))
+    assert sorted(path.name for path in (tmp_path / "run-7").iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_no_checkpoint_is_none(tmp_path):

@@ -11,10 +11,13 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from binaryvit_cli import main
+from binaryvit_hf.data.arguments import DataArguments
 from binaryvit_hf.network.packing_binaryvit import packed_layers
 from binaryvit_hf.network.quantization_binaryvit import ShippedModel
 from binaryvit_hf.training import run as script
+from binaryvit_hf.training.arguments import ModelArguments
 from binaryvit_hf.training.latent_weights import load_trainable
+from binaryvit_hf.training.models import load_processor
 from binaryvit_runtime.errors import LoadingError
 from binaryvit_runtime.resources import shipped_models
 
@@ -95,6 +98,19 @@ def test_a_shipped_model_learns_the_classes_of_own_pictures(pictures, tmp_path, 
     assert config["id2label"] == {"0": "ant", "1": "bee"}
     assert config["quantization_config"]["quant_method"] == "binaryvit"
     assert main(["classify", str(tmp_path / "own"), str(pictures / "ant" / "0.png")]) == 0
+
+
+def test_the_image_processor_of_a_subfolder_comes_before_that_of_its_repository(packed, tmp_path):
+    processor = AutoImageProcessor.from_pretrained(packed)
+    processor.image_mean = [0.1, 0.2, 0.3]
+    inner = packed / "inner"
+    inner.mkdir()
+    arguments = ModelArguments(model_name_or_path=str(packed), subfolder="inner")
+    found = load_processor(arguments, DataArguments(), tiny_config(), None)
+    assert list(found.image_mean) != processor.image_mean
+    processor.save_pretrained(inner)
+    found = load_processor(arguments, DataArguments(), tiny_config(), None)
+    assert list(found.image_mean) == processor.image_mean
 
 
 def test_a_damaged_packed_model_is_not_trained(packed):

@@ -140,7 +140,9 @@ def test_timed_steps_of_a_short_run_have_few_images(steps, images, monkeypatch):
 
 def run_with(training: dict, **inputs):
     defaults = {"do_train": True, "do_eval": True, "max_steps": -1, "num_train_epochs": 4.0, "eval_strategy": "epoch"}
-    arguments = SimpleNamespace(training=SimpleNamespace(effective_batch_size=8, **(defaults | training)))
+    defaults |= {"train_batch_size": 4, "world_size": 1, "gradient_accumulation_steps": 2}
+    defaults |= {"effective_batch_size": 8, "dataloader_drop_last": False}
+    arguments = SimpleNamespace(training=SimpleNamespace(**(defaults | training)))
     images = {"train": range(80), "validation": range(30)}
     return arguments, SimpleNamespace(**({"images": images, "finished": False, "checkpoint": None} | inputs))
 
@@ -151,6 +153,9 @@ def test_the_time_of_a_run_is_that_of_its_steps_and_evaluations(tmp_path):
     assert run_seconds(0.5, *run) == pytest.approx(0.5 * (4 * 80 + 5 * 30 / 3))  # four epochs and the final evaluation
     assert run_seconds(0.5, *run_with({"eval_strategy": "no"})) == pytest.approx(0.5 * (4 * 80 + 30 / 3))
     assert steps_left(*run_with({"max_steps": 7})) == 7
+    uneven = {"train": range(82), "validation": range(30)}
+    assert steps_left(*run_with({}, images=uneven)) == 44
+    assert steps_left(*run_with({"dataloader_drop_last": True}, images=uneven)) == 40
     assert steps_left(*run_with({}, finished=True)) == steps_left(*run_with({"do_train": False})) == 0
     (tmp_path / "trainer_state.json").write_text('{"global_step": 30}')
     assert steps_left(*run_with({}, checkpoint=str(tmp_path))) == 10

@@ -1,9 +1,11 @@
 """The optional methods: their formulas, and bit-identical weights after an interruption."""
 
 import json
+import logging
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.checkpoints import describe_damage, last_whole_checkpoint
 from binaryvit_hf.training.command_line import parse_runs
 from binaryvit_hf.training.losses import distance_from_one
+from binaryvit_hf.training.run_folder import UNFINISHED_RUN_ARGUMENTS
 from binaryvit_runtime.errors import UserError
 
 
@@ -127,13 +130,13 @@ def test_the_number_of_evaluations_changes_no_bit_of_the_weights(option, tmp_pat
     assert equal(*ends)
 
 
-def test_a_checkpoint_without_its_average_is_damaged(tmp_path):
+def test_a_checkpoint_without_an_average_is_not_resumed_from_with_one(tmp_path, caplog):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     trainer = tiny_trainer(tmp_path, ema_decay=0.5, **saving)
     trainer.train()
     files = trainer.args.checkpoint_files
-    assert files == ["average.safetensors"]
-    assert DistillationTrainingArguments(str(tmp_path)).checkpoint_files == []
+    assert files == {"average.safetensors": "ema_decay"}
+    assert DistillationTrainingArguments(str(tmp_path)).checkpoint_files == {}
     last = tmp_path / "checkpoint-2"
     assert describe_damage(last, files) is None
     (last / "model.safetensors").rename(tmp_path / "aside")  # the average does not replace the weights
@@ -143,8 +146,11 @@ def test_a_checkpoint_without_its_average_is_damaged(tmp_path):
     (last / "average.safetensors").write_bytes(average[:-8])
     assert describe_damage(last, files).startswith("average.safetensors: ")
     (last / "average.safetensors").unlink()
-    assert describe_damage(last, files) == "average.safetensors is missing"
-    assert last_whole_checkpoint(tmp_path, files) == tmp_path / "checkpoint-1"
+    assert describe_damage(last, files) == "was saved without --ema_decay"
+    with caplog.at_level(logging.WARNING):
+        assert last_whole_checkpoint(tmp_path, files) == tmp_path / "checkpoint-1"
+    assert "checkpoint-2 was saved without --ema_decay: training cannot resume from it." in caplog.text
+    assert "damaged" not in caplog.text
     assert last_whole_checkpoint(tmp_path) == last
     with pytest.raises(UserError, match=r"average.safetensors' is missing or of another run"):
         tiny_trainer(tmp_path, ema_decay=0.5, **saving).train(resume_from_checkpoint=str(last))
@@ -190,6 +196,30 @@ def test_uploads_during_training_hold_the_average(tmp_path, monkeypatch):
     for step, uploaded in enumerate(uploads, start=1):
         assert equal(uploaded, load_file(tmp_path / f"checkpoint-{step}" / "average.safetensors"))
     assert len(uploads) == 2
+
+
+def test_a_finished_run_that_continues_uploads_its_weights_at_the_end(tmp_path, monkeypatch):
+    trainer, uploads = tiny_trainer(tmp_path, push_to_hub=False), []
+    trainer.args.hub_strategy, trainer.hub_model_id, trainer.push_in_progress = HubStrategy.CHECKPOINT, "me/it", None
+    monkeypatch.setattr("binaryvit_hf.training.trainer.HfApi", lambda: SimpleNamespace(upload_folder=keep(uploads)))
+    (tmp_path / UNFINISHED_RUN_ARGUMENTS).touch()
+    trainer._push_from_checkpoint("checkpoint-1")
+    assert uploads == ["checkpoint-1"]
+    assert not (tmp_path / "model.safetensors").exists()
+    (tmp_path / UNFINISHED_RUN_ARGUMENTS).unlink()
+    trainer.push_in_progress = None
+    trainer._push_from_checkpoint("checkpoint-1")
+    assert uploads[1:] == [str(tmp_path), "checkpoint-1"]
+
+
+def keep(uploads: list[str]):
+    """`upload_folder`, which keeps the folders."""
+
+    def upload_folder(folder_path, **kwargs):
+        uploads.append(folder_path)
+        return Future()
+
+    return upload_folder
 
 
 def test_averaging_in_half_precision_trains(tmp_path):

@@ -124,7 +124,7 @@ def earlier_pair(tiny_photos, monkeypatch) -> list[str]:
     )
     for run in parse_runs(tiny_photos):
         folder = Path(run.training.output_dir)
-        folder.mkdir()
+        (folder / "checkpoint-1").mkdir(parents=True)
         (folder / RUN_ARGUMENTS).write_text(json.dumps(arguments_to_json(run)))
     return tiny_photos
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from pictures import write_pictures
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
@@ -17,6 +18,7 @@ from binaryvit_hf.network.functional_binaryvit import batch_statistics
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training import steps as run_steps
 from binaryvit_hf.training.command_line import parse_runs
+from binaryvit_hf.training.memory_errors import evaluation_memory_error, is_full_memory, training_memory_error
 from binaryvit_hf.training.model_card import write_model_card
 from binaryvit_hf.training.run_folder import (
     RUN_ARGUMENTS,
@@ -24,7 +26,9 @@ from binaryvit_hf.training.run_folder import (
     arguments_to_json,
     compare_with_recorded,
     is_finished,
+    write_results,
 )
+from binaryvit_hf.training.trainer import DistillationTrainer
 from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.writing import lock
 
@@ -189,6 +193,123 @@ def test_resuming_with_other_rates_trains_with_them(tmp_path, schedule):
     assert rates == [(2, pytest.approx(expected[0])), (3, pytest.approx(expected[1]))]
     for group in other.optimizer.param_groups:
         assert (group["weight_decay"], group["betas"][0]) == (0.0, 0.5)
+
+
+def test_a_checkpoint_of_another_optimiser_is_not_resumed_from(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(tmp_path, **saving).train()
+    for optim in ("sgd", "adagrad", "rmsprop", "adafactor"):
+        other = tiny_trainer(tmp_path, **saving, optim=optim, max_steps=4)
+        with pytest.raises(UserError, match=f"state of another optimiser than --optim {optim}"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    tiny_trainer(tmp_path, **saving, optim="adamw_torch", max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_new_arguments_whose_state_a_checkpoint_lacks_need_a_new_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_steps, "record_end", interrupt)
+    steps = [*command, "--max_steps=2", "--save_steps=1"]
+    assert script.main(steps) == 130
+    for flag in ("--optim=sgd", "--ema_decay=0.5"):
+        assert script.main([*steps, flag]) == 2
+        message = capsys.readouterr().err
+        assert "choose another --output_dir, or remove this one." in message
+    assert script.main([*steps, flag, "--resume_from_checkpoint"]) == 2
+    message = "checkpoint-2' was saved without --ema_decay, so training cannot resume from it with that argument"
+    assert message in capsys.readouterr().err
+
+
+def fill_memory(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_one_sentence(command, tmp_path, monkeypatch, capsys):
+    steps = [*command, "--max_steps=3", "--save_steps=1"]
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+    holds = "error: The machine's memory does not hold"
+    with monkeypatch.context() as full:
+        full.setattr(DistillationTrainer, "batch_loss", fill_memory(error))
+        assert script.main(steps) == 1
+        message = capsys.readouterr().err
+        assert (
+            f"{holds} a training batch of 4 images: run the same command with a smaller --per_device_train" in message
+        )
+        assert message.endswith("for as many images per step.\n")
+    # Nothing was saved, so the same folder takes another batch.
+    smaller = [*steps, "--per_device_train_batch_size=2", "--do_eval", "--eval_strategy=steps", "--eval_steps=2"]
+    with monkeypatch.context() as full:
+        full.setattr(DistillationTrainer, "evaluation_loop", fill_memory(error))
+        assert script.main(smaller) == 1
+        assert f"{holds} an evaluation batch of 8 images: run the same command again with a" in capsys.readouterr().err
+    smaller.append("--per_device_eval_batch_size=2")
+    with monkeypatch.context() as full:
+        full.setattr(DistillationTrainer, "make_missed_evaluation", fill_memory(error))
+        assert script.main(smaller) == 1
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert f"and --resume_from_checkpoint, to go on from {checkpoint}." in capsys.readouterr().err
+    assert script.main([*smaller, "--per_device_train_batch_size=1", "--resume_from_checkpoint"]) == 0
+
+
+def test_a_full_memory_is_told_from_a_batch_that_can_become_smaller():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    assert should_reduce_batch_size(full)
+    assert not should_reduce_batch_size(evaluation_memory_error(full, gpu, 8))  # --auto_find_batch_size would not end
+    assert str(training_memory_error(full, gpu, 8, "")).startswith("The GPU's memory does not hold")
+    assert str(training_memory_error(MemoryError(), gpu, 8, "")).startswith("The machine's memory does not hold")
+    last = RuntimeError("No executable batch size found, reached zero.")  # of --auto_find_batch_size
+    assert is_full_memory(last)
+    assert str(training_memory_error(last, cpu, 1, "")).endswith("choose a smaller network, or smaller images.")
+    assert not is_full_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_the_finished_teacher_of_a_student_that_continues_is_taken_as_it_is(photos, tmp_path, caplog, capsys):
+    tiny_config().save_pretrained(tmp_path / "tiny")
+    values = {
+        "config_name": str(tmp_path / "tiny"),
+        "train_dir": str(photos),
+        "validation_dir": str(photos),
+        "output_dir": str(tmp_path / "out"),
+        "do_train": True,
+        "use_cpu": True,
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 4,
+        "teacher": {"config_name": str(tmp_path / "tiny"), "max_steps": 1},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    other = [str(tmp_path / "run.json"), "--learning_rate=0.01"]
+    assert script.main(other[:1]) == 0
+    assert script.main(other) == 2
+    assert "--resume_from_checkpoint continues the student, with the teacher as it is." in capsys.readouterr().err
+    before = (tmp_path / "out-teacher" / RUN_ARGUMENTS).read_bytes()
+    with caplog.at_level(logging.INFO):
+        assert script.main([*other, "--resume_from_checkpoint", "--max_steps=3"]) == 0
+    assert f"{tmp_path / 'out-teacher'} is trained already and taken as it is" in caplog.text
+    assert (tmp_path / "out-teacher" / RUN_ARGUMENTS).read_bytes() == before
+    assert recorded_steps(tmp_path / "out") == 3
+
+
+@pytest.mark.parametrize("content", ["", '{"train_loss": '])
+def test_results_that_a_killed_run_wrote_in_part_are_no_finished_run(content, command, tmp_path):
+    steps = [*command, "--max_steps=2", "--save_steps=1"]
+    assert script.main(steps) == 0
+    (tmp_path / "out" / "train_results.json").write_text(content)
+    assert not is_finished(tmp_path / "out")
+    assert script.main(steps) == 0
+    assert is_finished(tmp_path / "out")
+
+
+def test_results_are_written_whole_and_added_to_all(tmp_path, monkeypatch):
+    write_results(tmp_path, "eval", {"eval_loss": 2.0})
+    write_results(tmp_path, "eval", {"eval_accuracy": 0.5})
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_accuracy": 0.5}
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"eval_accuracy": 0.5, "eval_loss": 2.0}
+    (tmp_path / "all_results.json").write_text("{")
+    with pytest.raises(UserError, match=r"all_results.json' is damaged"):
+        write_results(tmp_path, "eval", {})
 
 
 def test_a_trailing_slash_of_the_output_directory_is_not_in_the_teachers_name(tmp_path):

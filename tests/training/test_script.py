@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -318,6 +319,16 @@ def test_output_directory_of_another_model_is_refused(photos, config, tmp_path, 
     common = ["--config_name", config, "--train_dir", photos, "--output_dir", tmp_path / "out", *TRAIN]
     assert_refused(run_script(*common), "holds another model's run", "depths", "choose another --output_dir")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to a process of its own")
+def test_an_interruption_of_the_imports_has_no_stack_trace(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "binaryvit_hf").mkdir()
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "binaryvit_hf" / "__init__.py").write_text(interrupt)
+    result = subprocess.run([sys.executable, SCRIPT.name], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,28 @@ def test_a_signal_in_a_later_evaluation_ends_the_process_as_ever(trainer):
     assert "eval_loss" in run.evaluate()
 
 
+def test_a_signal_after_the_last_step_is_for_the_handler_before(trainer):
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        run = trainer(auto_find_batch_size=True, per_device_train_batch_size=2)
+        step, calls = run.training_step, itertools.count()
+
+        def fill_the_memory_once(*args, **kwargs):
+            if next(calls) == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return step(*args, **kwargs)
+
+        run.training_step = fill_the_memory_once  # training begins twice
+        run.add_callback(At("on_train_end", terminate))
+        run.train()
+        assert (got, run.state.global_step) == ([signal.SIGTERM], 4)
+        terminate()
+        assert got == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_nohup_keeps_its_effect(trainer):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

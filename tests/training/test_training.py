@@ -1,13 +1,14 @@
 """The distillation loss, and the training, evaluation and checkpoints of the trainer."""
 
 import multiprocessing
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, tiny_teacher, tiny_trainer
-from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, TrainingArguments
 
 from binaryvit_hf.network.layers_binaryvit import BinaryLayer
 from binaryvit_hf.network.modeling_binaryvit import BinaryViTAttention
@@ -16,7 +17,8 @@ from binaryvit_hf.training.callbacks.positive_clips import SMALLEST_CLIP
 from binaryvit_hf.training.losses import distillation_loss
 from binaryvit_hf.training.metrics import TopKAccuracy
 from binaryvit_hf.training.steps import log_batch
-from binaryvit_runtime.errors import NonFiniteLossError
+from binaryvit_hf.training.trainer import DistillationTrainer
+from binaryvit_runtime.errors import NonFiniteLossError, UserError
 
 
 STUDENT = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
@@ -108,6 +110,44 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path):
         trainer.train()
     saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-1")
     assert all(tensor.isfinite().all() for tensor in saved.state_dict().values())
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(tmp_path):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3)
+    bias = trainer.model.classifier.bias
+    bias.register_hook(lambda grad: grad * (float("nan") if trainer.state.global_step == 1 else 1.0))
+    with pytest.raises(NonFiniteLossError, match=r"Weights became NaN .* step 2.*last good checkpoint is .*-1\."):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "DistillationTrainingArguments.* there are none"),
+        ({"args": TrainingArguments("out", use_cpu=True)}, "DistillationTrainingArguments.* there are TrainingArg"),
+        (
+            {"args": DistillationTrainingArguments("out", use_cpu=True), "compute_loss_func": lambda *batch: 0},
+            "leave out compute_loss_func",
+        ),
+    ],
+)
+def test_arguments_that_the_trainer_does_not_take_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        DistillationTrainer(tiny_model(), **options)
+
+
+def test_a_teacher_needs_no_labels_and_every_other_loss_does(tmp_path):
+    images = [{"pixel_values": image} for image in tiny_images(8)]
+    for teacher, arguments in ((tiny_teacher(), {}), (None, {}), (tiny_teacher(), {"label_loss_weight": 0.5})):
+        trainer = tiny_trainer(tmp_path, teacher=teacher, **arguments)
+        trainer.train_dataset = images
+        with nullcontext() if teacher and not arguments else pytest.raises(UserError, match="have no 'labels'"):
+            trainer.train()
+            assert trainer.state.global_step == 2
+    balanced = tiny_trainer(tmp_path, balance_classes=True)
+    with pytest.raises(UserError, match="an attribute `labels`"):
+        balanced.train()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -33,6 +33,7 @@ class SaveOnTermination(TrainerCallback):
         self.handlers_before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.restore()  # --auto_find_batch_size begins again
         self.requested = self.terminated = 0
         with contextlib.suppress(ValueError):  # Python handles signals in the main thread only
             for number in ending_signals():
@@ -67,6 +68,9 @@ class SaveOnTermination(TrainerCallback):
         return int(requested)
 
     def restore(self) -> None:
-        """Give the signals their previous handlers."""
+        """Give the signals their previous handlers. One that came after the last step is for them."""
         while self.handlers_before:
             signal.signal(*self.handlers_before.popitem())
+        if (number := self.requested) and not self.terminated:
+            self.requested = 0
+            signal.raise_signal(number)
