@@ -213,6 +213,23 @@ def test_a_command_that_needs_pytorch_says_so(command, capsys, without_pytorch):
     assert capsys.readouterr().err == needs
 
 
+@pytest.mark.parametrize(
+    "library, fault",
+    [
+        ("torch", "OSError('libcudart.so.12: cannot open')"),
+        ("transformers", "ImportError('another libcudart.so.12 is needed')"),
+    ],
+)
+def test_a_pytorch_that_cannot_be_imported_is_one_sentence_and_a_row_of_doctor(
+    library, fault, capsys, monkeypatch, tmp_path
+):
+    (tmp_path / f"{library}.py").write_text(f"raise {fault}")
+    monkeypatch.delitem(sys.modules, library)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert_refused(capsys, ["ops", "a"], "binaryvit ops needs PyTorch, which cannot be used: ", "libcudart.so.12")
+    assert re.search("^PyTorch +cannot be used: .*libcudart.so.12", run(capsys, "doctor"), re.MULTILINE)
+
+
 def test_a_torchvision_of_another_pytorch_is_named_with_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
