@@ -5,11 +5,11 @@ import contextlib
 import importlib
 import importlib.util
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError, first_sentence, one_line
+from binaryvit_runtime.progress import write_line
 from binaryvit_runtime.resources import installation, shipped_models
 from binaryvit_runtime.sources import describe_neighbours, describe_unfinished_run
 
@@ -27,7 +27,7 @@ def example_picture() -> str:
 
 
 def print_error(message: str) -> None:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    write_line(f"error: {one_line(message)}")
 
 
 def check_model_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from binaryvit_runtime.errors import UserError, did_you_mean
 
 
-MAX_WIDTH = 100  # of help, in characters
+MIN_WIDTH, MAX_WIDTH = 24, 100  # of help, in characters
 TRAINING = "Training is a program of its own: `python -m binaryvit_hf.training --help`."
 
 
@@ -52,7 +52,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def help_width() -> int:
-    return min(shutil.get_terminal_size().columns - 2, MAX_WIDTH)
+    return min(max(shutil.get_terminal_size().columns - 2, MIN_WIDTH), MAX_WIDTH)
 
 
 def create_parser(groups: dict[str, dict[str, ModuleType]]) -> CommandParser:
