@@ -26,7 +26,9 @@ class CommandParser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            self.error(f"there is no argument {unknown[0]!r}{did_you_mean(unknown[0], known, otherwise='')}")
+            together = "" if unknown[0].startswith("-") else ": names stand together, before or after the options"
+            suggestion = together or did_you_mean(unknown[0], known, otherwise="")
+            self.error(f"there is no argument {unknown[0]!r}{suggestion}")
         return namespace, unknown
 
     def _check_value(self, action, value):
