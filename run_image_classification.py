@@ -27,7 +27,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 
 try:
     from binaryvit_hf.training import start
-except ImportError as error:
+except (ImportError, OSError) as error:  # OSError: PyTorch lacks a library of the system
     sys.exit(f"error: {error}\nInstall what training needs, in the folder of this script: pip install -e '.[train]'")
 except ValueError as error:  # two libraries do not fit; the sentence says what to do
     sys.exit(f"error: {error}")

@@ -1,11 +1,14 @@
 """What setup.cfg cannot say: the compiled libraries, and folders that are installed under another name."""
 
 import os
+import runpy
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 
@@ -13,6 +16,8 @@ ENGINE = Path("binaryvit_hf", "runtime", "engine")
 ROW_KERNELS = Path("binaryvit_hf", "row_kernels")
 # Each source says itself what its CPU has. Products and sums may become one operation, also in strict C++.
 FLAGS = "-std=c++17 -O3 -g0 -ffp-contract=fast -pthread -Wno-psabi"
+# Importing it would import the package and numpy, which a build has not.
+fingerprint = runpy.run_path(str(ENGINE / "fingerprint.py"))["fingerprint"]
 
 # Packages whose folders have other names (`package_dir` of setup.cfg).
 RENAMED = [
@@ -23,11 +28,14 @@ RENAMED_FOLDERS = ["binaryvit_hf.runtime*", "binaryvit_hf.cli*"]
 
 
 def library(name: str, folder: Path, shared: tuple[Path, ...] = (), flags: str = "") -> Extension:
-    """A plain C++ library of all sources of a folder, and of some shared with another."""
+    """A plain C++ library of all sources of a folder, and of some shared with another, whose headers lie beside them."""
+    headers = [path for kind in ("*.h", "*.inc") for path in folder.glob(kind)]
+    headers += [header for path in shared for header in path.parent.glob("*.h")]
     return Extension(
         name,
         sources=sorted(path.as_posix() for path in [*folder.glob("*.cpp"), *shared]),
-        depends=sorted(path.as_posix() for kind in ("*.h", "*.inc") for path in folder.glob(kind)),
+        depends=sorted(path.as_posix() for path in [*headers, Path("setup.py")]),  # with the flags
+        define_macros=[("BINARYVIT_INTERFACE", f'"{fingerprint(folder)}"')],
         language="c++",
         extra_compile_args=[*FLAGS.split(), *flags.split()],
         extra_link_args=["-pthread"],
@@ -35,8 +43,24 @@ def library(name: str, folder: Path, shared: tuple[Path, ...] = (), flags: str =
     )
 
 
+class CleanBuild(build):
+    """Builds without the modules of an earlier build, which may no longer exist: setuptools would install them."""
+
+    def run(self) -> None:
+        if Path(self.build_base) in Path(self.build_lib).parents:  # not a folder that somebody named
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class ParallelBuild(build_ext):
     """Compiles the sources of a library at once, where setuptools compiles one after the other."""
+
+    def build_extension(self, ext: Extension) -> None:
+        built = Path(self.get_ext_fullpath(ext.name))
+        interface = dict(ext.define_macros)["BINARYVIT_INTERFACE"].strip('"').encode()
+        if built.is_file() and interface not in built.read_bytes():
+            self.force = True  # also if the sources are older than it: they may have been copied with their dates
+        super().build_extension(ext)
 
     def build_extensions(self) -> None:
         compile_in_turn = self.compiler.compile
@@ -59,7 +83,7 @@ libraries = [
 ]
 setup(
     packages=[*find_packages(include=["binaryvit_hf", "binaryvit_hf.*"], exclude=RENAMED_FOLDERS), *RENAMED],
-    cmdclass={"build_ext": ParallelBuild},
+    cmdclass={"build": CleanBuild, "build_ext": ParallelBuild},
     # The sources use vector types of GCC and Clang, which Microsoft's compiler does not have.
     ext_modules=[] if sys.platform == "win32" else libraries,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST_MEGABYTES = 84  # of the runtime and its libraries, above Python
 INSTALLED = (
-    *(f"binaryvit_hf/*.{kind}" for kind in ("py", "wasm", "js", "mjs", "d.ts", "html", "css")),
+    *(f"binaryvit_hf/*.{kind}" for kind in ("py", "typed", "wasm", "js", "mjs", "d.ts", "html", "css")),
     "configs/*.json",
     "model_cards/*",
     ":(exclude)model_cards/*/latent/*",
@@ -59,7 +59,7 @@ def check_runtime(wheel: Path, environment: Path) -> None:
     """Classify with the command of README.md for machines without PyTorch."""
     run(sys.executable, "-m", "venv", environment, folder=ROOT)
     before = bytes_of(environment)
-    packages = ("numpy", "pillow<13", "safetensors")
+    packages = ("numpy>=1.26", "pillow>=11,<13", "safetensors>=0.8")
     run(
         environment / "bin" / "pip", "install", "-q", "--no-deps", "--no-compile", wheel, *packages, folder=environment
     )

@@ -30,6 +30,8 @@ else:
     limit_spinning()  # before PyTorch is imported
     check_torchvision()  # before transformers imports it
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .network.configuration_binaryvit import BinaryViTConfig
@@ -41,6 +43,9 @@ from .network.modeling_binaryvit import (
 )
 from .network.quantization_binaryvit import BinaryViTQuantizationConfig
 
+
+if TYPE_CHECKING:
+    from .network.image_processing_binaryvit import BinaryViTImageProcessor
 
 __version__ = package_version()
 
@@ -56,6 +61,10 @@ def __getattr__(name: str):
 
         return BinaryViTImageProcessor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,13 @@ from hub_server import ALICE, BOB, HubServer, client_environment
 from warm_python import WarmPython
 
 
-# Set before Hugging Face libraries are imported: the tests must not use the network or the user's cache of models.
+# Set before Hugging Face libraries are imported: the tests must not use the network, or the caches and settings of the user.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit what the first process sets
+    CACHES = tempfile.TemporaryDirectory(prefix="binaryvit-tests-", ignore_cleanup_errors=True)
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+        del os.environ[name]
+    os.environ["HF_HOME"] = os.path.join(CACHES.name, "hf")
+    os.environ["MPLCONFIGDIR"] = os.path.join(CACHES.name, "matplotlib")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Two tests run at once, on as few as two cores. Threads that spin while they wait would slow both.

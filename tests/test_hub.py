@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from hub_server import ALICE, BOB
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors.torch import load
@@ -328,3 +331,8 @@ def test_push_leaves_out_the_parts_of_sharded_weights_that_it_packs(server, clie
 def test_the_suggested_name_of_a_repository_is_one_that_the_hub_allows(folder, name, tmp_path):
     assert suggest_name(tmp_path / folder) == name
     validate_repo_id(name)
+
+
+def test_the_tests_have_caches_of_their_own():
+    for cache in (HF_HOME, HF_HUB_CACHE, matplotlib.get_cachedir()):
+        assert Path(cache).is_relative_to(tempfile.gettempdir()) and "binaryvit-tests-" in cache

@@ -69,7 +69,7 @@ def test_the_small_installation_is_the_one_that_is_measured():
     guide = (ROOT / "docs" / "pages" / "guides" / "runtime.md").read_text(encoding="utf-8")
     commands = re.findall(r"pip install --no-deps[^`\n]*", TEXT + guide)
     assert commands == 2 * [
-        'pip install --no-deps --no-compile . numpy "pillow<13" safetensors'
+        'pip install --no-deps --no-compile . "numpy>=1.26" "pillow>=11,<13" "safetensors>=0.8"'
     ]  # as .ci/check_package.py
 
 

@@ -33,7 +33,7 @@ import signal
 import sys
 
 from binaryvit_runtime.errors import RunError, UploadError, UserError
-from binaryvit_runtime.writing import describe_full_disk, discard_stdout
+from binaryvit_runtime.writing import describe_full_disk, discard_output
 
 from .common import prepare_libraries, print_error
 from .parser import CommandParser, create_parser
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = options.run(options) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # for example `| head`
-        discard_stdout()
+        discard_output(sys.stdout)
         return 128 + 13  # the exit code that a shell reports for SIGPIPE
     except (UserError, RunError, UploadError) as error:
         print_error(str(error))

@@ -1,11 +1,11 @@
 """`binaryvit card`: writes the model card of a folder."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from binaryvit_runtime.errors import first_sentence, one_line
-from binaryvit_runtime.writing import check_writable_file
+from binaryvit_runtime.progress import write_line
+from binaryvit_runtime.writing import check_writable_file, is_stream
 
 from .common import check_model_folder, needs_extra
 
@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> None:
     out = options.out or options.folder / "README.md"
     check_writable_file(out)
     write_card(options.folder, options.model_id or str(options.folder), out)
-    print(out)
+    if not is_stream(out):
+        print(out)
 
 
 def write_card(folder: Path, model_id: str, path: Path | None = None) -> None:
@@ -46,4 +47,4 @@ def write_card_if_possible(folder: Path, model_id: str) -> None:
     try:
         write_card(folder, model_id)
     except Exception as error:  # the files that the card is made from may be damaged in any way
-        print(one_line(f"There is no model card: {first_sentence(error)}"), file=sys.stderr)
+        write_line(one_line(f"There is no model card: {first_sentence(error)}"))

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from binaryvit_runtime.image_files import list_images
     from binaryvit_runtime.pixels import choose_background, describe_transparent
-    from binaryvit_runtime.progress import Progress, with_progress
+    from binaryvit_runtime.progress import Progress, with_progress, write_line
 
     if options.top_k < 1:
         raise UserError(f"--top-k is the number of labels to print, 1 or more, not {options.top_k}.")
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     with Progress(f"Loading {options.model!r}"):
         classify, in_percent = load_classifier(options)
     for note in notes:
-        print(note, file=sys.stderr)
+        write_line(note)
     answers = []
     background, stream = classify(files)
     # As text the answers themselves show how far it is.
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if transparent and background is None:
         images = counted(len(answers), "image")
         dropped = "Transparency is dropped as in training"
-        print(describe_transparent(len(transparent), images, transparent[0], dropped), file=sys.stderr)
+        write_line(describe_transparent(len(transparent), images, transparent[0], dropped))
     return 1 if any(answer.error for answer in answers) else 0
 
 

@@ -5,11 +5,11 @@ import contextlib
 import importlib
 import importlib.util
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from binaryvit_runtime.errors import UserError, one_line
+from binaryvit_runtime.errors import UserError, first_sentence, one_line
+from binaryvit_runtime.progress import write_line
 from binaryvit_runtime.resources import installation, shipped_models
 from binaryvit_runtime.sources import describe_neighbours, describe_unfinished_run
 
@@ -27,7 +27,7 @@ def example_picture() -> str:
 
 
 def print_error(message: str) -> None:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    write_line(f"error: {one_line(message)}")
 
 
 def check_model_folder(folder: Path) -> None:
@@ -80,16 +80,32 @@ def has_pytorch() -> bool:
     return all(importlib.util.find_spec(library) is not None for library in ("torch", "transformers"))
 
 
+def import_problem() -> str | None:
+    """The reason why PyTorch or transformers, which are installed, cannot be imported, or `None`."""
+    try:
+        for library in ("torch", "transformers"):
+            importlib.import_module(library)
+    except (
+        Exception
+    ) as error:  # ImportError of another version, OSError of a missing libcudart, and what else is broken
+        return first_sentence(error)
+    return None
+
+
 def prepare_libraries(program: str) -> None:
     """
     Args:
         program: the command, for messages.
 
     Raises:
-        UserError: PyTorch is not installed, or BINARYVIT_ENGINE names kernels that this machine does not have.
+        UserError: PyTorch is not installed or cannot be imported, or BINARYVIT_ENGINE names kernels that this machine does not have.
     """
     if not has_pytorch():
         raise UserError(f"{program} needs PyTorch: {installation()}.")
+    if problem := import_problem():
+        raise UserError(
+            f"{program} needs PyTorch, which cannot be used: {problem}. `binaryvit doctor` lists versions."
+        )
     from transformers.utils.logging import disable_progress_bar
 
     from binaryvit_runtime.hub import prepare_hub_client

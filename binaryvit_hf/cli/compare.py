@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("binaryvit_hf").setLevel(logging.INFO)
     measured = compare_runs(options.runs, options.steps)
+    # First, because the file may not be writable any more, and the measurements take long.
+    print(json.dumps(measured, indent=2) if options.json else format_text(measured), flush=True)
     if options.out:
         write_file(options.out, format_markdown(measured))
-    print(json.dumps(measured, indent=2) if options.json else format_text(measured))

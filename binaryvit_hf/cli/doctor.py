@@ -9,7 +9,7 @@ from importlib import metadata
 from binaryvit_runtime.errors import UnsupportedModelError, counted
 from binaryvit_runtime.resources import installation, package_version
 
-from .common import has_pytorch
+from .common import has_pytorch, import_problem
 
 
 NEEDS_PYTORCH = False
@@ -28,7 +28,9 @@ def run(options: argparse.Namespace) -> None:
     """
     from binaryvit_runtime import engine
 
-    of_pytorch = describe_pytorch()
+    problem = import_problem() if has_pytorch() else "it is not installed"
+    usable = problem is None
+    of_pytorch = describe_pytorch(usable)
     rows = {
         "binaryvit_hf": package_version(),
         "Python": platform.python_version(),
@@ -38,11 +40,13 @@ def run(options: argparse.Namespace) -> None:
         "GPU": of_pytorch["GPU"],
         "kernels built": ", ".join(engine.kernels_built()) or f"none: {engine.problem()}",
         "kernels this CPU runs": ", ".join(engine.kernels_here()) or "none",
-        "packed models run on": describe_engine_choice(),
+        "packed models run on": describe_engine_choice(usable),
         "on threads of": of_pytorch["threads of"],
-        "training on the CPU runs on": describe_training(),
+        "training on the CPU runs on": describe_training(usable),
     }
-    if not has_pytorch():
+    if has_pytorch() and not usable:
+        rows["PyTorch"] = f"cannot be used: {problem}"
+    if not usable:
         rows["commands"] = f"{', '.join(commands_without_pytorch())}; the others need PyTorch: {installation()}"
     width = max(map(len, rows))
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
@@ -67,9 +71,14 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def describe_pytorch() -> dict[str, str]:
-    """What PyTorch says about this machine: number of threads, GPU, whose threads the engine uses."""
-    if not has_pytorch():
+def describe_pytorch(usable: bool) -> dict[str, str]:
+    """
+    What PyTorch says about this machine: number of threads, GPU, whose threads the engine uses.
+
+    Args:
+        usable: whether PyTorch and transformers can be imported, also in the next functions.
+    """
+    if not usable:
         from binaryvit_runtime.cpus import available_cpus
 
         return {
@@ -98,9 +107,9 @@ def describe_gpu() -> str:
     return torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type
 
 
-def describe_training() -> str:
+def describe_training(usable: bool) -> str:
     """What computes training in float32 on the CPU."""
-    if not has_pytorch():
+    if not usable:
         return "nothing: it needs PyTorch"
     from binaryvit_hf import row_kernels
     from binaryvit_hf.network.functional_binaryvit import row_kernels_obstacle
@@ -109,7 +118,7 @@ def describe_training() -> str:
     return f"torch ({obstacle})" if obstacle else f"row kernels, {row_kernels.instruction_sets()[0]}"
 
 
-def describe_engine_choice() -> str:
+def describe_engine_choice(usable: bool) -> str:
     """
     Raises:
         UserError: BINARYVIT_ENGINE names kernels that this machine does not have.
@@ -119,7 +128,7 @@ def describe_engine_choice() -> str:
     try:
         chosen = choose_kernels()
     except UnsupportedModelError as error:
-        if not has_pytorch():
+        if not usable:
             return f"nothing: {error}"
         chosen = TORCH
     if os.environ.get(ENGINE_VARIABLE):

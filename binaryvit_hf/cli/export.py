@@ -1,11 +1,10 @@
 """`binaryvit export`: writes a model as ONNX."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
-from binaryvit_runtime.progress import Progress
+from binaryvit_runtime.progress import Progress, write_line
 from binaryvit_runtime.resources import shipped_models
 from binaryvit_runtime.writing import check_writable_file
 
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     model, processor = load_model(options.model, source, options.token, dtype=torch.float32)
     if processor is None:
         note = f"{options.model!r} has no image processor, so the file does not describe the preprocessing."
-        print(note, file=sys.stderr)
+        write_line(note)
     with Progress("Exporting: the network is traced and checked"):
         file = export_onnx(model, processor, options.out)
     print(f"{options.out}: {readable(file.bytes, 'B')} ({readable(file.float_bytes, 'B')} in float32), opset {OPSET}")

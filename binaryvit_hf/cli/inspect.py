@@ -2,12 +2,11 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from binaryvit_runtime.errors import UserError, first_sentence, one_line
-from binaryvit_runtime.progress import Progress
+from binaryvit_runtime.progress import Progress, write_line
 from binaryvit_runtime.resources import shipped_models
 from binaryvit_runtime.sources import RUN_ARGUMENTS
 
@@ -72,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     if given and processor is None:
         raise UserError(f"{options.model!r} has no image processor (preprocessor_config.json), which --images needs.")
     for note in notes:
-        print(note, file=sys.stderr)
+        write_line(note)
     folder = files_folder(source, options.token)
     records = read_records(folder)
     pictures: Pictures | None = None
@@ -104,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         if given:
             print_error(fault)
         else:  # nobody asked for this picture
-            print(one_line(fault), file=sys.stderr)
+            write_line(one_line(fault))
     if options.out is not None:
         print(f"\n{options.out}: open it in a browser.")
     return 1 if given and faults else 0
@@ -132,6 +131,6 @@ def evaluation_pictures(folder: Path) -> "Pictures | None":
 
         images = evaluation_images(folder, EVALUATION_PICTURES, download=False)
     except Exception as error:  # datasets fail in many ways, and a report without pictures is still a report
-        print(one_line(f"The evaluation images of the run cannot be loaded: {first_sentence(error)}"), file=sys.stderr)
+        write_line(one_line(f"The evaluation images of the run cannot be loaded: {first_sentence(error)}"))
         return None
     return Pictures(images, len(images), "evaluation picture")

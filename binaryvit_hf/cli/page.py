@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
         metavar="OUT",
-        type=Path,
+        type=output_path,
         help="folder to write (with --single-file a file), new or empty, or an earlier page, which is replaced",
     )
     parser.add_argument(
@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write one HTML file, which also opens from the disk (default: a folder, which needs a web server)",
     )
     add_token_argument(parser)
+
+
+def output_path(text: str) -> Path:
+    if not text:  # such as a variable that is not set; `Path` would make the working folder of it
+        raise argparse.ArgumentTypeError("its name is empty")
+    return Path(text)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from binaryvit_runtime.errors import UserError, did_you_mean
 
 
-MAX_WIDTH = 100  # of help, in characters
+MIN_WIDTH, MAX_WIDTH = 24, 100  # of help, in characters
 TRAINING = "Training is a program of its own: `python -m binaryvit_hf.training --help`."
 
 
@@ -26,7 +26,9 @@ class CommandParser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            self.error(f"there is no argument {unknown[0]!r}{did_you_mean(unknown[0], known, otherwise='')}")
+            together = "" if unknown[0].startswith("-") else ": names stand together, before or after the options"
+            suggestion = together or did_you_mean(unknown[0], known, otherwise="")
+            self.error(f"there is no argument {unknown[0]!r}{suggestion}")
         return namespace, unknown
 
     def _check_value(self, action, value):
@@ -52,7 +54,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def help_width() -> int:
-    return min(shutil.get_terminal_size().columns - 2, MAX_WIDTH)
+    return min(max(shutil.get_terminal_size().columns - 2, MIN_WIDTH), MAX_WIDTH)
 
 
 def create_parser(groups: dict[str, dict[str, ModuleType]]) -> CommandParser:

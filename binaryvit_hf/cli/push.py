@@ -3,12 +3,11 @@
 import argparse
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 from binaryvit_runtime.errors import UserError
-from binaryvit_runtime.progress import Progress
+from binaryvit_runtime.progress import Progress, write_line
 from binaryvit_runtime.resources import HUB_CLIENT
 from binaryvit_runtime.writing import reported_write_errors
 
@@ -72,7 +71,7 @@ def push_model(options: argparse.Namespace) -> None:
     # A model or processor that does not load is not published.
     model, _ = load_model(str(folder), str(folder), options.token)
     if model.config.model_type == QUANT_METHOD and model.config.weight_bits == 32:
-        print(NOTHING_TO_PACK, file=sys.stderr)
+        write_line(NOTHING_TO_PACK)
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging) / "model"
         copy_folder(folder, staged, is_latent(model))

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
+from binaryvit_runtime.engine.fingerprint import describe_other_sources
+
 from ..engine import openmp_of_torch
 
 
@@ -97,6 +99,8 @@ def load_library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"{built[0].name} cannot be loaded: {error}"
+    if other := describe_other_sources(library, built[0].parent):
+        return f"they were {other}"
     library.instruction_sets.restype = ctypes.c_char_p
     runtime = openmp_of_torch()
     if runtime is not None:

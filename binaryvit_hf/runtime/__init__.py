@@ -14,7 +14,13 @@ From top to bottom:
 - `cpus` counts CPUs and limits spinning threads; `errors` and `writing` serve the whole package.
 """
 
+from typing import TYPE_CHECKING
+
 from .errors import UnsupportedModelError, UserError
+
+
+if TYPE_CHECKING:
+    from .classifier import Answer, Classifier
 
 
 __all__ = ["Answer", "Classifier", "UnsupportedModelError", "UserError"]
@@ -27,3 +33,7 @@ def __getattr__(name: str):
 
         return getattr(classifier, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

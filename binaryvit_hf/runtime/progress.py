@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from .errors import counted
+from .writing import discard_output
 
 
 FIRST_LINE = 5.0  # seconds
@@ -16,9 +17,13 @@ Item = TypeVar("Item")
 
 
 def write_line(line: str) -> None:
+    """Write a line to stderr, if it has a reader. Without one the answers on stdout are still wanted."""
     if sys.stderr is not None:
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        try:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+        except BrokenPipeError:
+            discard_output(sys.stderr)
 
 
 class Progress:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -224,9 +225,13 @@ def describe_full_disk(error: Exception) -> str | None:
     return describe_write_failure(error)
 
 
+def discard_output(stream: TextIO) -> None:
+    """Discard what is still written to stdout or stderr: the reader has gone, and Python flushes both again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def discard_stdout() -> None:
-    """Discard what is still printed: the reader has gone, and Python flushes stdout again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard_output(sys.stdout)
 
 
 def staging_prefix(target: Path) -> str:

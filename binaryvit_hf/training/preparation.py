@@ -38,11 +38,8 @@ from .run_folder import (
     EarlierRunError,
     compare_training_images,
     compare_with_recorded,
-<<<<<<< HEAD
     compare_with_training_images,
-=======
     holds_weights,
->>>>>>> abl
     is_finished,
     read_json,
 )

@@ -120,12 +120,30 @@ def test_examples_work_as_they_stand(command, tmp_path, monkeypatch, capsys):
             ["classify", "a", "b", "--topk", "3"],
             "There is no argument '--topk'; did you mean '--top-k'? See `binaryvit cl",
         ),
+        (
+            ["classify", "a", "b.png", "--json", "c.png"],
+            "There is no argument 'c.png': names stand together, before or after the options. See",
+        ),
+        (["page", "binaryvit-digits", ""], "Argument OUT: its name is empty. See `binaryvit page --help`."),
         (["pack", "a"], "The following arguments are required: OUT. See `binaryvit pack --help`."),
         (["demo", "a", "--port", "x"], "Argument --port: invalid int value: 'x'. See `binaryvit demo --help`."),
     ],
 )
 def test_a_wrong_argument_is_one_sentence_with_a_suggestion(arguments, message, capsys):
     assert_refused(capsys, arguments, f"error: {message}")
+
+
+def test_the_help_fits_a_terminal_of_two_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2")
+    with pytest.raises(SystemExit) as ended:
+        main(["classify", "--help"])
+    assert ended.value.code == 0 and "--top-k" in capsys.readouterr().out
+
+
+def test_a_card_on_stdout_is_the_card_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("binaryvit_cli.card.write_card", lambda *arguments: None)
+    monkeypatch.setattr("binaryvit_cli.card.is_stream", lambda out: True)
+    assert run(capsys, "card", CONFIGS / "binaryvit-small-patch4-224", "--out", tmp_path / "out") == ""
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -211,6 +229,23 @@ def test_a_command_that_needs_pytorch_says_so(command, capsys, without_pytorch):
     needs = f"error: binaryvit {command.split()[0]} needs PyTorch: run `pip install .` in a clone of the repository.\n"
     assert main(command.split()) == 2
     assert capsys.readouterr().err == needs
+
+
+@pytest.mark.parametrize(
+    "library, fault",
+    [
+        ("torch", "OSError('libcudart.so.12: cannot open')"),
+        ("transformers", "ImportError('another libcudart.so.12 is needed')"),
+    ],
+)
+def test_a_pytorch_that_cannot_be_imported_is_one_sentence_and_a_row_of_doctor(
+    library, fault, capsys, monkeypatch, tmp_path
+):
+    (tmp_path / f"{library}.py").write_text(f"raise {fault}")
+    monkeypatch.delitem(sys.modules, library)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert_refused(capsys, ["ops", "a"], "binaryvit ops needs PyTorch, which cannot be used: ", "libcudart.so.12")
+    assert re.search("^PyTorch +cannot be used: .*libcudart.so.12", run(capsys, "doctor"), re.MULTILINE)
 
 
 def test_a_torchvision_of_another_pytorch_is_named_with_what_to_install(monkeypatch, tmp_path):

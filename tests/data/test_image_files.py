@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -301,6 +302,17 @@ def test_a_closed_pipe_ends_a_command_quietly(model, tmp_path, monkeypatch, caps
             patch.setattr(sys, "stdout", closed)
             assert main(command) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_answers_are_printed_although_nobody_reads_the_errors(model, tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "0.png").write_text("no image")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "binaryvit_cli", "classify", str(model), str(tmp_path)]
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=closed, text=True, check=False)
+    assert done.returncode == 1 and str(tmp_path / "a.png") in done.stdout
 
 
 def test_images_of_different_sizes_are_classified_if_the_processor_does_not_resize(tmp_path, capsys):

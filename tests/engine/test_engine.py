@@ -1,6 +1,7 @@
 """The compiled engine compared with PyTorch, step by step, and the choice between them."""
 
 import copy
+import ctypes
 import logging
 import math
 import os
@@ -23,8 +24,9 @@ from binaryvit_hf import BinaryViTConfig, BinaryViTForImageClassification, engin
 from binaryvit_hf.engine import Engine
 from binaryvit_hf.network.configuration_binaryvit import as_pair
 from binaryvit_hf.network.packing_binaryvit import pack_levels
+from binaryvit_hf.row_kernels import library as row_library
 from binaryvit_runtime.cpus import available_cpus
-from binaryvit_runtime.engine import library
+from binaryvit_runtime.engine import fingerprint, library
 from binaryvit_runtime.engine.library import count_differing_bits
 
 
@@ -402,6 +404,17 @@ def test_without_the_compiled_library_pytorch_computes_and_says_so_once(monkeypa
     assert [record.message for record in caplog.records] == [
         "Packed models run in PyTorch, not on the faster engine: it was not built."
     ]
+
+
+@pytest.mark.parametrize("binding, subject", [(library, "it was"), (row_library, "they were")])
+def test_a_library_of_other_sources_is_not_used(binding, subject, tmp_path, monkeypatch):
+    folder = Path(binding.__file__).parent
+    reason = "built from other sources: run `pip install --no-deps -e .`"
+    assert fingerprint.describe_other_sources(ctypes.CDLL(None), folder) == reason  # from before its fingerprint
+    assert fingerprint.describe_other_sources(ctypes.CDLL(None), tmp_path) is None  # an installed wheel has no sources
+    if binding.problem() is None:
+        monkeypatch.setattr(fingerprint, "INTERFACE", ("*.h",))
+        assert binding.load_library.__wrapped__() == f"{subject} {reason}"
 
 
 def test_other_bits_run_in_pytorch():

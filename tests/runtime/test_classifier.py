@@ -346,3 +346,8 @@ def test_a_large_negative_logit_has_the_score_0_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sigmoid(np.array([-200.0, 0.0, 200.0], np.float32)).tolist() == [0, 0.5, 1]
+
+
+def test_names_that_are_imported_when_they_are_used_are_listed():
+    assert set(binaryvit_runtime.__all__) <= set(dir(binaryvit_runtime))
+    assert set(binaryvit_hf.__all__) <= set(dir(binaryvit_hf))

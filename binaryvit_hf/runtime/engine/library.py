@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from .fingerprint import describe_other_sources
+
 
 EXTENSION_NAME = "kernels"  # as in setup.py; a plain C library, which Python cannot import
 ERROR_BYTES = 500
@@ -76,6 +78,8 @@ def load_library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"{built[0].name} cannot be loaded: {error}"
+    if other := describe_other_sources(library, built[0].parent):
+        return f"it was {other}"
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -87,17 +87,12 @@ ArrowArray._fields_ = [
 
 @functools.cache
 def load_functions() -> tuple[Any, Any]:
-    """`binaryvit_preprocessed_size` and `binaryvit_pixel_values`; raises `RuntimeError` without the library, or for an old one."""
+    """`binaryvit_preprocessed_size` and `binaryvit_pixel_values`; raises `RuntimeError` without the library."""
     loaded = library.load_library()
     if isinstance(loaded, str):
         raise RuntimeError(f"The engine cannot preprocess pictures: {loaded}.")
     processor, length = ctypes.POINTER(ImageProcessor), ctypes.POINTER(ctypes.c_int32)
-    try:
-        size_of, preprocess = loaded.binaryvit_preprocessed_size, loaded.binaryvit_pixel_values
-    except AttributeError as error:
-        raise RuntimeError(
-            "The engine is older than this code: build it again (pip install --no-deps -e .)."
-        ) from error
+    size_of, preprocess = loaded.binaryvit_preprocessed_size, loaded.binaryvit_pixel_values
     size_of.argtypes = [processor, ctypes.c_int32, ctypes.c_int32, length, length]
     preprocess.argtypes = [processor, ctypes.POINTER(Picture), ctypes.c_void_p]
     return size_of, preprocess
@@ -116,7 +111,7 @@ class Preprocessor:
     Raises:
         ValueError: the file asks for another processor, or for a step that is not supported. The message names the
             field.
-        RuntimeError: the engine was not built, or is older than this file.
+        RuntimeError: the engine was not built, or from other sources.
     """
 
     def __init__(self, fields: Mapping[str, Any]):

@@ -174,4 +174,11 @@ bool run_team(int size, const std::function<void(int)> &work) { return pool->run
 
 }  // namespace binaryvit
 
+#if !defined(BINARYVIT_INTERFACE)  // setup.py defines it
+#define BINARYVIT_INTERFACE ""
+#endif
+
+/* The interface that a library was compiled with, which fingerprint.py compares. Here, because both libraries have this file. */
+extern "C" const char *binaryvit_interface() { return BINARYVIT_INTERFACE; }
+
 #endif
