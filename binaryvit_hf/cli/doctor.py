@@ -4,7 +4,9 @@ import argparse
 import importlib
 import os
 import platform
+import subprocess
 from importlib import metadata
+from pathlib import Path
 
 from binaryvit_runtime.errors import UnsupportedModelError, counted
 from binaryvit_runtime.resources import installation, package_version
@@ -33,6 +35,7 @@ def run(options: argparse.Namespace) -> None:
     of_pytorch = describe_pytorch(usable)
     rows = {
         "binaryvit_hf": package_version(),
+        **describe_commit(),
         "Python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES + OPTIONAL_LIBRARIES},
         "CPU": f"{platform.machine()}, {of_pytorch['threads']}",
@@ -62,6 +65,19 @@ def commands_without_pytorch() -> list[str]:
         for name, module in modules.items()
         if not getattr(module, "NEEDS_PYTORCH", True)
     ]
+
+
+def describe_commit() -> dict[str, str]:
+    """The commit of a clone, because all of them have one version; nothing without git, or for an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return {}
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": done.stdout.strip()}
 
 
 def version(name: str) -> str:

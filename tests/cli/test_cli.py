@@ -191,6 +191,9 @@ def test_doctor_names_the_kernels_that_run_packed_models_here(capsys, monkeypatc
     rows = dict(line.split("  ", 1) for line in run(capsys, "doctor").splitlines())
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert torch.__version__.startswith(rows["torch"].split("+")[0])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CONFIGS, capture_output=True, text=True, check=False)
+    if commit.returncode == 0:
+        assert commit.stdout.startswith(rows["commit"].removesuffix("-dirty"))
     assert rows["kernels this CPU runs"] == (", ".join(engine.kernels_here()) or "none")
     assert rows["on threads of"] == ("PyTorch's OpenMP runtime" if engine.openmp_of_torch() else "their own")
     assert rows["packed models run on"].startswith(engine.kernels_here()[0] if engine.kernels_here() else "torch")

@@ -14,6 +14,8 @@ from packed_model import save_packed
 from PIL import Image
 from tiny import tiny_config
 
+import binaryvit_hf
+import binaryvit_runtime
 from binaryvit_runtime import Answer, Classifier, UserError
 from binaryvit_runtime.classifier import LOOKAHEAD
 from binaryvit_runtime.engine import kernels_here
