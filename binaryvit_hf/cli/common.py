@@ -83,7 +83,7 @@ def has_pytorch() -> bool:
 def import_problem() -> str | None:
     """The reason why PyTorch or transformers, which are installed, cannot be imported, or `None`."""
     try:
-        for library in ("torch", "transformers"):
+        for library in ("binaryvit_hf", "torch", "transformers"):  # the first one prepares the imports of the others
             importlib.import_module(library)
     except (
         Exception

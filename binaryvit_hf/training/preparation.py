@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.hub import create_repository
@@ -357,9 +358,8 @@ def find_earlier_run(
 def check_output_folder(arguments: RunArguments, network: CheckedNetwork) -> None:
     """Raise EarlierRunError if the output directory holds a run of another network or of other arguments."""
     output_dir = Path(arguments.training.output_dir)
-    for folder in filter(None, (output_dir, network.last)):
-        if (folder / "config.json").is_file():
-            check_same_network(folder, network.config, output_dir)
+    for found in earlier_configs(output_dir, network.last):
+        check_same_network(found, network.config, output_dir)
     if takes_over(arguments, network.is_kept):
         compare_with_recorded(output_dir, arguments)
 
@@ -388,9 +388,8 @@ def check_earlier_run(
     training_arguments = arguments.training
     if training_arguments.process_index == 0:
         check_writable(output_dir)
-    for folder in (output_dir, last):
-        if folder is not None and (folder / "config.json").is_file():
-            check_same_labels(folder, config, output_dir)
+    for found in earlier_configs(output_dir, last):
+        check_same_labels(found, config, output_dir)
     if training_arguments.resume_from_checkpoint or not training_arguments.do_train:
         return
     if takes_over(arguments, is_kept):
@@ -402,20 +401,38 @@ def check_earlier_run(
         logger.info("Resuming from %s.", last)
 
 
-def check_same_network(folder: Path, config: PreTrainedConfig, output_dir: Path) -> None:
-    """Raise EarlierRunError if the config in `folder`, the output directory or a checkpoint in it, is of another network."""
+def earlier_configs(output_dir: Path, last: Path | None) -> list[dict]:
+    """
+    What the files config.json of an output directory and of its last whole checkpoint hold, of those that are there.
+
+    A run that was killed at its end may have written the first one in part. It counts for nothing: training writes it again.
+
+    Raises:
+        UserError: the file of a finished run or of the checkpoint is damaged.
+    """
+    found = []
+    for folder in filter(None, (output_dir, last)):
+        try:
+            found.append(read_json(folder / CONFIG_NAME))
+        except UserError:
+            if folder == last or is_finished(folder):
+                raise
+    return list(filter(None, found))
+
+
+def check_same_network(found: dict, config: PreTrainedConfig, output_dir: Path) -> None:
+    """Raise EarlierRunError if the content of a config.json, of `earlier_configs`, is of another network."""
     # Compare as JSON, which turns tuples into lists.
-    found, given = read_json(folder / "config.json"), json.loads(config.to_json_string())
+    given = json.loads(config.to_json_string())
     for field in ("model_type", *type(config).__annotations__):
         if found.get(field) != given.get(field):
             change = f"its {field} is {found.get(field)}, not {given.get(field)}"
             raise EarlierRunError(output_dir, f"another model's run ({change})", can_resume=False)
 
 
-def check_same_labels(folder: Path, config: PreTrainedConfig, output_dir: Path) -> None:
-    """Raise EarlierRunError if the config in `folder`, as for `check_same_network`, has other classes than `config`."""
-    found, given = read_json(folder / "config.json"), json.loads(config.to_json_string())
-    before, now = stored_labels(found), stored_labels(given)
+def check_same_labels(found: dict, config: PreTrainedConfig, output_dir: Path) -> None:
+    """Raise EarlierRunError if the content of a config.json, of `earlier_configs`, has other classes than `config`."""
+    before, now = stored_labels(found), stored_labels(json.loads(config.to_json_string()))
     if before != now:
         changed = [name for name in [*now, *before] if (name in now) != (name in before)]
         change = "their order differs"

@@ -107,15 +107,15 @@ def write_results(output_dir: Path, split: str, metrics: dict) -> None:
     """Write the results of a split, `train`, `eval` or `test`, and add them to those of all."""
     for name, results in (
         (f"{split}_results.json", metrics),
-        (ALL_RESULTS, read_json(output_dir / ALL_RESULTS) | metrics),
+        (ALL_RESULTS, read_results(output_dir / ALL_RESULTS) | metrics),
     ):
         write_file(output_dir / name, json.dumps(results, indent=4, sort_keys=True) + "\n")
 
 
-def read_train_results(output_dir: Path) -> dict:
-    """The results of the training in an output directory; empty if it has not ended, or was killed while it wrote them."""
+def read_results(path: Path) -> dict:
+    """The results in a file; empty if there is none, or if a run of an earlier version was killed while it wrote them."""
     try:
-        return read_json(output_dir / TRAIN_RESULTS)
+        return read_json(path)
     except UserError:
         return {}
 
@@ -303,7 +303,7 @@ def have_moved_together(name: str, recorded: dict, given: dict) -> bool:
 
 def is_finished(output_dir: Path) -> bool:
     """Whether the last training in this folder ended."""
-    return bool(read_train_results(output_dir)) and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
+    return bool(read_results(output_dir / TRAIN_RESULTS)) and not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
 
 
 def holds_weights(output_dir: Path) -> bool:

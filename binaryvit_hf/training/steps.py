@@ -39,8 +39,9 @@ from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
 from .preparation import Inputs
 from .run_folder import (
+    TRAIN_RESULTS,
     FolderLocks,
-    read_train_results,
+    read_results,
     record_end,
     record_start,
     write_results,
@@ -152,7 +153,7 @@ class TrainingRun:
             record_start(self.output_dir, self.arguments, self.inputs.images["train"])
         steps = steps_left(self.arguments, self.inputs)
         self.announce("Training: %s.", describe_length(arguments, steps))
-        earlier_metrics = read_train_results(self.output_dir)
+        earlier_metrics = read_results(self.output_dir / TRAIN_RESULTS)
         result = self.train_steps()
         if number := trainer.termination.terminated:
             saved = "the weights only (--save_only_model)" if arguments.save_only_model else "a checkpoint"

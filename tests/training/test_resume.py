@@ -293,10 +293,11 @@ def test_the_finished_teacher_of_a_student_that_continues_is_taken_as_it_is(phot
 
 
 @pytest.mark.parametrize("content", ["", '{"train_loss": '])
-def test_results_that_a_killed_run_wrote_in_part_are_no_finished_run(content, command, tmp_path):
+def test_files_that_a_killed_run_wrote_in_part_are_no_finished_run(content, command, tmp_path):
     steps = [*command, "--max_steps=2", "--save_steps=1"]
     assert script.main(steps) == 0
-    (tmp_path / "out" / "train_results.json").write_text(content)
+    for name in ("train_results.json", "all_results.json", "config.json", "preprocessor_config.json"):
+        (tmp_path / "out" / name).write_text(content)
     assert not is_finished(tmp_path / "out")
     assert script.main(steps) == 0
     assert is_finished(tmp_path / "out")
@@ -308,8 +309,8 @@ def test_results_are_written_whole_and_added_to_all(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_accuracy": 0.5}
     assert json.loads((tmp_path / "all_results.json").read_text()) == {"eval_accuracy": 0.5, "eval_loss": 2.0}
     (tmp_path / "all_results.json").write_text("{")
-    with pytest.raises(UserError, match=r"all_results.json' is damaged"):
-        write_results(tmp_path, "eval", {})
+    write_results(tmp_path, "eval", {"eval_loss": 1.0})
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"eval_loss": 1.0}
 
 
 def test_a_trailing_slash_of_the_output_directory_is_not_in_the_teachers_name(tmp_path):

@@ -23,7 +23,7 @@ from binaryvit_runtime.writing import check_writable, lock
 
 from ..arguments import RunArguments
 from ..models import load_config
-from ..preparation import check_same_network
+from ..preparation import check_same_network, earlier_configs
 from ..run_folder import (
     RUN_ARGUMENTS,
     TEST_PREDICTIONS,
@@ -320,8 +320,8 @@ def has_results(folder: Path) -> bool:
 def is_tested(run: Run) -> bool:
     """Whether a run is trained and tested; raises UserError if its folder holds a run of other arguments or another network."""
     try:
-        if (run.folder / "config.json").is_file():
-            check_same_network(run.folder, load_config(run.arguments.model, do_train=True), run.folder)
+        for found in earlier_configs(run.folder, None):
+            check_same_network(found, load_config(run.arguments.model, do_train=True), run.folder)
         compare_with_recorded(run.folder, run.arguments)
     except EarlierRunError as error:
         raise UserError(
