@@ -230,10 +230,6 @@ def discard_output(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def discard_stdout() -> None:
-    discard_output(sys.stdout)
-
-
 def staging_prefix(target: Path) -> str:
     return f".{target.name[:100]}{UNFINISHED}"
 

@@ -189,11 +189,8 @@ def load_processor(
     mean, deviation and background of `--init_from`. `None` if there is none of these; a new one then follows the teacher's.
     """
     # A model in a subfolder may share the image processor of its repository.
-    for source, subfolder in (
-        (earlier_run, ""),
-        (arguments.model_name_or_path, arguments.subfolder),
-        (arguments.model_name_or_path, ""),
-    ):
+    sources = [(earlier_run, ""), *((arguments.model_name_or_path, folder) for folder in (arguments.subfolder, ""))]
+    for source, subfolder in dict.fromkeys(sources):  # without a subfolder, two are the same
         if source and (processor := load_image_processor(str(source), arguments, subfolder)):
             describe_input(processor, str(source))  # raises its error now, not after the teacher's training
             return processor

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from accelerate import PartialState
@@ -24,7 +25,7 @@ from binaryvit_runtime.errors import (
 )
 from binaryvit_runtime.hub import prepare_hub_client, suggest_name
 from binaryvit_runtime.packed_model import check_engine_variable
-from binaryvit_runtime.writing import describe_full_disk, discard_stdout
+from binaryvit_runtime.writing import describe_full_disk, discard_output
 
 from ..data.streaming import ImageStream
 from ..data.workers import describe_dead_worker
@@ -220,7 +221,7 @@ def show_results(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        discard_stdout()
+        discard_output(sys.stdout)
 
 
 def next_steps(run: RunArguments, inputs: Inputs) -> list[str]:
