@@ -13,6 +13,7 @@ from hub_server import ALICE, BOB
 from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from processes import SCRIPT_IN_RANKS
 from safetensors.torch import load
 from tiny import tiny_config, tiny_images, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
@@ -99,14 +100,16 @@ def push(client, tmp_path, token, *arguments) -> subprocess.CompletedProcess:
     return run(client, tmp_path / "home", token, "-m", "binaryvit_cli", "push", *arguments)
 
 
-def train(client, tmp_path, photos, token, *arguments, launch=()) -> subprocess.CompletedProcess:
+def train(
+    client, tmp_path, photos, token, *arguments, script=(ROOT / "run_image_classification.py",)
+) -> subprocess.CompletedProcess:
     tiny_config().save_pretrained(tmp_path / "config")
     options = ["--do_train", "--do_eval", "--max_steps=2", "--report_to=none", "--use_cpu", "--crop_pct=1.0"]
     return run(
         client,
         tmp_path / "home",
         token,
-        *[*launch, ROOT / "run_image_classification.py"],
+        *script,
         *["--config_name", tmp_path / "config", "--train_dir", photos, "--output_dir", tmp_path / "run"],
         *["--push_to_hub", "--hub_model_id", "alice/photos", *options, *arguments],
     )
@@ -207,9 +210,8 @@ def test_the_script_uploads_what_it_trained_with_a_teacher_of_the_hub(server, cl
 def test_two_processes_leave_one_model_one_card_and_one_upload_and_say_everything_once(
     server, client, photos, tmp_path
 ):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["--hub_strategy=end", "--per_device_train_batch_size=4"]
-    result = train(client, tmp_path, photos, ALICE, *options, launch=launch)
+    result = train(client, tmp_path, photos, ALICE, *options, script=["-c", SCRIPT_IN_RANKS, 2])
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Batch: 8 images (2 processes of 4, 1 accumulated)") == 1
     assert result.stdout.count("its card:") == 1

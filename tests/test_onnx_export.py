@@ -241,15 +241,15 @@ def test_the_exported_model_is_not_changed(monkeypatch, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-# ---- 1,000 real images ----
+# ---- 500 real images ----
 
 
 @pytest.mark.parametrize("name", ["binaryvit-digits", pytest.param("binaryvit-fashion-mnist", marks=pytest.mark.slow)])
-def test_a_shipped_model_classifies_1000_images_like_pytorch(name, tmp_path, monkeypatch):
+def test_a_shipped_model_classifies_500_images_like_pytorch(name, tmp_path, monkeypatch):
     monkeypatch.setenv("BINARYVIT_ENGINE", "torch")
     folder = shipped_models()[name]
     model, processor = load_classifier(folder), load_image_processor(folder)
-    pictures = [Image.fromarray(pixels).convert("RGB") for pixels in read_pictures(name)[:1000]]
+    pictures = [Image.fromarray(pixels).convert("RGB") for pixels in read_pictures(name)[:500]]
     images = processor(pictures, return_tensors="pt")["pixel_values"]
     export_onnx(model, processor, tmp_path / "model.onnx")
     session = session_with_bits(tmp_path / "model.onnx")
@@ -266,7 +266,7 @@ def test_a_shipped_model_classifies_1000_images_like_pytorch(name, tmp_path, mon
         flips = [(ours != (theirs > 0)).flatten(1).any(1) for ours, theirs in zip(bits, exported_bits, strict=True)]
         same_bits.append(~torch.stack(flips).any(0))
     same_bits, differences = torch.cat(same_bits), torch.cat(differences)
-    assert same_bits.sum() >= 950
+    assert same_bits.sum() >= 475
     assert differences[same_bits].max() < 1e-3
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.utils.prune as prune
 from golden_data import CONFIGS, ROWS, TINY
-from tiny import class_token_config, tiny_config, tiny_images, tiny_model
+from tiny import class_token_config, one_layer_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTBackbone, BinaryViTConfig, BinaryViTForImageClassification
@@ -53,15 +53,7 @@ def test_a_backbone_exports_for_any_number_of_images():
 
 
 def test_a_model_exports_in_strict_mode_for_any_number_of_images():
-    config = tiny_config(
-        hidden_sizes=[8],
-        depths=[1],
-        num_attention_heads=[2],
-        intermediate_sizes=[16],
-        sequence_reduction_ratios=[1],
-        avg_pool_kernel_sizes=[3],
-    )
-    assert_exports(tiny_model(config).eval(), strict=True)
+    assert_exports(tiny_model(one_layer_config()).eval(), strict=True)
 
 
 def assert_exports(model, strict: bool) -> None:

@@ -29,7 +29,9 @@ def run_ranks(function, ranks):
 
 
 """
-SCRIPT = """
+# Runs the training script. Its arguments are the number of ranks, then those of the script.
+SCRIPT_IN_RANKS = f"""
+{RUN_RANKS}
 import sys
 
 from binaryvit_hf.training.run import main
@@ -107,7 +109,7 @@ run_ranks(train, int(processes))
 
 def run_script(python: WarmPython, ranks: int, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Run the training script in several ranks, in `folder`."""
-    return python.run("-c", RUN_RANKS + SCRIPT, ranks, *arguments, folder=folder)
+    return python.run("-c", SCRIPT_IN_RANKS, ranks, *arguments, folder=folder)
 
 
 def train(

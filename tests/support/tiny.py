@@ -20,6 +20,19 @@ def tiny_config(**changes) -> BinaryViTConfig:
     return BinaryViTConfig(**(fields | changes))
 
 
+def one_layer_config(**changes) -> BinaryViTConfig:
+    """A compiler or an export needs seconds for each kind of layer."""
+    fields = {
+        "hidden_sizes": [8],
+        "depths": [1],
+        "num_attention_heads": [2],
+        "intermediate_sizes": [16],
+        "sequence_reduction_ratios": [1],
+        "avg_pool_kernel_sizes": [3],
+    }
+    return tiny_config(**(fields | changes))
+
+
 def class_token_config(**changes) -> BinaryViTConfig:
     fields = {
         "hidden_sizes": [8],

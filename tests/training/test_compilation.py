@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import class_token_config, tiny_config, tiny_images, tiny_model
+from tiny import one_layer_config, tiny_config, tiny_images, tiny_model
 from tiny_training import EVERY_STEP, METHODS, tiny_teacher, tiny_trainer
 from torch._dynamo.utils import counters
 
@@ -27,8 +27,8 @@ PLAIN = {"optim": "sgd", "learning_rate": 0.02, "max_steps": 3}
 
 
 def small_config(**changes):
-    """One kind of layer, twice: a compiler needs seconds for each kind."""
-    return class_token_config(use_class_token=False, avg_pool_kernel_sizes=[3], use_layer_scale=True, **changes)
+    """One kind of layer, twice."""
+    return one_layer_config(**({"depths": [2], "use_stem_norm": False} | changes))
 
 
 def trained(folder, config=None, **arguments):
