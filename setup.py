@@ -15,7 +15,8 @@ from setuptools.command.build_ext import build_ext
 ENGINE = Path("binaryvit_hf", "runtime", "engine")
 ROW_KERNELS = Path("binaryvit_hf", "row_kernels")
 # Each source says itself what its CPU has. Products and sums may become one operation, also in strict C++.
-FLAGS = "-std=c++17 -O3 -g0 -ffp-contract=fast -pthread -Wno-psabi"
+# GCC 12 finds variables that may be uninitialized in its own headers.
+FLAGS = "-std=c++17 -O3 -g0 -ffp-contract=fast -pthread -Wno-psabi -Wno-maybe-uninitialized"
 # Importing it would import the package and numpy, which a build has not.
 fingerprint = runpy.run_path(str(ENGINE / "fingerprint.py"))["fingerprint"]
 
