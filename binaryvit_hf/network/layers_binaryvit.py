@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from .functional_binaryvit import (
     AddAvgPools,
@@ -257,9 +258,11 @@ class BinaryProjection(nn.Module):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module also calls hooks of a user."""
+    """Whether a call of the module also calls hooks of a user: its own, or those for all modules."""
     hooks = vars(module)
-    return any(hooks[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+    return bool(torch_module._has_any_global_hook()) or any(
+        hooks[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    )
 
 
 def binary_mlp_products(

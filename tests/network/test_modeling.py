@@ -5,9 +5,11 @@ import torch
 import torch.nn.utils.prune as prune
 from golden_data import CONFIGS, ROWS, TINY
 from tiny import class_token_config, one_layer_config, tiny_config, tiny_images, tiny_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTBackbone, BinaryViTConfig, BinaryViTForImageClassification
+from binaryvit_hf.network.layers_binaryvit import BinaryLinear, BinaryProjection, NormActivation
 
 
 CONFIG_KINDS = {
@@ -100,6 +102,18 @@ def test_hooks_in_the_mlp_are_called_in_training(layer, name):
     module.register_full_backward_hook(lambda *_: called.append("backward"))
     model(tiny_images()).logits.sum().backward()
     assert called == ["before", "after", "backward"]
+
+
+def test_hooks_for_all_modules_are_called_in_training():
+    """Such as those of PyTorch's FlopCounterMode."""
+    model, called = tiny_model().train(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module))
+    try:
+        model(tiny_images())
+    finally:
+        handle.remove()
+    parts = (BinaryLinear, BinaryProjection, NormActivation)
+    assert [name for name, part in model.named_modules() if isinstance(part, parts) and part not in called] == []
 
 
 def test_a_pruned_mlp_trains():
