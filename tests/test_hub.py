@@ -308,6 +308,22 @@ def test_push_deletes_the_weights_of_an_earlier_model(server, client, latent, tm
     assert len(server.commits("alice/pyramid")) == 3  # of the empty repository, the earlier model and this one
 
 
+def test_an_upload_of_a_packed_model_warns_of_the_latent_weights_of_an_earlier_one(server, client, latent, tmp_path):
+    code = """
+import sys
+from binaryvit_hf import BinaryViTForImageClassification
+latent = BinaryViTForImageClassification.from_pretrained(sys.argv[1])
+latent.push_to_hub("pyramid")
+latent.pack_weights()
+latent.push_to_hub("pyramid")
+latent.push_to_hub("other")
+"""
+    result = run(client, tmp_path / "home", ALICE, "-c", code, latent)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("still has latent weights") == 1
+    assert "huggingface_hub.delete_folder('latent', 'alice/pyramid')" in result.stderr
+
+
 def test_push_leaves_out_the_parts_of_sharded_weights_that_it_packs(server, client, latent, tmp_path):
     model = BinaryViTForImageClassification.from_pretrained(latent)
     (latent / "model.safetensors").unlink()

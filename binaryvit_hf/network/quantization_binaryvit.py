@@ -26,6 +26,7 @@ with a checkpoint may meet in one process, and the quantizer of one may get a mo
 calls methods of the model and checks no classes.
 """
 
+import contextlib
 import contextvars
 import copy
 import json
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import initialization as init
@@ -652,13 +654,17 @@ class PackableModel(PreTrainedModel):
         """
         Upload a model (`PreTrainedModel.push_to_hub`). A latent model is packed first.
 
-        The repository then holds the packed model, and the latent one in its folder `latent`.
+        The repository then holds the packed model, and the latent one in its folder `latent`. After the upload of a
+        packed model, latent weights that were there before are still there: a warning says so.
         """
         if self.config.weight_bits == 32:
             logger.warning(NOTHING_TO_PACK)
         if is_latent(self):
             return ShippedModel(self).push_to_hub(repo_id, **kwargs)
-        return super().push_to_hub(repo_id, **kwargs)
+        commit = super().push_to_hub(repo_id, **kwargs)
+        if self.is_packed:
+            warn_of_latent_weights(commit.repo_url.repo_id, kwargs.get("token"), kwargs.get("revision"))
+        return commit
 
     def train(self, mode: bool = True):
         """
@@ -1028,6 +1034,19 @@ def pack_folder(model_class: type[PreTrainedModel], latent: str | Path, folder: 
     """Load a latent model of `model_class` from the folder `latent` and save it packed to `folder`."""
     packed = model_class.from_pretrained(latent, quantization_config=BinaryViTQuantizationConfig())
     packed.save_pretrained(folder, **kwargs)
+
+
+def warn_of_latent_weights(repo_id: str, token: str | bool | None, revision: str | None) -> None:
+    """Warn if a repository, to which packed weights were uploaded, has latent ones: they may be of an earlier model."""
+    files = []
+    with contextlib.suppress(Exception):  # the upload is complete, also if the connection is lost now
+        files = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    if any(name.startswith(f"{LATENT}/") for name in files):
+        arguments = ", ".join([repr(LATENT), repr(repo_id), *([f"revision={revision!r}"] if revision else [])])
+        logger.warning(
+            f"{repo_id!r} still has latent weights of an earlier upload in its folder {LATENT!r}. If they are not of the "
+            f"model that was uploaded now, delete them: huggingface_hub.delete_folder({arguments})"
+        )
 
 
 # ---- Memory of loaded models ----
