@@ -33,6 +33,7 @@ the script `run_image_classification.py`.
 """
 
 import signal
+import threading
 
 from binaryvit_runtime.resources import installation
 
@@ -43,6 +44,7 @@ def start(arguments: list[str]) -> int:
     imports ends the process without a word.
     """
     is_usual = signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler)  # a job may ignore it
+    is_usual &= threading.current_thread() is threading.main_thread()  # no other one may set handlers
     if is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

@@ -1,8 +1,11 @@
 """Errors of a full memory, as one sentence with the arguments that need less of it."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import torch
+from transformers import TrainingArguments
 
 from binaryvit_runtime.errors import counted
 
@@ -49,8 +52,19 @@ def training_memory_error(error: BaseException, device: torch.device, batch_size
     return FullMemoryError(f"{sentence}: {remedy} for as many images per step{more and f', and {more}'}.")
 
 
-def evaluation_memory_error(error: BaseException, device: torch.device, batch_size: int) -> FullMemoryError:
-    return FullMemoryError(
-        f"{describe_full_memory(error, device)} does not hold an evaluation batch of {counted(batch_size, 'image')}: run the "
-        "same command again with a smaller --per_device_eval_batch_size; it resumes from the last checkpoint, if there is one."
-    )
+@contextlib.contextmanager
+def evaluation_memory_errors(arguments: TrainingArguments) -> Iterator[None]:
+    """
+    Raises:
+        FullMemoryError: inside, the memory does not hold an evaluation batch of these arguments.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_full_memory(error):
+            raise
+        raise FullMemoryError(
+            f"{describe_full_memory(error, arguments.device)} does not hold an evaluation batch of "
+            f"{counted(arguments.eval_batch_size, 'image')}: run the same command again with a smaller "
+            "--per_device_eval_batch_size; it resumes from the last checkpoint, if there is one."
+        ) from error

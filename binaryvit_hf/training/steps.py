@@ -33,7 +33,7 @@ from .callbacks.progress import NamedProgress
 from .confusion import ConfusionMatrix, describe, predict_classes
 from .forecast import steps_left
 from .learning_curves import plot_learning_curves
-from .memory_errors import is_full_memory, training_memory_error
+from .memory_errors import evaluation_memory_errors, is_full_memory, training_memory_error
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
@@ -198,7 +198,8 @@ class TrainingRun:
         """Evaluate student and teacher on the validation images."""
         kind = self.inputs.evaluation_images
         self.announce("Evaluating on %s.", counted(len(self.inputs.images["validation"]), f"{kind} image"))
-        metrics = self.trainer.evaluate()
+        with evaluation_memory_errors(self.trainer.args):
+            metrics = self.trainer.evaluate()
         metrics[EVALUATION_IMAGES] = kind
         metrics["eval_samples"] = len(self.inputs.images["validation"])
         metrics |= self.describe_confusion("eval", kind)
@@ -228,7 +229,8 @@ class TrainingRun:
     def test(self) -> None:
         """Evaluate on the test images. Nothing is chosen by them, neither a checkpoint nor an argument."""
         self.announce("Evaluating on %s.", counted(len(self.inputs.images["test"]), "test image"))
-        metrics = self.trainer.evaluate(self.datasets["test"], metric_key_prefix="test")
+        with evaluation_memory_errors(self.trainer.args):
+            metrics = self.trainer.evaluate(self.datasets["test"], metric_key_prefix="test")
         metrics["test_samples"] = len(self.inputs.images["test"])
         metrics |= self.describe_confusion("test", "test")
         if self.trainer.is_world_process_zero():

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     HubStrategy,
@@ -43,7 +43,7 @@ from .callbacks.termination import EvaluationStopped, SaveOnTermination
 from .checkpoints import flush_to_disk
 from .compilation import StepCompiler
 from .losses import FiniteLosses, distance_from_one, distillation_loss
-from .memory_errors import evaluation_memory_error, is_full_memory
+from .memory_errors import evaluation_memory_errors
 from .run_folder import UNFINISHED_RUN_ARGUMENTS
 from .step_graph import StepGraph
 
@@ -268,6 +268,9 @@ class DistillationTrainer(Trainer):
         recorded = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
         if recorded is None or not (beside := checkpoint.parent / Path(recorded).name).is_dir():
             return
+        output_dir = Path(self.args.output_dir)
+        if output_dir.is_dir() and beside.parent.samefile(output_dir):
+            beside = output_dir / beside.name  # transformers protects the best checkpoint by comparing strings
         if self.state.best_model_checkpoint is None:  # the Trainer has warned that it does not exist
             logger.info("The best checkpoint so far is %s.", beside)
         self.state.best_model_checkpoint = str(beside)
@@ -447,18 +450,17 @@ class DistillationTrainer(Trainer):
 
         Raises:
             NonFiniteLossError: the loss is not finite, so it must not choose a best model.
-            FullMemoryError: the memory does not hold a batch.
+            FullMemoryError: during training, the memory does not hold a batch.
         """
-        try:
-            if not self.is_in_train:
+        if not self.is_in_train:
+            metrics = super().evaluate(*args, **kwargs)
+        else:
+            with (
+                evaluation_memory_errors(self.args),
+                seeded_rng(self.args.seed),  # the loader draws a seed for its workers
+                self.final_weights(),
+            ):
                 metrics = super().evaluate(*args, **kwargs)
-            else:
-                with seeded_rng(self.args.seed), self.final_weights():  # the loader draws a seed for its workers
-                    metrics = super().evaluate(*args, **kwargs)
-        except (RuntimeError, MemoryError) as error:
-            if not is_full_memory(error):
-                raise
-            raise evaluation_memory_error(error, self.args.device, self.args.eval_batch_size) from error
         for name, value in metrics.items():
             if name.endswith("_loss") and not math.isfinite(value):
                 if self.is_in_train:
@@ -563,7 +565,7 @@ class DistillationTrainer(Trainer):
         Load their states. `--resume_from_checkpoint` may come with other arguments, which the states hold too.
 
         Raises:
-            UserError: the checkpoint has the state of another optimiser.
+            UserError: the checkpoint has the state of another optimiser, or of a schedule of another kind.
         """
         given = None if self.is_fsdp_enabled or self.is_deepspeed_enabled else Hyperparameters.of(self)
         if checkpoint and given is not None:
@@ -577,6 +579,7 @@ class DistillationTrainer(Trainer):
             callback.checkpoint = folder
 
     def load_optimizer_and_scheduler_of(self, checkpoint: str) -> None:
+        self.check_kind_of_schedule(Path(checkpoint, SCHEDULER_NAME))
         names = [set(group) for group in self.optimizer.param_groups]
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -589,6 +592,21 @@ class DistillationTrainer(Trainer):
                 f"{checkpoint!r} has the state of another optimiser than --optim {self.args.optim.value}, so training cannot "
                 "resume from it: give the --optim of its run, or train its weights with --init_from or --model_name_or_path "
                 "and another --output_dir."
+            )
+
+    def check_kind_of_schedule(self, saved: Path) -> None:
+        """
+        Raises:
+            UserError: either the saved schedule or that of this run follows the metrics (`reduce_lr_on_plateau`), not both.
+        """
+        if not saved.is_file():
+            return
+        states = torch.load(saved, map_location="cpu", weights_only=True), self.lr_scheduler.state_dict()
+        if len({"patience" in state for state in states}) > 1:
+            raise UserError(
+                f"{str(saved.parent)!r} has a learning rate schedule of another kind than --lr_scheduler_type "
+                f"{self.args.lr_scheduler_type.value}, so training cannot resume from it: give the --lr_scheduler_type of its "
+                "run, or train its weights with --init_from or --model_name_or_path and another --output_dir."
             )
 
     def _load_best_model(self) -> None:

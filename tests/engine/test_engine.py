@@ -413,7 +413,7 @@ def test_a_library_of_other_sources_is_not_used(binding, subject, tmp_path, monk
     assert fingerprint.describe_other_sources(ctypes.CDLL(None), folder) == reason  # from before its fingerprint
     assert fingerprint.describe_other_sources(ctypes.CDLL(None), tmp_path) is None  # an installed wheel has no sources
     if binding.problem() is None:
-        monkeypatch.setattr(fingerprint, "INTERFACE", ("*.h",))
+        monkeypatch.setattr(fingerprint, "SOURCES", ("*.h",))
         assert binding.load_library.__wrapped__() == f"{subject} {reason}"
 
 

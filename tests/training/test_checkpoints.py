@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +56,8 @@ def test_a_folder_called_checkpoints_gets_the_final_model_without_the_arguments_
     assert not list(folder.rglob("training_args.bin"))
 
 
-def test_the_best_checkpoint_of_a_moved_run_is_found(tmp_path):
+@pytest.mark.parametrize("spelling", ["{}", "{}/../after"])  # of the folder that a run resumes from
+def test_the_best_checkpoint_of_a_moved_run_is_found(tmp_path, spelling):
     saving = {**EVERY_STEP, "load_best_model_at_end": True, "save_total_limit": 1}
     interrupted = tiny_trainer(tmp_path / "before", **saving, metric_for_best_model="loss", max_steps=3)
     interrupted.add_callback(Losses({1: 1.0, 2: 5.0}))
@@ -64,7 +66,7 @@ def test_the_best_checkpoint_of_a_moved_run_is_found(tmp_path):
     (tmp_path / "before").rename(tmp_path / "after")
     moved = tiny_trainer(tmp_path / "after", **saving, metric_for_best_model="loss", max_steps=3)
     moved.add_callback(Losses({3: 5.0}))
-    moved.train(resume_from_checkpoint=str(tmp_path / "after" / "checkpoint-2"))
+    moved.train(resume_from_checkpoint=str(Path(spelling.format(tmp_path / "after"), "checkpoint-2")))
     assert moved.state.best_model_checkpoint == str(tmp_path / "after" / "checkpoint-1")
     assert [path.name for path in (tmp_path / "after").iterdir()] == ["checkpoint-1"]
 

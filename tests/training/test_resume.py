@@ -11,14 +11,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 from pictures import write_pictures
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
-from tiny_training import tiny_trainer
+from tiny_training import EVERY_STEP, tiny_trainer
 from transformers import ResNetConfig, Trainer, TrainerCallback, ViTConfig
 
 from binaryvit_hf.network.functional_binaryvit import batch_statistics
 from binaryvit_hf.training import run as script
 from binaryvit_hf.training import steps as run_steps
 from binaryvit_hf.training.command_line import parse_runs
-from binaryvit_hf.training.memory_errors import evaluation_memory_error, is_full_memory, training_memory_error
+from binaryvit_hf.training.memory_errors import FullMemoryError, is_full_memory, training_memory_error
 from binaryvit_hf.training.model_card import write_model_card
 from binaryvit_hf.training.run_folder import (
     RUN_ARGUMENTS,
@@ -205,6 +205,25 @@ def test_a_checkpoint_of_another_optimiser_is_not_resumed_from(tmp_path):
     tiny_trainer(tmp_path, **saving, optim="adamw_torch", max_steps=3).train(resume_from_checkpoint=True)
 
 
+def test_a_schedule_of_another_kind_is_not_resumed_from(tmp_path):
+    saving = {**EVERY_STEP, "learning_rate": 0.1}
+    tiny_trainer(tmp_path, **saving, lr_scheduler_type="reduce_lr_on_plateau").train()
+    other = tiny_trainer(tmp_path, **saving, max_steps=4)
+    with pytest.raises(UserError, match="learning rate schedule of another kind than --lr_scheduler_type linear"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_full_memory_of_an_evaluation_reduces_the_batch_of_a_client_but_not_of_training(tmp_path, monkeypatch):
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    trainer = tiny_trainer(tmp_path, **EVERY_STEP)
+    monkeypatch.setattr(trainer, "evaluation_loop", fill_memory(full))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.evaluate()
+    with pytest.raises(FullMemoryError) as error:  # --auto_find_batch_size would begin again without an end
+        trainer.train()
+    assert not should_reduce_batch_size(error.value)
+
+
 def test_new_arguments_whose_state_a_checkpoint_lacks_need_a_new_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_steps, "record_end", interrupt)
     steps = [*command, "--max_steps=2", "--save_steps=1"]
@@ -256,7 +275,7 @@ def test_a_full_memory_is_told_from_a_batch_that_can_become_smaller():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     full = torch.OutOfMemoryError("CUDA out of memory.")
     assert should_reduce_batch_size(full)
-    assert not should_reduce_batch_size(evaluation_memory_error(full, gpu, 8))  # --auto_find_batch_size would not end
+    assert not should_reduce_batch_size(training_memory_error(full, gpu, 8, ""))
     assert str(training_memory_error(full, gpu, 8, "")).startswith("The GPU's memory does not hold")
     assert str(training_memory_error(MemoryError(), gpu, 8, "")).startswith("The machine's memory does not hold")
     last = RuntimeError("No executable batch size found, reached zero.")  # of --auto_find_batch_size

@@ -9,7 +9,7 @@ any other folder of this package. `library.py` uses numpy, and the C++ only the 
 From top to bottom:
 
 - `library.py` loads the compiled library and calls it: `Engine`, `kernels_here`.
-- `fingerprint.py` tells whether that library has the interface of the sources beside it.
+- `fingerprint.py` tells whether that library was built from the sources beside it.
 - `engine.h` is the C interface; `interface.cpp` implements it and divides images among threads.
 - `fold.cpp` folds a checkpoint's tensors into the constants and bits of `model.h`, which draws all data layouts.
 - `forward.inc` computes one step. It includes a file for each kind of layer, `embeddings.inc`, `attention.inc`,

@@ -1,18 +1,17 @@
-"""Tells whether a compiled library has the interface of the sources. setup.py runs this file, which must import nothing of the package."""
+"""Tells whether a compiled library was built from the sources beside it. setup.py runs this file, which must import nothing of the package."""
 
 import ctypes
 import hashlib
 from pathlib import Path
 
 
-# Structs and functions that Python knows: rows.inc declares its functions itself.
-INTERFACE = ("*.h", "interface.cpp", "rows.inc")
+SOURCES = ("*.h", "*.inc", "*.cpp")
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes with the C interface of the sources in a folder. setup.py compiles it into their library."""
+    """Changes with the C++ sources in a folder. setup.py compiles it into their library."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in INTERFACE for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
