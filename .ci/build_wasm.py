@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the file of the repository; write nothing")
     check = parser.parse_args().check
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the compiler, and removes its folder
     built = build()
     if not check:
         MODULE.write_bytes(built)

@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("binaryvit_hf").setLevel(logging.INFO)
     measured = compare_runs(options.runs, options.steps)
-    # First, because the file may not be writable any more, and the measurements take long.
-    print(json.dumps(measured, indent=2) if options.json else format_text(measured), flush=True)
-    if options.out:
-        write_file(options.out, format_markdown(measured))
+    try:  # the measurements take long: they are not lost if nobody reads them, or if the file cannot be written any more
+        print(json.dumps(measured, indent=2) if options.json else format_text(measured), flush=True)
+    finally:
+        if options.out:
+            write_file(options.out, format_markdown(measured))

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     Make a model smaller: write its binary weights with 1 bit each, or with as many bits as its config says.
 
     Training writes a packed model already. This command packs latent float weights (the folder latent of a run), or packs
-    a model again with --half. The outputs of a 1-bit model stay the same.
+    a model again with --half. The outputs of a 1-bit model stay the same; with --half they change slightly.
     """
     from binaryvit_hf.network.quantization_binaryvit import QUANT_METHOD, BinaryViTQuantizationConfig
     from binaryvit_hf.ops import readable

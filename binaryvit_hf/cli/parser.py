@@ -26,7 +26,10 @@ class CommandParser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            together = "" if unknown[0].startswith("-") else ": names stand together, before or after the options"
+            several = any(action.nargs in ("+", "*") for action in self._actions if not action.option_strings)
+            options_given = any(word.startswith("-") for word in args or ())
+            is_apart = several and options_given and not unknown[0].startswith("-")
+            together = ": names stand together, before or after the options" if is_apart else ""
             suggestion = together or did_you_mean(unknown[0], known, otherwise="")
             self.error(f"there is no argument {unknown[0]!r}{suggestion}")
         return namespace, unknown

@@ -59,7 +59,7 @@ class ImagesInMemory(torch.utils.data.Dataset):
             images_name, limit = LIMITS[split]
             raise UserError(
                 f"--{argument} needs {need / 1e9:.1f} GB for {counted(len(images), images_name)}, and {free / 1e9:.1f} GB are "
-                f"free: leave it out, or limit the images with {limit}."
+                f"free: give --{argument} false, or limit the images with {limit}."
             )
         self.converted = self.gather(images, self.read(images, range(len(images)), convert))
 

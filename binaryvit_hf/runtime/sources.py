@@ -105,8 +105,8 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
     cached = cache_folder(source, cache_dir)
     if cached and is_offline_mode() and any(isinstance(cause, FileNotFoundError) for cause in list_causes(error)):
         return NoModelError(
-            f"its download into {str(cached)!r} is not complete, and you are offline, because HF_HUB_OFFLINE is set: load "
-            "it once online."
+            f"{sentence.rstrip('.')} (in {str(cached)!r}). If its download is not complete, load it once online: you are "
+            "offline, because HF_HUB_OFFLINE is set."
         )
     return LoadingError(sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})")
 

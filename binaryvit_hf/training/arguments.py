@@ -65,7 +65,9 @@ class ModelArguments:
     )
     ignore_mismatched_sizes: bool = argument(False, "Start a new head if the model's head is for other labels.")
     cache_dir: str | None = argument(None, "Folder for downloads. Default: Hugging Face's cache.")
-    token: str | None = argument(None, "Token of the Hub. Default: the last login's.")
+    token: str | None = argument(
+        None, "Token of the Hub, also for uploads if there is no --hub_token. Default: the last login's."
+    )
     trust_remote_code: bool = argument(False, "Run code from the repositories of models on the Hub.")
     license: str = argument(DEFAULT_LICENSE, "Licence of the trained weights, for the model card.")
 
@@ -92,8 +94,8 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     )
     max_grad_norm: float = argument(
         0.0,
-        "Clip the gradient at this norm; 0, as in the paper's runs, does not. The gradient of a 1-bit network "
-        "swings between norms of 2 and 300 from step to step, and transformers' default of 1 stalls it.",
+        "Clip the gradient at this norm; 0, as in the paper's runs, does not. transformers' default is 1, and so is that of "
+        "the recipes for photos and Fashion-MNIST.",
     )
     learning_rate_batch_size: int | None = argument(
         None,
@@ -139,9 +141,9 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
 
     resume_from_checkpoint: str | None = argument(
         None,
-        "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Arguments "
-        "may differ from the checkpoint's run, but --optim, and --ema_decay and --oscillation_freezing_threshold may not be new; "
-        "a finished teacher is taken as it is. Default: the same command resumes by itself.",
+        "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Other "
+        "arguments may have new values, with exceptions: --optim stays the same, and --ema_decay and "
+        "--oscillation_freezing_threshold cannot be added. A finished teacher is not trained again. Default: the same command resumes by itself.",
         nargs="?",
         const="true",
     )

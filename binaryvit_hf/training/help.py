@@ -89,7 +89,7 @@ GROUPS = {
         *("eval_strategy", "logging_strategy", "logging_steps", "save_strategy", "save_steps", "save_total_limit"),
         *("report_to", "disable_tqdm"),
     ),
-    "The Hub": ("push_to_hub", "hub_model_id", "token", "cache_dir", "trust_remote_code"),
+    "The Hub": ("push_to_hub", "hub_model_id", "token", "hub_token", "cache_dir", "trust_remote_code"),
 }
 # What transformers' arguments do here, where its own text says less.
 TEXTS = {
@@ -232,7 +232,7 @@ def read_field(field: Field, hint: Any) -> Argument:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
     enum = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)), None)
     choices = [member.value for member in enum or ()] or list(field.metadata.get("choices") or ())
-    text = " ".join(TEXTS.get(field.name, field.metadata.get("help") or "").split())
+    text = " ".join(TEXTS.get(field.name, field.metadata.get("help") or "").replace("%%", "%").split())
     default = field.default if field.default is not MISSING else None
     default = DEFAULTS.get(field.name, default.value if isinstance(default, Enum) else default)
     return Argument(field.name, text, kinds[0], choices, describe_default(field.name, default, kinds[0], text))

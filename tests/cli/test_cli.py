@@ -124,6 +124,7 @@ def test_examples_work_as_they_stand(command, tmp_path, monkeypatch, capsys):
             ["classify", "a", "b.png", "--json", "c.png"],
             "There is no argument 'c.png': names stand together, before or after the options. See",
         ),
+        (["doctor", "foo"], "There is no argument 'foo'. See `binaryvit doctor --help`."),
         (["page", "binaryvit-digits", ""], "Argument OUT: its name is empty. See `binaryvit page --help`."),
         (["pack", "a"], "The following arguments are required: OUT. See `binaryvit pack --help`."),
         (["demo", "a", "--port", "x"], "Argument --port: invalid int value: 'x'. See `binaryvit demo --help`."),

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from command_line import refusal
@@ -89,6 +90,19 @@ def test_the_configs_of_the_package_are_found_in_every_folder(tmp_path, monkeypa
     own.parent.mkdir()
     own.write_text('{"config_name": "own", "do_train": true}')
     assert [run.model.config_name for run in parse_runs([str(own.relative_to(tmp_path)), "--use_cpu"])] == ["own"]
+
+
+def test_uploads_use_the_token_if_they_have_none_of_their_own():
+    (run,) = parse_runs(["--token", "a"])
+    assert (run.model.token, run.training.hub_token) == ("a", "a")
+    (run,) = parse_runs(["--token", "a", "--hub_token", "b"])
+    assert (run.model.token, run.training.hub_token) == ("a", "b")
+
+
+def test_training_starts_in_another_thread_than_the_main_one(monkeypatch):
+    monkeypatch.setattr("binaryvit_hf.training.run.main", lambda arguments: arguments)
+    with ThreadPoolExecutor(1) as thread:  # where no handler of a signal can be set
+        assert thread.submit(start, ["a"]).result() == ["a"]
 
 
 def test_a_missing_library_of_training_is_one_sentence(monkeypatch):
