@@ -268,7 +268,7 @@ def recorded_images(output_dir: Path) -> dict:
 def compare_with_training_images(folder: Path, arguments: DataArguments, images: Dataset) -> str | None:
     """
     The numbers of training images, `340 then, 341 now`, if the run in `folder` had others of the same source; otherwise
-    `None`, also if this is not known.
+    `None`, also if this is not known, or if that run has saved nothing.
 
     Args:
         folder: of a run or of its checkpoint, or anything else.
@@ -279,6 +279,8 @@ def compare_with_training_images(folder: Path, arguments: DataArguments, images:
         run = folder.parent
         if (run / UNFINISHED_RUN_ARGUMENTS).is_file():  # this run made the checkpoint, or the one that it continues
             files.append((UNFINISHED_TRAINING_IMAGES, UNFINISHED_RUN_ARGUMENTS))
+    if not holds_weights(run):
+        return None
     now = identify_images(images)
     for images_file, arguments_file in files:
         recorded, source = read_json(run / images_file), read_json(run / arguments_file)

@@ -112,6 +112,8 @@ def test_a_run_that_starts_from_one_on_other_photos_of_the_folder_is_told(argume
 
     assert warning() == ""
     (photos / "ant" / "0.png").rename(photos / "ant" / "new.png")
+    assert warning() == ""  # nothing was saved: a teacher's folder, which is trained anew
+    (earlier / "checkpoint-7").mkdir()
     assert f"--{argument} '{tmp_path / source}' was trained on other images than are in '{photos}' now" in warning()
     assert "(8 then, 8 now)" in warning()
     assert warning(max_train_samples=2) == ""  # nobody knows
