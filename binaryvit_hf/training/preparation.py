@@ -223,8 +223,8 @@ def prepare(
 
 def warn_of_learned_images(arguments: RunArguments, images: Dataset, checkpoint: str | None = None) -> None:
     """
-    Warn if a run that this one starts from was trained on other images of the same folder: images that are added or removed
-    change which ones are held out.
+    Warn if a run that this one starts from was trained on other images of the same folder. Images that are added or removed
+    change which ones are held out, and so do other arguments, such as --train_val_split.
 
     Args:
         images: all images that are not held out.
@@ -238,8 +238,8 @@ def warn_of_learned_images(arguments: RunArguments, images: Dataset, checkpoint:
         counts = source and compare_with_training_images(Path(source), arguments.data, images)
         if counts:
             logger.warning(
-                "--%s %r was trained on other images than are in %r now (%s), and may have learned some of those that are "
-                "held out now, so this run's accuracy may be too high: train it again.",
+                "--%s %r was trained on other images of %r than the training images of now (%s), and may have learned some "
+                "of those that are held out now, so this run's accuracy may be too high: train it again.",
                 *(name, source, arguments.data.train_dir or arguments.data.dataset_name, counts),
             )
 

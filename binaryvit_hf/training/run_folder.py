@@ -284,18 +284,25 @@ def compare_with_training_images(folder: Path, arguments: DataArguments, images:
     now = identify_images(images)
     for images_file, arguments_file in files:
         recorded, source = read_json(run / images_file), read_json(run / arguments_file)
-        if recorded and recorded != now and has_same_source(source, arguments):
+        if recorded and recorded != now and has_same_source(run, source, arguments):
             return f"{recorded.get('images')} then, {now['images']} now"
     return None
 
 
-def has_same_source(recorded: dict, arguments: DataArguments) -> bool:
-    """Whether the recorded arguments of a run name the same training images, all of them."""
+def has_same_source(run: Path, recorded: dict, arguments: DataArguments) -> bool:
+    """Whether the recorded arguments of the run in a folder are known to name the same training images, all of them."""
     if recorded.get("max_train_samples") or arguments.max_train_samples:
         return False
-    return all(
-        normalize(name, recorded.get(name)) == normalize(name, getattr(arguments, name)) for name in TRAINING_SOURCE
-    )
+    is_in_place = normalize("output_dir", recorded.get("output_dir")) == os.path.abspath(run)
+    for name in TRAINING_SOURCE:
+        before, now = recorded.get(name), getattr(arguments, name)
+        if normalize(name, before) != normalize(name, now):
+            return False
+        # The run may have started in another working folder, where a relative path is of another folder.
+        is_relative = name in PATH_ARGUMENTS and before and not os.path.isabs(before) and os.path.exists(before)
+        if is_relative and not is_in_place:
+            return False
+    return True
 
 
 def identify_images(images: Dataset | ImageStream) -> dict:
