@@ -23,6 +23,7 @@ from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
 from ..run_history import ALL_RESULTS, read_json
 from .arguments import RunArguments
+from .checkpoints import holds_whole_checkpoint
 from .optional_methods import ARGUMENTS_OF_FILES
 
 
@@ -158,7 +159,7 @@ class EarlierRunError(UserError):
 
     Args:
         found: what it holds, such as "a run of other arguments (seed was 1, not 2)".
-        can_resume: whether `--resume_from_checkpoint` continues it.
+        can_resume: whether `--resume_from_checkpoint` continues it, if it has a whole checkpoint.
     """
 
     def __init__(self, output_dir: Path, found: str, can_resume: bool = True):
@@ -166,7 +167,7 @@ class EarlierRunError(UserError):
         super().__init__(f"--output_dir {str(output_dir)!r} holds {found}: {self.remedies('another --output_dir')}.")
 
     def remedies(self, another: str) -> str:
-        if self.can_resume:
+        if self.can_resume and holds_whole_checkpoint(self.output_dir):
             return f"choose {another}, remove this one, or continue it with --resume_from_checkpoint"
         return f"choose {another}, or remove this one"
 
@@ -193,8 +194,8 @@ def explain_earlier_runs(errors: list[EarlierRunError], teacher_dir: Path, outpu
         folders = (
             f"--output_dir {str(output_dir)!r} and its teacher's folder {str(teacher_dir)!r} hold {of_student.found}"
         )
-        resume = ""
-        if of_student.can_resume and of_teacher.can_resume and is_finished(teacher_dir):
+        resume, can_resume = "", of_student.can_resume and of_teacher.can_resume
+        if can_resume and is_finished(teacher_dir) and holds_whole_checkpoint(output_dir):
             resume = " --resume_from_checkpoint continues the student, with the teacher as it is."
         return f"{folders}: choose {another}{follow}, or remove both folders.{resume}"
     holds = f"The teacher's folder {str(teacher_dir)!r} holds {of_teacher.found}"

@@ -108,6 +108,13 @@ def test_a_checkpoint_of_weights_only_is_not_resumed_from_and_not_called_damaged
     assert "holds no checkpoint to resume from" in capsys.readouterr().err
     assert "checkpoint-2 holds weights only (--save_only_model): training cannot resume" in caplog.text
     assert "damaged" not in caplog.text
+    smaller = [*steps, "--per_device_train_batch_size=2"]
+    assert script.main(smaller) == 2
+    assert "choose another --output_dir, or remove this one." in capsys.readouterr().err
+    with monkeypatch.context() as full:
+        full.setattr(DistillationTrainer, "batch_loss", fill_memory(MemoryError()))
+        assert script.main(steps) == 1
+    assert "for as many images per step, and another --output_dir." in capsys.readouterr().err
     (checkpoint / "trainer_state.json").unlink()
     assert script.main([*steps, f"--resume_from_checkpoint={checkpoint}"]) == 2
     assert "trainer_state.json is missing" in capsys.readouterr().err
@@ -211,6 +218,8 @@ def test_new_arguments_whose_state_a_checkpoint_lacks_need_a_new_run(command, tm
     monkeypatch.setattr(run_steps, "record_end", interrupt)
     steps = [*command, "--max_steps=2", "--save_steps=1"]
     assert script.main(steps) == 130
+    assert script.main([*steps, "--learning_rate=0.5"]) == 2
+    assert "remove this one, or continue it with --resume_from_checkpoint." in capsys.readouterr().err
     for flag in ("--optim=sgd", "--ema_decay=0.5"):
         assert script.main([*steps, flag]) == 2
         message = capsys.readouterr().err
