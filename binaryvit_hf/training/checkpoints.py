@@ -54,6 +54,11 @@ def last_whole_checkpoint(folder: Path, more_files: Mapping[str, str] = MappingP
     return None
 
 
+def holds_whole_checkpoint(folder: Path) -> bool:
+    """Whether training can resume from a checkpoint in the output directory of a run."""
+    return any(describe_damage(path) is None for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+
+
 def describe_damage(checkpoint: Path, more_files: Mapping[str, str] = MappingProxyType({})) -> str | None:
     """Why training cannot resume from a checkpoint, such as the first missing or unreadable file; `None` if it can."""
     if holds_weights_only(checkpoint):

@@ -192,7 +192,7 @@ def prepare(
         loaded[source] = load_checked_images(arguments, background)
     images, broken, evaluation_images, divided = loaded[source]
     if divided:
-        warn_of_learned_images(arguments, images["train"])
+        warn_of_learned_images(arguments, images["train"], checkpoint)
     labels = images["validation"].features["label"].names
     if meta is not None:
         new_head = adopt_labels(config, labels, model_arguments)
@@ -206,7 +206,7 @@ def prepare(
         indices = match_labels(config, labels, f"--model_name_or_path {model_arguments.model_name_or_path!r}")
         warn_of_absent_labels(config, indices)
         images = relabel(images, indices, config.num_labels)
-    check_earlier_run(output_dir, last, config, arguments, images, is_kept)
+    check_earlier_run(output_dir, last, config, arguments, images, divided, is_kept)
     if training_arguments.push_to_hub and training_arguments.process_index == 0:
         create_repository(
             training_arguments.hub_model_id or output_dir.absolute().name,
@@ -221,21 +221,25 @@ def prepare(
     )
 
 
-def warn_of_learned_images(arguments: RunArguments, images: Dataset) -> None:
+def warn_of_learned_images(arguments: RunArguments, images: Dataset, checkpoint: str | None = None) -> None:
     """
-    Warn if a run that this one starts from was trained on other images of the same folder: images that are added or removed
-    change which ones are held out.
+    Warn if a run that this one starts from was trained on other images of the same folder. Images that are added or removed
+    change which ones are held out, and so do other arguments, such as --train_val_split.
 
     Args:
         images: all images that are not held out.
+        checkpoint: that training resumes from. Without --resume_from_checkpoint its run must have had these images.
     """
-    for name in ("model_name_or_path", "init_from", "teacher_model_name_or_path"):
-        source = getattr(arguments.model, name)
+    names = ("model_name_or_path", "init_from", "teacher_model_name_or_path")
+    sources = {name: getattr(arguments.model, name) for name in names}
+    if arguments.training.resume_from_checkpoint:
+        sources["resume_from_checkpoint"] = checkpoint
+    for name, source in sources.items():
         counts = source and compare_with_training_images(Path(source), arguments.data, images)
         if counts:
             logger.warning(
-                "--%s %r was trained on other images than are in %r now (%s), and may have learned some of those that are "
-                "held out now, so this run's accuracy may be too high: train it again.",
+                "--%s %r was trained on other images of %r than the training images of now (%s), and may have learned some "
+                "of those that are held out now, so this run's accuracy may be too high: train it again.",
                 *(name, source, arguments.data.train_dir or arguments.data.dataset_name, counts),
             )
 
@@ -377,6 +381,7 @@ def check_earlier_run(
     config: PreTrainedConfig,
     arguments: RunArguments,
     images: ImageSplits,
+    divided: bool,
     is_kept: bool = False,
 ) -> None:
     """
@@ -393,7 +398,7 @@ def check_earlier_run(
     if training_arguments.resume_from_checkpoint or not training_arguments.do_train:
         return
     if takes_over(arguments, is_kept):
-        compare_training_images(output_dir, images["train"])
+        compare_training_images(output_dir, images["train"], divided)
     if is_finished(output_dir):
         kept = " and taken as it is" if is_kept else ""
         logger.info("%s is trained already%s; it is evaluated again.", output_dir, kept)

@@ -23,11 +23,13 @@ from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
 from ..run_history import ALL_RESULTS, read_json
 from .arguments import RunArguments
+from .checkpoints import holds_whole_checkpoint
 from .optional_methods import ARGUMENTS_OF_FILES
 
 
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
-TRAINING_IMAGES = "_training_images.json"  # of the run that started last; never uploaded
+TRAINING_IMAGES = "_training_images.json"  # of the run that RUN_ARGUMENTS is of; never uploaded
+UNFINISHED_TRAINING_IMAGES = "_unfinished_training_images.json"  # as UNFINISHED_RUN_ARGUMENTS
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 TEST_PREDICTIONS = "test_predictions.csv"  # the answer to every test image
 RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", ALL_RESULTS, TEST_PREDICTIONS)
@@ -157,7 +159,7 @@ class EarlierRunError(UserError):
 
     Args:
         found: what it holds, such as "a run of other arguments (seed was 1, not 2)".
-        can_resume: whether `--resume_from_checkpoint` continues it.
+        can_resume: whether `--resume_from_checkpoint` continues it, if it has a whole checkpoint.
     """
 
     def __init__(self, output_dir: Path, found: str, can_resume: bool = True):
@@ -165,7 +167,7 @@ class EarlierRunError(UserError):
         super().__init__(f"--output_dir {str(output_dir)!r} holds {found}: {self.remedies('another --output_dir')}.")
 
     def remedies(self, another: str) -> str:
-        if self.can_resume:
+        if self.can_resume and holds_whole_checkpoint(self.output_dir):
             return f"choose {another}, remove this one, or continue it with --resume_from_checkpoint"
         return f"choose {another}, or remove this one"
 
@@ -192,8 +194,8 @@ def explain_earlier_runs(errors: list[EarlierRunError], teacher_dir: Path, outpu
         folders = (
             f"--output_dir {str(output_dir)!r} and its teacher's folder {str(teacher_dir)!r} hold {of_student.found}"
         )
-        resume = ""
-        if of_student.can_resume and of_teacher.can_resume and is_finished(teacher_dir):
+        resume, can_resume = "", of_student.can_resume and of_teacher.can_resume
+        if can_resume and is_finished(teacher_dir) and holds_whole_checkpoint(output_dir):
             resume = " --resume_from_checkpoint continues the student, with the teacher as it is."
         return f"{folders}: choose {another}{follow}, or remove both folders.{resume}"
     holds = f"The teacher's folder {str(teacher_dir)!r} holds {of_teacher.found}"
@@ -242,36 +244,66 @@ def needs_new_run(name: str, recorded: dict) -> bool:
     return name == "optim" or (name in ARGUMENTS_OF_FILES and recorded.get(name) is None)
 
 
-def compare_training_images(output_dir: Path, images: Dataset | ImageStream) -> None:
-    """Raise EarlierRunError if the run in the output directory was started with other training images."""
-    recorded, given = read_json(output_dir / TRAINING_IMAGES), identify_images(images)
+def compare_training_images(output_dir: Path, images: Dataset | ImageStream, divided: bool) -> None:
+    """
+    Raise EarlierRunError if the run in the output directory was started with other training images.
+
+    Args:
+        divided: whether the held-out images are divided from them. Then the run may have learned some that are held out
+            now, and is not to be continued.
+    """
+    recorded, given = recorded_images(output_dir), identify_images(images)
     if recorded and recorded != given:
         counts = f"{recorded.get('images')} before, {given['images']} now"
-        raise EarlierRunError(output_dir, f"a run on other training images ({counts})")
+        raise EarlierRunError(output_dir, f"a run on other training images ({counts})", can_resume=not divided)
+
+
+def recorded_images(output_dir: Path) -> dict:
+    """The training images of the run that started last in the output directory; empty if this is not known."""
+    is_unfinished = (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file()
+    recorded = read_json(output_dir / UNFINISHED_TRAINING_IMAGES) if is_unfinished else {}
+    # An unfinished run of an older version, or one that was killed in `record_end`, has written TRAINING_IMAGES.
+    return recorded or read_json(output_dir / TRAINING_IMAGES)
 
 
 def compare_with_training_images(folder: Path, arguments: DataArguments, images: Dataset) -> str | None:
     """
     The numbers of training images, `340 then, 341 now`, if the run in `folder` had others of the same source; otherwise
-    `None`, also if this is not known.
+    `None`, also if this is not known, or if that run has saved nothing.
 
     Args:
         folder: of a run or of its checkpoint, or anything else.
         arguments: that choose `images`.
     """
-    run = folder.parent if checkpoint_step(folder) is not None else folder
-    recorded, source = read_json(run / TRAINING_IMAGES), read_json(run / RUN_ARGUMENTS)
-    limited = arguments.max_train_samples or source.get("max_train_samples")
-    if (
-        not recorded
-        or limited
-        or any(
-            normalize(name, source.get(name)) != normalize(name, getattr(arguments, name)) for name in TRAINING_SOURCE
-        )
-    ):
+    run, files = folder, [(TRAINING_IMAGES, RUN_ARGUMENTS)]
+    if checkpoint_step(folder) is not None:
+        run = folder.parent
+        if (run / UNFINISHED_RUN_ARGUMENTS).is_file():  # this run made the checkpoint, or the one that it continues
+            files.append((UNFINISHED_TRAINING_IMAGES, UNFINISHED_RUN_ARGUMENTS))
+    if not holds_weights(run):
         return None
     now = identify_images(images)
-    return None if now == recorded else f"{recorded.get('images')} then, {now['images']} now"
+    for images_file, arguments_file in files:
+        recorded, source = read_json(run / images_file), read_json(run / arguments_file)
+        if recorded and recorded != now and has_same_source(run, source, arguments):
+            return f"{recorded.get('images')} then, {now['images']} now"
+    return None
+
+
+def has_same_source(run: Path, recorded: dict, arguments: DataArguments) -> bool:
+    """Whether the recorded arguments of the run in a folder are known to name the same training images, all of them."""
+    if recorded.get("max_train_samples") or arguments.max_train_samples:
+        return False
+    is_in_place = normalize("output_dir", recorded.get("output_dir")) == os.path.abspath(run)
+    for name in TRAINING_SOURCE:
+        before, now = recorded.get(name), getattr(arguments, name)
+        if normalize(name, before) != normalize(name, now):
+            return False
+        # The run may have started in another working folder, where a relative path is of another folder.
+        is_relative = name in PATH_ARGUMENTS and before and not os.path.isabs(before) and os.path.exists(before)
+        if is_relative and not is_in_place:
+            return False
+    return True
 
 
 def identify_images(images: Dataset | ImageStream) -> dict:
@@ -316,22 +348,25 @@ def holds_weights(output_dir: Path) -> bool:
 
 def record_start(output_dir: Path, arguments: RunArguments, images: Dataset | ImageStream) -> None:
     """
-    Write the arguments and training images of a run that starts. A finished run in the folder keeps its arguments until
+    Write the arguments and training images of a run that starts. A finished run in the folder keeps its own until
     `record_end`.
     """
     continues = any((output_dir / name).is_file() for name in (TRAIN_RESULTS, UNFINISHED_RUN_ARGUMENTS))
-    name = UNFINISHED_RUN_ARGUMENTS if continues else RUN_ARGUMENTS
-    contents = {TRAINING_IMAGES: identify_images(images), name: arguments_to_json(arguments)}
-    for file, content in contents.items():
+    names = (TRAINING_IMAGES, RUN_ARGUMENTS)
+    if continues:
+        names = (UNFINISHED_TRAINING_IMAGES, UNFINISHED_RUN_ARGUMENTS)  # the second counts: it is written last
+    for file, content in zip(names, (identify_images(images), arguments_to_json(arguments))):
         partial = output_dir / f"{file}.writing"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.replace(output_dir / file)
 
 
 def record_end(output_dir: Path) -> None:
-    """Remove the results and arguments of the finished run whose weights are replaced next, if this run continues one."""
+    """Replace what is recorded of the finished run whose weights are replaced next, if this run continues one."""
     if not (output_dir / UNFINISHED_RUN_ARGUMENTS).is_file():
         return
     for name in RESULTS:
         (output_dir / name).unlink(missing_ok=True)
+    if (output_dir / UNFINISHED_TRAINING_IMAGES).is_file():
+        (output_dir / UNFINISHED_TRAINING_IMAGES).replace(output_dir / TRAINING_IMAGES)
     (output_dir / UNFINISHED_RUN_ARGUMENTS).replace(output_dir / RUN_ARGUMENTS)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from binaryvit_runtime.errors import TerminatedError, counted
 from binaryvit_runtime.hub import resumable_upload
@@ -30,6 +30,7 @@ from ..ops import CONFIG_CLASSES, count_operations, total
 from ..run_history import EVALUATION_IMAGES, read_json, read_training_history
 from .arguments import DistillationTrainingArguments, RunArguments
 from .callbacks.progress import NamedProgress
+from .checkpoints import last_whole_checkpoint
 from .confusion import ConfusionMatrix, describe, predict_classes
 from .forecast import steps_left
 from .learning_curves import plot_learning_curves
@@ -41,6 +42,7 @@ from .preparation import Inputs
 from .run_folder import (
     TRAIN_RESULTS,
     FolderLocks,
+    holds_weights,
     read_results,
     record_end,
     record_start,
@@ -185,14 +187,17 @@ class TrainingRun:
             raise training_memory_error(error, device, batch_size, self.arguments_to_go_on()) from error
 
     def arguments_to_go_on(self) -> str:
-        """What continues this run with another batch, which the same command alone refuses; empty before its first checkpoint."""
-        is_teacher, is_student = (self.name.startswith(name) for name in ("teacher", "student"))
-        if last := get_last_checkpoint(str(self.output_dir)):
-            return f"--{'teacher.' if is_teacher else ''}resume_from_checkpoint, to go on from {last}"
-        if is_student:
+        """What to give beside another batch, which the same command alone refuses; empty if this run has saved nothing."""
+        prefix = "teacher." if self.name.startswith("teacher") else ""
+        if last := last_whole_checkpoint(self.output_dir, self.arguments.training.checkpoint_files):
+            return f"--{prefix}resume_from_checkpoint, to go on from {last}"
+        more = []
+        if self.name.startswith("student"):
             teacher = shlex.quote(self.arguments.model.teacher_model_name_or_path)
-            return f"--teacher_model_name_or_path {teacher}, which is trained already"
-        return ""
+            more.append(f"--teacher_model_name_or_path {teacher}, which is trained already")
+        if holds_weights(self.output_dir):  # which this run cannot go on from, such as those of --save_only_model
+            more.append(f"another --{prefix}output_dir")
+        return ", and ".join(more)
 
     def evaluate(self) -> None:
         """Evaluate student and teacher on the validation images."""

@@ -372,6 +372,23 @@ def test_a_finished_run_may_be_moved_and_an_unfinished_one_may_not(folder, tmp_p
         is_tested(teacher)
 
 
+def test_a_run_that_has_saved_nothing_takes_other_arguments_and_another_teacher(folder, tmp_path):
+    first = Ablation(folder, tmp_path, (1,))
+    finish(first)
+    _, student = first.runs().values()
+    shutil.rmtree(tmp_path / "vit")
+    (student.folder / "train_results.json").unlink()
+    (folder / "student.json").write_text(json.dumps(RECIPE | {"learning_rate": 0.1}))
+    runs = list(Ablation(folder, tmp_path, (1,)).runs().values())
+    with pytest.raises(UserError, match="learning_rate was"):
+        is_tested(runs[1])
+    with pytest.raises(UserError, match="learned from an earlier 'vit'"):
+        check_learners(tmp_path, runs)
+    (student.folder / "config.json").unlink()
+    assert not is_tested(runs[1])
+    check_learners(tmp_path, runs)
+
+
 def all_tested(ablation: Ablation) -> bool:
     return all(map(is_tested, ablation.runs().values()))
 

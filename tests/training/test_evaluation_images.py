@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from command_line import refusal
@@ -23,7 +24,12 @@ from binaryvit_hf.training.command_line import parse
 from binaryvit_hf.training.model_card import write_model_card
 from binaryvit_hf.training.preparation import load_checked_images, warn_of_learned_images
 from binaryvit_hf.training.run import main
-from binaryvit_hf.training.run_folder import RUN_ARGUMENTS, TRAINING_IMAGES, record_start
+from binaryvit_hf.training.run_folder import (
+    RUN_ARGUMENTS,
+    TRAINING_IMAGES,
+    compare_with_training_images,
+    record_start,
+)
 
 
 def write_splits(folder, *names: str, labels=(0, 1) * 4):
@@ -112,10 +118,34 @@ def test_a_run_that_starts_from_one_on_other_photos_of_the_folder_is_told(argume
 
     assert warning() == ""
     (photos / "ant" / "0.png").rename(photos / "ant" / "new.png")
-    assert f"--{argument} '{tmp_path / source}' was trained on other images than are in '{photos}' now" in warning()
+    assert warning() == ""  # nothing was saved: a teacher's folder, which is trained anew
+    (earlier / "checkpoint-7").mkdir()
+    assert (
+        f"--{argument} '{tmp_path / source}' was trained on other images of '{photos}' than the training images of"
+        in warning()
+    )
     assert "(8 then, 8 now)" in warning()
     assert warning(max_train_samples=2) == ""  # nobody knows
     assert warning(train_dir=str(shutil.copytree(photos, tmp_path / "others"))) == ""
+
+
+def test_relative_photos_of_a_run_are_known_only_where_it_ran(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        write_pictures(tmp_path / name / "photos", ("ant", "bee"), 5)
+    monkeypatch.chdir(tmp_path / "here")
+    values = {"train_dir": "photos", "use_cpu": True, "do_train": True, "config_name": "any", "output_dir": "earlier"}
+    first = parse(values, [])
+    earlier = tmp_path / "here" / "earlier"
+    (earlier / "checkpoint-7").mkdir(parents=True)
+    record_start(earlier, first, load_images(first.data, 42, None, None)["train"])
+
+    def difference(folder: str) -> str | None:
+        data = replace(first.data, train_val_split=0.4)
+        return compare_with_training_images(Path(folder), data, load_images(data, 42, None, None)["train"])
+
+    assert difference("earlier") == "8 then, 6 now"  # others are held out
+    monkeypatch.chdir(tmp_path / "there")
+    assert difference("../here/earlier") is None
 
 
 def test_a_model_is_evaluated_with_a_warning_if_it_learned_the_held_out_photos(tmp_path, caplog):

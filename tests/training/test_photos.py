@@ -143,7 +143,7 @@ def test_a_command_with_another_argument_names_all_folders_and_a_free_one(earlie
     assert of_teacher.endswith(way)
     of_student = refusal(capsys, *earlier_pair, "--distillation_temperature=3")
     assert f"error: --output_dir '{out}' holds a run of other arguments (distillation_temperature was" in of_student
-    assert of_student.endswith(", remove this one, or continue it with --resume_from_checkpoint.")
+    assert of_student.endswith("-3, or remove this one.")  # its checkpoint is not whole
 
 
 def test_a_teachers_folder_of_its_own_is_part_of_the_way_out(earlier_pair, tmp_path, capsys):

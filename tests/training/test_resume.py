@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from binaryvit_hf.training.memory_errors import FullMemoryError, is_full_memory,
 from binaryvit_hf.training.model_card import write_model_card
 from binaryvit_hf.training.run_folder import (
     RUN_ARGUMENTS,
+    TRAINING_IMAGES,
     UNFINISHED_RUN_ARGUMENTS,
     arguments_to_json,
     compare_with_recorded,
@@ -106,6 +108,13 @@ def test_a_checkpoint_of_weights_only_is_not_resumed_from_and_not_called_damaged
     assert "holds no checkpoint to resume from" in capsys.readouterr().err
     assert "checkpoint-2 holds weights only (--save_only_model): training cannot resume" in caplog.text
     assert "damaged" not in caplog.text
+    smaller = [*steps, "--per_device_train_batch_size=2"]
+    assert script.main(smaller) == 2
+    assert "choose another --output_dir, or remove this one." in capsys.readouterr().err
+    with monkeypatch.context() as full:
+        full.setattr(DistillationTrainer, "batch_loss", fill_memory(MemoryError()))
+        assert script.main(steps) == 1
+    assert "for as many images per step, and another --output_dir." in capsys.readouterr().err
     (checkpoint / "trainer_state.json").unlink()
     assert script.main([*steps, f"--resume_from_checkpoint={checkpoint}"]) == 2
     assert "trainer_state.json is missing" in capsys.readouterr().err
@@ -228,6 +237,8 @@ def test_new_arguments_whose_state_a_checkpoint_lacks_need_a_new_run(command, tm
     monkeypatch.setattr(run_steps, "record_end", interrupt)
     steps = [*command, "--max_steps=2", "--save_steps=1"]
     assert script.main(steps) == 130
+    assert script.main([*steps, "--learning_rate=0.5"]) == 2
+    assert "remove this one, or continue it with --resume_from_checkpoint." in capsys.readouterr().err
     for flag in ("--optim=sgd", "--ema_decay=0.5"):
         assert script.main([*steps, flag]) == 2
         message = capsys.readouterr().err
@@ -336,6 +347,45 @@ def test_a_trailing_slash_of_the_output_directory_is_not_in_the_teachers_name(tm
     (tmp_path / "run.json").write_text('{"config_name": "student", "teacher": {"config_name": "teacher"}}')
     teacher, student = parse_runs([str(tmp_path / "run.json"), f"--output_dir={tmp_path / 'out'}/"])
     assert student[0].teacher_model_name_or_path == teacher[2].output_dir == str(tmp_path / "out-teacher")
+
+
+def test_photos_that_are_added_to_a_divided_folder_need_a_new_run(command, tmp_path, monkeypatch, capsys, caplog):
+    command = [*command, "--max_steps=2", "--save_steps=1", "--report_to=none"]
+    command = [flag for flag in command if not flag.startswith("--validation_dir")]
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    assert script.main(command) == 0
+    before = (out / TRAINING_IMAGES).read_bytes()
+    (photos / "ant" / "0.png").rename(photos / "ant" / "new.png")
+    assert script.main(command) == 2
+    message = capsys.readouterr().err
+    assert (
+        "holds a run on other training images (11 before, 11 now): choose another --output_dir, or remove" in message
+    )
+    assert "--resume_from_checkpoint" not in message
+
+    more, finish = [*command, "--max_steps=3", "--resume_from_checkpoint"], run_steps.record_end
+    monkeypatch.setattr(run_steps, "record_end", interrupt)
+    caplog.clear()
+    assert script.main(more) == 130
+    warning = f"--resume_from_checkpoint '{out / 'checkpoint-2'}' was trained on other images"
+    assert warning in caplog.text
+    assert (out / TRAINING_IMAGES).read_bytes() == before  # as the weights
+    caplog.clear()
+    assert script.main(["--do_eval", "--model_name_or_path", str(out), *command[1:2], f"--output_dir={tmp_path}"]) == 0
+    assert "was trained on other images" in caplog.text
+
+    def stop_before_the_arguments(self, target):
+        if self.name == UNFINISHED_RUN_ARGUMENTS:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    replace = Path.replace
+    monkeypatch.setattr(run_steps, "record_end", finish)
+    for stop in (stop_before_the_arguments, replace):
+        monkeypatch.setattr(Path, "replace", stop)
+        assert script.main(more[:-1]) == (0 if stop is replace else 130)
+        assert (out / TRAINING_IMAGES).read_bytes() != before
+    assert not list(out.glob("_unfinished*"))
 
 
 ONE_TOKEN = tiny_config(image_size=(8, 8))

@@ -30,6 +30,7 @@ from ..run_folder import (
     TRAIN_RESULTS,
     EarlierRunError,
     compare_with_recorded,
+    holds_weights,
     is_finished,
     read_json,
 )
@@ -322,7 +323,8 @@ def is_tested(run: Run) -> bool:
     try:
         for found in earlier_configs(run.folder, None):
             check_same_network(found, load_config(run.arguments.model, do_train=True), run.folder)
-        compare_with_recorded(run.folder, run.arguments)
+        if holds_weights(run.folder):  # otherwise the training takes other arguments
+            compare_with_recorded(run.folder, run.arguments)
     except EarlierRunError as error:
         raise UserError(
             f"{str(run.folder)!r} holds {error.found}: choose another OUT, restore what has changed, or remove this folder and "
@@ -334,10 +336,12 @@ def is_tested(run: Run) -> bool:
 def check_learners(out: Path, waiting: list[Run]) -> None:
     """
     Raise UserError if runs in `out`, of any table and seed, learned from an earlier run in the folder of one that is to be
-    trained: finished ones are not trained again, and others would resume with another teacher.
+    trained: finished ones are not trained again, and others would resume with another teacher. A run that has saved nothing
+    begins anew.
     """
     to_train = {run.folder.name for run in waiting if not is_finished(run.folder)}
-    sources = {file.parent.name: sources_of(file) & to_train for file in sorted(out.glob(f"*/{RUN_ARGUMENTS}"))}
+    files = [file for file in sorted(out.glob(f"*/{RUN_ARGUMENTS}")) if holds_weights(file.parent)]
+    sources = {file.parent.name: sources_of(file) & to_train for file in files}
     for name in sorted(to_train):
         if learners := [learner for learner, names in sources.items() if name in names]:
             raise UserError(
