@@ -10,6 +10,7 @@ from pathlib import Path
 # From glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 CONTAINER = Path("/sys/fs/cgroup")  # the container's own control group; a host's root has no limit
+RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # of memory.stat; MemAvailable counts them, too
 LARGEST_KEPT = (2**30, 2**25)  # bytes; older versions of glibc accept only the second
 
 
@@ -61,7 +62,7 @@ def free_memory() -> int | None:
 
 def free_in_container(group: Path) -> int | None:
     """
-    Memory that a control group leaves, in bytes; `None` without a limit or a group.
+    Memory that a control group leaves, with what the kernel can reclaim, in bytes; `None` without a limit or a group.
 
     Args:
         group: folder of a control group, version 2.
@@ -69,8 +70,8 @@ def free_in_container(group: Path) -> int | None:
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # The kernel frees cached files when memory runs short.
-        return max(0, limit - used + int(statistics["inactive_file"]))
+        # The kernel frees cached files and directory entries when memory runs short.
+        return max(0, limit - used + sum(int(statistics[name]) for name in RECLAIMABLE))
     except (OSError, ValueError, KeyError):  # a limit of `max` is no number
         return None
 

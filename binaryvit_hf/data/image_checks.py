@@ -44,11 +44,11 @@ class Appearance(NamedTuple):
 
 
 def check_images(
-    images: ImageSplits, skip_broken: bool, background: str | None = None
+    images: ImageSplits, skip_broken: bool, background: str | None = None, max_eval_samples: int | None = None
 ) -> tuple[ImageSplits, list[str]]:
     """
     Stop at broken images, or leave them out. Warn of images that are transparent or of one colour, and of
-    streams that begin with one class.
+    streams that have one class, or begin with one class and are cut short.
 
     It checks
 
@@ -60,6 +60,7 @@ def check_images(
     Args:
         skip_broken: leave out images that are broken or too large.
         background: the colour that the run puts behind transparent images.
+        max_eval_samples: the limit of the evaluation images. It may have cut a stream short.
 
     Returns:
         The images, and the names of those left out.
@@ -72,7 +73,7 @@ def check_images(
     for split, dataset in images.items():
         if isinstance(dataset, ImageStream):
             if split != "train":
-                check_first_images(dataset, split, background)
+                check_first_images(dataset, split, background, max_eval_samples if split == "validation" else None)
         else:
             whole, names, maybe_transparent = leave_out_broken(dataset, split, skip_broken)
             if split == "train" and names:
@@ -160,11 +161,16 @@ def warn_of_appearance(
         )
 
 
-def check_first_images(stream: ImageStream, split: str, background: str | None) -> None:
-    """Warn if the first images of a stream have one class, or are transparent and the run has no background."""
+def check_first_images(stream: ImageStream, split: str, background: str | None, limit: int | None) -> None:
+    """
+    Warn if the first images of a stream are transparent and the run has no background, or if they have one class and are
+    all that is evaluated, or the stream has as many images as its limit.
+    """
     rows = [row for _, _, row in islice(stream.read(0), MAX_STREAMED_IMAGES)]
-    remedy = "shuffle it" + (", or leave out --max_eval_samples" if split == "validation" else "")
-    warn_of_one_class(stream, [row["label"] for row in rows], split, remedy)
+    is_cut_short = limit is not None and stream.num_images == limit
+    if is_cut_short or stream.num_images == len(rows):  # the order of a complete stream is of no effect
+        remedy = "shuffle it" + (", or leave out --max_eval_samples" if is_cut_short else "")
+        warn_of_one_class(stream, [row["label"] for row in rows], split, remedy)
     if background is None:
         warn_of_transparent_images([row["image"] for row in rows], split)
 

@@ -89,15 +89,16 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
 
 def refuse_nested_classes(folder: Path, split: str, classes: dict[str, list[Path]]) -> None:
     """Raise UserError if `folder` is one level too high: it holds splits, or the folder of the classes."""
-    if any(path.parent.parent == folder for paths in classes.values() for path in paths):
-        return
-    if SPLIT_NAMES.issuperset(name.lower() for name in classes):
+    nested = [name for name, paths in classes.items() if all(path.parent.parent != folder for path in paths)]
+    splits = [name for name in nested if name.lower() in SPLIT_NAMES]
+    # One among others may be a class: pictures of trains, by kind.
+    if len(splits) > 1 or len(splits) == len(classes):
         raise UserError(
-            f"--{split}_dir: {str(folder)!r} has the folders {', '.join(map(repr, classes))}, which are no classes: give the "
+            f"--{split}_dir: {str(folder)!r} has the folders {', '.join(map(repr, splits))}, which are no classes: give the "
             "splits with --train_dir and --validation_dir."
         )
-    if split == "train" and len(classes) == 1:
-        inner = str(folder / next(iter(classes)))
+    if split == "train" and len(nested) == len(classes) == 1:
+        inner = str(folder / nested[0])
         raise UserError(
             f"--train_dir: {str(folder)!r} has one folder, and the images are in the folders of that one: give "
             f"--train_dir {inner!r}."

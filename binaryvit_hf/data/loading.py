@@ -234,7 +234,7 @@ def refuse_classes_as_splits(arguments: DataArguments) -> None:
     read = files.get(arguments.train_split_name) or [file for of_split in files.values() for file in of_split]
     parents = {folder.resolve() for folder in {Path(file).parent for file in read}}
     left_out = [child.name for child in classes if child.resolve() not in parents]
-    if left_out:
+    if 0 < len(left_out) < len(classes):  # otherwise the files of the split are further down, as in train/ant
         raise UserError(
             f"--dataset_name {str(folder)!r} is a folder of classes, and some of their names would be taken for names of "
             f"splits, which leaves out {left_out[0]!r}: give a folder of classes with --train_dir."

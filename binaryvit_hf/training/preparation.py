@@ -306,7 +306,7 @@ def load_checked_images(arguments: RunArguments, background: str | None) -> Chec
         evaluation_images = UNKNOWN  # the model may have been trained on any images
     if evaluation_images == TRAINING:
         logger.warning("The run is evaluated on its training images, which says nothing about other images.")
-    checked = check_images(images, data_arguments.skip_broken_images, background)
+    checked = check_images(images, data_arguments.skip_broken_images, background, data_arguments.max_eval_samples)
     return CheckedImages(*checked, evaluation_images, divided)
 
 

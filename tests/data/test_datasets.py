@@ -316,7 +316,15 @@ def test_classes_that_are_named_like_splits_are_refused_as_a_dataset(left_out, c
         load(tmp_path / "photos")
 
 
-@pytest.mark.parametrize("names", [["train/ant", "train/bee", "test/ant", "more"], ["trainer", "sandal"]], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/ant", "train/bee", "test/ant", "more"],
+        ["train/ant", "train/bee", "test/ant", "latest"],
+        ["trainer", "sandal"],
+    ],
+    ids=str,
+)
 def test_folders_of_splits_and_of_other_classes_are_datasets(names, tmp_path):
     for name in names:
         (tmp_path / "photos" / name).mkdir(parents=True)

@@ -173,14 +173,14 @@ def test_more_images_than_the_memory_holds_are_refused_before_they_are_read(larg
     add_transforms(load_images(large_photos, 0, None, None), processor, large_photos, 0, keep=True)
 
 
-def test_the_limit_of_a_container_counts_without_cached_files(tmp_path):
+def test_the_limit_of_a_container_counts_without_memory_that_the_kernel_reclaims(tmp_path):
     for name, content in (
         ("memory.max", "1000"),
         ("memory.current", "700"),
-        ("memory.stat", "anon 100\ninactive_file 50"),
+        ("memory.stat", "anon 100\ninactive_file 50\nactive_file 20\nslab_reclaimable 7\nslab_unreclaimable 3"),
     ):
         (tmp_path / name).write_text(content + "\n")
-    assert host_memory.free_in_container(tmp_path) == 350
+    assert host_memory.free_in_container(tmp_path) == 377
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory.free_in_container(tmp_path) is None
     assert host_memory.free_in_container(tmp_path / "none") is None

@@ -291,8 +291,14 @@ def test_a_part_of_a_sorted_stream_has_all_classes_or_causes_a_warning(tmp_path,
         assert len(rows) == 120
         assert len({row["label"] for row in rows}) == (1 if sorted_by_class else 2)
         assert ("The first 100 training images have one class, 'ant'" in caplog.text) is sorted_by_class
-    caplog.clear()
-    images = load_images(DataArguments(**arguments, max_eval_samples=20), 0, None, None)
-    check_images({"validation": images["validation"].for_evaluation()}, skip_broken=False, background="white")
-    assert "All 20 validation images have one class, 'ant'" in caplog.text
-    assert "leave out --max_eval_samples" in caplog.text
+
+
+@pytest.mark.parametrize("limit, part", [(20, ["All 20"]), (120, ["The first 100"]), (301, []), (None, [])])
+def test_a_sorted_evaluation_stream_causes_a_warning_only_if_it_is_cut_short(tmp_path, limit, part, caplog):
+    table = str(write_table(tmp_path / "table", train=300, validation=300))
+    images = load_images(DataArguments(dataset_name=table, streaming=True, max_eval_samples=limit), 0, None, None)
+    validation = images["validation"].for_evaluation()
+    check_images({"validation": validation}, skip_broken=False, background="white", max_eval_samples=limit)
+    remedy = "if the dataset is sorted by class, shuffle it, or leave out --max_eval_samples."
+    warnings = [message for message in caplog.messages if "one class" in message]
+    assert warnings == [f"{words} validation images have one class, 'ant': {remedy}" for words in part]

@@ -186,6 +186,10 @@ def test_folders_of_splits_are_no_classes(tiny_photos, tmp_path, capsys):
         capsys, *tiny_photos, "--train_dir", tmp_path / "splits", "--validation_dir", tmp_path / "photos"
     )
     assert "which are no classes" in message
+    write_pictures(tmp_path / "splits", ("devices",), 1)
+    message = refusal(capsys, *tiny_photos, "--train_dir", tmp_path / "splits")
+    assert "splits' has the folders 'Validation', 'train', which are no classes" in message
+    shutil.rmtree(tmp_path / "splits" / "devices")
     shutil.rmtree(tmp_path / "splits" / "train")
     (tmp_path / "splits" / "Validation").rename(tmp_path / "splits" / "mine")
     message = refusal(capsys, *tiny_photos, "--train_dir", tmp_path / "splits")
