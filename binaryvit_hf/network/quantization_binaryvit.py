@@ -789,13 +789,15 @@ class PackableModel(PreTrainedModel):
             half: store the floats that fit in half precision (`in_half`).
 
         Raises:
-            ValueError: weights are offloaded, or the config was edited and describes another network.
+            ValueError: weights are offloaded, the config was edited and describes another network, or the `state_dict`
+                lacks tensors of this model.
         """
         check_not_offloaded(self, "save it packed")
         check_edited_config(self)
-        tensors = SAVING.get()
-        if tensors is None:
-            tensors = self.state_dict()
+        own, given = self.state_dict(), SAVING.get()
+        if given:  # ranks that write no file give an empty one
+            check_complete(given, own)
+        tensors = own if given is None else given
         if half:
             tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
@@ -894,6 +896,19 @@ def check_not_offloaded(model: nn.Module, action: str) -> None:
     offloaded = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"Tensor {offloaded[0]!r} is offloaded: load the model without a device_map to {action}.")
+
+
+def check_complete(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a `state_dict` lacks tensors of the packed model, so nobody could load the file.
+    """
+    missing = next((name for name in own if name not in given), None)
+    if missing is not None:
+        raise ValueError(
+            f"The state_dict lacks the tensor {missing!r} of this packed model: give all tensors by the names in "
+            "model.state_dict(), or no state_dict."
+        )
 
 
 def check_edited_config(model: PackableModel) -> None:

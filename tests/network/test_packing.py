@@ -684,6 +684,26 @@ def test_the_state_dict_that_is_given_is_saved(packed, tmp_path):
     assert_same_checkpoint(tmp_path / "own", packed)
 
 
+UNUSABLE = {
+    "names of torch.compile": lambda model: torch.compile(model).state_dict(),
+    "the classifier alone": lambda model: model.classifier.state_dict(prefix="classifier."),
+    "latent weights": lambda model: copy.deepcopy(model).dequantize(latent=True).state_dict(),
+}
+
+
+@pytest.mark.parametrize("tensors", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_state_dict_that_lacks_tensors_of_a_packed_model_is_not_saved(packed, tmp_path, tensors):
+    model = load(packed)
+    with pytest.raises(ValueError, match=r"state_dict lacks the tensor 'binaryvit\.\S+' of this packed model"):
+        model.save_pretrained(tmp_path / "saved", state_dict=tensors(model))
+    assert not any((tmp_path / "saved").iterdir())
+
+
+def test_a_rank_that_writes_no_file_saves_an_empty_state_dict(packed, tmp_path):
+    load(packed).save_pretrained(tmp_path / "rank", is_main_process=False, state_dict={})
+    assert not any((tmp_path / "rank").iterdir())
+
+
 EDITS = {
     "heads": {"num_attention_heads": [1, 4]},
     "layers": {"depths": [1, 1]},
