@@ -757,7 +757,10 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
             kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
             outputs = self.binaryvit(pixel_values, **kwargs)
             logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config)
+            self.warn_of_frozen_model(loss)
         if outputs is None:
             return BinaryViTImageClassifierOutput(loss=loss, logits=logits)
         return BinaryViTImageClassifierOutput(

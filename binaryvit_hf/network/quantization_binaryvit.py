@@ -710,6 +710,20 @@ class PackableModel(PreTrainedModel):
             "the classifier's. To train all of it, call .dequantize(latent=True) first."
         )
 
+    def warn_of_frozen_model(self, loss: torch.Tensor) -> None:
+        """
+        Warn if the loss of a packed model cannot train it. PyTorch's error of `loss.backward()` names no reason.
+
+        `train` cannot say it: the frozen teacher in a larger module is asked for training mode, too.
+        """
+        if loss.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_packed:
+            return
+        logger.warning_once(
+            "The loss of this packed model has no gradient, because all its parameters are frozen. To train its classifier, "
+            "call .classifier.requires_grad_(True); to train all of it, .dequantize(latent=True). To compute the loss "
+            "alone, use torch.no_grad()."
+        )
+
     @property
     def is_packed(self) -> bool:
         return any(isinstance(module, PackedLinear) for module in self.modules())
