@@ -655,14 +655,15 @@ class PackableModel(PreTrainedModel):
         Upload a model (`PreTrainedModel.push_to_hub`). A latent model is packed first.
 
         The repository then holds the packed model, and the latent one in its folder `latent`. After the upload of a
-        packed model, latent weights that were there before are still there: a warning says so.
+        packed model, latent weights that were there before are still there: a warning says so. A pull request
+        (`create_pr=True`) changes nothing there, so it gets no warning.
         """
         if self.config.weight_bits == 32:
             logger.warning(NOTHING_TO_PACK)
         if is_latent(self):
             return ShippedModel(self).push_to_hub(repo_id, **kwargs)
         commit = super().push_to_hub(repo_id, **kwargs)
-        if self.is_packed:
+        if self.is_packed and not kwargs.get("create_pr"):
             warn_of_latent_weights(commit.repo_url.repo_id, kwargs.get("token"), kwargs.get("revision"))
         return commit
 
