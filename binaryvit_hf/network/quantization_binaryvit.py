@@ -787,7 +787,7 @@ class PackableModel(PreTrainedModel):
         check_not_offloaded(self, "pack it")
         if any(layer.weight.dtype.itemsize < 4 for layer in binary_layers(self).values()):
             logger.warning_once(
-                "Rounding of the latent weights changes signs: keep them in float32 until they are packed."
+                "Rounding of the latent weights may change signs: keep them in float32 until they are packed."
             )
         layers = {name: PackedLinear(layer) for name, layer in binary_layers(self).items()}
         for name, packed in layers.items():
