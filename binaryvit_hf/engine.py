@@ -35,10 +35,6 @@ class Engine(engine.Engine):
         super().__init__(config, tensors, kernels)
         self.largest_team = largest_team(count_multiplications(config))
 
-    def threads_for(self, images: torch.Tensor) -> int:
-        """How many of PyTorch's threads should compute a batch: each whole images, or a team one image at once."""
-        return min(torch.get_num_threads(), max(self.largest_team, len(images)))
-
     @staticmethod
     def contiguous(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().contiguous()

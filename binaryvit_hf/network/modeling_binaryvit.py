@@ -516,10 +516,16 @@ class BinaryViTPreTrainedModel(PackableModel):
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         """Checkpointing runs a forward pass twice. Only the first updates the statistics of batch normalisation."""
-        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        arguments = getattr(gradient_checkpointing_func, "keywords", {})
+        if arguments.get("use_reentrant"):
             raise ValueError(
                 "Use gradient checkpointing with use_reentrant=False: the reentrant kind counts every batch twice in "
                 "batch normalisation's statistics."
+            )
+        if "context_fn" in arguments or arguments.get("debug"):
+            raise ValueError(
+                "Use gradient checkpointing without context_fn and debug: the model's own context_fn keeps batch "
+                "normalisation's statistics, and PyTorch's debug takes none."
             )
         checkpoint_once = functools.partial(
             gradient_checkpointing_func,
@@ -757,7 +763,10 @@ class BinaryViTForImageClassification(BinaryViTPreTrainedModel):
             kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
             outputs = self.binaryvit(pixel_values, **kwargs)
             logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config)
+            self.warn_of_frozen_model(loss)
         if outputs is None:
             return BinaryViTImageClassifierOutput(loss=loss, logits=logits)
         return BinaryViTImageClassifierOutput(

@@ -655,14 +655,15 @@ class PackableModel(PreTrainedModel):
         Upload a model (`PreTrainedModel.push_to_hub`). A latent model is packed first.
 
         The repository then holds the packed model, and the latent one in its folder `latent`. After the upload of a
-        packed model, latent weights that were there before are still there: a warning says so.
+        packed model, latent weights that were there before are still there: a warning says so. A pull request
+        (`create_pr=True`) changes nothing there, so it gets no warning.
         """
         if self.config.weight_bits == 32:
             logger.warning(NOTHING_TO_PACK)
         if is_latent(self):
             return ShippedModel(self).push_to_hub(repo_id, **kwargs)
         commit = super().push_to_hub(repo_id, **kwargs)
-        if self.is_packed:
+        if self.is_packed and not kwargs.get("create_pr"):
             warn_of_latent_weights(commit.repo_url.repo_id, kwargs.get("token"), kwargs.get("revision"))
         return commit
 
@@ -708,6 +709,20 @@ class PackableModel(PreTrainedModel):
         logger.warning_once(
             "This model is packed, so its bits do not train: only the parameters that require a gradient do, such as "
             "the classifier's. To train all of it, call .dequantize(latent=True) first."
+        )
+
+    def warn_of_frozen_model(self, loss: torch.Tensor) -> None:
+        """
+        Warn if the loss of a packed model cannot train it. PyTorch's error of `loss.backward()` names no reason.
+
+        `train` cannot say it: the frozen teacher in a larger module is asked for training mode, too.
+        """
+        if loss.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_packed:
+            return
+        logger.warning_once(
+            "The loss of this packed model has no gradient, because all its parameters are frozen. To train its classifier, "
+            "call .classifier.requires_grad_(True); to train all of it, .dequantize(latent=True). To compute the loss "
+            "alone, use torch.no_grad()."
         )
 
     @property
@@ -772,7 +787,7 @@ class PackableModel(PreTrainedModel):
         check_not_offloaded(self, "pack it")
         if any(layer.weight.dtype.itemsize < 4 for layer in binary_layers(self).values()):
             logger.warning_once(
-                "Rounding of the latent weights changes signs: keep them in float32 until they are packed."
+                "Rounding of the latent weights may change signs: keep them in float32 until they are packed."
             )
         layers = {name: PackedLinear(layer) for name, layer in binary_layers(self).items()}
         for name, packed in layers.items():
@@ -789,13 +804,15 @@ class PackableModel(PreTrainedModel):
             half: store the floats that fit in half precision (`in_half`).
 
         Raises:
-            ValueError: weights are offloaded, or the config was edited and describes another network.
+            ValueError: weights are offloaded, the config was edited and describes another network, or the `state_dict`
+                lacks tensors of this model.
         """
         check_not_offloaded(self, "save it packed")
         check_edited_config(self)
-        tensors = SAVING.get()
-        if tensors is None:
-            tensors = self.state_dict()
+        own, given = self.state_dict(), SAVING.get()
+        if given:  # ranks that write no file give an empty one
+            check_complete(given, own)
+        tensors = own if given is None else given
         if half:
             tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
@@ -894,6 +911,19 @@ def check_not_offloaded(model: nn.Module, action: str) -> None:
     offloaded = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"Tensor {offloaded[0]!r} is offloaded: load the model without a device_map to {action}.")
+
+
+def check_complete(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a `state_dict` lacks tensors of the packed model, so nobody could load the file.
+    """
+    missing = next((name for name in own if name not in given), None)
+    if missing is not None:
+        raise ValueError(
+            f"The state_dict lacks the tensor {missing!r} of this packed model: give all tensors by the names in "
+            "model.state_dict(), or no state_dict."
+        )
 
 
 def check_edited_config(model: PackableModel) -> None:

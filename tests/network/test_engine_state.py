@@ -427,3 +427,21 @@ def test_accelerate_saves_and_loads_a_packed_model_whose_head_trains(loaded, tmp
     accelerator.load_state(str(tmp_path / "state"))
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert_up_to_date(model, monkeypatch)
+
+
+class EarlierEngine:
+    """What the engines of all packages since version 0.1.0 have in common."""
+
+    kind = engine.Engine
+
+    def __init__(self, config, tensors, kernels):
+        actual = self.kind(config, tensors, kernels)
+        self.image_shape, self.forward, self.classify = actual.image_shape, actual.forward, actual.classify
+
+
+def test_code_that_came_with_a_checkpoint_computes_on_the_engines_of_earlier_packages(monkeypatch):
+    monkeypatch.setattr(engine, "Engine", EarlierEngine)
+    model = packed_model()
+    expected = model.binaryvit(IMAGES).pooler_output
+    torch.testing.assert_close(model(IMAGES).logits, model.classifier(expected))
+    assert isinstance(model.binaryvit.engine_slot.folded.own, EarlierEngine)

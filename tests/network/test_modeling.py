@@ -6,6 +6,7 @@ import torch.nn.utils.prune as prune
 from golden_data import CONFIGS, ROWS, TINY
 from tiny import class_token_config, one_layer_config, tiny_config, tiny_images, tiny_model
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from binaryvit_hf import BinaryViTBackbone, BinaryViTConfig, BinaryViTForImageClassification
@@ -83,6 +84,12 @@ def test_fused_attention_has_the_gradients_of_single_operations_for_losses_on_bo
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ValueError, match="use_reentrant=False"):
         tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("arguments", [{"context_fn": noop_context_fn}, {"debug": True}], ids=["context_fn", "debug"])
+def test_arguments_of_checkpointing_that_its_context_excludes_are_refused(arguments):
+    with pytest.raises(ValueError, match="without context_fn and debug"):
+        tiny_model().gradient_checkpointing_enable(arguments)
 
 
 def test_checkpointing_takes_other_arguments_of_pytorch():

@@ -237,6 +237,19 @@ def test_a_frozen_packed_classifier_in_a_larger_module_stays_in_evaluation_mode(
     assert not any(module.training for module in packed.modules())
 
 
+def test_training_a_frozen_packed_classifier_says_that_nothing_trains(packed, tmp_path, caplog):
+    transformers_logging.warning_once.cache_clear()
+    packed.requires_grad_(False)
+    with torch.no_grad():
+        packed(tiny_images(), labels=torch.tensor([0, 2]))
+    assert "all its parameters are frozen" not in caplog.text
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        train(packed, tmp_path)
+    assert caplog.text.count("all its parameters are frozen") == 1
+    packed.classifier.requires_grad_(True)  # as the warning says
+    train(packed, tmp_path, max_steps=1)
+
+
 def test_a_packed_classifier_whose_layers_of_bits_are_not_frozen_refuses_training(packed, tmp_path):
     packed.requires_grad_(True)
     with pytest.raises(ValueError, match=r"a bit has no gradient.*dequantize\(latent=True\)"):

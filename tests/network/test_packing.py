@@ -5,16 +5,18 @@ import json
 import logging
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from golden_data import CONFIGS as CONFIG_FILES
+from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from old_layout import write_old_layout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from binaryvit_hf import (
@@ -684,6 +686,26 @@ def test_the_state_dict_that_is_given_is_saved(packed, tmp_path):
     assert_same_checkpoint(tmp_path / "own", packed)
 
 
+UNUSABLE = {
+    "names of torch.compile": lambda model: torch.compile(model).state_dict(),
+    "the classifier alone": lambda model: model.classifier.state_dict(prefix="classifier."),
+    "latent weights": lambda model: copy.deepcopy(model).dequantize(latent=True).state_dict(),
+}
+
+
+@pytest.mark.parametrize("tensors", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_state_dict_that_lacks_tensors_of_a_packed_model_is_not_saved(packed, tmp_path, tensors):
+    model = load(packed)
+    with pytest.raises(ValueError, match=r"state_dict lacks the tensor 'binaryvit\.\S+' of this packed model"):
+        model.save_pretrained(tmp_path / "saved", state_dict=tensors(model))
+    assert not any((tmp_path / "saved").iterdir())
+
+
+def test_a_rank_that_writes_no_file_saves_an_empty_state_dict(packed, tmp_path):
+    load(packed).save_pretrained(tmp_path / "rank", is_main_process=False, state_dict={})
+    assert not any((tmp_path / "rank").iterdir())
+
+
 EDITS = {
     "heads": {"num_attention_heads": [1, 4]},
     "layers": {"depths": [1, 1]},
@@ -773,3 +795,14 @@ def test_a_flipped_bit_in_the_config_never_changes_an_output(packed):
         except (ValueError, OSError, AttributeError, StrictDataclassError):  # AttributeError: an unknown dtype
             continue
         assert torch.equal(logits(model), expected), offset
+
+
+@pytest.mark.parametrize("create_pr", [False, True], ids=["main", "pull request"])
+def test_a_pull_request_with_a_packed_model_gets_no_advice_to_delete_latent_weights_of_main(
+    packed, monkeypatch, caplog, create_pr
+):
+    commit = SimpleNamespace(repo_url=SimpleNamespace(repo_id="alice/pyramid"))
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda *_, **__: commit)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: ["latent/model.safetensors"])
+    load(packed).push_to_hub("alice/pyramid", create_pr=create_pr)
+    assert ("delete_folder" in caplog.text) == (not create_pr)
