@@ -167,7 +167,9 @@ def test_a_broken_image_stops_before_it_is_kept(large_photos, tmp_path):
 def test_more_images_than_the_memory_holds_are_refused_before_they_are_read(large_photos, monkeypatch):
     processor = create_image_processor(BinaryViTConfig(image_size=32), crop_pct=0.875)
     monkeypatch.setattr("binaryvit_hf.data.transforms.free_memory", lambda: 50_000)
-    with pytest.raises(UserError, match=r"needs 0.0 GB for 4 training images, and 0.0 GB are free: leave it out"):
+    with pytest.raises(
+        UserError, match=r"needs 0.0 GB for 4 training images, and 0.0 GB are free: give --keep_images_in_memory false"
+    ):
         add_transforms(load_images(large_photos, 0, None, None), processor, large_photos, 0, keep=True)
     monkeypatch.setattr("binaryvit_hf.data.transforms.free_memory", lambda: 60_000)
     add_transforms(load_images(large_photos, 0, None, None), processor, large_photos, 0, keep=True)
