@@ -171,7 +171,8 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
         for name in {*values, *(actions[name].dest for name, _ in flags)}:
             action = fields_by_name[name]
             parsed[name] = convert_argument(name, parsed[name], hints[name], action.choices, action.const)
-        parsed["hub_token"] = parsed["hub_token"] or parsed["token"]
+        if parsed["push_to_hub"]:  # otherwise checkpoints, which hold these arguments, would hold the token
+            parsed["hub_token"] = parsed["hub_token"] or parsed["token"]
         return RunArguments(*parser.parse_dict(parsed))
     except UserError:
         raise

@@ -93,10 +93,12 @@ def test_the_configs_of_the_package_are_found_in_every_folder(tmp_path, monkeypa
 
 
 def test_uploads_use_the_token_if_they_have_none_of_their_own():
-    (run,) = parse_runs(["--token", "a"])
+    (run,) = parse_runs(["--push_to_hub", "--token", "a"])
     assert (run.model.token, run.training.hub_token) == ("a", "a")
-    (run,) = parse_runs(["--token", "a", "--hub_token", "b"])
+    (run,) = parse_runs(["--push_to_hub", "--token", "a", "--hub_token", "b"])
     assert (run.model.token, run.training.hub_token) == ("a", "b")
+    (run,) = parse_runs(["--token", "a"])
+    assert run.training.hub_token is None  # its checkpoints do not hold the token
 
 
 def test_training_starts_in_another_thread_than_the_main_one(monkeypatch):
