@@ -317,11 +317,14 @@ latent.push_to_hub("pyramid")
 latent.pack_weights()
 latent.push_to_hub("pyramid")
 latent.push_to_hub("other")
+latent.classifier.bias.data += 1  # the client does not commit files that are there
+latent.push_to_hub("pyramid", create_pr=True)  # changes nothing in main, so the latent weights there are still right
 """
     result = run(client, tmp_path / "home", ALICE, "-c", code, latent)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("still has latent weights") == 1
     assert "huggingface_hub.delete_folder('latent', 'alice/pyramid')" in result.stderr
+    assert server.commits("alice/pyramid", "refs/pr/1")[0].title == "Upload BinaryViTForImageClassification"
 
 
 def test_push_leaves_out_the_parts_of_sharded_weights_that_it_packs(server, client, latent, tmp_path):

@@ -5,18 +5,16 @@ import json
 import logging
 import shutil
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 from golden_data import CONFIGS as CONFIG_FILES
-from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from old_layout import write_old_layout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import class_token_config, tiny_config, tiny_images, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from binaryvit_hf import (
@@ -795,14 +793,3 @@ def test_a_flipped_bit_in_the_config_never_changes_an_output(packed):
         except (ValueError, OSError, AttributeError, StrictDataclassError):  # AttributeError: an unknown dtype
             continue
         assert torch.equal(logits(model), expected), offset
-
-
-@pytest.mark.parametrize("create_pr", [False, True], ids=["main", "pull request"])
-def test_a_pull_request_with_a_packed_model_gets_no_advice_to_delete_latent_weights_of_main(
-    packed, monkeypatch, caplog, create_pr
-):
-    commit = SimpleNamespace(repo_url=SimpleNamespace(repo_id="alice/pyramid"))
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda *_, **__: commit)
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: ["latent/model.safetensors"])
-    load(packed).push_to_hub("alice/pyramid", create_pr=create_pr)
-    assert ("delete_folder" in caplog.text) == (not create_pr)

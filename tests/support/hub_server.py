@@ -499,9 +499,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, repository: Repository, revision: str) -> dict:
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
-        if "create_pr" in self.query or revision not in repository.branches:
-            raise Refused(400, "Commits go to branches, not to pull requests, tags or old commits")
-        head = repository.find(revision)
+        if revision not in repository.branches:
+            raise Refused(400, "Commits go to branches, not to tags or old commits")
+        head, answer = repository.find(revision), {}
+        if "create_pr" in self.query:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.branches)
+            revision, answer = (
+                f"refs/pr/{number}",
+                {"pullRequestUrl": f"{self.hub.url}/{repository.path}/discussions/{number}"},
+            )
         if header["value"].get("parentCommit", head.oid) != head.oid:
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
@@ -523,7 +529,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 raise Refused(400, f"There is no operation {key} in tests/hub_server.py")
         commit = repository.commit(revision, header["value"]["summary"], files)
-        return {"commitUrl": f"{self.hub.url}/{repository.path}/commit/{commit.oid}", "commitOid": commit.oid}
+        return answer | {"commitUrl": f"{self.hub.url}/{repository.path}/commit/{commit.oid}", "commitOid": commit.oid}
 
     def download(self, repository: Repository, revision: str, path: str) -> Answer:
         commit = repository.find(revision)
