@@ -36,7 +36,7 @@ def library(name: str, folder: Path, shared: tuple[Path, ...] = (), flags: str =
         name,
         sources=sorted(path.as_posix() for path in [*folder.glob("*.cpp"), *shared]),
         depends=sorted(path.as_posix() for path in [*headers, Path("setup.py")]),  # with the flags
-        define_macros=[("BINARYVIT_INTERFACE", f'"{fingerprint(folder)}"')],
+        define_macros=[("BINARYVIT_SOURCES", f'"{fingerprint(folder)}"')],
         language="c++",
         extra_compile_args=[*FLAGS.split(), *flags.split()],
         extra_link_args=["-pthread"],
@@ -58,8 +58,8 @@ class ParallelBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         built = Path(self.get_ext_fullpath(ext.name))
-        interface = dict(ext.define_macros)["BINARYVIT_INTERFACE"].strip('"').encode()
-        if built.is_file() and interface not in built.read_bytes():
+        sources = dict(ext.define_macros)["BINARYVIT_SOURCES"].strip('"').encode()
+        if built.is_file() and sources not in built.read_bytes():
             self.force = True  # also if the sources are older than it: they may have been copied with their dates
         super().build_extension(ext)
 

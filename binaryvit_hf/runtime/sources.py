@@ -103,12 +103,15 @@ def explain_loading(error: Exception, source: str, shipped: Iterable[str], cache
         here = describe_folder(source) or f"this machine has {list_names([*neighbours(source), *shipped])}"
         return NoModelError(f"{here}; {cause}." if is_offline_mode() else f"{no_folder}{cause}; {here}.")
     cached = cache_folder(source, cache_dir)
-    if cached and is_offline_mode() and any(isinstance(cause, FileNotFoundError) for cause in list_causes(error)):
+    if cached is None:
+        return LoadingError(sentence)
+    sentence = f"{sentence.rstrip('.')} (in {str(cached)!r})"
+    if is_offline_mode() and any(isinstance(cause, FileNotFoundError) for cause in list_causes(error)):
         return NoModelError(
-            f"{sentence.rstrip('.')} (in {str(cached)!r}). If its download is not complete, load it once online: you are "
-            "offline, because HF_HUB_OFFLINE is set."
+            f"{sentence}. If its download is not complete, load it once online: you are offline, because HF_HUB_OFFLINE is "
+            "set."
         )
-    return LoadingError(sentence if cached is None else f"{sentence.rstrip('.')} (in {str(cached)!r})")
+    return LoadingError(sentence)
 
 
 def describe_fault(

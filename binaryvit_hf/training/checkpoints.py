@@ -40,10 +40,7 @@ def last_whole_checkpoint(folder: Path, more_files: Mapping[str, str] = MappingP
     Args:
         more_files: names of additional files that a checkpoint of this run must hold, and the argument of each.
     """
-    numbered = {
-        step: path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := checkpoint_step(path)) is not None
-    }
-    for _, path in sorted(numbered.items(), reverse=True):
+    for path in newest_first(folder):
         damage = describe_damage(path, more_files)
         if damage is None:
             return path
@@ -56,7 +53,15 @@ def last_whole_checkpoint(folder: Path, more_files: Mapping[str, str] = MappingP
 
 def holds_whole_checkpoint(folder: Path) -> bool:
     """Whether training can resume from a checkpoint in the output directory of a run."""
-    return any(describe_damage(path) is None for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return any(describe_damage(path) is None for path in newest_first(folder))
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not."""
+    numbered = {
+        step: path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (step := checkpoint_step(path)) is not None
+    }
+    return [path for _, path in sorted(numbered.items(), reverse=True)]
 
 
 def describe_damage(checkpoint: Path, more_files: Mapping[str, str] = MappingProxyType({})) -> str | None:

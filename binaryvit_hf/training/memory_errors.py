@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import TrainingArguments
@@ -52,19 +52,27 @@ def training_memory_error(error: BaseException, device: torch.device, batch_size
     return FullMemoryError(f"{sentence}: {remedy} for as many images per step{more and f', and {more}'}.")
 
 
+def evaluation_memory_error(error: BaseException, device: torch.device, batch_size: int) -> FullMemoryError:
+    return FullMemoryError(
+        f"{describe_full_memory(error, device)} does not hold an evaluation batch of {counted(batch_size, 'image')}: run the "
+        "same command again with a smaller --per_device_eval_batch_size; it resumes from the last checkpoint, if there is one."
+    )
+
+
 @contextlib.contextmanager
-def evaluation_memory_errors(arguments: TrainingArguments) -> Iterator[None]:
+def memory_errors(create: Callable[[BaseException], FullMemoryError]) -> Iterator[None]:
     """
     Raises:
-        FullMemoryError: inside, the memory does not hold an evaluation batch of these arguments.
+        FullMemoryError: what `create` makes of an error of a full memory inside.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_full_memory(error):
             raise
-        raise FullMemoryError(
-            f"{describe_full_memory(error, arguments.device)} does not hold an evaluation batch of "
-            f"{counted(arguments.eval_batch_size, 'image')}: run the same command again with a smaller "
-            "--per_device_eval_batch_size; it resumes from the last checkpoint, if there is one."
-        ) from error
+        raise create(error) from error
+
+
+def evaluation_memory_errors(arguments: TrainingArguments) -> contextlib.AbstractContextManager[None]:
+    """`memory_errors` of an evaluation with these arguments."""
+    return memory_errors(lambda error: evaluation_memory_error(error, arguments.device, arguments.eval_batch_size))

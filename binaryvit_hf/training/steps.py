@@ -34,7 +34,7 @@ from .checkpoints import last_whole_checkpoint
 from .confusion import ConfusionMatrix, describe, predict_classes
 from .forecast import steps_left
 from .learning_curves import plot_learning_curves
-from .memory_errors import evaluation_memory_errors, is_full_memory, training_memory_error
+from .memory_errors import FullMemoryError, evaluation_memory_errors, memory_errors, training_memory_error
 from .metrics import TopKAccuracy
 from .model_card import write_model_card
 from .models import hub_revision, load_model, load_teacher
@@ -178,13 +178,13 @@ class TrainingRun:
     def train_steps(self) -> TrainOutput:
         """Raises FullMemoryError if the memory does not hold a batch."""
         trainer = self.trainer
-        try:
-            return trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
-        except (RuntimeError, MemoryError) as error:
-            if not is_full_memory(error):
-                raise
+
+        def create(error: BaseException) -> FullMemoryError:
             device, batch_size = trainer.args.device, trainer._train_batch_size
-            raise training_memory_error(error, device, batch_size, self.arguments_to_go_on()) from error
+            return training_memory_error(error, device, batch_size, self.arguments_to_go_on())
+
+        with memory_errors(create):
+            return trainer.train(resume_from_checkpoint=self.inputs.checkpoint)
 
     def arguments_to_go_on(self) -> str:
         """What to give beside another batch, which the same command alone refuses; empty if this run has saved nothing."""

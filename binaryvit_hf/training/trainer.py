@@ -588,11 +588,7 @@ class DistillationTrainer(Trainer):
         except (KeyError, ValueError):
             is_other = True
         if is_other:
-            raise UserError(
-                f"{checkpoint!r} has the state of another optimiser than --optim {self.args.optim.value}, so training cannot "
-                "resume from it: give the --optim of its run, or train its weights with --init_from or --model_name_or_path "
-                "and another --output_dir."
-            )
+            raise other_state_error(checkpoint, "the state of another optimiser", f"--optim {self.args.optim.value}")
 
     def check_kind_of_schedule(self, saved: Path) -> None:
         """
@@ -603,11 +599,8 @@ class DistillationTrainer(Trainer):
             return
         states = torch.load(saved, map_location="cpu", weights_only=True), self.lr_scheduler.state_dict()
         if len({"patience" in state for state in states}) > 1:
-            raise UserError(
-                f"{str(saved.parent)!r} has a learning rate schedule of another kind than --lr_scheduler_type "
-                f"{self.args.lr_scheduler_type.value}, so training cannot resume from it: give the --lr_scheduler_type of its "
-                "run, or train its weights with --init_from or --model_name_or_path and another --output_dir."
-            )
+            given = f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"
+            raise other_state_error(str(saved.parent), "a learning rate schedule of another kind", given)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -749,3 +742,17 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     """
     loaded = type(model).from_pretrained(checkpoint, config=model.config)
     model.load_state_dict(loaded.state_dict())
+
+
+def other_state_error(checkpoint: str, found: str, given: str) -> UserError:
+    """
+    The error of a checkpoint that an argument of this run does not fit.
+
+    Args:
+        found: what the checkpoint has.
+        given: the argument and its value.
+    """
+    return UserError(
+        f"{checkpoint!r} has {found} than {given}, so training cannot resume from it: give the {given.split()[0]} of its "
+        "run, or train its weights with --init_from or --model_name_or_path and another --output_dir."
+    )

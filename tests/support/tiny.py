@@ -35,17 +35,13 @@ def one_layer_config(**changes) -> BinaryViTConfig:
 
 def class_token_config(**changes) -> BinaryViTConfig:
     fields = {
-        "hidden_sizes": [8],
         "depths": [2],
-        "num_attention_heads": [2],
-        "intermediate_sizes": [16],
-        "sequence_reduction_ratios": [1],
         "avg_pool_kernel_sizes": [],
         "use_class_token": True,
         "use_stem_norm": False,
         "use_layer_scale": False,
     }
-    return tiny_config(**(fields | changes))
+    return one_layer_config(**(fields | changes))
 
 
 def tiny_model(config=None) -> BinaryViTForImageClassification:

@@ -21,7 +21,7 @@ def describe_other_sources(library: ctypes.CDLL, folder: Path) -> str | None:
     if not (folder / "interface.cpp").is_file():
         return None
     try:
-        built_with = library.binaryvit_interface
+        built_with = library.binaryvit_sources
     except AttributeError:  # it is from before this function
         fits = False
     else:

@@ -174,11 +174,11 @@ bool run_team(int size, const std::function<void(int)> &work) { return pool->run
 
 }  // namespace binaryvit
 
-#if !defined(BINARYVIT_INTERFACE)  // setup.py defines it
-#define BINARYVIT_INTERFACE ""
+#if !defined(BINARYVIT_SOURCES)  // setup.py defines it
+#define BINARYVIT_SOURCES ""
 #endif
 
-/* The interface that a library was compiled with, which fingerprint.py compares. Here, because both libraries have this file. */
-extern "C" const char *binaryvit_interface() { return BINARYVIT_INTERFACE; }
+/* The sources that a library was compiled from, as a digest, which fingerprint.py compares. Here, because both libraries have this file. */
+extern "C" const char *binaryvit_sources() { return BINARYVIT_SOURCES; }
 
 #endif
