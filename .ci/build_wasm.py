@@ -24,7 +24,7 @@ from pathlib import Path
 ENGINE = Path(__file__).parents[1] / "binaryvit_hf" / "runtime" / "engine"
 MODULE = ENGINE / "binaryvit.wasm"
 ZIGLANG = "0.17.1"
-NOT_EXPORTED = {"binaryvit_share_threads"}
+NOT_EXPORTED = {"binaryvit_share_threads", "binaryvit_limit_team"}
 STACK_BYTES = 2**20
 FLAGS = [
     *("-target", "wasm32-wasi", "-mexec-model=reactor", "-msimd128"),

@@ -33,7 +33,7 @@ class Engine(engine.Engine):
 
     def __init__(self, config, tensors, kernels: str):
         super().__init__(config, tensors, kernels)
-        self.largest_team = largest_team(count_multiplications(config))
+        self.limit_team(largest_team(count_multiplications(config)))
 
     @staticmethod
     def contiguous(tensor: torch.Tensor) -> torch.Tensor:

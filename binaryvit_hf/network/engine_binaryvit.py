@@ -51,7 +51,7 @@ def outputs_by_engine(
     usable = usable_engine(model, images, interpolate_pos_encoding)
     if usable is None:
         return None
-    last, pooled, hidden_states = usable.forward(images.float(), threads_for(usable, images), output_hidden_states)
+    last, pooled, hidden_states = usable.forward(images.float(), torch.get_num_threads(), output_hidden_states)
     return last, pooled, tuple(hidden_states) or None
 
 
@@ -68,7 +68,7 @@ def maps_by_engine(
         wanted: whether to return the map, of the stem and of each stage. The other maps are None.
     """
     usable = usable_engine(model, images, interpolate_pos_encoding)
-    return None if usable is None else usable.feature_maps(images.float(), threads_for(usable, images), wanted)
+    return None if usable is None else usable.feature_maps(images.float(), torch.get_num_threads(), wanted)
 
 
 def logits_by_engine(
@@ -97,14 +97,7 @@ def logits_by_engine(
     usable = usable_engine(model, images, interpolate_pos_encoding)
     if usable is None:
         return None
-    return usable.classify(images.float(), weight, bias, threads=threads_for(usable, images))
-
-
-def threads_for(usable: "engine.Engine", images: torch.Tensor) -> int:
-    """How many of PyTorch's threads should compute a batch: each whole images, or a team one image at once."""
-    threads = torch.get_num_threads()
-    # This file may come with a checkpoint and meet an older package, whose engines run on all threads.
-    return min(threads, max(getattr(usable, "largest_team", threads), len(images)))
+    return usable.classify(images.float(), weight, bias, threads=torch.get_num_threads())
 
 
 def usable_engine(

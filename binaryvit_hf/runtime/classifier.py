@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from .architecture import count_multiplications
-from .cpus import available_cpus, largest_team
+from .cpus import available_cpus
 from .engine.preprocessing import CHANNELS
 from .errors import LoadingError, NoModelError, UnsupportedModelError, UserError, first_sentence
 from .image_files import ImageFile, list_images
@@ -73,7 +72,6 @@ class Classifier:
 
     def __init__(self, name: str, folder: Path, model: PackedModel, threads: int, max_pixels: int | None):
         self.name, self.folder, self.threads, self.max_pixels = name, folder.absolute(), threads, max_pixels
-        self.team_size = min(threads, largest_team(count_multiplications(model.architecture)))
         self.network, self.head, self.labels, self.to_scores = model.network, model.head, model.labels, model.to_scores
         self.preprocessor, self.background = model.preprocessor, model.background
         self.spare_images: list[np.ndarray] = []
@@ -209,7 +207,7 @@ class Classifier:
         first = [] if self.threads == 1 else list(itertools.islice(iterator, 2))
         if len(first) < 2:
             for image in itertools.chain(first, iterator):
-                yield self.answer(image, top_k, background, self.team_size)
+                yield self.answer(image, top_k, background, self.threads)
             return
         # Imported only here: it takes a tenth of a cold start.
         from concurrent.futures import ThreadPoolExecutor

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from . import engine
-from .architecture import Architecture, read_architecture, read_labels
+from .architecture import Architecture, count_multiplications, read_architecture, read_labels
 from .checkpoint import PREFIX, checkpoint_files, load_tensors
+from .cpus import largest_team
 from .engine.library import pair
 from .engine.preprocessing import CHANNELS, Preprocessor
 from .errors import LoadingError, UnsupportedModelError, UserError, first_sentence
@@ -86,6 +87,7 @@ def load_packed_model(folder: Path, name: str, kernels: str) -> PackedModel:
             if tensor_name.startswith(PREFIX) and tensor.dtype != np.int64
         }
         network = engine.Engine(architecture, backbone, kernels)
+        network.limit_team(largest_team(count_multiplications(architecture)))
     head = (np.ascontiguousarray(tensors["classifier.weight"]), np.ascontiguousarray(tensors["classifier.bias"]))
     return PackedModel(architecture, network, head, labels, to_scores, preprocessor, background)
 

@@ -17,6 +17,7 @@ import torch
 from golden_data import CONFIGS, ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from teams import recorded_teams
 from tiny import class_token_config, one_layer_config, tiny_config, tiny_images, tiny_model
 from transformers import AutoConfig
 
@@ -25,7 +26,6 @@ from binaryvit_hf.engine import Engine
 from binaryvit_hf.network.configuration_binaryvit import as_pair
 from binaryvit_hf.network.packing_binaryvit import pack_levels
 from binaryvit_hf.row_kernels import library as row_library
-from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.engine import fingerprint, library
 from binaryvit_runtime.engine.library import count_differing_bits
 
@@ -252,6 +252,7 @@ def test_the_classifier_is_a_linear_layer(labels, bias, threads):
     weights = [weight.detach() for weight in classifier.parameters()]
     for kernels in KERNELS:
         folded = engine_of(packed(config), kernels)
+        folded.limit_team(threads)
         _, pooled, _ = folded.forward(images, threads)
         torch.testing.assert_close(folded.classify(images, *weights, threads=threads), classifier(pooled).detach())
 
@@ -261,6 +262,7 @@ def test_outputs_do_not_depend_on_batch_size_or_threads(batch, threads):
     model = packed(tiny_config())
     for kernels in KERNELS:
         folded = engine_of(model, kernels)
+        folded.limit_team(threads)  # as for a large network
         last, pooled, hidden = folded.forward(tiny_images(5)[:batch], threads, output_hidden_states=True)
         one_by_one = [folded.forward(image[None], 1, output_hidden_states=True) for image in tiny_images(5)[:batch]]
         for index, (own_last, own_pooled, own_hidden) in enumerate(one_by_one):
@@ -304,22 +306,43 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
 
 
+@pytest.mark.parametrize(
+    "largest, threads, batch, expected",
+    [
+        (1, 8, 1, []),
+        (1, 8, 3, [3]),
+        (1, 8, 8, [8]),
+        (1, 8, 9, [8]),  # no team for the last image
+        (1, 1, 9, []),
+        (2, 8, 1, [2]),
+        (2, 8, 3, [3]),
+        (2, 8, 9, [8, 2]),
+        (1000, 8, 3, [8]),
+        (1000, 8, 9, [8, 8]),
+    ],
+)
+def test_threads_compute_whole_images_and_a_team_the_rest(largest, threads, batch, expected):
+    folded, images = engine_of(packed(tiny_config()), KERNELS[0]), tiny_images(batch)
+    alone = folded.forward(images, 1)[1]
+    folded.limit_team(largest)
+    with recorded_teams() as teams:
+        assert torch.equal(folded.forward(images, threads)[1], alone)
+    assert teams == expected
+
+
 @pytest.mark.parametrize("is_small", [True, False])
-def test_one_image_takes_a_thread_for_each_cpu_and_one_in_a_small_network_and_a_batch_all_of_pytorchs(
-    is_small, monkeypatch
-):
+def test_one_image_takes_a_thread_for_each_cpu_and_one_in_a_small_network(is_small, monkeypatch):
+    monkeypatch.setattr("binaryvit_runtime.cpus.available_cpus", lambda: 3)
     if not is_small:
         monkeypatch.setattr("binaryvit_runtime.cpus.SMALL_NETWORK", 0)
-    asked, wanted = [], []
     model = packed(tiny_config()).requires_grad_(False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
-    monkeypatch.setattr(
-        engine.Engine, "classify", lambda self, images, *head, threads: asked.append(threads) or images.new_zeros(1, 2)
-    )
-    for threads, images in ((1, 1), (1000, 1), (3, 5), (1000, 900)):
-        wanted.append(threads)
-        model(tiny_images(images))
-    assert asked == [1, 1 if is_small else available_cpus(), 3, 900]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 50)
+    with recorded_teams() as teams:
+        model(tiny_images(1))
+        assert teams == ([] if is_small else [3, 3])  # network and classifier
+        teams.clear()
+        model(tiny_images(7))
+        assert teams == [7, 7]
 
 
 @pytest.mark.parametrize("limit", [None, "2"], ids=["as many as asked for", "fewer than asked for"])

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from teams import recorded_teams
 
 from binaryvit_runtime import Classifier, UserError, pixels
-from binaryvit_runtime.cpus import available_cpus
 from binaryvit_runtime.engine import kernels_here
 from binaryvit_runtime.resources import shipped_models
 
@@ -38,7 +38,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
     classifier = Classifier.from_pretrained("binaryvit-digits", threads=2)
-    classifier.team_size = 2  # as for a large network
+    classifier.network.limit_team(2)  # as for a large network
     return classifier
 
 
@@ -184,17 +184,13 @@ def test_many_threads_share_a_classifier(classifier, expected):
 @pytest.mark.parametrize("is_small", [False, True])
 def test_one_picture_takes_a_thread_for_each_cpu_and_one_in_a_small_network(is_small, expected, monkeypatch):
     """Threads of one picture spin while they wait for each other: hundreds of them would take all CPUs for minutes."""
+    monkeypatch.setattr("binaryvit_runtime.cpus.available_cpus", lambda: 3)
     if not is_small:
         monkeypatch.setattr("binaryvit_runtime.cpus.SMALL_NETWORK", 0)
-    classifier, teams = Classifier.from_pretrained("binaryvit-digits", threads=1000), []
-
-    def classify(*inputs, threads: int):
-        teams.append(threads)
-        return type(classifier.network).classify(classifier.network, *inputs, threads=threads)
-
-    monkeypatch.setattr(classifier.network, "classify", classify)
-    assert classifier(PICTURES[0]) == expected[0]
-    assert teams == [1 if is_small else available_cpus()]
+    classifier = Classifier.from_pretrained("binaryvit-digits", threads=1000)
+    with recorded_teams() as teams:
+        assert classifier(PICTURES[0]) == expected[0]
+    assert teams == ([] if is_small else [3, 3])  # network and classifier
 
 
 def test_an_event_loop_classifies_in_its_executor(classifier, expected):

@@ -61,6 +61,12 @@ void binaryvit_share_threads(void (*parallel)(void (*work)(void *), void *data, 
 binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *config, const binaryvit_tensor *tensors,
                                   int32_t num_tensors, char *error, int32_t error_bytes);
 
+/*
+ * Limits how many threads compute one image at once, for as many as there are by default. They wait for each other, which
+ * is slow with more threads than CPUs, and in a small network. Call it before the model runs.
+ */
+void binaryvit_limit_team(binaryvit_model *model, int32_t largest);
+
 void binaryvit_free(binaryvit_model *model);
 
 /*

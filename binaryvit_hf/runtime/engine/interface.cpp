@@ -77,7 +77,13 @@ using namespace binaryvit;
 /* A folded network, and idle workspaces for later calls. */
 struct binaryvit_model {
     std::unique_ptr<Model> network;
+    int32_t largest_team = INT32_MAX;
     std::vector<std::unique_ptr<Workspace>> idle;  // guarded by ForkableLock
+
+    /* How many threads compute a batch: each whole images, or a team one image at once. */
+    int32_t count_threads(int64_t batch, int32_t allowed) const {
+        return int32_t(std::min<int64_t>(std::max(allowed, 1), std::max<int64_t>(largest_team, batch)));
+    }
 
     /* A workspace for a team of `size` members. */
     std::unique_ptr<Workspace> borrow(int size) {
@@ -195,13 +201,14 @@ struct Attention {
 /* Computes all images. */
 template <class Call>
 void run_images(binaryvit_model &model, const Call &call, int64_t batch, int32_t threads) {
-    threads = std::max(threads, 1);
+    threads = model.count_threads(batch, threads);
+    int32_t team = std::min(threads, model.largest_team);
     int64_t image = 0;
     // With enough images, each thread computes whole ones: threads never wait, and faster ones compute more.
     if (threads > 1 && batch >= threads) {
         std::vector<std::unique_ptr<Workspace>> workspaces;
         for (int member = 0; member < threads; ++member) workspaces.push_back(model.borrow(1));
-        int64_t shared = batch / threads * threads;
+        int64_t shared = team > 1 ? batch / threads * threads : batch;
         std::atomic<int64_t> next{0};
         bool ran = run_team(threads, [&](int member) {
             for (int64_t own; (own = next.fetch_add(1)) < shared;) call.run_image(own, *workspaces[size_t(member)], 0);
@@ -210,12 +217,12 @@ void run_images(binaryvit_model &model, const Call &call, int64_t batch, int32_t
         if (ran) image = shared;
     }
     if (image == batch) return;
-    auto workspace = model.borrow(threads);
-    bool ran = threads > 1 && run_team(threads, [&](int member) {
+    auto workspace = model.borrow(team);
+    bool ran = team > 1 && run_team(team, [&](int member) {
                    for (int64_t own = image; own < batch; ++own) call.run_image(own, *workspace, member);
                });
     if (!ran) {
-        if (threads > 1) {
+        if (team > 1) {
             model.give_back(std::move(workspace));
             workspace = model.borrow(1);
         }
@@ -268,6 +275,8 @@ binaryvit_model *binaryvit_create(const char *kernels, const binaryvit_config *c
     }
 }
 
+void binaryvit_limit_team(binaryvit_model *model, int32_t largest) { model->largest_team = std::max(largest, 1); }
+
 void binaryvit_free(binaryvit_model *model) { delete model; }
 
 int32_t binaryvit_forward(binaryvit_model *model, const float *images, int64_t batch, int32_t threads,
@@ -296,6 +305,7 @@ int32_t binaryvit_classify(binaryvit_model *model, const float *images, int64_t 
         int from = int(int64_t(num_labels) * member / members), to = int(int64_t(num_labels) * (member + 1) / members);
         network.kernels->linear(pooled.data(), batch, last.channels, weight, bias, num_labels, from, to, logits);
     };
+    threads = model->count_threads(batch, threads);
     if (threads < 2 || !run_team(threads, [&](int member) { work(member, threads); })) work(0, 1);
     return 0;
 } catch (const std::bad_alloc &) {

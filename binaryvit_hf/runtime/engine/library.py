@@ -56,6 +56,7 @@ FUNCTIONS = {
     "binaryvit_built_kernels": (Text, []),
     "binaryvit_cpu_features": (Text, []),
     "binaryvit_create": (Pointer, [Text, ctypes.POINTER(Config), ctypes.POINTER(NamedTensor), Int32, Text, Int32]),
+    "binaryvit_limit_team": (None, [Pointer, Int32]),
     "binaryvit_free": (None, [Pointer]),
     "binaryvit_forward": (Int32, [Pointer, Pointer, Int64, Int32, Pointer, Pointer, Pointer]),
     "binaryvit_feature_maps": (Int32, [Pointer, Pointer, Int64, Int32, Pointer]),
@@ -188,6 +189,10 @@ class Engine:
     def __del__(self):
         if getattr(self, "model", None):
             self.library.binaryvit_free(self.model)
+
+    def limit_team(self, largest: int) -> None:
+        """Limit how many threads compute one image at once. Call it before the engine computes."""
+        self.library.binaryvit_limit_team(self.model, largest)
 
     def forward(self, images, threads: int, output_hidden_states: bool = False) -> tuple[Any, Any, list]:
         """
