@@ -104,7 +104,7 @@ def prepare_libraries(program: str) -> None:
         raise UserError(f"{program} needs PyTorch: {installation()}.")
     if problem := import_problem():
         raise UserError(
-            f"{program} needs PyTorch, which cannot be used: {problem.rstrip(".")}. `binaryvit doctor` lists versions."
+            f"{program} needs PyTorch, which cannot be used: {problem.rstrip('.')}. `binaryvit doctor` lists versions."
         )
     from transformers.utils.logging import disable_progress_bar
 
