@@ -309,10 +309,12 @@ def check_training_images(run: TrainedRun, train: Dataset) -> None:
         UserError: the run was trained on others.
     """
     recorded = read_json(run.folder / TRAINING_IMAGES)
-    if not recorded or "skipped_images" in run.results:  # it recorded the images without the broken ones
+    if not recorded:
         return
     if run.arguments.max_train_samples is not None:
         train = load_images(run.arguments, run.seed, None, None)["train"]
+    if "skipped_images" in run.results:  # it recorded the images without the broken ones
+        train = leave_out_broken(train, "train", True)[0]
     now = identify_images(train)
     if recorded != now:
         place = run.arguments.train_dir or run.arguments.dataset_name

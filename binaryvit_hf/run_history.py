@@ -13,6 +13,7 @@ from binaryvit_runtime.sources import RUN_ARGUMENTS
 
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but takes a second to import
 ALL_RESULTS = "all_results.json"
+TRAINING_IMAGES = "_training_images.json"  # of the run that RUN_ARGUMENTS is of; never uploaded
 EVALUATION_IMAGES = "eval_images"  # the key of their kind in the results
 HELD_OUT, TEST, TRAINING, UNKNOWN = EVALUATION_KINDS = ("held-out", "test", "training", "evaluation")
 METRIC_NAMES = {"accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy"}

@@ -20,6 +20,7 @@ from binaryvit_hf import comparison
 from binaryvit_hf.benchmarks import inference
 from binaryvit_hf.benchmarks.inference import Competitor
 from binaryvit_hf.data.arguments import DataArguments
+from binaryvit_hf.data.image_checks import leave_out_broken
 from binaryvit_hf.data.loading import load_images
 from binaryvit_hf.training.ablation.estimates import SeedVariance, estimate_accuracy
 from binaryvit_hf.training.confusion import wilson_interval
@@ -306,6 +307,20 @@ def test_a_run_is_not_measured_on_photos_that_it_learned(photos):
     ):
         load_photos(name)
     assert load_photos(photos("after"))
+
+
+def test_photos_that_a_run_learned_are_refused_also_without_the_broken_ones(photos):
+    name = photos("run", skip_broken_images=True)
+    broken = Path(load_photos(name)["train"][0]["image"]["path"])
+    broken.write_bytes(b"no image")
+    # As the run recorded it.
+    trained = load_images(DataArguments(train_dir="photos"), 1, None, None)["train"]
+    Path(name, TRAINING_IMAGES).write_text(json.dumps(identify_images(leave_out_broken(trained, "train", True)[0])))
+    Path(name, "all_results.json").write_text('{"skipped_images": 1}')
+    assert load_photos(name)
+    add_photos(range(20, 30))
+    with pytest.raises(UserError, match="'run' was trained on other images"):
+        load_photos(name)
 
 
 def test_a_folder_under_another_spelling_has_the_same_images(photos):

@@ -85,12 +85,18 @@ def test_a_later_push_replaces_the_page_and_keeps_other_files(server, client, pa
     assert push(client, tmp_path, packed, "alice/pyramid").returncode == 0
     assert server.commits("alice/pyramid", repo_type="space")[0].title == "Upload page"
     server.publish("alice/pyramid", {"notes.txt": b"mine"}, repo_type="space")
+    assert "example.png" not in server.files("alice/pyramid", repo_type="space")
     result = push(client, tmp_path, DIGITS, "alice/pyramid", "--message", "Digits instead")
     assert result.returncode == 0, result.stderr
     files, page = server.files("alice/pyramid", repo_type="space"), page_of(DIGITS, tmp_path / "page")
     assert {name: files.get(name) for name in page} == page
     assert files["notes.txt"] == b"mine"
     assert server.commits("alice/pyramid", repo_type="space")[0].title == "Digits instead"
+    assert "example.png" in files
+    assert push(client, tmp_path, packed, "alice/pyramid").returncode == 0
+    files = server.files("alice/pyramid", repo_type="space")
+    assert "example.png" not in files, "a picture of the model before"
+    assert files["notes.txt"] == b"mine"
 
 
 def test_a_space_of_a_shipped_model_has_its_licence(server, client, tmp_path):
@@ -122,6 +128,15 @@ def test_a_private_space_opens_only_to_its_owner(server, client, packed, tmp_pat
     for token, opens in ((ALICE, True), (BOB, False), (None, False)):
         ask = f"from huggingface_hub import HfApi; print(HfApi(token={token!r}).repo_exists('alice/secret', repo_type='space'))"
         assert client.run("-c", ask, folder=tmp_path / "home").stdout == f"{opens}\n"
+
+
+def test_a_public_space_is_not_taken_for_a_private_one(server, client, packed, tmp_path):
+    assert push(client, tmp_path, DIGITS, "alice/pyramid").returncode == 0
+    before = server.files("alice/pyramid", repo_type="space")
+    assert_refused(
+        push(client, tmp_path, packed, "alice/pyramid", "--private"), "'alice/pyramid' exists and is public"
+    )
+    assert server.files("alice/pyramid", repo_type="space") == before
 
 
 def test_a_page_goes_to_a_branch(server, client, packed, tmp_path):

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     transparent = [answer.image for answer in answers if answer.transparent]
     if transparent and background is None:
         images = counted(len(answers), "image")
-        dropped = "Transparency is dropped as in training"
+        dropped = "Transparency is dropped" + (" as in training" if options.background is None else "")
         write_line(describe_transparent(len(transparent), images, transparent[0], dropped))
     return 1 if any(answer.error for answer in answers) else 0
 

@@ -1,6 +1,7 @@
 """`binaryvit pack`: packs latent weights into a checkpoint of single bits."""
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from binaryvit_runtime.errors import UserError, counted
 from binaryvit_runtime.progress import Progress
 from binaryvit_runtime.resources import shipped_models
+from binaryvit_runtime.sources import RUN_ARGUMENTS
 from binaryvit_runtime.writing import new_folder
 
 from .card import write_card_if_possible
@@ -18,13 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXAMPLE = "binaryvit pack binaryvit-digits digits-half --half"
-RUN_FILES = (
-    "learning_curves.png",
-    "confusion_matrix.png",
-    "run_arguments.json",
-    "all_results.json",
-    "trainer_state.json",
-)
+PICTURES = ("learning_curves.png", "confusion_matrix.png")  # of the end of a run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,10 +83,20 @@ def describe_half(model: "PreTrainedModel") -> str:
 
 
 def copy_run_files(source: str, folder: Path) -> None:
-    """Copy the records of a local training run, from which the model card is made."""
-    from binaryvit_hf.inspection.records import records_folder
+    """
+    Copy the records of a local training run, from which the model card is made. Those of a checkpoint end with its step.
+    """
+    from binaryvit_hf.inspection.records import find_checkpoint, read_records, records_folder
+    from binaryvit_hf.run_history import ALL_RESULTS, EVALUATION_IMAGES, TRAINER_STATE, TRAINING_IMAGES
 
-    run_folder = records_folder(Path(source))
-    for name in RUN_FILES:
-        if (run_folder / name).is_file():
-            shutil.copy(run_folder / name, folder)
+    run_folder, checkpoint = records_folder(Path(source)), find_checkpoint(Path(source))
+    files = [run_folder / RUN_ARGUMENTS, (checkpoint or run_folder) / TRAINER_STATE]
+    if checkpoint is None:
+        files += [run_folder / name for name in (*PICTURES, ALL_RESULTS, TRAINING_IMAGES)]
+    else:
+        records = read_records(checkpoint)
+        results = records.results | {EVALUATION_IMAGES: records.history.evaluation_images}
+        (folder / ALL_RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for file in files:
+        if file.is_file():
+            shutil.copy(file, folder)

@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="upload a page that runs the packed model in the browser, as a static Space (default: upload the model)",
     )
     parser.add_argument(
-        "--private", action="store_true", default=None, help="make a new repository private (default: your account's)"
+        "--private",
+        action="store_true",
+        default=None,
+        help="make a new repository private, and refuse a public one (default: your account's)",
     )
     parser.add_argument("--revision", metavar="BRANCH", help="created if it does not exist (default: main)")
     parser.add_argument(
@@ -143,7 +146,7 @@ def push_page(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"Uploads need {HUB_CLIENT}: pip install {HUB_CLIENT}.") from error
     from binaryvit_runtime.browser.page import write_page
-    from binaryvit_runtime.browser.space import check_replaceable, write_readme
+    from binaryvit_runtime.browser.space import check_replaceable, list_earlier_page, write_readme
 
     disable_progress_bars()
     prepare_hub_client()
@@ -155,6 +158,9 @@ def push_page(options: argparse.Namespace) -> None:
         with resumable_upload(options.folder, repository, options.revision, repo_type="space"):
             write_readme(page, options.folder, repository, options.token)
             message = options.message or PAGE_MESSAGE
+            earlier = list_earlier_page(repository, options.token, options.revision)
             with Progress("Uploading"):
-                address = upload_folder(page, repository, options.token, options.revision, message, repo_type="space")
+                address = upload_folder(
+                    page, repository, options.token, options.revision, message, repo_type="space", replaced=earlier
+                )
             print(address)

@@ -56,6 +56,12 @@ def find_part(folder: Path) -> Path | None:
     return next((path for path in names if path.name == LATENT or checkpoint_step(path) is not None), None)
 
 
+def find_checkpoint(folder: Path) -> Path | None:
+    """A folder, as its run named it, if it is a checkpoint `checkpoint-N`; otherwise `None`."""
+    part = find_part(folder)
+    return None if part is None or part.name == LATENT else part
+
+
 def records_folder(folder: Path) -> Path:
     """The output directory of the run that made the model in `folder`."""
     part = find_part(folder)
@@ -70,8 +76,7 @@ def read_records(folder: Path) -> RunRecords:
     Raises:
         UserError: a file is damaged.
     """
-    of_run, part = records_folder(folder), find_part(folder)
-    checkpoint = None if part is None or part.name == LATENT else part
+    of_run, checkpoint = records_folder(folder), find_checkpoint(folder)
     history = read_training_history(of_run, checkpoint)
     arguments = read_json(of_run / RUN_ARGUMENTS)
     # With these two arguments a run evaluates other weights than those that a checkpoint resumes from.

@@ -11,7 +11,7 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import (
@@ -219,17 +219,21 @@ def create_repository(repo_id: str, token: str | None, private: bool | None, rep
         repo_type: "model", or "space" for a static one.
 
     Raises:
-        UserError: the Hub refuses, or cannot be reached.
+        UserError: the Hub refuses, or cannot be reached, or the repository is to be private and exists as a public one.
     """
     api = HfApi(token=token)
-    sdk = STATIC if repo_type == "space" else None
+    kind, sdk = ("Space", STATIC) if repo_type == "space" else ("repository", None)
     try:
         created = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
         api.auth_check(created.repo_id, write=True, repo_type=repo_type)
-        return created.repo_id
+        is_public = private and api.repo_info(created.repo_id, repo_type=repo_type).private is False
     except Exception as error:
-        kind = "Space" if repo_type == "space" else "repository"
         raise UserError(f"The {kind} {repo_id!r} cannot be created or written to: {explain_error(error)}.") from error
+    if is_public:
+        raise UserError(
+            f"The {kind} {created.repo_id!r} exists and is public: make it private in its settings on the Hub first."
+        )
+    return created.repo_id
 
 
 def suggest_name(folder: Path) -> str:
@@ -239,12 +243,21 @@ def suggest_name(folder: Path) -> str:
 
 
 def upload_folder(
-    folder: Path, repo_id: str, token: str | None, revision: str | None, message: str, repo_type: str = "model"
+    folder: Path,
+    repo_id: str,
+    token: str | None,
+    revision: str | None,
+    message: str,
+    repo_type: str = "model",
+    replaced: Iterable[str] = (),
 ) -> str:
     """
     Upload a folder in one commit, so that it arrives whole or not at all. Returns the URL of the repository.
 
     Weights of a model that was there before are deleted: loaders would take them for the new model's.
+
+    Args:
+        replaced: other files that are deleted, too, if they are there and not in the folder.
     """
     api = HfApi(token=token)
     if revision is not None:
@@ -255,8 +268,9 @@ def upload_folder(
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]
-    there = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type) if repo_type == "model" else []
-    stale = {name for name in there if WEIGHTS.fullmatch(name)} - {addition.path_in_repo for addition in additions}
+    there = set(api.list_repo_files(repo_id, revision=revision, repo_type=repo_type))
+    weights = filter(WEIGHTS.fullmatch, there) if repo_type == "model" else ()
+    stale = {*weights, *there.intersection(replaced)} - {addition.path_in_repo for addition in additions}
     operations = [*additions, *map(CommitOperationDelete, sorted(stale))]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, repo_type=repo_type)
     return commit.repo_url

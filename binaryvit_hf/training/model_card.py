@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from binaryvit_runtime.errors import LoadingError, UserError
+from binaryvit_runtime.errors import LoadingError, UserError, counted
 from binaryvit_runtime.pixels import read_background
 from binaryvit_runtime.resources import shipped_folder
 from binaryvit_runtime.writing import write_file
@@ -15,7 +15,7 @@ from ..card_text import NOTES, TAG, read_card, split_card
 from ..data.arguments import DataArguments
 from ..data.known_datasets import DIGITS, FASHION_MNIST, FASHION_MNIST_HUB_ID
 from ..loading import load_config
-from ..network.quantization_binaryvit import LATENT
+from ..network.quantization_binaryvit import LATENT, QUANT_METHOD
 from ..ops import CONFIG_CLASSES, count_operations, readable, total
 from ..run_history import TEST, TRAINING, evaluation_images, finite_numbers, named_metrics, read_json, text_value
 from .arguments import DEFAULT_LICENSE, DistillationTrainingArguments, ModelArguments, RunArguments
@@ -62,16 +62,22 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
     if images == TEST and results.get("eval_samples") == results.get("test_samples"):
         test_metrics = {}
     published = test_metrics or ({} if images == TRAINING else metrics)
-    name, binary = Path(model_id).name, config.model_type == "binaryvit"
+    name, binary = Path(model_id).name, config.model_type == QUANT_METHOD
+    weight_bits = config.weight_bits if binary else 32
     base_model = teacher if "teacher_revision" in recorded or not arguments else None  # a teacher on the Hub
     license = text_value(arguments, "license") or DEFAULT_LICENSE
     card = ModelCard.from_template(
-        card_metadata(name, binary, dataset, bool(named), license, base_model, published),
+        card_metadata(name, weight_bits == 1, dataset, bool(named), license, base_model, published),
         template_path=str(shipped_folder("model_cards") / "template.md"),
         model_id=model_id,
         name=name,
         config=config,
         binary=binary,
+        kind={1: "1-bit vision transformer", 32: "vision transformer"}.get(
+            weight_bits, "quantised vision transformer"
+        ),
+        bits_per_weight=describe_bits(weight_bits),
+        counted=counted,
         trained=bool(arguments),
         weights=weight_bytes(folder) > 0,
         dataset=dataset,
@@ -83,7 +89,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
         like_guessing=find_guessing(results, {"eval": images, **({"test": TEST} if test_metrics else {})}),
         teacher=teacher,
         teacher_metrics=named_metrics(results, "teacher"),
-        sizes=sizes_on_disk(folder, results),
+        sizes=sizes_on_disk(folder, results, weight_bits),
         cost=cost,
         readable=readable,
         carries_code=(folder / "modeling_binaryvit.py").is_file(),
@@ -103,7 +109,7 @@ def write_model_card(folder: Path, model_id: str, path: Path | None = None) -> N
 
 def card_metadata(
     name: str,
-    binary: bool,
+    one_bit: bool,
     dataset: str | None,
     is_named: bool,
     license: str,
@@ -134,7 +140,7 @@ def card_metadata(
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["image-classification", TAG, *(["1-bit"] if binary else [])],
+        tags=["image-classification", TAG, *(["1-bit"] if one_bit else [])],
         datasets=[dataset] if on_hub else None,
         base_model=base_model,
         model_name=name if results else None,
@@ -157,11 +163,15 @@ def find_guessing(results: dict[str, float], kinds: dict[str, str]) -> dict[str,
     return guessing
 
 
-def sizes_on_disk(folder: Path, results: dict) -> dict[str, int]:
+def describe_bits(weight_bits: int) -> str:
+    return "one bit per weight" if weight_bits == 1 else f"{weight_bits} bits per weight"
+
+
+def sizes_on_disk(folder: Path, results: dict, weight_bits: int) -> dict[str, int]:
     """Bytes of the model's weights, its latent weights and its teacher's weights, without zeros."""
     packed = bool(read_json(folder / "config.json").get("quantization_config"))
     sizes = {
-        "packed, one bit per weight" if packed else "float32": weight_bytes(folder),
+        f"packed, {describe_bits(weight_bits)}" if packed else "float32": weight_bytes(folder),
         "latent, float32": weight_bytes(folder / LATENT),
         "its teacher": results.get("teacher_bytes", 0),
     }

@@ -21,14 +21,13 @@ from binaryvit_runtime.writing import lock, write_file
 from ..data.arguments import DataArguments
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
-from ..run_history import ALL_RESULTS, read_json
+from ..run_history import ALL_RESULTS, TRAINING_IMAGES, read_json
 from .arguments import RunArguments
 from .checkpoints import holds_whole_checkpoint
 from .optional_methods import ARGUMENTS_OF_FILES
 
 
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
-TRAINING_IMAGES = "_training_images.json"  # of the run that RUN_ARGUMENTS is of; never uploaded
 UNFINISHED_TRAINING_IMAGES = "_unfinished_training_images.json"  # as UNFINISHED_RUN_ARGUMENTS
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 TEST_PREDICTIONS = "test_predictions.csv"  # the answer to every test image

@@ -76,17 +76,18 @@ def test_wrong_arguments_are_named_in_one_sentence():
 
 
 def test_a_model_is_loaded_from_memory_as_from_its_folder():
-    """Objects, texts, shards and typed arrays. What the caller does to them later has no effect."""
+    """Objects, texts, their bytes, shards and typed arrays. What the caller does to them later has no effect."""
     script = """
     const read = (name) => readFileSync(`${given}/${name}`);
     const texts = { config: String(read("config.json")), preprocessor: String(read("preprocessor_config.json")) };
     const objects = { config: JSON.parse(texts.config), preprocessor: JSON.parse(texts.preprocessor) };
+    const bytes = { config: read("config.json"), preprocessor: read("preprocessor_config.json") };
     const weights = Uint8Array.from(read("model.safetensors"));
     const shifted = new Uint8Array(weights.length + 1).subarray(1);
     shifted.set(weights);
     const engine = await WebAssembly.compile(readFileSync(wasm));
     const answers = [];
-    for (const source of [given, new URL(`file://${given}/`), { ...texts, weights }, { ...objects, weights: shifted },
+    for (const source of [given, new URL(`file://${given}/`), { ...texts, weights }, { ...bytes, weights }, { ...objects, weights: shifted },
                           { ...objects, weights: weights.slice().buffer }, { ...objects, weights: { "model.safetensors": weights } }]) {
       const model = await binaryvit.load(source, { engine });
       if (source.weights instanceof Uint8Array) source.weights.fill(0, 0, 8);
@@ -97,7 +98,7 @@ def test_a_model_is_loaded_from_memory_as_from_its_folder():
     """
     first, *others = run(script, DIGITS)
     assert first[1:] == [[str(i) for i in range(10)], [3, 32, 32], {"weights": 294_944, "engine": None}, 4]
-    assert others == [first] * 5
+    assert others == [first] * 6
 
 
 def test_a_store_may_forbid_files_that_are_not_there():

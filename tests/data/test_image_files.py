@@ -364,6 +364,9 @@ def test_classify_warns_of_transparent_pictures_and_puts_them_on_a_background(mo
     assert (code, err) == (0, "")
     ours, theirs = (answer["labels"] for answer in json.loads(out))
     assert ours == theirs != black
+    code, _, err = classify(capsys, model, tmp_path / "photos" / "b.png", "--background=none")
+    assert code == 0
+    assert "Transparency is dropped, which shows" in err, "nobody knows whether training did the same"
     code, _, err = classify(capsys, model, tmp_path / "white.png", "--background=whit")
     message = "error: --background must be 'none' or an opaque colour such as white or '#ffcc00', not 'whit'.\n"
     assert (code, err) == (2, message)

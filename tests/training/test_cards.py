@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from golden_data import CONFIGS, ROWS, TINY
 from huggingface_hub import ModelCard
-from tiny import tiny_config
+from PIL import Image
+from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from binaryvit_cli import main
@@ -149,6 +150,42 @@ def test_the_card_says_that_a_network_cannot_be_told_from_guessing(tmp_path):
     assert "every image is right for 25.00 % of them" in texts[0.25]
     assert "guessing" not in texts[0.24]
     assert "On 30 held-out images (1 more was left out: broken, or too large):" in texts[0.24]
+
+
+def test_the_card_of_a_packed_checkpoint_tells_of_its_own_step(tmp_path):
+    run = tmp_path / "run"
+    model = tiny_model(tiny_config())
+    evaluations = [
+        {"step": step, "epoch": step, "eval_accuracy": accuracy} for step, accuracy in ((1, 0.25), (2, 0.5))
+    ]
+    for folder, logged in ((run / "latent", []), (run / "checkpoint-1", evaluations[:1])):
+        model.save_pretrained(folder)
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": logged}))
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": evaluations}))
+    (run / "run_arguments.json").write_text(json.dumps({"train_dir": "photos"}))
+    (run / "all_results.json").write_text(json.dumps({"eval_accuracy": 0.5, "train_samples": 9}))
+    (run / "_training_images.json").write_text("{}")
+    Image.new("RGB", (1, 1)).save(run / "learning_curves.png")
+    cards = {}
+    for part in ("checkpoint-1", "latent"):
+        assert main(["pack", str(run / part), str(tmp_path / part)]) == 0
+        cards[part] = (tmp_path / part / "README.md").read_text()
+    assert "| top-1 accuracy | 25.00 % |" in cards["checkpoint-1"]
+    assert "50.00 %" not in cards["checkpoint-1"]
+    assert "Trained on photos, 3 classes" in cards["checkpoint-1"]
+    assert "learning_curves.png" not in cards["checkpoint-1"]
+    assert "| top-1 accuracy | 50.00 % |" in cards["latent"]
+    assert "Trained on photos, 9 images of 3 classes" in cards["latent"]
+    assert (tmp_path / "latent" / "_training_images.json").is_file(), "compare tells by it which images were learned"
+
+
+@pytest.mark.parametrize("bits, words", [(1, "one bit"), (4, "4 bits")])
+def test_the_card_tells_how_many_bits_a_weight_has(bits, words, tmp_path):
+    tiny_model(tiny_config(weight_bits=bits)).save_pretrained(tmp_path / "latent")
+    assert main(["pack", str(tmp_path / "latent"), str(tmp_path / "packed")]) == 0
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert f"| packed, {words} per weight, on disk |" in card
+    assert ("A 1-bit vision transformer" in card) == ("- 1-bit\n" in card) == (bits == 1)
 
 
 def predict(folder, images) -> torch.Tensor:

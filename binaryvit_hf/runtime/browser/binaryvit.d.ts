@@ -17,10 +17,10 @@ export interface Picture {
 export type EncodedPicture =
   Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas | HTMLVideoElement;
 
-/** Content of a model's files: objects or JSON texts, and the bytes of one file, or of shards by file name. */
+/** Content of a model's files: objects, JSON texts or their bytes, and the bytes of one file or of shards by name. */
 export interface ModelContent {
-  config: string | object;
-  preprocessor: string | object;
+  config: string | ArrayBuffer | ArrayBufferView | object;
+  preprocessor: string | ArrayBuffer | ArrayBufferView | object;
   weights: ArrayBuffer | ArrayBufferView | Record<string, ArrayBuffer | ArrayBufferView>;
 }
 

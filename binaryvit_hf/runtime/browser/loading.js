@@ -129,6 +129,8 @@ export async function compileEngine(engine) {
 function readGiven(content, name) {
   if (content === undefined) throw new BinaryViTError(`${name} is missing.`);
   if (isText(content)) return parseText(content, name);
+  const bytes = asBytes(content);
+  if (bytes !== null) return parseFile(bytes, name);
   try {
     return fromValue(content);
   } catch (error) {

@@ -29,6 +29,7 @@ TYPES = "binaryvit.d.ts"  # for users of binaryvit.js, which is in the page's fo
 MODEL = "model"  # folder of the model in the folder of the page
 GENERATOR = '<meta name="generator" content="binaryvit page">'  # marks files that may be replaced
 START_BYTES = 2000  # the mark is among them
+OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")  # written into folders that are looked at
 EXAMPLES = ("example*.png", "example*.jpg", "example*.jpeg")
 
 # What the page may load. Browsers refuse everything else, such as requests to other servers.
@@ -132,13 +133,18 @@ def is_page_folder(folder: Path) -> bool:
     """Whether a folder has a page of `write_page` and nothing else."""
     if not is_page(folder / PAGE):
         return False
-    try:
-        data = re.search(r'id="page-data">(.*?)</script>', read(folder / PAGE), re.DOTALL)
-        files = set(json.loads(data[1])["files"]) if data else set()
-    except (ValueError, KeyError, TypeError):
-        return False
+    files = list_files((folder / PAGE).read_text(encoding="utf-8", errors="replace"))
     found = [file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()]
-    return all(file.relative_to(folder).as_posix() in files for file in found)
+    return all(file.name in OF_DESKTOPS or file.relative_to(folder).as_posix() in files for file in found)
+
+
+def list_files(page: str) -> set[str]:
+    """The files of a folder of `write_page`, from the HTML of its page; none for any other HTML."""
+    data = re.search(r'id="page-data">(.*?)</script>', page, re.DOTALL)
+    try:
+        return set(json.loads(data[1])["files"]) if data else set()
+    except (ValueError, KeyError, TypeError):
+        return set()
 
 
 def single_page(name: str, classifier: Classifier) -> str:

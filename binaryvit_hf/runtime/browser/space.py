@@ -1,11 +1,13 @@
 """A page as a static Space of the Hub: its README.md, and whether an existing Space may be replaced."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..resources import find_source
+from .page import PAGE, list_files
 
 
 TAG = "binaryvit-page"  # marks Spaces that may be replaced
@@ -56,6 +58,18 @@ def read_license(source: str, token: str | None) -> Any:
         return ModelCard.load(card, token=token, ignore_metadata_errors=True).data.to_dict().get("license")
     except Exception:  # the card may be damaged in any way, and the page does not need it
         return None
+
+
+def list_earlier_page(repo_id: str, token: str | None, revision: str | None) -> set[str]:
+    """The files of the page that a Space has, without others that its owner has added; none without a page."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    for branch in (revision, None):  # a new branch starts from main
+        with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
+            page = hf_hub_download(repo_id, PAGE, repo_type="space", revision=branch, token=token)
+            return list_files(Path(page).read_text(encoding="utf-8", errors="replace"))
+    return set()
 
 
 def check_replaceable(repo_id: str, token: str | None) -> None:
