@@ -20,6 +20,8 @@ from .optional_methods import OptionalMethodArguments
 
 DEFAULT_LICENSE = "apache-2.0"
 STEP_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial")
+# Schedules that follow the evaluations. Each has a state of its own.
+SCHEDULES_BY_METRICS = ("reduce_lr_on_plateau", "greedy")
 BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
 COMPILE_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 # Arguments of transformers' Trainer that training does not support: the value and the reason.
@@ -142,8 +144,10 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     resume_from_checkpoint: str | None = argument(
         None,
         "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Other "
-        "arguments may have new values, with exceptions: --optim stays the same, and --ema_decay and "
-        "--oscillation_freezing_threshold cannot be added. A finished teacher is not trained again. Default: the same command resumes by itself.",
+        "arguments may have new values, with exceptions: --optim stays the same, --lr_scheduler_type does not change to or from "
+        + " or ".join(SCHEDULES_BY_METRICS)
+        + ", and --ema_decay and --oscillation_freezing_threshold cannot be added. A finished teacher is not trained again. "
+        "Default: the same command resumes by itself.",
         nargs="?",
         const="true",
     )

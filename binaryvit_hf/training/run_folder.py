@@ -22,7 +22,7 @@ from ..data.arguments import DataArguments
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
 from ..run_history import ALL_RESULTS, read_json
-from .arguments import RunArguments
+from .arguments import SCHEDULES_BY_METRICS, RunArguments
 from .checkpoints import holds_whole_checkpoint
 from .optional_methods import ARGUMENTS_OF_FILES
 
@@ -236,12 +236,15 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
     if changed:
         name = changed[0]
         found = f"a run of other arguments ({name} was {recorded.get(name)}, not {given.get(name)})"
-        raise EarlierRunError(output_dir, found, not any(needs_new_run(name, recorded) for name in changed))
+        new_run = any(needs_new_run(name, recorded.get(name), given.get(name)) for name in changed)
+        raise EarlierRunError(output_dir, found, can_resume=not new_run)
 
 
-def needs_new_run(name: str, recorded: dict) -> bool:
+def needs_new_run(name: str, before: Any, now: Any) -> bool:
     """Whether training cannot resume with another value of an argument: its checkpoints lack the state of the new one."""
-    return name == "optim" or (name in ARGUMENTS_OF_FILES and recorded.get(name) is None)
+    if name == "lr_scheduler_type":  # functions of the step load each other's states
+        return before in SCHEDULES_BY_METRICS or now in SCHEDULES_BY_METRICS
+    return name == "optim" or (name in ARGUMENTS_OF_FILES and before is None)
 
 
 def compare_training_images(output_dir: Path, images: Dataset | ImageStream, divided: bool) -> None:

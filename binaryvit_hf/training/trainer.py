@@ -593,12 +593,14 @@ class DistillationTrainer(Trainer):
     def check_kind_of_schedule(self, saved: Path) -> None:
         """
         Raises:
-            UserError: either the saved schedule or that of this run follows the metrics (`reduce_lr_on_plateau`), not both.
+            UserError: the saved schedule has another kind of state than that of this run. Functions of the step have one kind,
+                `reduce_lr_on_plateau` and `greedy` have their own.
         """
         if not saved.is_file():
             return
         states = torch.load(saved, map_location="cpu", weights_only=True), self.lr_scheduler.state_dict()
-        if len({"patience" in state for state in states}) > 1:
+        before, now = ({"patience", "num_good_epochs"} & state.keys() for state in states)  # greedy has both
+        if before != now:
             given = f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"
             raise other_state_error(str(saved.parent), "a learning rate schedule of another kind", given)
 
