@@ -230,7 +230,8 @@ class TrainingRun:
     def describe_teacher(self, teacher: PreTrainedModel) -> dict:
         """The teacher's accuracy, size and operations, and its commit on the Hub."""
         self.announce("Evaluating the teacher on the same images.")
-        metrics = self.create_trainer(teacher).evaluate(metric_key_prefix="teacher")
+        with evaluation_memory_errors(self.trainer.args):
+            metrics = self.create_trainer(teacher).evaluate(metric_key_prefix="teacher")
         names = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
         described = {name: metrics[name] for name in names if name in metrics}
         if revision := hub_revision(self.arguments.model.teacher_model_name_or_path, self.arguments.model):

@@ -299,6 +299,22 @@ def test_a_batch_that_the_memory_does_not_hold_is_one_sentence(command, tmp_path
     assert script.main([*smaller, "--per_device_train_batch_size=1", "--resume_from_checkpoint"]) == 0
 
 
+def test_a_teachers_evaluation_that_the_memory_does_not_hold_is_one_sentence(command, tmp_path, monkeypatch, capsys):
+    steps = [*command, "--max_steps=1", "--do_eval"]
+    assert script.main(steps) == 0
+    evaluate = DistillationTrainer.evaluation_loop
+
+    def fill_memory_with_the_teacher(self, *args, metric_key_prefix="eval", **kwargs):
+        if metric_key_prefix == "teacher":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "evaluation_loop", fill_memory_with_the_teacher)
+    taught = [f"--teacher_model_name_or_path={tmp_path / 'out'}", f"--output_dir={tmp_path / 'student'}"]
+    assert script.main([*steps, *taught]) == 1
+    assert "does not hold an evaluation batch of 8 images" in capsys.readouterr().err
+
+
 def test_a_full_memory_is_told_from_a_batch_that_can_become_smaller():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     full = torch.OutOfMemoryError("CUDA out of memory.")
