@@ -30,6 +30,7 @@ from .optional_methods import ARGUMENTS_OF_FILES
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
 TRAINING_IMAGES = "_training_images.json"  # of the run that RUN_ARGUMENTS is of; never uploaded
 UNFINISHED_TRAINING_IMAGES = "_unfinished_training_images.json"  # as UNFINISHED_RUN_ARGUMENTS
+WORKING_FOLDER = "_working_folder.txt"  # in which the last run started; never uploaded
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 TEST_PREDICTIONS = "test_predictions.csv"  # the answer to every test image
 RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", ALL_RESULTS, TEST_PREDICTIONS)
@@ -297,7 +298,10 @@ def has_same_source(run: Path, recorded: dict, arguments: DataArguments) -> bool
     """Whether the recorded arguments of the run in a folder are known to name the same training images, all of them."""
     if recorded.get("max_train_samples") or arguments.max_train_samples:
         return False
-    is_in_place = normalize("output_dir", recorded.get("output_dir")) == os.path.abspath(run)
+    output_dir, started_in = recorded.get("output_dir") or "", run / WORKING_FOLDER
+    is_beside = not os.path.isabs(output_dir) and os.path.abspath(output_dir) == os.path.abspath(run)
+    # Older versions have not written this file.
+    is_in_place = is_beside or (started_in.is_file() and started_in.read_bytes() == os.getcwdb())
     for name in TRAINING_SOURCE:
         before, now = recorded.get(name), getattr(arguments, name)
         if normalize(name, before) != normalize(name, now):
@@ -358,6 +362,7 @@ def record_start(output_dir: Path, arguments: RunArguments, images: Dataset | Im
     names = (TRAINING_IMAGES, RUN_ARGUMENTS)
     if continues:
         names = (UNFINISHED_TRAINING_IMAGES, UNFINISHED_RUN_ARGUMENTS)  # the second counts: it is written last
+    write_file(output_dir / WORKING_FOLDER, os.getcwdb())
     for file, content in zip(names, (identify_images(images), arguments_to_json(arguments))):
         partial = output_dir / f"{file}.writing"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
