@@ -36,7 +36,7 @@ def library(name: str, folder: Path, shared: tuple[Path, ...] = (), flags: str =
         name,
         sources=sorted(path.as_posix() for path in [*folder.glob("*.cpp"), *shared]),
         depends=sorted(path.as_posix() for path in [*headers, Path("setup.py")]),  # with the flags
-        define_macros=[("BINARYVIT_SOURCES", f'"{fingerprint(folder)}"')],
+        define_macros=[("BINARYVIT_SOURCES", f'"{fingerprint(folder, shared)}"')],
         language="c++",
         extra_compile_args=[*FLAGS.split(), *flags.split()],
         extra_link_args=["-pthread"],

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -163,14 +163,17 @@ def warn_of_appearance(
 
 def check_first_images(stream: ImageStream, split: str, background: str | None, limit: int | None) -> None:
     """
-    Warn if the first images of a stream are transparent and the run has no background, or if they have one class and are
-    all that is evaluated, or the stream has as many images as its limit.
+    Warn if the first images of a stream are transparent and the run has no background, if all images have one class, or if
+    the first have one and the stream has as many images as its limit.
     """
     rows = [row for _, _, row in islice(stream.read(0), MAX_STREAMED_IMAGES)]
+    labels = [row["label"] for row in rows]
     is_cut_short = limit is not None and stream.num_images == limit
-    if is_cut_short or stream.num_images == len(rows):  # the order of a complete stream is of no effect
-        remedy = "shuffle it" + (", or leave out --max_eval_samples" if is_cut_short else "")
-        warn_of_one_class(stream, [row["label"] for row in rows], split, remedy)
+    if not is_cut_short and len(set(labels)) == 1:  # the order of a complete stream is of no effect: read on
+        labels = list(takewhile(labels[0].__eq__, (row["label"] for _, _, row in stream.read(0))))
+    if is_cut_short or stream.num_images == len(labels):
+        remedy = "leave out --max_eval_samples" if is_cut_short else "choose files of all classes"
+        warn_of_one_class(stream, labels, split, f"shuffle it, or {remedy}")
     if background is None:
         warn_of_transparent_images([row["image"] for row in rows], split)
 

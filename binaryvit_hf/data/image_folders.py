@@ -90,9 +90,10 @@ def list_image_folder(folder: Path, split: str) -> dict[str, list[Path]]:
 def refuse_nested_classes(folder: Path, split: str, classes: dict[str, list[Path]]) -> None:
     """Raise UserError if `folder` is one level too high: it holds splits, or the folder of the classes."""
     nested = [name for name, paths in classes.items() if all(path.parent.parent != folder for path in paths)]
-    splits = [name for name in nested if name.lower() in SPLIT_NAMES]
+    splits = [name for name in classes if name.lower() in SPLIT_NAMES]
+    of_folders = [name for name in splits if name in nested]
     # One among others may be a class: pictures of trains, by kind.
-    if len(splits) > 1 or len(splits) == len(classes):
+    if len(of_folders) > 1 or (of_folders and len(splits) == len(classes)):
         raise UserError(
             f"--{split}_dir: {str(folder)!r} has the folders {', '.join(map(repr, splits))}, which are no classes: give the "
             "splits with --train_dir and --validation_dir."

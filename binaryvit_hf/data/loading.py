@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,9 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
-from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
+from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence, shorten
 from binaryvit_runtime.hub import explain_hub_error
-from binaryvit_runtime.image_files import is_hidden, is_image_name
+from binaryvit_runtime.image_files import find_images, is_hidden, is_image_name
 from binaryvit_runtime.sources import did_you_mean_path
 
 from ..run_history import HELD_OUT, TEST, TRAINING
@@ -217,28 +218,47 @@ def load_named_dataset(
 
 def refuse_classes_as_splits(arguments: DataArguments) -> None:
     """
-    Raise UserError if `datasets` would take the names of class folders for names of splits: of `bus`, `car` and `train` it
-    reads `train` alone.
+    Of `bus`, `car` and `train`, `datasets` reads `train` alone, which has the name of a split. Warn of folders with images
+    that it leaves out.
+
+    Raises:
+        UserError: it would read some class folders and leave out others.
     """
     folder = Path(arguments.dataset_name)
     if not folder.is_dir() or arguments.train_files or arguments.validation_files:
         return
     children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not is_hidden(child.name)]
-    classes = [child for child in children if any(is_image_name(file.name) for file in child.iterdir())]
-    names = [child.name.lower() for child in classes]
+    names = [child.name.lower() for child in children]
     if SPLIT_NAMES.issuperset(names) or not any(word in name for name in names for word in SPLIT_NAMES):
         return
     if (folder / "README.md").is_file() or any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
         return  # they say what the splits are, or what the labels
     files = load_dataset_builder(**dataset_source(arguments)).config.data_files or {}
-    read = files.get(arguments.train_split_name) or [file for of_split in files.values() for file in of_split]
-    parents = {folder.resolve() for folder in {Path(file).parent for file in read}}
+    all_files = [file for of_split in files.values() for file in of_split]
+    classes = [child for child in children if any(is_image_name(file.name) for file in child.iterdir())]
+    parents = resolved_parents(files.get(arguments.train_split_name) or all_files)
     left_out = [child.name for child in classes if child.resolve() not in parents]
-    if 0 < len(left_out) < len(classes):  # otherwise the files of the split are further down, as in train/ant
+    have_names_of_splits = SPLIT_NAMES.issuperset(child.name.lower() for child in classes)
+    # Otherwise the files of the split are further down, as in train/ant.
+    if 0 < len(left_out) < len(classes) and not have_names_of_splits:
         raise UserError(
             f"--dataset_name {str(folder)!r} is a folder of classes, and some of their names would be taken for names of "
             f"splits, which leaves out {left_out[0]!r}: give a folder of classes with --train_dir."
         )
+    parents = resolved_parents(file for file in all_files if is_image_name(Path(file).name))
+    unread = [child for child in children if not any(parent.is_relative_to(child.resolve()) for parent in parents)]
+    unread_names = [child.name for child in unread if find_images(child).images]
+    if parents and unread_names:  # a table's images may be anywhere
+        logger.warning(
+            "--dataset_name %r has folders with names of splits, so no image of %s is read. Give a folder of classes with "
+            "--train_dir.",
+            str(folder),
+            shorten(", ".join(map(repr, unread_names)), 100),
+        )
+
+
+def resolved_parents(files: Iterable[str]) -> set[Path]:
+    return {folder.resolve() for folder in {Path(file).parent for file in files}}
 
 
 def dataset_source(arguments: DataArguments) -> dict:

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import torch
 
-from binaryvit_runtime.engine.fingerprint import describe_other_sources
+from binaryvit_runtime.engine import fingerprint
 
 from ..engine import openmp_of_torch
 
 
 EXTENSION_NAME = "rows"  # as in setup.py; a plain C library, which Python cannot import
+SHARED_SOURCES = (Path(fingerprint.__file__).with_name("team.cpp"),)  # with the engine, as in setup.py
 
 Pointer, Int, Int64, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
@@ -99,7 +100,7 @@ def load_library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"{built[0].name} cannot be loaded: {error}"
-    if other := describe_other_sources(library, built[0].parent):
+    if other := fingerprint.describe_other_sources(library, built[0].parent, SHARED_SOURCES):
         return f"they were {other}"
     library.instruction_sets.restype = ctypes.c_char_p
     runtime = openmp_of_torch()

@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import dataclass
+from inspect import signature
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from binaryvit_runtime.errors import UserError, did_you_mean, first_sentence
@@ -20,6 +22,8 @@ from .optional_methods import OptionalMethodArguments
 
 DEFAULT_LICENSE = "apache-2.0"
 STEP_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial")
+# Schedules that follow the evaluations. Each has a state of its own.
+SCHEDULES_BY_METRICS = ("reduce_lr_on_plateau", "greedy")
 BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
 COMPILE_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 # Arguments of transformers' Trainer that training does not support: the value and the reason.
@@ -142,8 +146,10 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
     resume_from_checkpoint: str | None = argument(
         None,
         "Resume from this checkpoint. Without a value or with 'true': from the last one in --output_dir. Other "
-        "arguments may have new values, with exceptions: --optim stays the same, and --ema_decay and "
-        "--oscillation_freezing_threshold cannot be added. A finished teacher is not trained again. Default: the same command resumes by itself.",
+        "arguments may have new values, with exceptions: --optim stays the same, --lr_scheduler_type does not change to or from "
+        + " or ".join(SCHEDULES_BY_METRICS)
+        + ", and --ema_decay and --oscillation_freezing_threshold cannot be added. A finished teacher is not trained again. "
+        "Default: the same command resumes by itself.",
         nargs="?",
         const="true",
     )
@@ -235,6 +241,29 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
                 f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, not {metric!r}"
                 + did_you_mean(metric, BEST_METRICS)
             )
+
+    def check_checkpointing(self, network: PreTrainedModel) -> None:
+        """Raise UserError if `--gradient_checkpointing_kwargs` are unknown, or the network refuses them or checkpointing."""
+        given = self.gradient_checkpointing_kwargs or {}
+        if not self.gradient_checkpointing:
+            return
+        if not isinstance(given, dict):
+            raise UserError(f"--gradient_checkpointing_kwargs must be an object, not {given!r}.")
+        # Before transformers 5.24 it has another name.
+        enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+        of_trainer = {"every_n_layers", "offload"} & signature(enable).parameters.keys()
+        parameters = signature(checkpoint).parameters.values()
+        known = [*sorted(of_trainer), *(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)]
+        for name in given:
+            if name not in known:
+                raise UserError(
+                    f"--gradient_checkpointing_kwargs has no {name!r}; it has {', '.join(known)}{did_you_mean(name, known)}"
+                )
+        try:
+            enable({name: value for name, value in given.items() if name not in of_trainer})
+        except ValueError as error:
+            raise UserError(f"--gradient_checkpointing is refused: {first_sentence(error)}") from error
+        getattr(network, "activation_checkpointing_disable", network.gradient_checkpointing_disable)()
 
     def graphs_obstacle(self) -> str | None:
         """What training steps lack to run as CUDA graphs; `None` if they lack nothing."""

@@ -25,7 +25,7 @@ NO_TEACHER = (["null"], ["none"])  # values of --teacher
 STUDENT_ONLY = {
     *("model_name_or_path", "subfolder", "ignore_mismatched_sizes", "config_name", "config_overrides", "init_from"),
     "teacher_model_name_or_path",
-    *("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
+    *("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token"),
     *("label_loss_weight", "distillation_temperature"),
     *(field.name for field in fields(OptionalMethodArguments)),
 }
@@ -171,7 +171,7 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
         for name in {*values, *(actions[name].dest for name, _ in flags)}:
             action = fields_by_name[name]
             parsed[name] = convert_argument(name, parsed[name], hints[name], action.choices, action.const)
-        if parsed["push_to_hub"]:  # otherwise checkpoints, which hold these arguments, would hold the token
+        if parsed["push_to_hub"]:  # no other run needs it
             parsed["hub_token"] = parsed["hub_token"] or parsed["token"]
         return RunArguments(*parser.parse_dict(parsed))
     except UserError:

@@ -157,6 +157,7 @@ def check_network(arguments: RunArguments, teacher_follows: bool) -> CheckedNetw
     if training_arguments.do_train:
         training_arguments.check_network(config)
         meta = build_meta_network(model_arguments, config)
+        training_arguments.check_checkpointing(meta)
     check_named_models(
         model_arguments, ["init_from"] if teacher_follows else ["init_from", "teacher_model_name_or_path"]
     )

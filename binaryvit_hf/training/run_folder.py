@@ -22,13 +22,14 @@ from ..data.arguments import DataArguments
 from ..data.image_checks import is_embedded
 from ..data.streaming import ImageStream
 from ..run_history import ALL_RESULTS, TRAINING_IMAGES, read_json
-from .arguments import RunArguments
+from .arguments import SCHEDULES_BY_METRICS, RunArguments
 from .checkpoints import holds_whole_checkpoint
 from .optional_methods import ARGUMENTS_OF_FILES
 
 
 UNFINISHED_RUN_ARGUMENTS = "_unfinished_run_arguments.json"  # a run that continues a finished one; never uploaded
 UNFINISHED_TRAINING_IMAGES = "_unfinished_training_images.json"  # as UNFINISHED_RUN_ARGUMENTS
+WORKING_FOLDER = "_working_folder.txt"  # in which the last run started; never uploaded
 TRAIN_RESULTS = "train_results.json"  # the last file that training writes
 TEST_PREDICTIONS = "test_predictions.csv"  # the answer to every test image
 RESULTS = (TRAIN_RESULTS, "eval_results.json", "test_results.json", ALL_RESULTS, TEST_PREDICTIONS)
@@ -235,12 +236,15 @@ def compare_with_recorded(output_dir: Path, arguments: RunArguments) -> None:
     if changed:
         name = changed[0]
         found = f"a run of other arguments ({name} was {recorded.get(name)}, not {given.get(name)})"
-        raise EarlierRunError(output_dir, found, not any(needs_new_run(name, recorded) for name in changed))
+        new_run = any(needs_new_run(name, recorded.get(name), given.get(name)) for name in changed)
+        raise EarlierRunError(output_dir, found, can_resume=not new_run)
 
 
-def needs_new_run(name: str, recorded: dict) -> bool:
+def needs_new_run(name: str, before: Any, now: Any) -> bool:
     """Whether training cannot resume with another value of an argument: its checkpoints lack the state of the new one."""
-    return name == "optim" or (name in ARGUMENTS_OF_FILES and recorded.get(name) is None)
+    if name == "lr_scheduler_type":  # functions of the step load each other's states
+        return before in SCHEDULES_BY_METRICS or now in SCHEDULES_BY_METRICS
+    return name == "optim" or (name in ARGUMENTS_OF_FILES and before is None)
 
 
 def compare_training_images(output_dir: Path, images: Dataset | ImageStream, divided: bool) -> None:
@@ -293,7 +297,10 @@ def has_same_source(run: Path, recorded: dict, arguments: DataArguments) -> bool
     """Whether the recorded arguments of the run in a folder are known to name the same training images, all of them."""
     if recorded.get("max_train_samples") or arguments.max_train_samples:
         return False
-    is_in_place = normalize("output_dir", recorded.get("output_dir")) == os.path.abspath(run)
+    output_dir, started_in = recorded.get("output_dir") or "", run / WORKING_FOLDER
+    is_beside = not os.path.isabs(output_dir) and os.path.abspath(output_dir) == os.path.abspath(run)
+    # Older versions have not written this file.
+    is_in_place = is_beside or (started_in.is_file() and started_in.read_bytes() == os.getcwdb())
     for name in TRAINING_SOURCE:
         before, now = recorded.get(name), getattr(arguments, name)
         if normalize(name, before) != normalize(name, now):
@@ -354,6 +361,7 @@ def record_start(output_dir: Path, arguments: RunArguments, images: Dataset | Im
     names = (TRAINING_IMAGES, RUN_ARGUMENTS)
     if continues:
         names = (UNFINISHED_TRAINING_IMAGES, UNFINISHED_RUN_ARGUMENTS)  # the second counts: it is written last
+    write_file(output_dir / WORKING_FOLDER, os.getcwdb())
     for file, content in zip(names, (identify_images(images), arguments_to_json(arguments))):
         partial = output_dir / f"{file}.writing"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

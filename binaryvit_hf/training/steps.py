@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel, PrinterCallback, ProgressCallback
+from datasets import Dataset
+from transformers import (
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -24,6 +32,7 @@ from ..data.model_inputs import (
     describe_teacher_input,
     teacher_normalization,
 )
+from ..data.streaming import ImageStream
 from ..data.transforms import add_transforms, collate_images, describe_sizes
 from ..network.quantization_binaryvit import LATENT
 from ..ops import CONFIG_CLASSES, count_operations, total
@@ -152,7 +161,7 @@ class TrainingRun:
             log_batch(arguments)
             if self.arguments.data.streaming:
                 logger.info("Streaming: %s", self.inputs.images["train"])
-            record_start(self.output_dir, self.arguments, self.inputs.images["train"])
+            trainer.add_callback(RecordStart(self.arguments, self.inputs.images["train"]))
         steps = steps_left(self.arguments, self.inputs)
         self.announce("Training: %s.", describe_length(arguments, steps))
         earlier_metrics = read_results(self.output_dir / TRAIN_RESULTS)
@@ -221,7 +230,8 @@ class TrainingRun:
     def describe_teacher(self, teacher: PreTrainedModel) -> dict:
         """The teacher's accuracy, size and operations, and its commit on the Hub."""
         self.announce("Evaluating the teacher on the same images.")
-        metrics = self.create_trainer(teacher).evaluate(metric_key_prefix="teacher")
+        with evaluation_memory_errors(self.trainer.args):
+            metrics = self.create_trainer(teacher).evaluate(metric_key_prefix="teacher")
         names = ("teacher_loss", "teacher_accuracy", "teacher_top5_accuracy")
         described = {name: metrics[name] for name in names if name in metrics}
         if revision := hub_revision(self.arguments.model.teacher_model_name_or_path, self.arguments.model):
@@ -286,6 +296,19 @@ class TrainingRun:
         self.announce("Uploading to %s.", self.trainer.hub_model_id)
         with resumable_upload(self.output_dir, self.trainer.hub_model_id):
             self.trainer.push_to_hub()
+
+
+class RecordStart(TrainerCallback):
+    """
+    Record in the output directory which run trains there. It is the last callback: a checkpoint that does not fit is refused
+    before, and the finished run in the directory stays finished.
+    """
+
+    def __init__(self, arguments: RunArguments, images: Dataset | ImageStream):
+        self.arguments, self.images = arguments, images
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        record_start(Path(args.output_dir), self.arguments, self.images)
 
 
 def describe_length(arguments: DistillationTrainingArguments, steps: int) -> str:

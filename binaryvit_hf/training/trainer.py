@@ -502,12 +502,15 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save latent weights in a checkpoint; save the final model packed, with its latent weights in `latent/`."""
         folder = Path(output_dir or self.args.output_dir)
+        latent_folder = folder / LATENT if self.saves_packed and not self.is_staging else folder
+        token, self.args.hub_token = self.args.hub_token, None  # the Trainer pickles all arguments
+        try:
+            super()._save(str(latent_folder), state_dict)
+        finally:
+            self.args.hub_token = token
         if self.is_staging:
-            super()._save(str(folder), state_dict)  # `_save_checkpoint` gives the mode
-            return
-        latent_folder = folder / LATENT if self.saves_packed else folder
-        super()._save(str(latent_folder), state_dict)
-        # This pickle of all arguments may hold the token of the Hub, and `push_to_hub` of the Trainer would upload it.
+            return  # `_save_checkpoint` gives the mode
+        # This pickle of all arguments is for checkpoints, but `push_to_hub` of the Trainer would upload it.
         for place in (folder, latent_folder):
             (place / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.saves_packed and self.args.should_save:
@@ -593,12 +596,14 @@ class DistillationTrainer(Trainer):
     def check_kind_of_schedule(self, saved: Path) -> None:
         """
         Raises:
-            UserError: either the saved schedule or that of this run follows the metrics (`reduce_lr_on_plateau`), not both.
+            UserError: the saved schedule has another kind of state than that of this run. Functions of the step have one kind,
+                `reduce_lr_on_plateau` and `greedy` have their own.
         """
         if not saved.is_file():
             return
         states = torch.load(saved, map_location="cpu", weights_only=True), self.lr_scheduler.state_dict()
-        if len({"patience" in state for state in states}) > 1:
+        before, now = ({"patience", "num_good_epochs"} & state.keys() for state in states)  # greedy has both
+        if before != now:
             given = f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"
             raise other_state_error(str(saved.parent), "a learning rate schedule of another kind", given)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, fields
 
-from .arguments import RunArguments
+from .arguments import SCHEDULES_BY_METRICS, RunArguments
 
 
 NO_TEACHER = "there is no teacher"
@@ -38,7 +38,7 @@ def conditions_of_use(model, data, training, uploads) -> list[tuple[str, bool, s
     weight = training.label_loss_weight
     labels_count = not has_teacher or (mixed if weight is None else weight > 0)
     needs_best = training.load_best_model_at_end or training.save_strategy == "best"
-    needs_best = needs_best or training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    needs_best = needs_best or training.lr_scheduler_type in SCHEDULES_BY_METRICS
     rows = [
         ("subfolder", not model.model_name_or_path, "it needs --model_name_or_path"),
         ("ignore_mismatched_sizes", not model.model_name_or_path, "--config_name starts a new head anyway"),

@@ -317,20 +317,24 @@ def test_classes_that_are_named_like_splits_are_refused_as_a_dataset(left_out, c
 
 
 @pytest.mark.parametrize(
-    "names",
+    "names, unread",
     [
-        ["train/ant", "train/bee", "test/ant", "more"],
-        ["train/ant", "train/bee", "test/ant", "latest"],
-        ["trainer", "sandal"],
+        (["train/ant", "train/bee", "test/ant", "more"], "'more'"),
+        (["train/ant", "train/bee", "test/ant", "latest"], "'latest'"),
+        (["bus", "car/red", "train/steam", "train/electric"], "'bus', 'car'"),
+        (["trainer", "sandal"], None),
     ],
     ids=str,
 )
-def test_folders_of_splits_and_of_other_classes_are_datasets(names, tmp_path):
+def test_folders_of_splits_and_of_other_classes_are_datasets(names, unread, tmp_path, caplog):
     for name in names:
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(2):
             (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(encode(number))
     assert len(load(tmp_path / "photos")["train"].features["label"].names) == 2
+    warned = [line for line in caplog.messages if "is read" in line]
+    assert len(warned) == (unread is not None)
+    assert all(f"has folders with names of splits, so no image of {unread} is read. Give" in line for line in warned)
 
 
 @pytest.mark.parametrize("labels", [[-1, -1], [0, -1]], ids=["none", "some"])

@@ -302,3 +302,15 @@ def test_a_sorted_evaluation_stream_causes_a_warning_only_if_it_is_cut_short(tmp
     remedy = "if the dataset is sorted by class, shuffle it, or leave out --max_eval_samples."
     warnings = [message for message in caplog.messages if "one class" in message]
     assert warnings == [f"{words} validation images have one class, 'ant': {remedy}" for words in part]
+
+
+@pytest.mark.parametrize("files, warned", [("validation.parquet", False), ("ants.parquet", True)])
+def test_chosen_files_of_one_class_cause_a_warning(tmp_path, files, warned, caplog):
+    table = write_table(tmp_path / "table", train=4, validation=300)
+    Dataset.from_parquet(str(table / "validation.parquet")).select(range(150)).to_parquet(table / "ants.parquet")
+    arguments = {"train_files": "train.parquet", "validation_files": files, "streaming": True}
+    images = load_images(DataArguments(dataset_name=str(table), **arguments), 0, None, None)
+    check_images({"validation": images["validation"].for_evaluation()}, skip_broken=False, background="white")
+    remedy = "if the dataset is sorted by class, shuffle it, or choose files of all classes."
+    warning = f"All 150 validation images have one class, 'ant': {remedy}"
+    assert [message for message in caplog.messages if "one class" in message] == [warning] * warned

@@ -440,6 +440,17 @@ def test_a_library_of_other_sources_is_not_used(binding, subject, tmp_path, monk
         assert binding.load_library.__wrapped__() == f"{subject} {reason}"
 
 
+@pytest.mark.skipif(row_library.problem() is not None, reason="there are no row kernels")
+def test_row_kernels_of_other_shared_sources_are_not_used(tmp_path, monkeypatch):
+    (team,) = row_library.SHARED_SOURCES
+    for changed in ("team.h", "team.cpp"):
+        for name in ("team.h", "team.cpp"):
+            content = team.with_name(name).read_bytes()
+            (tmp_path / name).write_bytes(content + b"\n" * (name == changed))
+        monkeypatch.setattr(row_library, "SHARED_SOURCES", (tmp_path / "team.cpp",))
+        assert "built from other sources" in row_library.load_library.__wrapped__()
+
+
 def test_other_bits_run_in_pytorch():
     model = packed(tiny_config(weight_bits=2))
     assert model.engine == ("torch", "the engine multiplies single bits, not 2 by 1")

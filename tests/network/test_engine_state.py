@@ -445,3 +445,12 @@ def test_code_that_came_with_a_checkpoint_computes_on_the_engines_of_earlier_pac
     expected = model.binaryvit(IMAGES).pooler_output
     torch.testing.assert_close(model(IMAGES).logits, model.classifier(expected))
     assert isinstance(model.binaryvit.engine_slot.folded.own, EarlierEngine)
+
+
+def test_the_engine_has_what_code_that_came_with_a_checkpoint_calls():
+    model = packed_model()
+    with torch.no_grad():
+        expected = model.binaryvit(IMAGES)
+    own = model.binaryvit.engine_slot.folded.own
+    last, pooled, _ = own.forward(IMAGES, own.threads_for(IMAGES), False)
+    assert torch.equal(last, expected.last_hidden_state) and torch.equal(pooled, expected.pooler_output)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from tiny import tiny_model
 
 from binaryvit_hf.training.arguments import DistillationTrainingArguments
 from binaryvit_hf.training.command_line import ARGUMENT_CLASSES, parse_runs
@@ -139,6 +140,36 @@ def test_a_damaged_file_of_arguments_is_one_sentence(name, content, message, tmp
 def test_unsupported_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
         DistillationTrainingArguments(str(tmp_path), use_cpu=True, **arguments).check_supported()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # names before 5.24
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"use_reentrant": True},
+            "--gradient_checkpointing is refused: Use gradient checkpointing with use_reentrant=F",
+        ),
+        (
+            {"debug": True},
+            "--gradient_checkpointing is refused: Use gradient checkpointing without context_fn and debug",
+        ),
+        ({"use_reentrent": False}, "has no 'use_reentrent'; .* did you mean 'use_reentrant'?"),
+        ("x", "--gradient_checkpointing_kwargs must be an object, not 'x'"),
+    ],
+)
+def test_arguments_of_checkpointing_are_refused_before_training(arguments, message, tmp_path):
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": arguments}
+    with pytest.raises(UserError, match=message):
+        DistillationTrainingArguments(str(tmp_path), use_cpu=True, **checkpointing).check_checkpointing(tiny_model())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_the_check_of_checkpointing_leaves_the_network_as_it_was(tmp_path):
+    model, checkpointing = tiny_model(), {"gradient_checkpointing_kwargs": {"preserve_rng_state": False}}
+    for given in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, **checkpointing}):
+        DistillationTrainingArguments(str(tmp_path), use_cpu=True, **given).check_checkpointing(model)
+        assert not model.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize(

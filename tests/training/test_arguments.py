@@ -98,7 +98,9 @@ def test_uploads_use_the_token_if_they_have_none_of_their_own():
     (run,) = parse_runs(["--push_to_hub", "--token", "a", "--hub_token", "b"])
     assert (run.model.token, run.training.hub_token) == ("a", "b")
     (run,) = parse_runs(["--token", "a"])
-    assert run.training.hub_token is None  # its checkpoints do not hold the token
+    assert run.training.hub_token is None
+    teacher, _ = parse_runs(["configs/quickstart.json", "--use_cpu", "--push_to_hub", "--hub_token", "b"])
+    assert teacher.training.hub_token is None  # it uploads nothing
 
 
 def test_training_starts_in_another_thread_than_the_main_one(monkeypatch):

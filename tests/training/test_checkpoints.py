@@ -56,6 +56,15 @@ def test_a_folder_called_checkpoints_gets_the_final_model_without_the_arguments_
     assert not list(folder.rglob("training_args.bin"))
 
 
+def test_no_file_of_a_run_holds_the_token(tmp_path):
+    trainer = tiny_trainer(tmp_path, **EVERY_STEP, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "checkpoint-2" / "training_args.bin").is_file()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert trainer.args.hub_token == "hf_secret"
+
+
 @pytest.mark.parametrize("spelling", ["{}", "{}/../after"])  # of the folder that a run resumes from
 def test_the_best_checkpoint_of_a_moved_run_is_found(tmp_path, spelling):
     saving = {**EVERY_STEP, "load_best_model_at_end": True, "save_total_limit": 1}

@@ -129,13 +129,14 @@ def test_a_run_that_starts_from_one_on_other_photos_of_the_folder_is_told(argume
     assert warning(train_dir=str(shutil.copytree(photos, tmp_path / "others"))) == ""
 
 
-def test_relative_photos_of_a_run_are_known_only_where_it_ran(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_relative", [True, False])  # the output directory
+def test_relative_photos_of_a_run_are_known_only_where_it_ran(is_relative, tmp_path, monkeypatch):
     for name in ("here", "there"):
         write_pictures(tmp_path / name / "photos", ("ant", "bee"), 5)
     monkeypatch.chdir(tmp_path / "here")
-    values = {"train_dir": "photos", "use_cpu": True, "do_train": True, "config_name": "any", "output_dir": "earlier"}
-    first = parse(values, [])
+    values = {"train_dir": "photos", "use_cpu": True, "do_train": True, "config_name": "any"}
     earlier = tmp_path / "here" / "earlier"
+    first = parse(values | {"output_dir": "earlier" if is_relative else str(earlier)}, [])
     (earlier / "checkpoint-7").mkdir(parents=True)
     record_start(earlier, first, load_images(first.data, 42, None, None)["train"])
 

@@ -191,6 +191,10 @@ def test_folders_of_splits_are_no_classes(tiny_photos, tmp_path, capsys):
     assert "splits' has the folders 'Validation', 'train', which are no classes" in message
     shutil.rmtree(tmp_path / "splits" / "devices")
     shutil.rmtree(tmp_path / "splits" / "train")
+    write_pictures(tmp_path / "splits", ("test",), 1)  # whose images have no classes
+    message = refusal(capsys, *tiny_photos, "--train_dir", tmp_path / "splits")
+    assert "splits' has the folders 'Validation', 'test', which are no classes" in message
+    shutil.rmtree(tmp_path / "splits" / "test")
     (tmp_path / "splits" / "Validation").rename(tmp_path / "splits" / "mine")
     message = refusal(capsys, *tiny_photos, "--train_dir", tmp_path / "splits")
     assert f"give --train_dir '{tmp_path / 'splits' / 'mine'}'" in message

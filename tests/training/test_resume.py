@@ -51,6 +51,10 @@ def command(tmp_path, photos):
     ]
 
 
+# A schedule that follows the evaluations.
+BY_METRICS = ["--lr_scheduler_type=reduce_lr_on_plateau", "--eval_strategy=steps", "--eval_steps=1"]
+
+
 def interrupt(*arguments):
     raise KeyboardInterrupt
 
@@ -214,12 +218,23 @@ def test_a_checkpoint_of_another_optimiser_is_not_resumed_from(tmp_path):
     tiny_trainer(tmp_path, **saving, optim="adamw_torch", max_steps=3).train(resume_from_checkpoint=True)
 
 
-def test_a_schedule_of_another_kind_is_not_resumed_from(tmp_path):
+@pytest.mark.parametrize("schedule", ["linear", "greedy"])
+def test_a_schedule_of_another_kind_is_not_resumed_from(tmp_path, schedule):
     saving = {**EVERY_STEP, "learning_rate": 0.1}
     tiny_trainer(tmp_path, **saving, lr_scheduler_type="reduce_lr_on_plateau").train()
-    other = tiny_trainer(tmp_path, **saving, max_steps=4)
-    with pytest.raises(UserError, match="learning rate schedule of another kind than --lr_scheduler_type linear"):
+    other = tiny_trainer(tmp_path, **saving, max_steps=4, lr_scheduler_type=schedule)
+    with pytest.raises(UserError, match=f"learning rate schedule of another kind than --lr_scheduler_type {schedule}"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("flags", [["--optim=sgd"], BY_METRICS], ids=["optimiser", "schedule"])
+def test_a_finished_run_stays_finished_when_another_one_is_refused(flags, command, tmp_path, capsys):
+    steps = [*command, "--max_steps=1", "--save_steps=1"]
+    assert script.main(steps) == 0
+    assert script.main([*steps, *flags, "--max_steps=2", "--resume_from_checkpoint"]) == 2
+    assert "so training cannot resume from it" in capsys.readouterr().err
+    assert is_finished(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("_unfinished*"))
 
 
 def test_a_full_memory_of_an_evaluation_reduces_the_batch_of_a_client_but_not_of_training(tmp_path, monkeypatch):
@@ -239,11 +254,13 @@ def test_new_arguments_whose_state_a_checkpoint_lacks_need_a_new_run(command, tm
     assert script.main(steps) == 130
     assert script.main([*steps, "--learning_rate=0.5"]) == 2
     assert "remove this one, or continue it with --resume_from_checkpoint." in capsys.readouterr().err
-    for flag in ("--optim=sgd", "--ema_decay=0.5"):
-        assert script.main([*steps, flag]) == 2
+    assert script.main([*steps, "--lr_scheduler_type=cosine"]) == 2
+    assert "or continue it with --resume_from_checkpoint." in capsys.readouterr().err
+    for flags in (["--optim=sgd"], BY_METRICS, ["--ema_decay=0.5"]):
+        assert script.main([*steps, *flags]) == 2
         message = capsys.readouterr().err
         assert "choose another --output_dir, or remove this one." in message
-    assert script.main([*steps, flag, "--resume_from_checkpoint"]) == 2
+    assert script.main([*steps, *flags, "--resume_from_checkpoint"]) == 2
     message = "checkpoint-2' was saved without --ema_decay, so training cannot resume from it with that argument"
     assert message in capsys.readouterr().err
 
@@ -280,6 +297,22 @@ def test_a_batch_that_the_memory_does_not_hold_is_one_sentence(command, tmp_path
     checkpoint = tmp_path / "out" / "checkpoint-1"
     assert f"and --resume_from_checkpoint, to go on from {checkpoint}." in capsys.readouterr().err
     assert script.main([*smaller, "--per_device_train_batch_size=1", "--resume_from_checkpoint"]) == 0
+
+
+def test_a_teachers_evaluation_that_the_memory_does_not_hold_is_one_sentence(command, tmp_path, monkeypatch, capsys):
+    steps = [*command, "--max_steps=1", "--do_eval"]
+    assert script.main(steps) == 0
+    evaluate = DistillationTrainer.evaluation_loop
+
+    def fill_memory_with_the_teacher(self, *args, metric_key_prefix="eval", **kwargs):
+        if metric_key_prefix == "teacher":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate(self, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "evaluation_loop", fill_memory_with_the_teacher)
+    taught = [f"--teacher_model_name_or_path={tmp_path / 'out'}", f"--output_dir={tmp_path / 'student'}"]
+    assert script.main([*steps, *taught]) == 1
+    assert "does not hold an evaluation batch of 8 images" in capsys.readouterr().err
 
 
 def test_a_full_memory_is_told_from_a_batch_that_can_become_smaller():
