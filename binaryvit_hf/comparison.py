@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -281,10 +281,11 @@ def load_common_images(runs: list[TrainedRun], split: str) -> tuple[dict[str, Da
     if "train" not in loaded:
         raise UserError(f"The images of {first.name!r} have no training images, which quantisation needs.")
     train = loaded["train"]
+    without_broken = cache(lambda images: leave_out_broken(images, "train", True)[0])  # which decodes all images
     for run in runs:
         compare_labels(run.config, train.features["label"].names, repr(run.name), "compare runs on the same images")
         if split != "test" and divided:
-            check_training_images(run, train)
+            check_training_images(run, train, without_broken)
     chosen = train.select(evenly_spaced(range(len(train)), CALIBRATION_IMAGES))
     skip = any(run.arguments.skip_broken_images for run in runs)
     images: dict[str, Dataset] = {}
@@ -298,12 +299,13 @@ def load_common_images(runs: list[TrainedRun], split: str) -> tuple[dict[str, Da
     return images, TEST if split == "test" else kind
 
 
-def check_training_images(run: TrainedRun, train: Dataset) -> None:
+def check_training_images(run: TrainedRun, train: Dataset, without_broken: Callable[[Dataset], Dataset]) -> None:
     """
     Images that are added to a folder change which ones are held out, and a run would be measured on images that it learned.
 
     Args:
         train: all images of today that are not held out.
+        without_broken: leaves out broken images.
 
     Raises:
         UserError: the run was trained on others.
@@ -314,7 +316,7 @@ def check_training_images(run: TrainedRun, train: Dataset) -> None:
     if run.arguments.max_train_samples is not None:
         train = load_images(run.arguments, run.seed, None, None)["train"]
     if "skipped_images" in run.results:  # it recorded the images without the broken ones
-        train = leave_out_broken(train, "train", True)[0]
+        train = without_broken(train)
     now = identify_images(train)
     if recorded != now:
         place = run.arguments.train_dir or run.arguments.dataset_name
