@@ -1,7 +1,7 @@
 """The arguments of a run: dataclasses whose fields are the flags of the command line."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import signature
 from typing import NamedTuple
 
@@ -26,12 +26,15 @@ STEP_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_
 SCHEDULES_BY_METRICS = ("reduce_lr_on_plateau", "greedy")
 BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
 COMPILE_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
-# Arguments of transformers' Trainer that training does not support: the value and the reason.
+# Arguments of transformers' Trainer that must keep their defaults; the help leaves them out.
 UNSUPPORTED = {
-    "use_liger_kernel": (True, "it is for language models"),
-    "batch_eval_metrics": (True, "accuracy is computed from all images at once"),
-    "eval_do_concat_batches": (False, "accuracy is computed from all images at once"),
-    "prediction_loss_only": (True, "every evaluation ends with the accuracy"),
+    "use_liger_kernel": "it is for language models",
+    "batch_eval_metrics": "accuracy is computed from all images at once",
+    "eval_do_concat_batches": "accuracy is computed from all images at once",
+    "prediction_loss_only": "every evaluation ends with the accuracy",
+    "label_names": "batches have their labels in 'labels'",
+    "train_sampling_strategy": "training shuffles the images",
+    "neftune_noise_alpha": "it is for word embeddings",
 }
 
 
@@ -215,19 +218,13 @@ class DistillationTrainingArguments(OptionalMethodArguments, TrainingArguments):
 
     def check_supported(self) -> None:
         """Raise UserError if an argument of transformers' Trainer has a value that training does not support."""
-        for name, (value, reason) in UNSUPPORTED.items():
-            if getattr(self, name, None) is value:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, reason in UNSUPPORTED.items():
+            value = getattr(self, name, None)
+            if name in defaults and value != defaults[name]:
                 raise UserError(f"--{name} {value} is not supported: {reason}.")
-        if self.label_names is not None:
-            raise UserError("--label_names is not supported: batches have their labels in 'labels'.")
-        if self.train_sampling_strategy != "random":
-            raise UserError(
-                f"--train_sampling_strategy {self.train_sampling_strategy} is not supported: training shuffles the images."
-            )
         if self.max_steps == 0:
             raise UserError("--max_steps 0 trains nothing: leave it out, or give the number of steps.")
-        if self.neftune_noise_alpha is not None:
-            raise UserError("--neftune_noise_alpha is not supported: it is for word embeddings.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers needs workers: give --dataloader_num_workers 1 or more.")
         if self.cuda_graphs is True and (obstacle := self.graphs_obstacle()):

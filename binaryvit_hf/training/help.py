@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from binaryvit_runtime.errors import UserError, did_you_mean
 
-from .arguments import RunArguments
+from .arguments import UNSUPPORTED, RunArguments
 
 
 ARGUMENT_CLASSES = tuple(RunArguments.__annotations__.values())
@@ -138,13 +138,11 @@ TRAINER_GROUPS = {
             "fp16_full",
         ),
     ),
-    "optimiser and schedule": ("adam_", "optim", "lr_", "neftune"),
+    "optimiser and schedule": ("adam_", "optim", "lr_"),
     "checkpoints": ("save_", "enable_jit", "ignore_data", "restore_", "full_determinism", "data_seed"),
     "logging": ("log", "run_name", "project", "trackio", "include_num", "skip_memory", "debug"),
-    "precision, speed and memory": (
-        *("fp16", "tf32", "gradient_", "activation_", "torch_", "auto_find", "use_", "liger"),
-    ),
-    "reading images": ("dataloader_", "remove_", "label_names", "train_sampling", "length_"),
+    "precision, speed and memory": ("fp16", "tf32", "gradient_", "activation_", "torch_", "auto_find", "use_"),
+    "reading images": ("dataloader_", "remove_", "length_"),
     "several devices": ("ddp_", "fsdp", "deepspeed", "accelerator", "parallelism", "local_rank", "average_tokens"),
     "the Hub": ("hub_",),
     "other": ("",),
@@ -224,7 +222,8 @@ def known_arguments() -> dict[str, Argument]:
     for part in ARGUMENT_CLASSES:
         hints = get_type_hints(part)
         for field in fields(part):
-            found[field.name] = read_field(field, hints[field.name])
+            if field.name not in UNSUPPORTED:
+                found[field.name] = read_field(field, hints[field.name])
     return found
 
 
