@@ -70,11 +70,14 @@ def load_config(source: str | Path, shipped: Iterable[str] = (), **arguments) ->
     """
 
     def load(source, trust_remote_code, **arguments):
-        folder = Path(source, arguments.get("subfolder", ""))
+        subfolder = arguments.get("subfolder", "")
+        folder = Path(source, subfolder)
         if folder.is_dir() and not (folder / "config.json").exists():
             raise LoadingError("it has no config.json")
-        # Checked before AutoConfig creates a label for each of `num_labels`.
-        check_fields(PreTrainedConfig.get_config_dict(source, **arguments)[0])
+        fields = PreTrainedConfig.get_config_dict(source, **arguments)[0]
+        if not fields and not Path(source).exists():  # transformers' answer if a repository lacks the file
+            raise LoadingError(f"it has no config.json{f' in {subfolder!r}' if subfolder else ''}")
+        check_fields(fields)  # before AutoConfig creates a label for each of `num_labels`
         return read_config(source, trust_remote_code, **arguments)
 
     return fetch(load, source, shipped, of_config=True, **arguments)

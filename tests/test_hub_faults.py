@@ -70,6 +70,9 @@ answer("teacher", "--teacher_model_name_or_path", "bob/model", "--config_name", 
     "--output_dir", folder.parent / "run", "--do_train", "--use_cpu", run=training_run.main)
 server.faults.clear()
 
+answer("no subfolder", "--model_name_or_path", "bob/model", "--subfolder", "nowhere", "--dataset_name", "sklearn-digits",
+    "--output_dir", folder.parent / "run", "--do_eval", "--use_cpu", run=training_run.main)
+
 server.fail_next(1, on="commit", how=501)
 answer("upload", "push", folder, "alice/model", "--revision", "dev", "--token", "token-of-alice")
 answer("not mine", "push", folder, "bob/model", "--token", "token-of-alice")
@@ -122,6 +125,7 @@ def answers(tmp_path_factory) -> dict[str, dict]:
         ("private", 2, ("'bob/secret'", "no such repository, or it is private", "hf auth login")),
         ("bad token", 2, ("401", "token", "hf auth login")),
         ("empty", 2, ("'bob/empty'", "config.json")),
+        ("no subfolder", 2, ("'bob/model'", "no config.json in 'nowhere'")),
         ("403", 2, ("403", "forbids")),
         ("429", 2, ("429", "try again later")),
         ("500", 2, ("500", "try again later")),

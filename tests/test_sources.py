@@ -93,6 +93,7 @@ def test_a_run_without_a_checkpoint_is_not_finished_either(tmp_path):
 def test_a_folder_within_an_unfinished_run_is_a_model(unfinished):
     assert describe_fault("out", "checkpoint-12") is None
     assert describe_fault("out/checkpoint-12") is None
+    assert describe_fault("out", "checkpoint-13") == "it has no folder 'checkpoint-13'."
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,8 @@ def describe_fault(
         return f"it is a file: name its folder, {str(Path(source).parent)!r}."
     if os.path.exists(source):
         try:
+            if not Path(source, subfolder).exists():
+                return f"it has no folder {subfolder!r}."
             return describe_unfinished_run(Path(source, subfolder))
         except OSError as error:
             return f"it cannot be read ({error.strerror})."

@@ -1,6 +1,9 @@
 """Parse the command line and configuration files into the arguments of one run, or of a teacher's and its student's."""
 
+import contextlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -29,6 +32,7 @@ STUDENT_ONLY = {
     *("label_loss_weight", "distillation_temperature"),
     *(field.name for field in fields(OptionalMethodArguments)),
 }
+STUDENT_ONLY_FLAG = re.compile(f"--({'|'.join(STUDENT_ONLY)})(?![a-z_])")
 # Two ways to name a network, each with the arguments that only it has. A flag of one replaces the file's other.
 NETWORK_ARGUMENTS = (
     ("config_name", "config_overrides", "init_from"),
@@ -89,6 +93,22 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
         raise UserError(f"teacher: {error}") from error
     student.model.teacher_model_name_or_path = teacher.training.output_dir
     return [teacher, student]
+
+
+def name_teacher_flags(text: str) -> str:
+    """A text about a teacher's run with `--teacher.NAME` for every argument that the run does not take from the student's."""
+    return STUDENT_ONLY_FLAG.sub(rf"--{TEACHER_PREFIX}\1", text)
+
+
+@contextlib.contextmanager
+def errors_with_flags_of(run: RunArguments, runs: list[RunArguments]) -> Iterator[None]:
+    """UserError that names the flags with which one of the runs of a command line gets its arguments."""
+    try:
+        yield
+    except UserError as error:
+        if run is not runs[-1]:
+            error.args = (name_teacher_flags(str(error)),)
+        raise
 
 
 def read_argument_file(path: Path) -> dict[str, Any]:

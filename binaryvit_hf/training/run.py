@@ -31,7 +31,7 @@ from ..data.streaming import ImageStream
 from ..data.workers import describe_dead_worker
 from ..host_memory import keep_freed_memory
 from .arguments import RunArguments
-from .command_line import parse_runs
+from .command_line import errors_with_flags_of, name_teacher_flags, parse_runs
 from .forecast import describe_images, log_forecast
 from .memory_errors import FullMemoryError, is_full_memory
 from .preparation import CheckedNetwork, Inputs, check_arguments, check_network, check_output_folder, prepare
@@ -93,11 +93,16 @@ def train_and_evaluate(arguments: list[str]) -> None:
     check_engine_variable()
     runs = parse_runs(arguments)
     for run_arguments in runs:
-        check_arguments(run_arguments)
+        with errors_with_flags_of(run_arguments, runs):
+            check_arguments(run_arguments)
     uploads = any(run_arguments.training.push_to_hub for run_arguments in runs)
-    unused = [found for run_arguments in runs for found in find_unused(run_arguments, uploads)]
-    for argument, reason in dict.fromkeys(unused):
-        logger.warning("--%s has no effect: %s.", argument, reason)
+    warnings = []
+    for run_arguments in runs:
+        for argument, reason in find_unused(run_arguments, uploads):
+            warning = f"--{argument} has no effect: {reason}."
+            warnings.append(warning if run_arguments is runs[-1] else name_teacher_flags(warning))
+    for warning in dict.fromkeys(warnings):
+        logger.warning("%s", warning)
     with FolderLocks() as locks:
         if rank() == 0:
             for run_arguments in runs:
@@ -108,7 +113,10 @@ def train_and_evaluate(arguments: list[str]) -> None:
 
 def run_all(runs: list[RunArguments], locks: FolderLocks) -> None:
     # Check and prepare every run first: an error in the student's inputs must not wait for its teacher's training.
-    networks = [check_network(run_arguments, run_arguments is not runs[0]) for run_arguments in runs]
+    networks = []
+    for run_arguments in runs:
+        with errors_with_flags_of(run_arguments, runs):
+            networks.append(check_network(run_arguments, run_arguments is not runs[0]))
     if len(runs) == 2 and networks[0].finished and runs[-1].training.resume_from_checkpoint:
         # The student goes on with other arguments, which its finished teacher got from the same command line.
         networks[0] = networks[0]._replace(is_kept=True)
@@ -117,7 +125,8 @@ def run_all(runs: list[RunArguments], locks: FolderLocks) -> None:
     prepared: list[Inputs] = []
     for run_arguments, network in zip(runs, networks):
         try:
-            prepared.append(prepare(run_arguments, network, loaded, teacher=prepared[0] if prepared else None))
+            with errors_with_flags_of(run_arguments, runs):
+                prepared.append(prepare(run_arguments, network, loaded, teacher=prepared[0] if prepared else None))
         except EarlierRunError as error:
             raise explain_for_all(runs, [error]) from error
     names = ["teacher (1 of 2)", "student (2 of 2)"] if len(runs) == 2 else [""]
@@ -132,7 +141,8 @@ def run_all(runs: list[RunArguments], locks: FolderLocks) -> None:
         describe_images(first_inputs.images, first_arguments.training.balance_classes)
     for name, run_arguments, inputs in zip(names, runs, prepared):
         PartialState().wait_for_everyone()  # the first process writes the teacher that all processes load
-        summary = run(run_arguments, inputs, name, to_train if name == first else {}, locks)
+        with errors_with_flags_of(run_arguments, runs):
+            summary = run(run_arguments, inputs, name, to_train if name == first else {}, locks)
         if run_arguments is not runs[-1]:
             logger.info("%s", "\n".join(summary))
     # Leave together: a process that exits early may abort, and torchrun then ends others that still write.

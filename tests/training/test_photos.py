@@ -95,6 +95,17 @@ def test_a_trained_teacher_of_other_classes_and_another_size_replaces_the_files(
     assert 0 <= results["teacher_accuracy"] <= 1
 
 
+def test_an_error_of_the_teachers_run_names_the_teachers_flags(tiny_photos, tmp_path, capsys, caplog):
+    flags = ["--teacher.model_name_or_path", str(tmp_path / "hub-vit"), "--teacher.subfolder=nowhere"]
+    assert "it has no folder 'nowhere'" in refusal(capsys, *tiny_photos, *flags)
+    refused = refusal(capsys, *tiny_photos, *flags[:2])
+    assert "--teacher.model_name_or_path" in refused
+    assert "start a new head with --teacher.ignore_mismatched_sizes" in refused
+    no_photos = refusal(capsys, *tiny_photos, "--train_dir", str(tmp_path / "nowhere"), "--teacher.subfolder=latent")
+    assert "--teacher" not in no_photos
+    assert "--teacher.subfolder has no effect: it needs --teacher.model_name_or_path." in caplog.text
+
+
 def test_a_trained_binary_network_of_other_classes_can_be_the_students_start(tiny_photos, tmp_path):
     ShippedModel(tiny_model(tiny_config(num_labels=5))).save_pretrained(tmp_path / "trained")
     flags = ["--model_name_or_path", str(tmp_path / "trained"), "--subfolder=latent", "--ignore_mismatched_sizes"]
