@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from binaryvit_runtime.errors import UserError
 from binaryvit_runtime.pixels import choose_background
 
 from ..argument_checks import argument
@@ -108,3 +109,13 @@ class DataArguments(AugmentationArguments):
         for name in ("rand_augment", "color_jitter"):
             if self.crop_in_batches and getattr(self, name):
                 raise ValueError(f"--crop_in_batches cannot change colours: leave it out, or --{name}.")
+
+    def check_source(self, test: bool) -> None:
+        """Raise UserError for images from nowhere, from two places, or from folders, which have no split to `test` on."""
+        folders = self.train_dir or self.validation_dir
+        if self.dataset_name and folders:
+            raise UserError("Give either --dataset_name or --train_dir and --validation_dir, not both.")
+        if not self.dataset_name and not folders:
+            raise UserError("No images are given: pass --dataset_name, or --train_dir with one sub-folder per class.")
+        if test and folders:
+            raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")

@@ -52,22 +52,17 @@ def load_described_images(
     arguments: DataArguments, seed: int, cache_dir: str | None, token: str | bool | None, test: bool = False
 ) -> DescribedImages:
     """The splits as `load_images` loads them, and what the images to evaluate on are."""
-    if arguments.dataset_name and (arguments.train_dir or arguments.validation_dir):
-        raise UserError("Give either --dataset_name or --train_dir and --validation_dir, not both.")
+    arguments.check_source(test)
     if arguments.dataset_name:
         splits, sources = load_named_splits(arguments, cache_dir, token, test)
-    elif arguments.train_dir or arguments.validation_dir:
+    else:
         splits = load_folder_splits(arguments)
         folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
         sources = {split: os.path.realpath(folder) for split, folder in folders.items() if folder}
-    else:
-        raise UserError("No images are given: pass --dataset_name, or --train_dir with one sub-folder per class.")
 
     names = next(iter(splits.values())).features["label"].names
     if "train" in splits and len(names) < 2:
         raise UserError(f"The images have one class, {names[0]!r}: a classifier needs two or more.")
-    if test and "test" not in splits:
-        raise UserError("--do_predict needs a --dataset_name with images to test on (--test_split_name).")
     if arguments.streaming:
         return DescribedImages(
             stream_splits(splits, arguments, seed), name_evaluation_images(sources, arguments), divided=False

@@ -137,6 +137,7 @@ def check_arguments(arguments: RunArguments) -> None:
         raise UserError(
             "--balance_classes needs all labels before training, but --streaming reads them during training."
         )
+    data_arguments.check_source(training_arguments.do_predict)
     training_arguments.check_supported()
     if training_arguments.do_train:
         training_arguments.check_optimization()

@@ -288,6 +288,9 @@ def test_wrong_tables_are_refused(folder, tmp_path, capsys):
     (folder / "student.json").write_text(json.dumps(RECIPE | {"do_predict": False}))
     (folder / "table.json").write_text(json.dumps(TABLE))
     assert_refused(capsys, command, "student.json must have do_train, do_eval and do_predict")
+    photos = {name: value for name, value in RECIPE.items() if name != "dataset_name"} | {"train_dir": "photos"}
+    (folder / "student.json").write_text(json.dumps(photos))
+    assert_refused(capsys, command, "--do_predict needs a --dataset_name")
 
 
 def finish(ablation: Ablation, accuracy: float = 0.9, images: int = 400) -> None:

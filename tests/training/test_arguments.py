@@ -156,7 +156,8 @@ def test_training_does_not_overwrite_a_model_that_it_needs(capsys, tmp_path, mon
     values = {"config_name": "binaryvit-photos", "do_train": True, "teacher": {"config_name": "convnext-photos"}}
     (tmp_path / "run.json").write_text(json.dumps(values))
     given = [argument.format(file="run.json") for argument in arguments]
-    assert "which training would overwrite: choose another" in refusal(capsys, *given, "--output_dir", "out")
+    message = refusal(capsys, *given, "--train_dir", "photos", "--output_dir", "out")
+    assert "which training would overwrite: choose another" in message
 
 
 def test_unknown_key_in_a_file_is_named(capsys, tmp_path):
