@@ -43,7 +43,7 @@ from .loading import load_classifier, load_config, load_image_processor
 from .network.quantization_binaryvit import QUANT_METHOD
 from .ops import align_columns, readable
 from .run_history import ALL_RESULTS, TEST, finite_numbers
-from .training.ablation.estimates import NO_INTERVAL, SeedVariance, estimate_accuracy
+from .training.ablation.estimates import FEW_SEEDS, SeedVariance, estimate_accuracy
 from .training.confusion import predict_classes, wilson_interval
 from .training.run_folder import (
     NOT_RECORDED,
@@ -254,9 +254,7 @@ def accuracy_interval(correct: np.ndarray, between_seeds: SeedVariance | None) -
     if len(correct) == 1:
         return list(wilson_interval(int(correct.sum()), correct.size))
     estimate = estimate_accuracy(correct, between_seeds)
-    if estimate is None:
-        return None
-    return [max(0.0, estimate.low), min(1.0, estimate.high)]
+    return None if estimate is None else [estimate.low, estimate.high]
 
 
 def load_common_images(runs: list[TrainedRun], split: str) -> tuple[dict[str, Dataset], str]:
@@ -448,15 +446,14 @@ def take_turns(competitors: list[Competitor], turns: int) -> list[list[float]]:
 
 def describe_table(measured: dict) -> str:
     images = counted(measured["images"], f"{measured['evaluation_images']} image")
-    seeds = (
-        " Runs that differ by their seed alone are one line: the mean of their accuracies, with an interval for other seeds and "
-        "images, and the time and size of the first."
-    )
-    has_seeds = any(len(result["seeds"]) > 1 for result in measured["results"])
-    if any(result["accuracy_interval"] is None for result in measured["results"]):
-        seeds += f" {NO_INTERVAL}"
+    seeds = ""
+    if any(len(result["seeds"]) > 1 for result in measured["results"]):
+        seeds = (
+            " Runs that differ by their seed alone are one line: the mean of their accuracies, with an interval for other seeds "
+            f"too, and the time and size of the first. {FEW_SEEDS}"
+        )
     return (
-        f"Accuracy on {images} of {measured['data']}, with its 95 % confidence interval.{seeds if has_seeds else ''} Milliseconds of a forward of one "
+        f"Accuracy on {images} of {measured['data']}, with its 95 % confidence interval for other images.{seeds} Milliseconds of a forward of one "
         f"image on one thread ({measured['cpu']}): median, and first to last decile. All networks took turns in one run."
     )
 

@@ -218,7 +218,7 @@ def test_two_seeds_that_differ_have_no_interval(changed, quick, capsys, tmp_path
     (row,) = json.loads(run(capsys, "compare", *seeds, "--out", out, "--json"))["results"]
     assert row["accuracy_interval"] is None
     assert f"| engine | {row['epochs']:.3g} | 62.50 |  | 1 |" in out.read_text()
-    assert "Where the interval is missing, the seeds are too few." in out.read_text()
+    assert "Intervals and tests need three seeds of a row." in out.read_text()
 
 
 def test_runs_without_common_images_are_refused(runs, changed, capsys, tmp_path):

@@ -33,7 +33,7 @@ def describe_cost(measurements: Measurements, weight_bits: int) -> list[str]:
     ops = total("ops")
     largest = max(parts, key=lambda part: part.ops)
     findings = [
-        f"Bit operations are {percent(total('bops') / 64 / ops)} of all operations. The most expensive part is {name_of(largest.part)}, with "
+        f"Bit operations are {percent(total('bops') / 64 / ops)} of all operations. The most expensive layer is {name_of(largest.part)}, with "
         f"{percent(largest.ops / ops)}."
     ]
     if weight_bits == 32:
@@ -51,7 +51,7 @@ def describe_cost(measurements: Measurements, weight_bits: int) -> list[str]:
 def name_of(part: str) -> str:
     if part in (STEM, HEAD):
         return f"the {part}"
-    return f"layer {part}" if "." in part else f"the patch embeddings {part}"
+    return part if "." in part else f"the patch embeddings {part}"
 
 
 def describe_attention(found: PictureMeasurements, input_bits: int) -> list[str]:
@@ -96,7 +96,7 @@ def describe_latent(measurements: Measurements, records: RunRecords) -> list[str
     for index, (name, rate) in enumerate(records.learning_rates.items()):
         steps = sum(layer.within_step[index] for layer in layers)
         findings.append(
-            f"One step of Adam at the {name} learning rate of the run, {rate:.3g}, could change the signs of {steps:,} weights "
+            f"One step of Adam at the {name} learning rate that the run logged, {rate:.3g}, could change the signs of {steps:,} weights "
             f"({percent(steps / total)})."
         )
     if stuck := sum(layer.without_gradient for layer in layers):

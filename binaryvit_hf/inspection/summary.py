@@ -4,7 +4,6 @@ from binaryvit_runtime.errors import counted, one_line
 
 from ..ops import align_columns, readable
 from .findings import percent, size
-from .parts import HEAD, STEM
 from .report import Report, accuracy_line
 from .sections import stage_of
 from .storage import PartCost
@@ -14,14 +13,13 @@ def summarize(report: Report) -> str:
     """A line about the model, a table with a row for each stage, and the findings."""
     measurements = report.measurements
     rows: list[tuple[str, ...]] = [
-        ("part", "weights in bits", "BOPs", "FLOPs", "share of OPs", "bytes", "share of file")
+        ("stage", "weights in bits", "BOPs", "FLOPs", "share of OPs", "bytes", "share of file")
     ]
     for stage in dict.fromkeys(stage_of(part.part) for part in measurements.parts):
         parts = [part for part in measurements.parts if stage_of(part.part) == stage]
-        name = stage if stage in (STEM, HEAD) else f"stage {stage}"
         ops, stored = (sum(getattr(part, number) for part in parts) for number in ("ops", "stored_bytes"))
         share = percent(ops / measurements.total("ops"))
-        rows.append((name, *counts(parts), share, size(stored), percent(stored / measurements.all_bytes)))
+        rows.append((stage, *counts(parts), share, size(stored), percent(stored / measurements.all_bytes)))
     if header := measurements.header_bytes:
         rows.append(("file header", "", "", "", "", size(header), percent(header / measurements.all_bytes)))
     rows.append(("in all", *counts(measurements.parts), "", size(measurements.all_bytes), ""))

@@ -150,16 +150,17 @@ def installed_fonts() -> list[str]:
     return ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
 
 
-def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+def wilson_interval(correct: float, images: float, quantile: float = NORMAL_QUANTILE) -> tuple[float, float]:
     """
-    The 95 % confidence interval of an accuracy, from 0 to 1 (Wilson, 1927).
+    The confidence interval of an accuracy, from 0 to 1 (Wilson, 1927).
 
     Args:
         correct: number of correct answers among `images`, which is at least 1.
+        quantile: of the level and its distribution; for 95 % by default.
     """
-    square = NORMAL_QUANTILE**2
+    square = quantile**2
     center = (correct + square / 2) / (images + square)
-    spread = NORMAL_QUANTILE / (images + square) * math.sqrt(correct * (images - correct) / images + square / 4)
+    spread = quantile / (images + square) * math.sqrt(correct * (images - correct) / images + square / 4)
     return max(0.0, center - spread), min(1.0, center + spread)
 
 

@@ -114,8 +114,8 @@ def test_a_report_of_a_run_shows_everything(whole):
     assert "Not recorded" not in page.text
     assert "81.25 % top-1 accuracy (1,234 held-out images)" in printed
     assert "measured on 4 pictures" in printed
-    assert "at the last learning rate of the run, 0.00125" in printed
-    assert "at the highest learning rate of the run, 0.01" in printed
+    assert "at the last learning rate that the run logged, 0.00125" in printed
+    assert "at the highest learning rate that the run logged, 0.01" in printed
     assert "Within a step of 0.01 (highest)" in page.cells
     assert len(printed.splitlines()) <= 24
     assert max(map(len, printed.splitlines())) <= 119
@@ -192,7 +192,7 @@ def test_the_latent_folder_of_a_run_has_the_records_of_the_run(trained, tmp_path
     printed = run(capsys, "inspect", trained / "latent")
     assert printed.startswith("a <b>run<b>/latent (latent weights): ")
     assert "81.25 %" in printed
-    assert "at the highest learning rate of the run, 0.01" in printed
+    assert "at the highest learning rate that the run logged, 0.01" in printed
 
 
 @pytest.fixture

@@ -326,13 +326,13 @@ def test_a_table_of_options_is_compared_in_words_and_one_picture(folder, tmp_pat
     }
     change_table(folder, "options", config="binary", compared_with="binary", rows={"binary": "unchanged", **options})
     out = tmp_path / "out"
-    finish(Ablation(folder, out, (1, 2), "options.json"))
-    assert main(["ablation", str(folder), str(out), "--seeds", "1", "2", "--table", "options.json"]) == 0
+    finish(Ablation(folder, out, (1, 2, 3), "options.json"))
+    assert main(["ablation", str(folder), str(out), "--table", "options.json"]) == 0
     assert timed == []  # one network has one time
     text = (out / "options.md").read_text()
     assert text.count("compared with unchanged (") == 1
     assert "- half the rate: no difference could be shown, compared with unchanged (" in text
-    assert "p is corrected for the 1 comparison of this table" in text
+    assert "p is corrected for the 1 comparison of this table (Holm), intervals are not." in text
     assert "All rows are the same network" in text
     assert "OPs" not in text.replace("BOPs", "").replace("FLOPs", "")
     assert "![Differences](options.png)" in text
@@ -354,6 +354,21 @@ def test_a_teacher_need_not_be_a_row_and_its_operations_need_not_be_counted(fold
     accuracy, to_teacher = float(cells[" test top-1, % "].split()[0]), float(cells[" to the teacher "])
     (teacher,) = ablation.results()["resnet"].test
     assert to_teacher == pytest.approx(accuracy - teacher, abs=0.011)
+
+
+def test_rows_are_compared_with_the_run_that_taught_not_with_other_seeds_of_the_teacher(folder, tmp_path):
+    change_table(folder, rows={"vit": {"name": "teacher", "seeds": 2}, "binary": "1 bit"})
+    ablation = Ablation(folder, tmp_path, (1, 2))
+    finish(ablation)
+    ablation.write_results()
+    teacher, student = ablation.results().values()
+    taught, other = teacher.test
+    assert abs(taught - other) > 0.1
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    head, of_teacher, of_student = ([cell.strip() for cell in lines[number].split("|")] for number in (4, 6, 7))
+    column = head.index("to the teacher")
+    assert of_teacher[column] == ""
+    assert float(of_student[column]) == pytest.approx(student.mean - taught, abs=0.006)
 
 
 def test_a_run_without_its_answers_is_tested_again(folder, tmp_path):

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from scipy.stats import norm
 
 from binaryvit_hf.training.ablation import pictures
 from binaryvit_hf.training.ablation.estimates import (
-    Estimate,
+    Difference,
+    Interval,
     SeedVariance,
     correct_for_several,
     estimate_accuracy,
@@ -44,29 +46,49 @@ def test_intervals_of_differences_hold_the_truth_for_other_seeds_and_images():
     assert np.mean(found) == pytest.approx(1 - np.mean(held))
 
 
-def test_intervals_hold_the_truth_of_a_row_whose_seeds_differ_more_than_those_of_the_others():
-    """Scores instead of right answers, so that the truth is known: 0."""
-    rng, held, images = np.random.default_rng(0), [], 200
-    for _ in range(400):
-        of_images = rng.normal(0, 0.25, images)
+def coverage(accuracy: float, images: int, seeds: int, deviations: list[float], tables: int = 400) -> np.ndarray:
+    """The shares of intervals that hold the truth: of the last row's accuracy, and of its difference to the row before."""
+    rng, held = np.random.default_rng(0), []
+    others = 1 + 0.3**2 + 0.15**2  # the variance of an answer within a seed; it is right if the sum is above 0
+    for _ in range(tables):
+        of_images = rng.normal(0, 1, images)
         rows = [
-            of_images
-            + rng.normal(0, deviation, (3, 1))
-            + rng.normal(0, 0.25, images)
-            + rng.normal(0, 0.15, (3, images))
-            for deviation in (*[0.05] * 8, 0.15)
+            norm.ppf(accuracy) * (others + deviation**2) ** 0.5
+            + of_images
+            + rng.normal(0, deviation, (seeds, 1))
+            + rng.normal(0, 0.3, images)
+            + rng.normal(0, 0.15, (seeds, images))
+            > 0
+            for deviation in deviations
         ]
         between_seeds = SeedVariance.of_rows(rows)
-        estimates = estimate_accuracy(rows[-1], between_seeds), estimate_difference(*rows[-2:], between_seeds)
-        held.append([estimate.low <= 0 <= estimate.high for estimate in estimates])
-    assert np.all(np.mean(held, axis=0) > 0.915)  # with the degrees of freedom of the table 0.87 and 0.90
+        interval, difference = (
+            estimate_accuracy(rows[-1], between_seeds),
+            estimate_difference(*rows[-2:], between_seeds),
+        )
+        held.append(
+            [interval.low <= accuracy <= interval.high, difference is None or difference.low <= 0 <= difference.high]
+        )
+    return np.mean(held, axis=0)
+
+
+def test_intervals_hold_the_truth_of_a_row_whose_seeds_differ_more_than_those_of_the_others():
+    assert np.all(coverage(0.88, 1000, 3, [0.05] * 8 + [0.15]) > 0.915)  # with the table's freedom: 0.895
+
+
+def test_intervals_of_accuracies_near_100_percent_hold_the_truth():
+    (of_accuracy, _) = coverage(0.993, 360, 5, [0.1, 0.1])
+    assert of_accuracy > 0.92  # t intervals: 0.88
 
 
 def test_an_accuracy_of_100_percent_has_the_interval_of_its_images():
     right = np.ones((3, 100), dtype=bool)
     for answers, ends in ((right, (100 / 103.8415, 1)), (~right, (0, 3.8415 / 103.8415))):
         estimate = estimate_accuracy(answers, SeedVariance.of_rows([answers]))
-        assert (max(0, estimate.low), min(1, estimate.high)) == pytest.approx(ends, abs=1e-5)
+        assert (estimate.low, estimate.high) == pytest.approx(ends, abs=1e-5)
+    apart = np.array([np.arange(100) < right for right in (80, 90, 99)])
+    beside_others = estimate_accuracy(right, SeedVariance.of_rows([right, apart]))
+    assert beside_others.low == pytest.approx(100 / 103.8415, abs=1e-5)
 
 
 def test_a_difference_far_larger_than_its_interval_is_found():
@@ -81,14 +103,17 @@ def test_paired_images_give_a_shorter_interval_than_the_accuracies_themselves():
     rows = draw_table(np.random.default_rng(0), [2.0, 2.0], seeds=3, images=2000)
     between_seeds = SeedVariance.of_rows(rows)
     ours, theirs = (estimate_accuracy(row, between_seeds) for row in rows)
-    assert estimate_difference(*rows, between_seeds).half_width < np.hypot(ours.half_width, theirs.half_width)
+    of_accuracies = np.hypot(*(interval.high - interval.value for interval in (ours, theirs)))
+    assert estimate_difference(*rows, between_seeds).half_width < of_accuracies
 
 
 def test_seeds_that_agree_by_chance_have_the_variance_of_the_table():
     rows = draw_table(np.random.default_rng(0), [2.0, 2.0], seeds=3, images=1000)
     alike = rows[0][:1].repeat(3, axis=0)
     alone = estimate_accuracy(alike, SeedVariance.of_rows([alike]))
-    assert estimate_accuracy(alike, SeedVariance.of_rows([alike, rows[1]])).half_width > alone.half_width
+    of_table = estimate_accuracy(alike, SeedVariance.of_rows([alike, rows[1]]))
+    assert of_table.low < alone.low
+    assert of_table.high > alone.high
 
 
 def test_the_variance_of_seeds_is_the_mean_over_rows():
@@ -97,26 +122,15 @@ def test_the_variance_of_seeds_is_the_mean_over_rows():
     assert SeedVariance.of_rows(rows[1:2]) is None
 
 
-def test_a_single_seed_has_no_interval_and_equal_answers_have_no_difference():
-    several = np.array([[True, False, True]] * 2)
-    between_seeds = SeedVariance.of_rows([several])
-    assert estimate_accuracy(several[:1], between_seeds) is None
-    assert estimate_difference(several, several[:1], between_seeds) is None
-    assert estimate_difference(several, several, SeedVariance(0.0, 2)) is None
-
-
-def test_two_seeds_alone_have_no_interval_and_two_of_a_table_have_one():
-    images = np.arange(200)
-    apart, alike = np.array([images < 150, images < 190]), np.array([images < 150, images < 151])
-    assert estimate_accuracy(apart, SeedVariance.of_rows([apart])) is None
-    assert estimate_accuracy(alike, SeedVariance.of_rows([alike])) is None
-    assert estimate_accuracy(alike, SeedVariance.of_rows([alike, alike])).half_width < 0.1
-    assert estimate_accuracy(apart, SeedVariance.of_rows([alike, apart])) is not None
-    three = np.concatenate([apart, apart[:1]])
-    assert estimate_accuracy(three, SeedVariance.of_rows([three])) is not None
-    assert estimate_accuracy(apart, SeedVariance.of_rows([apart, three])) is not None
-    between_seeds = SeedVariance(apart.mean(axis=1).var(ddof=1), 1)
-    assert estimate_difference(apart, apart[::-1], between_seeds) is None
+def test_one_or_two_seeds_have_no_interval_and_equal_answers_have_no_difference():
+    three = np.array([[True, False, True]] * 3)
+    between_seeds = SeedVariance.of_rows([three])
+    assert estimate_accuracy(three, between_seeds) is not None
+    for few in (three[:1], three[:2]):
+        assert estimate_accuracy(few, between_seeds) is None
+        assert estimate_difference(three, few, between_seeds) is None
+        assert estimate_difference(few, three, between_seeds) is None
+    assert estimate_difference(three, three, SeedVariance(0.0, 2)) is None
 
 
 def test_p_values_are_corrected_as_holm_says():
@@ -163,7 +177,9 @@ def test_a_difference_that_only_one_of_many_tests_would_show_is_not_claimed():
 def test_words_say_why_a_row_is_not_tested():
     base, other = draw_table(np.random.default_rng(1), [2.0, 3.0], seeds=3, images=100)
     (words,) = in_words(results_of("a", base), results_of("b", other[:1], "a"))
-    assert words.endswith("compared with row a; not tested, as row b has one seed.")
+    assert words.endswith("compared with row a; not tested, as row b has 1 seed of at least 3.")
+    (words,) = in_words(results_of("a", base[:2]), results_of("b", other, "a"))
+    assert words.endswith("not tested, as row a has 2 seeds of at least 3.")
     (words,) = in_words(results_of("a", base), results_of("b", other, "a", labels=np.ones(100, dtype=int)))
     assert words.endswith("not tested, as their test images differ.")
     right = np.ones((3, 100), dtype=bool)
@@ -171,15 +187,12 @@ def test_words_say_why_a_row_is_not_tested():
     assert words.endswith("not tested, as all images and seeds have the same difference.")
 
 
-def test_p_is_readable():
-    assert [readable_p(p) for p in (0.0001, 0.0123, 0.456)] == ["p < 0.001", "p = 0.012", "p = 0.46"]
-
-
-def test_an_interval_of_accuracies_ends_at_100_percent():
-    assert readable_interval(Estimate(99.2, 1.1, 0.0), ".2f", most=100.0) == "[98.10, 100.00]"
-    assert readable_interval(Estimate(0.8, 1.1, 0.0), ".2f", least=0.0) == "[0.00, 1.90]"
-    assert readable_interval(Estimate(90.0, 1.1, 0.0), ".2f", most=100.0) == "[88.90, 91.10]"
-    assert readable_interval(Estimate(-0.5, 1.0, 0.3), "+.2f") == "[-1.50, +0.50]"
+def test_p_and_intervals_are_readable():
+    values = (0.0001, 0.0123, 0.456, 0.0497, 0.0503)
+    assert [readable_p(p) for p in values] == ["p < 0.001", "p = 0.012", "p = 0.46", "p = 0.0497", "p = 0.0503"]
+    assert readable_interval(Interval(90.0, 88.9, 91.0), ".2f") == "[88.90, 91.00]"
+    assert readable_interval(Difference(-0.5, 1.0, 0.3), "+.2f") == "[-1.50, +0.50]"
+    assert readable_interval(None, ".2f") == ""
 
 
 def test_a_title_may_have_dollars(tmp_path):
@@ -191,12 +204,12 @@ def test_a_title_may_have_dollars(tmp_path):
 
 def test_labels_lie_on_no_point_interval_or_other_label(tmp_path, monkeypatch):
     points = [
-        Point("DeiT, full precision", 17.6e6, 92.4, Estimate(92.4, 0.5, 0.0)),
-        Point("+ average pooling", 431e3, 88.4, Estimate(88.4, 0.6, 0.0)),
-        Point("+ multi-branch", 431e3, 88.7, Estimate(88.7, 0.6, 0.0)),
-        Point("+ $affine$ (LayerScale)", 431e3, 89.7, Estimate(89.7, 0.6, 0.0)),
-        Point("+ pyramid = BinaryViT", 281e3, 89.8, Estimate(89.8, 0.7, 0.0)),
-        Point("BinaryViT, some full precision", 861e3, 90.9, Estimate(90.9, 0.6, 0.0)),
+        Point("DeiT, full precision", 17.6e6, 92.4, Interval(92.4, 91.9, 92.9)),
+        Point("+ average pooling", 431e3, 88.4, Interval(88.4, 87.8, 89.0)),
+        Point("+ multi-branch", 431e3, 88.7, Interval(88.7, 88.1, 89.3)),
+        Point("+ $affine$ (LayerScale)", 431e3, 89.7, Interval(89.7, 89.1, 90.3)),
+        Point("+ pyramid = BinaryViT", 281e3, 89.8, Interval(89.8, 89.1, 90.5)),
+        Point("BinaryViT, some full precision", 861e3, 90.9, Interval(90.9, 90.3, 91.5)),
         Point("BinaryViT, four times as many epochs", 281e3, 91.1, None),
     ]
     drawn = []

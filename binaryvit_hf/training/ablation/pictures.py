@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from ...ops import readable
-from .estimates import Estimate
+from .estimates import Difference, Interval
 
 
 DPI = 120
@@ -46,11 +46,12 @@ class Point:
     name: str
     cost: float
     accuracy: float
-    interval: Estimate | None
+    interval: Interval | None
 
     @property
-    def reach(self) -> float | None:
-        return self.interval.half_width if self.interval else None
+    def ends(self) -> tuple[float, float]:
+        """Of the interval; without one, both are the accuracy."""
+        return (self.interval.low, self.interval.high) if self.interval else (self.accuracy, self.accuracy)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Bar:
 
     name: str
     difference: float
-    estimate: Estimate | None
+    estimate: Difference | None
     is_shown: bool  # whether the test finds a difference
 
 
@@ -73,8 +74,9 @@ def plot_accuracy(points: list[Point], title: str, cost: str, path: Path) -> Non
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     for point in points:
-        # A t interval may end above 100 % or begin below 0.
-        reach = point.reach and [[min(point.reach, point.accuracy)], [min(point.reach, 100 - point.accuracy)]]
+        low, high = point.ends
+        # Rounding may put an end on the wrong side of the accuracy.
+        reach = [[max(0.0, point.accuracy - low)], [max(0.0, high - point.accuracy)]] if point.interval else None
         axes.errorbar(point.cost, point.accuracy, reach, fmt="o", markersize=MARKER / 1.5, capsize=4)
     axes.set(xlabel=cost, ylabel="test top-1 accuracy, %", xscale="log")
     axes.set_title(title, parse_math=False)
@@ -124,9 +126,7 @@ def place_labels(axes: Axes, points: list[Point]) -> None:
 
 def box_of(axes: Axes, point: Point, pixels: float) -> Bbox:
     """The box of a point and its interval in pixels."""
-    reach = point.reach or 0.0
-    corners = [(point.cost, point.accuracy - reach), (point.cost, point.accuracy + reach)]
-    (x, low), (_, high) = axes.transData.transform(corners)
+    (x, low), (_, high) = axes.transData.transform([(point.cost, end) for end in point.ends])
     margin = MARKER * pixels / 2
     return Bbox([[x - margin, low - margin], [x + margin, high + margin]])
 
@@ -154,7 +154,9 @@ def plot_differences(bars: Iterable[Bar], title: str, other: str, path: Path) ->
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars], parse_math=False)
     figure.suptitle(title, parse_math=False)
-    axes.set_xlabel(f"test top-1 accuracy minus that of: {other}, points (filled: p < 0.05)", parse_math=False)
+    axes.set_xlabel(
+        f"test top-1 accuracy minus that of: {other}, points (filled: corrected p < 0.05)", parse_math=False
+    )
     axes.margins(y=0.6 / max(1, len(bars)))
     axes.grid(alpha=0.3, axis="x")
     numbers = axes.secondary_yaxis("right")

@@ -1,6 +1,5 @@
 """The table of results of an ablation, from the files of its finished runs."""
 
-import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +14,26 @@ from ...ops import CONFIG_CLASSES, LayerCost, count_operations, readable, total
 from ...run_history import HELD_OUT, evaluation_images
 from ..model_card import weight_bytes
 from ..run_folder import read_json, read_test_predictions
-from .estimates import NO_INTERVAL, Estimate, SeedVariance, correct_for_several, estimate_accuracy, estimate_difference
+from .estimates import (
+    FEW_SEEDS,
+    LEAST_SEEDS,
+    Difference,
+    Interval,
+    SeedVariance,
+    correct_for_several,
+    estimate_accuracy,
+    estimate_difference,
+)
 from .pictures import Bar, Point, plot_accuracy, plot_differences
 from .table import DEFAULT_TABLE, Row, Table
 
 
 SIGNIFICANT = 0.05
 METHOD = (
-    "Intervals (95 %) and tests are for other seeds and other test images: t intervals with seeds and images as crossed random "
-    "effects (Hillis, Statistics in Medicine 26, 2007). Images are paired, seeds are not. The variance between seeds is the row's "
-    "own or the mean of the table, whichever is larger, with the degrees of freedom of that one; a row of two seeds has those of "
-    "the table."
+    "Intervals (95 %) and tests are for other seeds with the same teacher, and for other test images: seeds and images are crossed "
+    "random effects (Hillis, Statistics in Medicine 26, 2007), images are paired, seeds are not. The variance between seeds is the "
+    "largest of the row's own, the mean of the table, and what seeds of equal quality have by chance. Accuracies have Wilson's "
+    "interval with as many independent answers as would have their variance, differences a t interval."
 )
 
 
@@ -79,7 +87,7 @@ class Comparison:
 
     ours: RowResults
     theirs: RowResults
-    estimate: Estimate | None
+    estimate: Difference | None
     p: float | None = None
 
     @property
@@ -91,9 +99,9 @@ class Comparison:
         """Why there is no estimate."""
         if not np.array_equal(self.ours.labels, self.theirs.labels):
             return "their test images differ"
-        single = [results for results in (self.ours, self.theirs) if len(results.folders) == 1]
-        if single:
-            return f"{single[0].name} has one seed"
+        for results in (self.ours, self.theirs):
+            if len(results.folders) < LEAST_SEEDS:
+                return f"{results.name} has {counted(len(results.folders), 'seed')} of at least {LEAST_SEEDS}"
         few_images = len(self.ours.labels) < 2
         return "there are too few test images" if few_images else "all images and seeds have the same difference"
 
@@ -122,12 +130,10 @@ class Comparison:
         return f"{subject}: no difference could be shown{corrected}, {other} ({points}, {readable_p(self.p)})."
 
 
-def in_percent(estimate: Estimate | None) -> Estimate | None:
-    return estimate and Estimate(100 * estimate.value, 100 * estimate.half_width, estimate.p)
-
-
 def readable_p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.4f}" if abs(p - SIGNIFICANT) < 0.0005 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def collect_results(row: Row, folders: list[Path]) -> RowResults:
@@ -167,10 +173,17 @@ def compare_rows(results: dict[str, RowResults], between_seeds: SeedVariance | N
         if theirs is not None:
             is_paired = np.array_equal(ours.labels, theirs.labels)
             estimate = estimate_difference(ours.correct, theirs.correct, between_seeds) if is_paired else None
-            comparisons[key] = Comparison(ours, theirs, in_percent(estimate))
+            if estimate is not None:
+                estimate = Difference(100 * estimate.value, 100 * estimate.half_width, estimate.p)
+            comparisons[key] = Comparison(ours, theirs, estimate)
     tested = {key: comparison.estimate.p for key, comparison in comparisons.items() if comparison.estimate is not None}
     corrected = dict(zip(tested, correct_for_several(list(tested.values()))))
     return {key: replace(comparison, p=corrected.get(key)) for key, comparison in comparisons.items()}
+
+
+def interval_in_percent(correct: np.ndarray, between_seeds: SeedVariance | None) -> Interval | None:
+    found = estimate_accuracy(correct, between_seeds)
+    return found and Interval(100 * found.value, 100 * found.low, 100 * found.high)
 
 
 def write_results(
@@ -190,7 +203,7 @@ def write_results(
     rows = {key: results[key] for key in table.rows if key in results}
     between_seeds = SeedVariance.of_rows(row.correct for row in rows.values())
     comparisons = compare_rows(rows, between_seeds)
-    intervals = {key: in_percent(estimate_accuracy(row.correct, between_seeds)) for key, row in rows.items()}
+    intervals = {key: interval_in_percent(row.correct, between_seeds) for key, row in rows.items()}
     columns = columns_of(table, rows, intervals, comparisons, teacher, seconds)
     # Without cells no row is finished, and the heads alone are shown.
     columns = {head: cells for head, cells in columns.items() if any(cells) or not cells}
@@ -223,7 +236,7 @@ def picture_file(table: Table, out: Path) -> Path:
 def draw(
     table: Table,
     rows: dict[str, RowResults],
-    intervals: dict[str, Estimate | None],
+    intervals: dict[str, Interval | None],
     comparisons: dict[str, Comparison],
     seconds: dict[str, float],
     picture: Path,
@@ -265,7 +278,7 @@ def draw(
 def columns_of(
     table: Table,
     rows: dict[str, RowResults],
-    intervals: dict[str, Estimate | None],
+    intervals: dict[str, Interval | None],
     comparisons: dict[str, Comparison],
     teacher: RowResults | None,
     seconds: dict[str, float],
@@ -276,14 +289,15 @@ def columns_of(
         "row": [row.name.replace("|", "\\|") for row in results],
         "test top-1, %": [mean_and_deviation(row.test) for row in results],
         "seeds": [str(len(row.test)) for row in results],
-        "95 % interval": [readable_interval(interval, ".2f", 0.0, 100.0) for interval in intervals.values()],
+        "95 % interval": [readable_interval(interval, ".2f") for interval in intervals.values()],
     }
     if comparisons:
         found = [comparisons.get(key) for key in rows]
         columns["difference, points"] = ["" if comparison is None else comparison.as_cell() for comparison in found]
         columns["p"] = ["" if comparison is None else readable_p_cell(comparison.p) for comparison in found]
     if teacher is not None:
-        columns["to the teacher"] = [f"{row.mean - teacher.mean:+.2f}" for row in results]
+        taught = teacher.test[0]  # the accuracy of the run that all students learned from
+        columns["to the teacher"] = ["" if row.row is teacher.row else f"{row.mean - taught:+.2f}" for row in results]
     if any(row.held_out for row in results):
         columns["held-out top-1, %"] = [mean_and_deviation(row.held_out) if row.held_out else "" for row in results]
     if table.has_one_network:
@@ -299,7 +313,7 @@ def columns_of(
 def describe_columns(
     table: Table,
     rows: dict[str, RowResults],
-    intervals: dict[str, Estimate | None],
+    intervals: dict[str, Interval | None],
     comparisons: dict[str, Comparison],
     seconds: dict[str, float],
     cpu: str | None,
@@ -307,14 +321,19 @@ def describe_columns(
     """What the numbers of the table are."""
     runs = counted(sum(len(row.test) for row in rows.values()), "run")
     if any(len(row.folders) > 1 for row in rows.values()):
-        sentences = [f"Mean and standard deviation over the seeds, {runs} in all.", METHOD]
+        sentences = [
+            f"Mean and standard deviation over the seeds, {runs} in all.",
+            *([METHOD] if any(intervals.values()) else []),
+        ]
     else:
         sentences = [f"One seed of each row, {runs} in all: no intervals and no tests."]
     tests = sum(comparison.p is not None for comparison in comparisons.values())
     if any(len(row.folders) > 1 and intervals[key] is None for key, row in rows.items()):
-        sentences.append(NO_INTERVAL)
+        sentences.append(FEW_SEEDS)
     if tests:
-        sentences.append(f"p is corrected for the {counted(tests, 'comparison')} of this table (Holm).")
+        sentences.append(
+            f"p is corrected for the {counted(tests, 'comparison')} of this table (Holm), intervals are not."
+        )
     if table.has_one_network and rows:
         row = next(iter(rows.values()))
         cost = "" if row.cost is None else f", {readable(row.cost.bops)} BOPs, {readable(row.cost.flops)} FLOPs"
@@ -329,9 +348,8 @@ def describe_columns(
     return " ".join(sentences)
 
 
-def readable_interval(estimate: Estimate | None, form: str, least: float = -math.inf, most: float = math.inf) -> str:
-    """The interval as text, cut at `least` and `most`: a t interval of accuracies near 100 % ends above it."""
-    return "" if estimate is None else f"[{max(least, estimate.low):{form}}, {min(most, estimate.high):{form}}]"
+def readable_interval(estimate: Interval | Difference | None, form: str) -> str:
+    return "" if estimate is None else f"[{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def readable_p_cell(p: float | None) -> str:
