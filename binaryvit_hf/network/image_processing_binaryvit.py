@@ -28,8 +28,8 @@ class BinaryViTImageProcessor(ViTImageProcessor):
     `ViTImageProcessor` whose pictures are resized, cropped and normalised in the engine's C++, with bit-identical outputs.
 
     transformers' own code runs where the engine was not built, on other devices, and for settings that the engine does not
-    have. Arguments, files and outputs are those of `ViTImageProcessor`. A saved file names `ViTImageProcessor`, which others
-    may use for it, and this class in its `auto_map` (`AutoImageProcessor.from_pretrained(…, trust_remote_code=True)`).
+    have. Arguments, files and outputs are those of `ViTImageProcessor`. A saved file names `ViTImageProcessor`, which
+    `AutoImageProcessor` then loads; this class loads the file by its own `from_pretrained`.
     """
 
     def to_dict(self) -> dict:
@@ -80,7 +80,5 @@ def cached_preprocessor(fields: str):
 def is_rgb(image: torch.Tensor) -> bool:
     return image.is_cpu and image.dtype == torch.uint8 and image.dim() == 3 and image.shape[0] == 3
 
-
-BinaryViTImageProcessor.register_for_auto_class()
 
 __all__ = ["BinaryViTImageProcessor"]

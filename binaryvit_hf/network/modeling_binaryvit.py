@@ -433,7 +433,16 @@ class BinaryViTPreTrainedModel(PackableModel):
         shape, own_shape = tuple(pixel_values.shape[1:]), self.base_model.embeddings.image_shape
         if shape == own_shape:
             return [module.grid_size for module in self.positioned_embeddings().values()]
-        if len(shape) != 3 or shape[0] != own_shape[0] or not interpolate_pos_encoding:
+        if len(shape) != 3:
+            raise ValueError(
+                f"pixel_values must be a tensor (batch, channels, height, width), not {tuple(pixel_values.shape)}."
+            )
+        if shape[0] != own_shape[0]:
+            raise ValueError(
+                f"The model takes images of (channels, height, width) {own_shape}, not {shape}; an image processor gives them "
+                "these channels."
+            )
+        if not interpolate_pos_encoding:
             raise ValueError(
                 f"The model takes images of (channels, height, width) {own_shape}, not {shape}; for another height and "
                 "width, call it with interpolate_pos_encoding=True."

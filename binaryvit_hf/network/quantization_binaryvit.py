@@ -336,6 +336,10 @@ def plain_attributes(module: nn.Module) -> dict:
 def read_checkpoint(files: list[Path]) -> PackedCheckpoint:
     stored, origin, metadata = {}, {}, {}
     for file in files:
+        if file.suffix != ".safetensors":
+            raise ValueError(
+                f"{file.name!r} is no file of safetensors, as packed weights have: save the model with save_pretrained."
+            )
         try:
             with safe_open(file, framework="pt") as content:
                 found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, not a dictionary
@@ -408,9 +412,14 @@ def check_tensors(tensors: dict[str, torch.Tensor], checkpoint: PackedCheckpoint
             continue
         tensor = tensors[stored]
         if tensor.shape != expected.shape and not is_new_head(name, model):
+            remedy = ""
+            if is_of_head(name, model):
+                remedy = (
+                    f": num_labels={len(tensor)} keeps the classifier, ignore_mismatched_sizes=True makes a new one"
+                )
             raise ValueError(
                 f"Tensor {stored!r} of {file!r} has the shape {tuple(tensor.shape)}, but the config makes it "
-                f"{tuple(expected.shape)}."
+                f"{tuple(expected.shape)}{remedy}."
             )
         same_kind = tensor.is_floating_point() and expected.is_floating_point()
         if not same_kind and tensor.dtype != expected.dtype:
@@ -550,6 +559,12 @@ class PackableModel(PreTrainedModel):
         check_quantization_config(getattr(config, "quantization_config", None))
         super().__init__(config, *args, **kwargs)
         self.built_from = config_fields(config)  # the config may be edited later
+
+    def half(self):
+        return self.to(torch.float16)  # transformers refuses `half` and `float` for all quantised models
+
+    def float(self):
+        return self.to(torch.float32)
 
     def post_init(self):
         """
@@ -928,17 +943,22 @@ def check_complete(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor])
 
 def check_edited_config(model: PackableModel) -> None:
     """
+    Warn if modules were edited, which a saved model would not have.
+
     Raises:
         ValueError: the config was edited after the packed model was made, and describes another network.
     """
-    if config_fields(model.config) == model.base_model.built_from:
-        return  # modules that a user has replaced are the user's matter
+    is_edited = config_fields(model.config) != model.base_model.built_from
     try:
         difference = describe_other_modules(model.base_model, plain_backbone(model))
     except Exception as error:  # the checks of a config raise errors of several kinds
         difference = f"it describes no packed network: {type(error).__name__}"
-    if difference:
+    if difference and is_edited:
         raise ValueError(f"The config was edited and does not describe this network ({difference}): undo the edit.")
+    if difference:
+        logger.warning(
+            "The config does not describe this network (%s): the saved model will not have this edit.", difference
+        )
 
 
 def at_stored_image_size(config_class: type[PreTrainedConfig], source, options: dict) -> tuple[dict, Any]:

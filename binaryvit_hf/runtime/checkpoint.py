@@ -227,6 +227,11 @@ def check_tensors(
 ) -> None:
     expected: dict[str, tuple[int, ...]] = {PREFIX + name: shape for name, shape in architecture.tensors().items()}
     expected |= {"classifier.weight": (labels, architecture.hidden_sizes[-1]), "classifier.bias": (labels,)}
+    if not any(name.startswith("classifier.") for name in tensors):
+        raise LoadingError(
+            "The packed checkpoint was saved without a classifier, so it gives no labels: train one in PyTorch "
+            "(from_pretrained with num_labels and ignore_mismatched_sizes)."
+        )
     for name, shape in expected.items():
         if name not in tensors:
             raise LoadingError(f"The packed checkpoint lacks the tensor {name!r}: download it again.")

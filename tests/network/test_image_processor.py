@@ -67,13 +67,14 @@ def test_the_engine_computes_what_it_supports(monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_saved_processor_loads_as_vits_and_with_remote_code_as_ours(tmp_path):
+def test_a_saved_processor_loads_as_vits_without_code_and_as_ours_by_its_class(tmp_path):
     BinaryViTImageProcessor(**SETTINGS[1]).save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    plain = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=False)
-    ours = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["preprocessor_config.json"]
+    assert "auto_map" not in fields  # transformers would ask whether to run its code
+    plain, ours = AutoImageProcessor.from_pretrained(tmp_path), BinaryViTImageProcessor.from_pretrained(tmp_path)
     assert type(plain) is ViTImageProcessor
-    assert type(ours).__name__ == "BinaryViTImageProcessor"
+    assert type(ours) is BinaryViTImageProcessor
     values = [processor(noise, return_tensors="pt")["pixel_values"] for processor in (plain, ours)]
     assert torch.equal(*values)
     if engine.kernels_here():

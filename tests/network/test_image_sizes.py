@@ -109,6 +109,15 @@ def test_without_the_flag_another_size_is_refused_by_a_sentence_that_names_it(mo
             call(images_of((32, 32)))
 
 
+@pytest.mark.parametrize("flag", [False, True])
+def test_images_without_a_batch_or_of_other_channels_are_told_from_those_of_another_size(model, flag):
+    for shape in ((3, 16, 32), (1, 1, 3, 16, 32)):
+        with pytest.raises(ValueError, match=r"must be a tensor \(batch, channels, height, width\), not \("):
+            model(torch.zeros(shape), interpolate_pos_encoding=flag)
+    with pytest.raises(ValueError, match=r"not \(1, 16, 32\); an image processor gives them these channels\.$"):
+        model(torch.zeros(2, 1, 16, 32), interpolate_pos_encoding=flag)
+
+
 @pytest.mark.parametrize(
     "shape, message",
     [

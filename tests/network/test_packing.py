@@ -727,16 +727,45 @@ def test_a_model_whose_edited_config_is_of_another_network_is_not_saved(packed, 
     assert not (tmp_path / "edited" / "model.safetensors").exists()
 
 
-def test_a_model_is_saved_if_its_config_is_edited_as_its_modules_or_its_modules_alone(packed, tmp_path):
+def test_a_model_is_saved_if_its_config_is_edited_as_its_modules_or_with_a_warning_its_modules_alone(
+    packed, tmp_path, caplog
+):
     model = load(packed)
     del model.binaryvit.stages[0].layers[1]
     model.config.depths, model.config.drop_path_rate = [1, 1], 0.1
     model.save_pretrained(tmp_path / "shorter")
     assert torch.equal(logits(load(tmp_path / "shorter")), logits(model))
+    assert "edit" not in caplog.text
     model = load(packed)
     model.classifier = torch.nn.Sequential(model.classifier)
     model.binaryvit.norm = torch.nn.Identity()
     model.save_pretrained(tmp_path / "replaced")
+    assert "the saved model will not have this edit" in caplog.text
+    caplog.clear()
+    model = load(packed)
+    model.binaryvit.norm.batch_norm.eps = 1e-3
+    model.save_pretrained(tmp_path / "eps")
+    assert "the saved model will not have this edit" in caplog.text
+
+
+def test_another_number_of_labels_names_the_ways_to_keep_and_to_replace_the_classifier(packed):
+    message = r"'classifier\..*: num_labels=\d+ keeps the classifier, ignore_mismatched_sizes=True makes a new one\.$"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForImageClassification.from_pretrained(packed, num_labels=5)
+
+
+def test_weights_of_torch_save_are_not_called_damaged(packed):
+    torch.save(load(packed).state_dict(), packed / "pytorch_model.bin")
+    (packed / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"'pytorch_model\.bin' is no file of safetensors"):
+        AutoModelForImageClassification.from_pretrained(packed)
+
+
+def test_a_loaded_model_changes_its_precision_by_any_method_of_pytorch(packed):
+    model, expected = load(packed), logits(load(packed))
+    assert model.half().classifier.weight.dtype == torch.float16
+    assert torch.allclose(logits(model.float()), expected, atol=0.05)
+    assert model.double().float().classifier.weight.dtype == torch.float32
 
 
 def test_latent_weights_of_low_precision_are_packed_with_a_warning(caplog):

@@ -22,7 +22,7 @@ from old_layout import write_old_layout
 from packed_model import edit_json, save_packed
 from PIL import Image
 from tiny import tiny_config
-from transformers import pipeline
+from transformers import AutoModel, pipeline
 
 from binaryvit_cli import main
 from binaryvit_cli.models import find_model, load_model
@@ -114,6 +114,13 @@ def assert_same(folder) -> bool | None:
 
 def test_the_undamaged_model_answers(folder):
     assert assert_same(folder) is True
+
+
+def test_a_network_that_was_saved_without_a_classifier_is_not_called_damaged(folder, tmp_path):
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "backbone")
+    shutil.copy(folder / "preprocessor_config.json", tmp_path / "backbone")
+    with pytest.raises(UserError, match="was saved without a classifier, so it gives no labels"):
+        Classifier.from_pretrained(tmp_path / "backbone")
 
 
 @pytest.mark.parametrize("file_format, name", [(each, name) for each in WEIGHTS for name in WEIGHTS[each]])

@@ -95,6 +95,7 @@ WEIGHTS = {
     "2": {
         "infinity": ((set_value("classifier.bias", -np.inf), True), "classifier.bias"),
         "a lost classifier": ((remove("classifier.weight"), True), "classifier.weight"),
+        "no classifier": ((lambda tensors: [tensors.pop(f"classifier.{kind}") for kind in ("weight", "bias")], True), "classifier"),
         "another classifier": ((replace("classifier.weight", lambda tensor: tensor[:2]), True), "classifier.weight"),
         "one tensor more": ((add("note", np.zeros(1, np.float32)), True), "note"),
         "a flipped bit": ((flip_bit(f"{LAYER}.bytes"), False), f"{LAYER}.bytes"),

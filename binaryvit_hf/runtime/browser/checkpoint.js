@@ -159,6 +159,11 @@ function checkTensors(tensors, { shapes }, architecture, numLabels) {
   const ofBackbone = listTensors(architecture);
   const expected = new Map(ofBackbone.map(({ name, shape }) => [PREFIX + name, shape]));
   expected.set("classifier.weight", [numLabels, architecture.hiddenSizes.at(-1)]).set("classifier.bias", [numLabels]);
+  if (![...tensors.keys()].some((name) => name.startsWith("classifier.")))
+    throw new BinaryViTError(
+      "The packed checkpoint was saved without a classifier, so it gives no labels: train one in PyTorch " +
+        "(from_pretrained with num_labels and ignore_mismatched_sizes).",
+    );
   for (const [name, shape] of expected) {
     const tensor = tensors.get(name);
     if (tensor === undefined)
