@@ -145,8 +145,10 @@ def test_a_folder_of_other_things_has_no_config(command, unfinished, capsys):
 
 def test_a_misspelt_row_is_refused_without_asking_the_hub(no_hub, capsys, tmp_path):
     assert_refused(capsys, ["ops", "vit-digit"], "did you mean 'vit-digits'?")
-    arguments = ["--config_name", "binaryvit-small-patch4-22", "--do_train", "--output_dir", tmp_path / "out"]
-    assert "did you mean 'binaryvit-small-patch4-224'?" in refusal(capsys, *arguments)
+    arguments = ["--config_name", "binaryvit-small-patch4-22", "--do_train", "--train_dir", tmp_path / "photos"]
+    assert "did you mean 'binaryvit-small-patch4-224'?" in refusal(
+        capsys, *arguments, "--output_dir", tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize(
