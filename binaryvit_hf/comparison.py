@@ -450,8 +450,10 @@ def describe_table(measured: dict) -> str:
     if any(len(result["seeds"]) > 1 for result in measured["results"]):
         seeds = (
             " Runs that differ by their seed alone are one line: the mean of their accuracies, with an interval for other seeds "
-            f"too, and the time and size of the first. {FEW_SEEDS}"
+            "too, and the time and size of the first."
         )
+    if any(result["accuracy_interval"] is None for result in measured["results"]):
+        seeds += f" {FEW_SEEDS}"
     return (
         f"Accuracy on {images} of {measured['data']}, with its 95 % confidence interval for other images.{seeds} Milliseconds of a forward of one "
         f"image on one thread ({measured['cpu']}): median, and first to last decile. All networks took turns in one run."

@@ -71,11 +71,9 @@ def load_config(source: str | Path, shipped: Iterable[str] = (), **arguments) ->
 
     def load(source, trust_remote_code, **arguments):
         subfolder = arguments.get("subfolder", "")
-        folder = Path(source, subfolder)
-        if folder.is_dir() and not (folder / "config.json").exists():
-            raise LoadingError("it has no config.json")
         fields = PreTrainedConfig.get_config_dict(source, **arguments)[0]
-        if not fields and not Path(source).exists():  # transformers' answer if a repository lacks the file
+        is_file = Path(source).is_file() or Path(source, subfolder, "config.json").exists()
+        if not fields and not is_file:  # what transformers returns if a folder or a repository lacks the file
             raise LoadingError(f"it has no config.json{f' in {subfolder!r}' if subfolder else ''}")
         check_fields(fields)  # before AutoConfig creates a label for each of `num_labels`
         return read_config(source, trust_remote_code, **arguments)

@@ -823,7 +823,7 @@ class PackableModel(PreTrainedModel):
                 lacks tensors of this model.
         """
         check_not_offloaded(self, "save it packed")
-        check_edited_config(self)
+        backbone = expected_backbone(self)
         own, given = self.state_dict(), SAVING.get()
         if given:  # ranks that write no file give an empty one
             check_complete(given, own)
@@ -831,7 +831,7 @@ class PackableModel(PreTrainedModel):
         if half:
             tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
-        tensors = join_tensors(tensors, plain_backbone(self), prefix)
+        tensors = join_tensors(tensors, backbone, prefix)
         metadata = {
             "binaryvit_format": FORMAT,
             "binaryvit_config": json.dumps(config_fields(self.config)),
@@ -941,17 +941,20 @@ def check_complete(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor])
         )
 
 
-def check_edited_config(model: PackableModel) -> None:
+def expected_backbone(model: PackableModel) -> PreTrainedModel:
     """
-    Warn if modules were edited, which a saved model would not have.
+    `plain_backbone` of a model to save, with a warning if its modules were edited, which the saved model will not have.
 
     Raises:
         ValueError: the config was edited after the packed model was made, and describes another network.
     """
     is_edited = config_fields(model.config) != model.base_model.built_from
     try:
-        difference = describe_other_modules(model.base_model, plain_backbone(model))
+        backbone = plain_backbone(model)
+        difference = describe_other_modules(model.base_model, backbone)
     except Exception as error:  # the checks of a config raise errors of several kinds
+        if not is_edited:
+            raise
         difference = f"it describes no packed network: {type(error).__name__}"
     if difference and is_edited:
         raise ValueError(f"The config was edited and does not describe this network ({difference}): undo the edit.")
@@ -959,6 +962,7 @@ def check_edited_config(model: PackableModel) -> None:
         logger.warning(
             "The config does not describe this network (%s): the saved model will not have this edit.", difference
         )
+    return backbone
 
 
 def at_stored_image_size(config_class: type[PreTrainedConfig], source, options: dict) -> tuple[dict, Any]:

@@ -95,19 +95,18 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     return [teacher, student]
 
 
-def name_teacher_flags(text: str) -> str:
-    """A text about a teacher's run with `--teacher.NAME` for every argument that the run does not take from the student's."""
-    return STUDENT_ONLY_FLAG.sub(rf"--{TEACHER_PREFIX}\1", text)
+def with_flags_of(run: RunArguments, runs: list[RunArguments], text: str) -> str:
+    """A text about one of a command line's runs: a teacher's has `--teacher.NAME` for arguments of its own."""
+    return text if run is runs[-1] else STUDENT_ONLY_FLAG.sub(rf"--{TEACHER_PREFIX}\1", text)
 
 
 @contextlib.contextmanager
 def errors_with_flags_of(run: RunArguments, runs: list[RunArguments]) -> Iterator[None]:
-    """UserError that names the flags with which one of the runs of a command line gets its arguments."""
+    """Raise UserError with the text of `with_flags_of`."""
     try:
         yield
     except UserError as error:
-        if run is not runs[-1]:
-            error.args = (name_teacher_flags(str(error)),)
+        error.args = (with_flags_of(run, runs, str(error)),)
         raise
 
 

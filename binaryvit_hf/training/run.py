@@ -31,7 +31,7 @@ from ..data.streaming import ImageStream
 from ..data.workers import describe_dead_worker
 from ..host_memory import keep_freed_memory
 from .arguments import RunArguments
-from .command_line import errors_with_flags_of, name_teacher_flags, parse_runs
+from .command_line import errors_with_flags_of, parse_runs, with_flags_of
 from .forecast import describe_images, log_forecast
 from .memory_errors import FullMemoryError, is_full_memory
 from .preparation import CheckedNetwork, Inputs, check_arguments, check_network, check_output_folder, prepare
@@ -96,11 +96,11 @@ def train_and_evaluate(arguments: list[str]) -> None:
         with errors_with_flags_of(run_arguments, runs):
             check_arguments(run_arguments)
     uploads = any(run_arguments.training.push_to_hub for run_arguments in runs)
-    warnings = []
-    for run_arguments in runs:
-        for argument, reason in find_unused(run_arguments, uploads):
-            warning = f"--{argument} has no effect: {reason}."
-            warnings.append(warning if run_arguments is runs[-1] else name_teacher_flags(warning))
+    warnings = [
+        with_flags_of(run_arguments, runs, f"--{argument} has no effect: {reason}.")
+        for run_arguments in runs
+        for argument, reason in find_unused(run_arguments, uploads)
+    ]
     for warning in dict.fromkeys(warnings):
         logger.warning("%s", warning)
     with FolderLocks() as locks:
