@@ -8,7 +8,7 @@ The binary network: every file that travels to the Hub with a checkpoint, and no
 - `packing_binaryvit.py`: packed weights: bits, their layer, and latent weights made from them.
 - `quantization_binaryvit.py`: packed checkpoints: files and checks, quantizer of transformers, saving and upload.
 - `engine_binaryvit.py`: which calls the compiled engine computes, and when it must read the weights again.
-- `image_processing_binaryvit.py`: an image processor on the engine. It travels only with image processors of its class.
+- `image_processing_binaryvit.py`: an image processor on the engine. Earlier versions copied it, too.
 
 Input: `pixel_values` `(batch, channels, height, width)`, configs and checkpoints.
 Output: logits, hidden states, and packed or latent checkpoints.

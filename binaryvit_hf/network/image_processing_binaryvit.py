@@ -11,7 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
 
-try:  # code that came with a checkpoint uses the package if it is installed
+try:  # the code of older checkpoints has a copy of this file, which uses the package if it is installed
     from binaryvit_runtime.engine.preprocessing import Preprocessor
 except ImportError:
     Preprocessor = None  # type: ignore[assignment, misc]
@@ -21,6 +21,8 @@ FIELDS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_pad"),
 )
+# What earlier versions wrote, beside a copy of this file. A folder that the processor is saved to again has no copy.
+OLD_AUTO_MAP = {"AutoImageProcessor": "image_processing_binaryvit.BinaryViTImageProcessor"}
 
 
 class BinaryViTImageProcessor(ViTImageProcessor):
@@ -33,7 +35,10 @@ class BinaryViTImageProcessor(ViTImageProcessor):
     """
 
     def to_dict(self) -> dict:
-        return super().to_dict() | {"image_processor_type": "ViTImageProcessor"}
+        values = super().to_dict() | {"image_processor_type": "ViTImageProcessor"}
+        if values.get("auto_map") == OLD_AUTO_MAP:
+            del values["auto_map"]
+        return values
 
     def process_image(self, image, *args, **kwargs) -> torch.Tensor:
         """`(3, height, width)`, uint8."""

@@ -438,10 +438,8 @@ class BinaryViTPreTrainedModel(PackableModel):
                 f"pixel_values must be a tensor (batch, channels, height, width), not {tuple(pixel_values.shape)}."
             )
         if shape[0] != own_shape[0]:
-            raise ValueError(
-                f"The model takes images of (channels, height, width) {own_shape}, not {shape}; an image processor gives them "
-                "these channels."
-            )
+            remedy = "; an image processor gives them these channels" if own_shape[0] == 3 else ""
+            raise ValueError(f"The model takes images of (channels, height, width) {own_shape}, not {shape}{remedy}.")
         if not interpolate_pos_encoding:
             raise ValueError(
                 f"The model takes images of (channels, height, width) {own_shape}, not {shape}; for another height and "

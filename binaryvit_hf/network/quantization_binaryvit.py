@@ -314,14 +314,26 @@ def describe_other_modules(model: nn.Module, expected: nn.Module) -> str | None:
     modules, expected_modules = dict(model.named_modules()), dict(expected.named_modules())
     for name in modules | expected_modules:
         module, expected_module = modules.get(name), expected_modules.get(name)
-        if type(module) is not type(expected_module):
-            return f"its module {name or 'binaryvit'!r} is not the one of its config"
         if module is model:
-            continue  # its plain attributes, such as the folder it was loaded from, do not change the outputs
+            continue  # a user's subclass; and its plain attributes, such as the folder it was loaded from
+        if kind_of_module(module) is not kind_of_module(expected_module):
+            return f"its module {name!r} is not the one of its config"
         for attribute, value in plain_attributes(expected_module).items():
             if getattr(module, attribute, None) != value:
                 return f"{attribute} of its module {name!r} is {getattr(module, attribute, None)}, not {value}"
     return None
+
+
+def describe_other_head(model: PreTrainedModel) -> str | None:
+    """How the head of a model, if it has one, differs from a linear classifier, or None. Its number of labels may be another."""
+    names = {name for name in model.state_dict() if is_of_head(name, model)}
+    is_linear = model.base_model is model or names == {"classifier.weight", "classifier.bias"}
+    return None if is_linear else "its classifier is not the one of its config"
+
+
+def kind_of_module(module: nn.Module | None) -> type:
+    """Its class. All batch norms are one kind: training on several GPUs puts `nn.SyncBatchNorm` for others."""
+    return nn.modules.batchnorm._BatchNorm if isinstance(module, nn.modules.batchnorm._BatchNorm) else type(module)
 
 
 def plain_attributes(module: nn.Module) -> dict:
@@ -413,7 +425,7 @@ def check_tensors(tensors: dict[str, torch.Tensor], checkpoint: PackedCheckpoint
         tensor = tensors[stored]
         if tensor.shape != expected.shape and not is_new_head(name, model):
             remedy = ""
-            if is_of_head(name, model):
+            if is_of_head(name, model) and tensor.dim() and tensor.shape[1:] == expected.shape[1:]:
                 remedy = (
                     f": num_labels={len(tensor)} keeps the classifier, ignore_mismatched_sizes=True makes a new one"
                 )
@@ -819,8 +831,8 @@ class PackableModel(PreTrainedModel):
             half: store the floats that fit in half precision (`in_half`).
 
         Raises:
-            ValueError: weights are offloaded, the config was edited and describes another network, or the `state_dict`
-                lacks tensors of this model.
+            ValueError: weights are offloaded, the config was edited and describes another network, or nobody could load
+                the file: the `state_dict` lacks tensors of this model, or the model was edited and lacks them itself.
         """
         check_not_offloaded(self, "save it packed")
         backbone = expected_backbone(self)
@@ -831,6 +843,7 @@ class PackableModel(PreTrainedModel):
         if half:
             tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
+        check_loadable(tensors, backbone, prefix)
         tensors = join_tensors(tensors, backbone, prefix)
         metadata = {
             "binaryvit_format": FORMAT,
@@ -941,6 +954,21 @@ def check_complete(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor])
         )
 
 
+def check_loadable(tensors: dict[str, torch.Tensor], backbone: PreTrainedModel, prefix: str) -> None:
+    """
+    Raises:
+        ValueError: tensors to save lack one of the `backbone` of the config, or it has another shape.
+    """
+    for name, expected in backbone.state_dict().items() if tensors else ():
+        tensor = tensors.get(prefix + name)
+        if tensor is None or tensor.shape != expected.shape:
+            shape = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"The model was edited, and nobody could load what it saves: its tensor {prefix + name!r} {shape}, and the "
+                f"config makes it {tuple(expected.shape)}. Undo the edit, or keep model.state_dict() with torch.save."
+            )
+
+
 def expected_backbone(model: PackableModel) -> PreTrainedModel:
     """
     `plain_backbone` of a model to save, with a warning if its modules were edited, which the saved model will not have.
@@ -951,7 +979,7 @@ def expected_backbone(model: PackableModel) -> PreTrainedModel:
     is_edited = config_fields(model.config) != model.base_model.built_from
     try:
         backbone = plain_backbone(model)
-        difference = describe_other_modules(model.base_model, backbone)
+        difference = describe_other_modules(model.base_model, backbone) or describe_other_head(model)
     except Exception as error:  # the checks of a config raise errors of several kinds
         if not is_edited:
             raise

@@ -29,6 +29,7 @@ COMPILE_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.comp
 # Arguments of transformers' Trainer that must keep their defaults; the help leaves them out.
 UNSUPPORTED = {
     "use_liger_kernel": "it is for language models",
+    "liger_kernel_config": "it is for language models",
     "batch_eval_metrics": "accuracy is computed from all images at once",
     "eval_do_concat_batches": "accuracy is computed from all images at once",
     "prediction_loss_only": "every evaluation ends with the accuracy",

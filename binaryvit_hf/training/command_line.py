@@ -16,7 +16,7 @@ from binaryvit_runtime.resources import find_config_path
 from binaryvit_runtime.sources import did_you_mean_path
 
 from ..argument_checks import convert_argument
-from .arguments import RunArguments
+from .arguments import UNSUPPORTED, RunArguments
 from .help import ARGUMENT_CLASSES, print_help
 from .optional_methods import OptionalMethodArguments
 from .run_folder import teacher_folder
@@ -32,7 +32,6 @@ STUDENT_ONLY = {
     *("label_loss_weight", "distillation_temperature"),
     *(field.name for field in fields(OptionalMethodArguments)),
 }
-STUDENT_ONLY_FLAG = re.compile(f"--({'|'.join(STUDENT_ONLY)})(?![a-z_])")
 # Two ways to name a network, each with the arguments that only it has. A flag of one replaces the file's other.
 NETWORK_ARGUMENTS = (
     ("config_name", "config_overrides", "init_from"),
@@ -95,9 +94,20 @@ def parse_runs(arguments: list[str]) -> list[RunArguments]:
     return [teacher, student]
 
 
+def own_arguments(run: RunArguments, runs: list[RunArguments]) -> set[str]:
+    """The arguments of a teacher's run that are not the student's: `--teacher.NAME` sets them. Empty for the student's run."""
+    if run is runs[-1]:
+        return set()
+    values, of_student = (
+        {field.name: getattr(part, field.name) for part in each for field in fields(part)} for each in (run, runs[-1])
+    )
+    return STUDENT_ONLY | {name for name, value in values.items() if value != of_student[name]}
+
+
 def with_flags_of(run: RunArguments, runs: list[RunArguments], text: str) -> str:
     """A text about one of a command line's runs: a teacher's has `--teacher.NAME` for arguments of its own."""
-    return text if run is runs[-1] else STUDENT_ONLY_FLAG.sub(rf"--{TEACHER_PREFIX}\1", text)
+    own = own_arguments(run, runs)
+    return re.sub(rf"--({'|'.join(own)})(?![a-z_])", rf"--{TEACHER_PREFIX}\1", text) if own else text
 
 
 @contextlib.contextmanager
@@ -178,7 +188,8 @@ def parse(values: dict[str, Any], flags: Flags) -> RunArguments:
     for names, known in ((values, fields_by_name), ([name for name, _ in flags], actions)):
         for name in names:
             if name not in known:
-                raise UserError(f"Unknown argument {name!r}{did_you_mean(str(name), reversed(fields_by_name))}")
+                supported = [known_name for known_name in reversed(fields_by_name) if known_name not in UNSUPPORTED]
+                raise UserError(f"Unknown argument {name!r}{did_you_mean(str(name), supported)}")
     hints = {name: hint for part in ARGUMENT_CLASSES for name, hint in get_type_hints(part).items()}
     for name, action in fields_by_name.items():
         if hints.get(name) == (bool | None):  # HfArgumentParser wants a value

@@ -31,7 +31,7 @@ from ..data.streaming import ImageStream
 from ..data.workers import describe_dead_worker
 from ..host_memory import keep_freed_memory
 from .arguments import RunArguments
-from .command_line import errors_with_flags_of, parse_runs, with_flags_of
+from .command_line import errors_with_flags_of, own_arguments, parse_runs, with_flags_of
 from .forecast import describe_images, log_forecast
 from .memory_errors import FullMemoryError, is_full_memory
 from .preparation import CheckedNetwork, Inputs, check_arguments, check_network, check_output_folder, prepare
@@ -92,17 +92,17 @@ def hide_progress_of_files() -> None:
 def train_and_evaluate(arguments: list[str]) -> None:
     check_engine_variable()
     runs = parse_runs(arguments)
-    for run_arguments in runs:
+    for run_arguments in reversed(runs):  # an argument of both is the student's, and named so
         with errors_with_flags_of(run_arguments, runs):
             check_arguments(run_arguments)
     uploads = any(run_arguments.training.push_to_hub for run_arguments in runs)
-    warnings = [
-        with_flags_of(run_arguments, runs, f"--{argument} has no effect: {reason}.")
-        for run_arguments in runs
-        for argument, reason in find_unused(run_arguments, uploads)
-    ]
-    for warning in dict.fromkeys(warnings):
-        logger.warning("%s", warning)
+    own, unused = own_arguments(runs[0], runs), [dict(find_unused(run_arguments, uploads)) for run_arguments in runs]
+    for run_arguments, of_run in zip(runs, unused):
+        for argument, reason in of_run.items():
+            # An argument of both runs may have an effect in one of them.
+            if argument in own or (run_arguments is runs[-1] and all(argument in each for each in unused)):
+                text = f"--{argument} has no effect: {reason}."
+                logger.warning("%s", with_flags_of(run_arguments, runs, text))
     with FolderLocks() as locks:
         if rank() == 0:
             for run_arguments in runs:

@@ -79,3 +79,13 @@ def test_a_saved_processor_loads_as_vits_without_code_and_as_ours_by_its_class(t
     assert torch.equal(*values)
     if engine.kernels_here():
         assert np.array_equal(Preprocessor(fields)(noise), values[0][0].numpy())
+
+
+def test_a_processor_of_an_earlier_version_is_saved_without_its_code(tmp_path):
+    BinaryViTImageProcessor(**SETTINGS[1]).save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "preprocessor_config.json"
+    code = {"AutoImageProcessor": "image_processing_binaryvit.BinaryViTImageProcessor"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code}))
+    BinaryViTImageProcessor.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    assert "auto_map" not in json.loads((tmp_path / "new" / "preprocessor_config.json").read_text())
+    AutoImageProcessor.from_pretrained(tmp_path / "new", trust_remote_code=True)

@@ -738,14 +738,42 @@ def test_a_model_is_saved_if_its_config_is_edited_as_its_modules_or_with_a_warni
     assert "edit" not in caplog.text
     model = load(packed)
     model.classifier = torch.nn.Sequential(model.classifier)
-    model.binaryvit.norm = torch.nn.Identity()
     model.save_pretrained(tmp_path / "replaced")
-    assert "the saved model will not have this edit" in caplog.text
+    assert "its classifier is not the one of its config): the saved model will not have this edit" in caplog.text
     caplog.clear()
     model = load(packed)
     model.binaryvit.norm.batch_norm.eps = 1e-3
     model.save_pretrained(tmp_path / "eps")
     assert "the saved model will not have this edit" in caplog.text
+
+
+UNLOADABLE = {
+    "a norm is gone": lambda network: setattr(network, "norm", torch.nn.Identity()),
+    "a layer is gone": lambda network: network.stages[0].layers.__delitem__(1),
+    "another stem": lambda network: setattr(
+        network.embeddings, "projection", torch.nn.Conv2d(1, network.embeddings.projection.out_channels, 4, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", UNLOADABLE.values(), ids=UNLOADABLE)
+def test_an_edited_model_that_nobody_could_load_is_not_saved(packed, tmp_path, edit):
+    model = load(packed)
+    edit(model.binaryvit)
+    with pytest.raises(ValueError, match=r"nobody could load what it saves: its tensor 'binaryvit\.\S+' "):
+        model.save_pretrained(tmp_path / "edited")
+    assert not (tmp_path / "edited" / "model.safetensors").exists()
+
+
+def test_a_subclass_and_batch_norms_of_several_gpus_are_no_edit(packed, tmp_path, caplog):
+    class Ours(BinaryViTModel):
+        pass
+
+    Ours.from_pretrained(packed).save_pretrained(tmp_path / "subclass")
+    several = torch.nn.SyncBatchNorm.convert_sync_batchnorm(load(packed))
+    several.save_pretrained(tmp_path / "several")
+    assert "edit" not in caplog.text
+    assert torch.equal(logits(load(tmp_path / "several")), logits(load(packed)))
 
 
 def test_another_number_of_labels_names_the_ways_to_keep_and_to_replace_the_classifier(packed):

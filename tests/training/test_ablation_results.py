@@ -91,6 +91,13 @@ def test_an_accuracy_of_100_percent_has_the_interval_of_its_images():
     assert beside_others.low == pytest.approx(100 / 103.8415, abs=1e-5)
 
 
+def test_a_row_near_100_percent_takes_no_interval_from_rows_with_more_room_to_vary():
+    apart = np.array([np.arange(10000) < right for right in (9100, 9000, 8900)])
+    near = np.array([np.arange(10000) < right for right in (9995, 9994, 9993)])
+    estimate = estimate_accuracy(near, SeedVariance.of_rows([near, apart]))
+    assert 0.995 < estimate.low < 0.9994 < estimate.high  # with the mean of the table: 0.899
+
+
 def test_a_difference_far_larger_than_its_interval_is_found():
     rows = draw_table(np.random.default_rng(0), [2.0, 3.0], seeds=3, images=2000)
     estimate = estimate_difference(rows[1], rows[0], SeedVariance.of_rows(rows))
@@ -118,7 +125,7 @@ def test_seeds_that_agree_by_chance_have_the_variance_of_the_table():
 
 def test_the_variance_of_seeds_is_the_mean_over_rows():
     rows = [np.array([[True, True], [True, False]]), np.array([[True, False]]), np.array([[False, False]] * 3)]
-    assert SeedVariance.of_rows(rows) == SeedVariance(0.125 / 3, 3)
+    assert SeedVariance.of_rows(rows) == SeedVariance(0.125 / 3, 3, 0.1875 / 3)
     assert SeedVariance.of_rows(rows[1:2]) is None
 
 
@@ -130,7 +137,7 @@ def test_one_or_two_seeds_have_no_interval_and_equal_answers_have_no_difference(
         assert estimate_accuracy(few, between_seeds) is None
         assert estimate_difference(three, few, between_seeds) is None
         assert estimate_difference(few, three, between_seeds) is None
-    assert estimate_difference(three, three, SeedVariance(0.0, 2)) is None
+    assert estimate_difference(three, three, SeedVariance(0.0, 2, 0.2)) is None
 
 
 def test_p_values_are_corrected_as_holm_says():

@@ -104,6 +104,18 @@ def test_an_error_of_the_teachers_run_names_the_teachers_flags(tiny_photos, tmp_
     no_photos = refusal(capsys, *tiny_photos, "--train_dir", str(tmp_path / "nowhere"), "--teacher.subfolder=latent")
     assert "--teacher" not in no_photos
     assert "--teacher.subfolder has no effect: it needs --teacher.model_name_or_path." in caplog.text
+    assert "--teacher.max_steps 0 trains nothing" in refusal(capsys, *tiny_photos, "--teacher.max_steps=0")
+    shared = refusal(capsys, *tiny_photos, "--max_steps=0")
+    assert "--max_steps 0 trains nothing" in shared
+    inside = str(tmp_path / "photos" / "out")
+    assert f"--output_dir {inside!r} is inside --train_dir" in refusal(capsys, *tiny_photos, "--output_dir", inside)
+
+
+def test_an_argument_of_both_runs_without_effect_is_named_once(tiny_photos, tmp_path, capsys, caplog):
+    flags = ["--hub_private_repo", "--train_dir", str(tmp_path / "nowhere")]
+    refusal(capsys, *tiny_photos, *flags)
+    warned = [record.message for record in caplog.records if "hub_private_repo" in record.message]
+    assert warned == ["--hub_private_repo has no effect: nothing is uploaded without --push_to_hub."]
 
 
 def test_a_trained_binary_network_of_other_classes_can_be_the_students_start(tiny_photos, tmp_path):

@@ -81,6 +81,10 @@ def test_help_with_a_word_explains_the_arguments_with_it(monkeypatch, capsys):
     assert help_of(monkeypatch, capsys, "all").count("\n  --") > 120
     assert run_as_module(monkeypatch, "--help", "leraning_rate") == 2
     assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert run_as_module(monkeypatch, "--help", "label_names") == 2
+    assert "--label_names is not supported: batches have their labels in 'labels'." in capsys.readouterr().err
+    assert run_as_module(monkeypatch, "--label_name", "x") == 2
+    assert "label_names" not in capsys.readouterr().err
 
 
 def test_a_reader_that_has_gone_is_no_error(monkeypatch):

@@ -8,7 +8,8 @@ Medicine 26, 2007).
 
 Three seeds of a row say little about the variance between seeds, so all rows of a table say it together. The variance of a row is the
 largest of three: its own; the mean of the table; and that of seeds of equal quality, which answer other images wrongly by chance.
-In the first case it has the row's degrees of freedom, otherwise those of the table. A bootstrap over three seeds would give
+In the first case it has the row's degrees of freedom, otherwise those of the table. A row nearer to 0 or 100 % than the table has
+less room to vary: it takes the mean of the table in proportion to p (1 - p), where p is its accuracy. A bootstrap over three seeds would give
 intervals that are too short. Two seeds are too few: where those of one row differ more than the others', a tenth of the intervals
 would not hold the truth.
 
@@ -84,18 +85,35 @@ class Spread:
 
 @dataclass(frozen=True)
 class SeedVariance:
-    """The mean over rows of the variance of accuracies between seeds, with its degrees of freedom."""
+    """
+    The mean over rows of the variance of accuracies between seeds.
+
+    Args:
+        freedom: its degrees of freedom.
+        answer_variance: the mean over the same rows of `p * (1 - p)`, the variance of an answer at accuracy `p`.
+    """
 
     value: float
     freedom: int
+    answer_variance: float
 
     @classmethod
     def of_rows(cls, rows: Iterable[np.ndarray]) -> SeedVariance | None:
         """Of rows `(seeds, images)` of right answers; `None` if none has two seeds."""
         accuracies = [correct.mean(axis=1) for correct in rows if len(correct) > 1]
-        freedom = sum(len(of_runs) - 1 for of_runs in accuracies)
+        freedoms = [len(of_runs) - 1 for of_runs in accuracies]
+        if not freedoms:
+            return None
         squares = sum(((of_runs - of_runs.mean()) ** 2).sum() for of_runs in accuracies)
-        return cls(float(squares / freedom), freedom) if freedom else None
+        answers = np.average([of_runs.mean() * (1 - of_runs.mean()) for of_runs in accuracies], weights=freedoms)
+        return cls(float(squares / sum(freedoms)), sum(freedoms), float(answers))
+
+    def at(self, accuracy: float, images: int) -> float:
+        """The variance between seeds of a row with this accuracy on so many images."""
+        # Few wrong answers say little about p: two more right and two more wrong ones (Agresti and Coull, 1998).
+        p = (accuracy * images + 2) / (images + 4)
+        answers = p * (1 - p)
+        return self.value if answers >= self.answer_variance else self.value * answers / self.answer_variance
 
 
 def estimate_accuracy(correct: np.ndarray, between_seeds: SeedVariance | None) -> Interval | None:
@@ -155,7 +173,7 @@ def spread_of_sum(rows: list[tuple[int, np.ndarray]], between_seeds: SeedVarianc
         residual = correct - of_runs[:, None] - correct.mean(axis=0) + correct.mean()
         interaction = (residual**2).sum() / ((seeds - 1) * (images - 1))
         # Seeds of equal quality differ by the interaction, so the variance between seeds cannot be below it.
-        own, least = of_runs.var(ddof=1), max(between_seeds.value, interaction / images)
+        own, least = of_runs.var(ddof=1), max(between_seeds.at(of_runs.mean(), images), interaction / images)
         if own > least:
             from_rows.append((own / seeds, seeds - 1))
         else:
