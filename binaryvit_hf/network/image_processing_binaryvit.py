@@ -10,19 +10,14 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
+from binaryvit_runtime.engine.preprocessing import OWN_CODE, Preprocessor
 
-try:  # the code of older checkpoints has a copy of this file, which uses the package if it is installed
-    from binaryvit_runtime.engine.preprocessing import Preprocessor
-except ImportError:
-    Preprocessor = None  # type: ignore[assignment, misc]
 
 # The arguments of `_preprocess` that the engine's preprocessing reads.
 FIELDS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_pad"),
 )
-# What earlier versions wrote, beside a copy of this file. A folder that the processor is saved to again has no copy.
-OLD_AUTO_MAP = {"AutoImageProcessor": "image_processing_binaryvit.BinaryViTImageProcessor"}
 
 
 class BinaryViTImageProcessor(ViTImageProcessor):
@@ -36,14 +31,14 @@ class BinaryViTImageProcessor(ViTImageProcessor):
 
     def to_dict(self) -> dict:
         values = super().to_dict() | {"image_processor_type": "ViTImageProcessor"}
-        if values.get("auto_map") == OLD_AUTO_MAP:
-            del values["auto_map"]
+        if values.get("auto_map") == {"AutoImageProcessor": OWN_CODE}:
+            del values["auto_map"]  # earlier versions copied this file, which the folder would lack
         return values
 
     def process_image(self, image, *args, **kwargs) -> torch.Tensor:
         """`(3, height, width)`, uint8."""
         is_rgb_picture = isinstance(image, Image.Image) and image.mode == "RGB" and "transparency" not in image.info
-        if Preprocessor is not None and is_rgb_picture:
+        if is_rgb_picture:
             # A view: the colours of a pixel stay side by side in memory, as the engine reads them.
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             device = kwargs.get("device")
@@ -59,9 +54,7 @@ class BinaryViTImageProcessor(ViTImageProcessor):
 
 
 def create_preprocessor(arguments: dict):
-    """The engine's preprocessing for the arguments of `_preprocess`. `None` if it does not support them."""
-    if Preprocessor is None:
-        return None
+    """The engine's preprocessing for the arguments of `_preprocess`. `None` if there is no engine, or it does not support them."""
     fields = {name: arguments.get(name) for name in FIELDS}
     for name in ("size", "crop_size"):
         if sides := arguments.get(name):

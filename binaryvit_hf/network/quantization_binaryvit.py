@@ -835,15 +835,19 @@ class PackableModel(PreTrainedModel):
                 the file: the `state_dict` lacks tensors of this model, or the model was edited and lacks them itself.
         """
         check_not_offloaded(self, "save it packed")
-        backbone = expected_backbone(self)
+        backbone, lost_edit = expected_backbone(self)
         own, given = self.state_dict(), SAVING.get()
         if given:  # ranks that write no file give an empty one
             check_complete(given, own)
         tensors = own if given is None else given
-        if half:
-            tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         prefix = "" if self.base_model is self else self.base_model_prefix + "."
         check_loadable(tensors, backbone, prefix)
+        if lost_edit:
+            logger.warning(
+                "The config does not describe this network (%s): the saved model will not have this edit.", lost_edit
+            )
+        if half:
+            tensors = {name: tensor.half() if in_half(name, tensor) else tensor for name, tensor in tensors.items()}
         tensors = join_tensors(tensors, backbone, prefix)
         metadata = {
             "binaryvit_format": FORMAT,
@@ -969,9 +973,9 @@ def check_loadable(tensors: dict[str, torch.Tensor], backbone: PreTrainedModel, 
             )
 
 
-def expected_backbone(model: PackableModel) -> PreTrainedModel:
+def expected_backbone(model: PackableModel) -> tuple[PreTrainedModel, str | None]:
     """
-    `plain_backbone` of a model to save, with a warning if its modules were edited, which the saved model will not have.
+    `plain_backbone` of a model to save, and how the model's modules were edited without its config, if they were.
 
     Raises:
         ValueError: the config was edited after the packed model was made, and describes another network.
@@ -986,11 +990,7 @@ def expected_backbone(model: PackableModel) -> PreTrainedModel:
         difference = f"it describes no packed network: {type(error).__name__}"
     if difference and is_edited:
         raise ValueError(f"The config was edited and does not describe this network ({difference}): undo the edit.")
-    if difference:
-        logger.warning(
-            "The config does not describe this network (%s): the saved model will not have this edit.", difference
-        )
-    return backbone
+    return backbone, difference
 
 
 def at_stored_image_size(config_class: type[PreTrainedConfig], source, options: dict) -> tuple[dict, Any]:

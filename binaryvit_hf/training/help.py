@@ -188,10 +188,10 @@ def search_help(words: list[str]) -> str:
     found: dict[str, Argument] = {}
     for word in words:
         wanted = word.strip("-").replace("-", "_").lower()
-        matches = {name: known for name, known in arguments.items() if wanted in name or wanted == ALL}
-        matches = matches or {name: known for name, known in arguments.items() if wanted in known.text.lower()}
         if wanted in UNSUPPORTED:
             raise UserError(f"--{wanted} is not supported: {UNSUPPORTED[wanted]}.")
+        matches = {name: known for name, known in arguments.items() if wanted in name or wanted == ALL}
+        matches = matches or {name: known for name, known in arguments.items() if wanted in known.text.lower()}
         if not matches:
             raise UserError(f"No argument has {word!r} in its name or text{did_you_mean(wanted, arguments)}")
         found |= matches

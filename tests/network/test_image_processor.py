@@ -36,7 +36,7 @@ IMAGES = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_outputs_are_those_of_vit(settings, has_engine, monkeypatch):
     if not has_engine:
-        monkeypatch.setattr(image_processing_binaryvit, "Preprocessor", None)
+        monkeypatch.setattr(image_processing_binaryvit, "create_preprocessor", lambda arguments: None)
     ours, theirs = BinaryViTImageProcessor(**settings), ViTImageProcessor(**settings)
     for images in IMAGES:
         ours_values, theirs_values = (

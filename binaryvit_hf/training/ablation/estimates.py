@@ -9,9 +9,9 @@ Medicine 26, 2007).
 Three seeds of a row say little about the variance between seeds, so all rows of a table say it together. The variance of a row is the
 largest of three: its own; the mean of the table; and that of seeds of equal quality, which answer other images wrongly by chance.
 In the first case it has the row's degrees of freedom, otherwise those of the table. A row nearer to 0 or 100 % than the table has
-less room to vary: it takes the mean of the table in proportion to p (1 - p), where p is its accuracy. A bootstrap over three seeds would give
-intervals that are too short. Two seeds are too few: where those of one row differ more than the others', a tenth of the intervals
-would not hold the truth.
+less room to vary: it takes the mean of the table in proportion to p (1 - p), where p is its accuracy. A bootstrap over three seeds
+would give intervals that are too short. Two seeds are too few: where those of one row differ more than the others', a tenth of the
+intervals would not hold the truth.
 
 A t interval is too short for an accuracy near 100 % on a few hundred images, and ends above it. So accuracies have Wilson's interval,
 with as many independent answers as would have the same variance, and the quantile of t. Differences have t intervals.

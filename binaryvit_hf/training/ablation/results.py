@@ -32,8 +32,8 @@ SIGNIFICANT = 0.05
 METHOD = (
     "Intervals (95 %) and tests are for other seeds with the same teacher, and for other test images: seeds and images are crossed "
     "random effects (Hillis, Statistics in Medicine 26, 2007), images are paired, seeds are not. The variance between seeds is the "
-    "largest of the row's own, the mean of the table (less for a row nearer to 0 or 100 %), and what seeds of equal quality have by chance. Accuracies have Wilson's "
-    "interval with as many independent answers as would have their variance, differences a t interval."
+    "largest of the row's own, the mean of the table (less for a row nearer to 0 or 100 %), and what seeds of equal quality have by "
+    "chance. Accuracies have Wilson's interval with as many independent answers as would have their variance, differences a t interval."
 )
 
 
